@@ -1,0 +1,266 @@
+"""Settings: typed, frozen, checked once when Hydra has composed them, never changed afterwards.
+
+The dataclasses below are the whole vocabulary of `conf/`. `typed.build` turns the composed tree into them and
+answers a mistake with the key's full path, the nearest valid name and the remedy. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from opentau_train.errors import UserError
+from opentau_train.typed import build
+
+
+def _positive(path: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UserError(f"{path} must be greater than 0, got {value}", remedy=f"set {path} to a positive number")
+
+
+def _at_least(path: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise UserError(f"{path} must be at least {low}, got {value}", remedy=f"set {path} to {low} or more")
+
+
+def _fraction(path: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{path} must be in [0, 1), got {value}", remedy=f"set {path} to a fraction such as 0.1")
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One dataset of the mixture: `data.sources.NAME`."""
+
+    target: str = "opentau_train.data.lerobot.LeRobotSource"
+    root: str | None = None
+    """Local directory of the dataset."""
+    repo_id: str | None = None
+    """Hugging Face Hub name, downloaded once a node when `root` is null."""
+    revision: str | None = None
+    weight: float | None = None
+    """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
+    val_split_ratio: float = 0.0
+    control_mode: str | None = None
+    """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
+    control_mode_column: str = "control_mode"
+    robot_type: str | None = None
+    mode: Literal["policy", "flow", "tokens"] = "policy"
+    """Which heads the source supervises: both, only the flow head (mse), only the binned head (ce)."""
+    chunk_length: int | None = None
+    cameras: dict[str, str] | tuple[str, ...] | None = None
+    """{camera name: column}, or columns; null = every camera of the dataset."""
+    state: tuple[str, ...] | None = None
+    actions: tuple[str, ...] | None = None
+    prompt_columns: tuple[str, ...] = ()
+    """String columns that hold the instruction; none = the dataset's tasks."""
+    prompt_separator: str | None = None
+    """Splits one text into alternatives, e.g. ' | '."""
+    tolerance_s: float = 1e-4
+    use_filter_dict: bool = False
+    filter_dict_path: str | None = None
+    filter_key: str = "{recording_folderpath}--{file_path}"
+    filter_rule: Literal["start", "whole"] = "start"
+    iterable_shuffle: bool = True
+    episodes: tuple[int, ...] | None = None
+    exclude_episodes: tuple[int, ...] = ()
+
+    def check(self, path: str) -> None:
+        _positive(f"{path}.weight", self.weight)
+        _fraction(f"{path}.val_split_ratio", self.val_split_ratio)
+        _positive(f"{path}.chunk_length", self.chunk_length)
+        _positive(f"{path}.tolerance_s", self.tolerance_s)
+        if self.use_filter_dict and not self.filter_dict_path:
+            raise UserError(
+                f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
+                remedy=f"set {path}.filter_dict_path=FILE.json, or {path}.use_filter_dict=false",
+            )
+
+
+@dataclass(frozen=True)
+class DropoutSettings:
+    """Probabilities to drop an optional input of a training sample; provenance is never dropped."""
+
+    prompt: float = 0.0
+    state: float = 0.0
+    camera: float = 0.0
+
+    def check(self, path: str) -> None:
+        for name in ("prompt", "state", "camera"):
+            _fraction(f"{path}.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class BadSampleSettings:
+    """When to stop because windows can't be read."""
+
+    max_fraction: float = 0.01
+    grace: int = 16
+    """Substitutions a worker allows before `max_fraction` counts."""
+
+    def check(self, path: str) -> None:
+        _fraction(f"{path}.max_fraction", self.max_fraction)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
+    builtin_sample: Literal["droid"] | None = None
+    """The sample that stands in when no source has a root or repo_id."""
+    image_size: tuple[int, int] = (96, 96)
+    chunk_length: int = 16
+    history: int = 0
+    drop_tail: bool = False
+    """true = only windows whose chunk lies wholly inside the episode."""
+    state_dim: int | None = None
+    action_dim: int | None = None
+    normalization: Literal["mean_std", "min_max", "quantiles"] = "mean_std"
+    num_workers: int = 2
+    prefetch_factor: int = 2
+    max_samples_per_batch: int | None = None
+    lanes_per_sample: int = 4
+    phase_rows: int = 512
+    blank_images: bool = False
+    """true = every image black: the ablation that shows what the images are worth."""
+    dropout: DropoutSettings = field(default_factory=DropoutSettings)
+    bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
+
+    def check(self, path: str) -> None:
+        for name in ("chunk_length", "state_dim", "action_dim", "prefetch_factor", "max_samples_per_batch"):
+            _positive(f"{path}.{name}", getattr(self, name))
+        for name in ("lanes_per_sample", "phase_rows"):
+            _positive(f"{path}.{name}", getattr(self, name))
+        for name in ("history", "num_workers"):
+            _at_least(f"{path}.{name}", getattr(self, name), 0)
+        for size in self.image_size:
+            _at_least(f"{path}.image_size", size, 8)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    steps: int
+    global_batch_size: int
+    grad_clip: float | None = 1.0
+    log_every: int = 10
+    step_timeout: float = 1800.0
+    """Seconds that one collective may take before the job ends with an error."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    ema_decay: float | None = None
+    max_skipped_steps: int = 20
+    """Consecutive steps with a non-finite gradient before the run stops."""
+    device: Literal["auto", "cpu"] = "auto"
+    deterministic: bool = False
+
+    def check(self, path: str) -> None:
+        for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
+            _positive(f"{path}.{name}", getattr(self, name))
+        if self.ema_decay is not None:
+            _fraction(f"{path}.ema_decay", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+
+    def check(self, path: str) -> None:
+        _positive(f"{path}.lr", self.lr)
+        _positive(f"{path}.eps", self.eps)
+        _at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
+        for beta in self.betas:
+            _fraction(f"{path}.betas", beta)
+
+
+@dataclass(frozen=True)
+class ParallelismSettings:
+    """-1 = what is left of the world size."""
+
+    data_parallel_replicate_degree: int = -1
+    data_parallel_shard_degree: int = 1
+
+    def check(self, path: str) -> None:
+        for name in ("data_parallel_replicate_degree", "data_parallel_shard_degree"):
+            value = getattr(self, name)
+            if value != -1 and value < 1:
+                raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    every: int = 500
+    """Steps between passes; 0 = never. The last step always validates when this is not 0."""
+    batch_size: int | None = None
+    max_samples_per_group: int | None = None
+    num_noise_draws: int = 1
+
+    def check(self, path: str) -> None:
+        _at_least(f"{path}.every", self.every, 0)
+        for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):
+            _positive(f"{path}.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = 1000
+    """Steps between checkpoints; 0 = only the last one."""
+    keep_last: int | None = 3
+
+    def check(self, path: str) -> None:
+        _at_least(f"{path}.every", self.every, 0)
+        _positive(f"{path}.keep_last", self.keep_last)
+
+
+@dataclass(frozen=True)
+class PathSettings:
+    root: str = "runs"
+    run_dir: str | None = None
+    """Where everything of the run goes; null = a new directory `root/NAME-TIME`."""
+    cache_dir: str = "~/.cache/opentau_train"
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
+    def check(self, path: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole composed configuration.
+
+    `model`, `scheduler` and each entry of `logger` name a class with `_target_`; their other keys are checked
+    against that class's signature when it is built (`typed.instantiate`).
+    """
+
+    data: DataSettings
+    model: dict[str, Any]
+    trainer: TrainerSettings
+    optimizer: OptimizerSettings
+    scheduler: dict[str, Any]
+    validation: ValidationSettings
+    checkpoint: CheckpointSettings
+    parallelism: ParallelismSettings
+    paths: PathSettings
+    logger: dict[str, dict[str, Any]]
+    name: str = "train"
+    seed: int = 0
+    resume: str = "never"
+    """never | auto | the path of a checkpoint or run directory."""
+
+    def check(self, path: str) -> None:
+        if not self.data.sources:
+            raise UserError(
+                "no dataset is configured: data.sources is empty",
+                where="data.sources",
+                remedy="add +recipe=droid_policy, or +recipe=lerobot data.sources.main.root=PATH",
+            )
+
+
+def load(tree: Mapping[str, Any]) -> Settings:
+    """The typed settings of a composed, resolved configuration tree. Raises `UserError`."""
+    return build(Settings, tree, "")

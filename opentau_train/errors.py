@@ -1,0 +1,63 @@
+"""The errors that users meet, and the exit codes that scripts see.
+
+A `UserError` is a mistake in configuration or data: it is printed once (by rank 0), without a
+traceback, and ends the program with `EXIT_USER`. Everything else is a fault and ends with `EXIT_FAULT`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_FAULT = 1
+EXIT_USER = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint is saved, start again with resume=auto
+EXIT_INTERRUPTED = 130  # Ctrl-C: a checkpoint is saved
+
+
+class UserError(ValueError):
+    """What is wrong, where, and the remedy, in at most three short lines.
+
+    `what` names the thing, `where` the key, dataset, episode or file, `remedy` what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = ""):
+        self.what, self.where, self.remedy = what, where, remedy
+        lines = [what]
+        if where:
+            lines.append(f"  where:  {where}")
+        if remedy:
+            lines.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.what, self.where, self.remedy))
+
+
+def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
+    """Unpickle with keywords: errors cross process boundaries (loader workers, other ranks)."""
+    return cls(what, where=where, remedy=remedy)
+
+
+class BadSample(RuntimeError):
+    """A window of a dataset that can't be read: a fault of the file, not of the configuration.
+
+    The stream substitutes it and writes it to the quarantine; validation reports it.
+    """
+
+    def __init__(self, dataset: str, episode: int, frame: int, cause: str):
+        self.dataset, self.episode, self.frame, self.cause = dataset, episode, frame, cause
+        super().__init__(f"dataset {dataset}, episode {episode}, frame {frame}: {cause}")
+
+    def __reduce__(self):
+        return (type(self), (self.dataset, self.episode, self.frame, self.cause))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the nearest of `known`, else the list of what there is."""
+    known = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known: {', '.join(known)}" if known else "nothing is known here"
