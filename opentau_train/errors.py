@@ -55,9 +55,6 @@ class BadSample(RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest of `known`, else the list of what there is."""
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"known: {', '.join(known)}" if known else "nothing is known here"
+    """`: did you mean 'x'?` for the nearest of `known`, nothing where none is near."""
+    near = difflib.get_close_matches(word, sorted(str(k) for k in known), n=1, cutoff=0.5)
+    return f": did you mean '{near[0]}'?" if near else ""

@@ -52,7 +52,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if value not in args:
             hint_text = did_you_mean(str(value), [str(a) for a in args])
             choices = ", ".join(str(a) for a in args)
-            raise UserError(f"{path}={value!r} is not a choice: {hint_text}", remedy=f"set {path} to one of: {choices}")
+            raise UserError(f"{path}={value!r} is not a choice{hint_text}", remedy=f"set {path} to one of: {choices}")
         return value
     if origin is tuple:
         return _convert_tuple(args, value, path)
@@ -118,7 +118,7 @@ def _refuse_unknown(tree: Mapping, known: Mapping, path: str) -> None:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
             raise UserError(
-                f"unknown key '{where}': {did_you_mean(str(key), known)}",
+                f"unknown key '{where}'{did_you_mean(str(key), known)}",
                 remedy=f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known))}",
             )
 

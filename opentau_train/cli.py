@@ -1,0 +1,150 @@
+"""The entry: Hydra composes, `config.load` checks, `train.run` trains. Torch is imported only for the last.
+
+    python -m opentau_train +recipe=droid_policy trainer.steps=1000
+    torchrun --nproc-per-node 8 -m opentau_train +recipe=droid_policy
+
+`KEY=VALUE` sets a key whether or not the composed tree has it already; the typed settings then decide, so a wrong key
+gets the same answer in YAML and on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opentau_train import config
+from opentau_train.errors import EXIT_FAULT, EXIT_USER, UserError, did_you_mean
+
+CONFIG_PACKAGE = "pkg://opentau_train.conf"
+_VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
+_USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+
+
+def main() -> None:
+    """Parse the command line, run, and end the process with the exit codes of `errors`."""
+    full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
+    sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
+    try:
+        if _flag(sys.argv[1:], "--cfg", "-c"):
+            _compose_and_check(sys.argv[1:])
+        _app()
+        if _composed:
+            _run(_composed.pop())
+    except _USER_ERRORS as error:
+        if full_error:
+            raise
+        _print_once(_explain(error))
+        sys.exit(EXIT_USER)
+    except Exception as error:  # the program's last line of defence: say what failed, keep the traceback for the log
+        if full_error:
+            raise
+        traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_FAULT)
+
+
+_composed: list[dict[str, Any]] = []
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PACKAGE, config_name="train")
+def _app(composed) -> None:
+    """Only hand the tree out: Hydra would report an error of the run itself, on every rank."""
+    _composed.append(plain(composed))
+
+
+def _run(tree: dict[str, Any]) -> None:
+    settings = config.load(tree)
+    from opentau_train import train  # imports torch: only once the settings hold
+
+    sys.exit(train.run(settings, tree))
+
+
+def plain(composed) -> dict[str, Any]:
+    """The composed configuration as dicts, lists and scalars, interpolations resolved."""
+    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+
+
+def _compose_and_check(arguments: Sequence[str]) -> None:
+    """What a run would say of the settings, for `--cfg`, which never reaches `_app`."""
+    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
+    folder = _flag(arguments, "--config-dir", "-cd")
+    if folder:
+        overrides.append(f"hydra.searchpath=[file://{os.path.abspath(folder)}]")
+    with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
+        config.load(plain(hydra.compose("train", overrides)))
+
+
+def _settable(argument: str) -> str:
+    """`a.b=1` as `++a.b=1`: set it, there or not. Group choices (`data=droid`) and Hydra's own keys stay."""
+    return f"++{argument}" if _VALUE_OVERRIDE.match(argument) else argument
+
+
+def _flag(arguments: Sequence[str], *names: str) -> str | None:
+    """The value of a command-line flag, `--name value` or `--name=value`; "" when it comes last."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in names:
+            return value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+    return None
+
+
+def _print_once(text: str) -> None:
+    """On rank 0 only: every rank composes the same settings and would say the same."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {text}\n")
+
+
+def _explain(error: Exception) -> str:
+    """An error of ours, or of Hydra's, in our form and at most 8 lines."""
+    if isinstance(error, UserError):
+        return str(error)
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    text = "\n".join(str(link).strip() for link in chain)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    missing = re.search(r"Could not find '([\w/]+)/([\w-]+)'", text) or re.search(
+        r"In '.*': Could not find '([\w/]+)/([\w-]+)'", text
+    )
+    if missing:
+        return _explain_missing_choice(missing.group(1), missing.group(2), text)
+    key = re.search(r"Key '([\w.]+)' is not in struct|Could not override '([\w./@]+)'", text)
+    if key:
+        name = key.group(2) or key.group(1)
+        name = name if not key.group(1) or key.group(2) else key.group(1)
+        return _explain_unknown_key(name)
+    return "\n".join(lines[:6] + ["  remedy: see python -m opentau_train --help"])
+
+
+def _explain_missing_choice(group: str, choice: str, text: str) -> str:
+    options = re.search(rf"Available options in '{re.escape(group)}':\s*((?:\n\t.*)+)", text)
+    known = options.group(1).split() if options else []
+    return str(
+        UserError(
+            f"{group}={choice}: no such configuration{did_you_mean(choice, known)}",
+            remedy=f"{group} is one of: {', '.join(known)}" if known else "see python -m opentau_train --help",
+        )
+    )
+
+
+def _explain_unknown_key(name: str) -> str:
+    groups = ("recipe", "debug")
+    if name in groups:
+        return str(UserError(f"{name} is not in the defaults", remedy=f"write +{name}=NAME"))
+    known = [*config.Settings.__dataclass_fields__, *groups]
+    return str(UserError(f"unknown key '{name}'{did_you_mean(name, known)}", remedy=f"keys: {', '.join(known)}"))
+
+
+def as_yaml(tree: Mapping[str, Any]) -> str:
+    """A plain tree as YAML text, keys in order."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(tree)))
