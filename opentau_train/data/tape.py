@@ -1,0 +1,265 @@
+"""The lane tape: the stream's whole order as a pure function of a global sample number.
+
+    t  ->  (dataset, pass, block, window)
+
+Nothing but `t` moves. An epoch draws `n_d` windows from dataset d, the next ones of the dataset's *line*: its blocks
+ordered by a keyed hash, pass after pass, laid end to end. An epoch is cut into *phases*, each with its exact share of
+every dataset; a phase is cut into `V = v * B` contiguous spans of windows, the *lanes*, which are read in parallel:
+sample u of a phase is row `u div V` of slot `c = u mod V`, and slot c reads lane `(c mod B) * v + c div B`. So B
+consecutive samples come from B lanes spread evenly over the phase, every lane is sequential inside an episode, and no
+rank or worker appears in the formula. docs/data.md derives it; docs/architecture.md shows where it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train import rng
+from opentau_train.errors import UserError
+
+VERSION = 1
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DatasetBlocks:
+    """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
+    i32 windows, `number` [N] i64 the episode's number in the dataset (the name its hash key uses)."""
+
+    name: str
+    episode: NDArray[np.int32]
+    start: NDArray[np.int32]
+    length: NDArray[np.int32]
+    number: I64
+    shuffle: bool = True
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.length.sum(dtype=np.int64))
+
+    def digest(self) -> str:
+        """A hash of the block table: what a checkpoint compares before it trusts its sample number."""
+        state = hashlib.blake2b(f"{self.name}:{self.shuffle}".encode(), digest_size=8)
+        for column in (self.number, self.start, self.length):
+            state.update(np.ascontiguousarray(column, np.int64).tobytes())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Samples of the tape, as columns of one length: `t`, `slot` (t mod V), `dataset` i64, `pass_index` i64,
+    `episode` (position in the dataset's table), `frame` i64."""
+
+    t: I64
+    slot: I64
+    dataset: I64
+    pass_index: I64
+    episode: I64
+    frame: I64
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def select(self, keep: NDArray) -> Windows:
+        return Windows(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
+
+
+def draws_per_epoch(sizes: list[int], weights: list[float | None]) -> list[int]:
+    """Windows an epoch draws from each dataset.
+
+    No weight set: every window once. Else the epoch keeps the mixture's size and is shared by weight (a null weight
+    counts as the dataset's own share of the windows), by largest remainder, at least one a dataset.
+    """
+    if all(w is None for w in weights):
+        return list(sizes)
+    total = sum(sizes)
+    shares = np.array([size / total if w is None else w for size, w in zip(sizes, weights, strict=True)])
+    exact = shares / shares.sum() * total
+    draws = np.maximum(np.floor(exact).astype(np.int64), 1)
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    for place in order[: max(0, total - int(draws.sum()))]:
+        draws[place] += 1
+    return draws.tolist()
+
+
+class Tape:
+    """The plan of a mixture. Holds the orders of the passes it was last asked for, nothing else.
+
+    `batch_size` B is the global batch, `lanes_per_sample` v, `phase_rows` about how many rows a phase has, `draws`
+    n_d. Raises `UserError` for a dataset without windows.
+    """
+
+    def __init__(
+        self,
+        datasets: list[DatasetBlocks],
+        draws: list[int],
+        *,
+        seed: int,
+        batch_size: int,
+        lanes_per_sample: int = 4,
+        phase_rows: int = 512,
+    ):
+        for blocks in datasets:
+            if blocks.num_windows == 0:
+                raise UserError(
+                    f"dataset '{blocks.name}' has no training window left",
+                    where=f"data.sources.{blocks.name}",
+                    remedy="loosen its filters, chunk_length, drop_tail or val_split_ratio, or remove it",
+                )
+        self.datasets = datasets
+        self.seed = seed
+        self.batch_size = batch_size
+        self.lanes_per_sample = lanes_per_sample
+        self.num_lanes = lanes_per_sample * batch_size
+        self.phase_rows = phase_rows
+        self.draws = np.array(draws, np.int64)
+        self.sizes = np.array([b.num_windows for b in datasets], np.int64)
+        self.epoch_size = int(self.draws.sum())
+        self.num_phases = max(1, round(self.epoch_size / (self.num_lanes * phase_rows)))
+        # Reading in order is asked for when no dataset is shuffled: lanes would shuffle what the user wants in order.
+        self.in_order = not any(b.shuffle for b in datasets)
+        slots = np.arange(self.num_lanes)
+        self._lane_of_slot = (slots % batch_size) * lanes_per_sample + slots // batch_size
+        self._passes: dict[tuple[int, int], tuple[I64, I64]] = {}
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    def windows(self, t: I64) -> Windows:
+        """The windows of the global sample numbers `t` [N] i64, in their order."""
+        t = np.asarray(t, np.int64)
+        out = {n: np.zeros(len(t), np.int64) for n in ("dataset", "pass_index", "episode", "frame")}
+        epoch, within = t // self.epoch_size, t % self.epoch_size
+        phase = self._phase_of(within)
+        for e, p in np.unique(np.stack([epoch, phase], 1), axis=0) if len(t) else ():
+            here = np.flatnonzero((epoch == e) & (phase == p))
+            place = self._place_in_phase(int(p), within[here] - self._phase_start(int(p)))
+            self._fill(out, here, int(e), int(p), place)
+        return Windows(t=t, slot=t % self.num_lanes, **out)
+
+    def batch(self, step: int) -> Windows:
+        """The global batch of optimizer step `step` (the first one is 0), in its order."""
+        return self.windows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def owned(self, step: int, rank: int, size: int, worker: int, num_workers: int) -> Windows:
+        """The part of a step's batch that one worker of one rank builds.
+
+        Slot j belongs to rank `j mod R` and to its worker `(j div R) mod W`; R must divide B.
+        """
+        t = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        slot = t % self.num_lanes
+        return self.windows(t[(slot % size == rank) & ((slot // size) % num_workers == worker)])
+
+    def epoch_of(self, t: int) -> float:
+        """How many epochs lie before sample t."""
+        return t / self.epoch_size
+
+    # -- the state -----------------------------------------------------------------------------------------------
+
+    def state(self, t: int) -> dict:
+        """All that a resume needs, below 4 KiB for any data."""
+        return {
+            "version": VERSION,
+            "t": t,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "lanes": self.num_lanes,
+            "phase_rows": self.phase_rows,
+            "sources": hashlib.blake2b(repr(self._identity()).encode(), digest_size=8).hexdigest(),
+            "draws": self.draws.tolist() if len(self.draws) <= 64 else int(self.draws.sum()),
+            "blocks": {b.name: b.digest() for b in self.datasets} if len(self.datasets) <= 64 else "",
+        }
+
+    def _identity(self) -> list:
+        return [(b.name, b.digest(), n) for b, n in zip(self.datasets, self.draws.tolist(), strict=True)]
+
+    def check_state(self, state: dict) -> int:
+        """The sample number to go on from. Raises `UserError` naming what differs from the saved plan."""
+        mine = self.state(state["t"])
+        if state == mine:
+            return int(state["t"])
+        changed = [k for k in mine if state.get(k) != mine[k] and k != "sources"] or ["sources"]
+        detail = ", ".join(f"{k}: {_short(state.get(k))} -> {_short(mine[k])}" for k in changed)
+        raise UserError(
+            f"the data plan differs from the checkpoint's: {detail}",
+            where="the checkpoint's stream state",
+            remedy="restore the setting (seed, global batch, weights, filter, dataset files), or start a new run",
+        )
+
+    # -- phases and lanes ----------------------------------------------------------------------------------------
+
+    def _phase_start(self, phase: int | I64) -> int | I64:
+        """First sample of a phase inside its epoch: sum over datasets of floor(phase * n_d / P)."""
+        return (np.asarray(phase)[..., None] * self.draws // self.num_phases).sum(-1)
+
+    def _phase_of(self, within: I64) -> I64:
+        """The phase that holds each sample: its start is at most P * D windows off the even cut, so a step or two."""
+        phase = np.minimum(within * self.num_phases // self.epoch_size, self.num_phases - 1)
+        while (ahead := within >= self._phase_start(phase + 1)).any():
+            phase = phase + ahead
+        while (behind := within < self._phase_start(phase)).any():
+            phase = phase - behind
+        return phase
+
+    def _place_in_phase(self, phase: int, u: I64) -> I64:
+        """Window of the phase that sample u of it reads: slot, lane, row."""
+        if self.in_order:
+            return u
+        length = int(self._phase_start(phase + 1) - self._phase_start(phase))
+        rows, longer = divmod(length, self.num_lanes)
+        lane_length = np.empty(self.num_lanes, np.int64)
+        lane_length[self._lane_of_slot] = rows + (np.arange(self.num_lanes) < longer)
+        lane_start = np.cumsum(lane_length) - lane_length
+        return lane_start[self._lane_of_slot[u % self.num_lanes]] + u // self.num_lanes
+
+    def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64) -> None:
+        """Resolve places of a phase (datasets one after another) to windows, into `out[...][here]`."""
+        low = phase * self.draws // self.num_phases
+        share = (phase + 1) * self.draws // self.num_phases - low
+        ends = np.cumsum(share)
+        dataset = np.searchsorted(ends, place, side="right")
+        line = epoch * self.draws[dataset] + low[dataset] + place - (ends - share)[dataset]
+        out["dataset"][here] = dataset
+        for d in np.unique(dataset):
+            mine = dataset == d
+            pass_index, offset = np.divmod(line[mine], self.sizes[d])
+            out["pass_index"][here[mine]] = pass_index
+            for k in np.unique(pass_index):
+                chosen = here[mine][pass_index == k]
+                out["episode"][chosen], out["frame"][chosen] = self._block_window(int(d), int(k), offset[pass_index == k])
+
+    def _block_window(self, d: int, k: int, offset: I64) -> tuple[I64, I64]:
+        """(episode, frame) of the windows at `offset` of pass k of dataset d."""
+        order, ends = self._pass(d, k)
+        blocks = self.datasets[d]
+        place = np.searchsorted(ends, offset, side="right")
+        block = order[place]
+        inside = offset - (ends[place] - blocks.length[block])
+        return blocks.episode[block].astype(np.int64), blocks.start[block] + inside
+
+    def _pass(self, d: int, k: int) -> tuple[I64, I64]:
+        """Order of the blocks in pass k of dataset d and their cumulative ends. The last few are kept."""
+        cached = self._passes.get((d, k))
+        if cached is None:
+            blocks = self.datasets[d]
+            if blocks.shuffle:
+                keys = rng.fold(rng.key(self.seed, "order", blocks.name, k), blocks.number, blocks.start)
+                order = np.argsort(keys, kind="stable").astype(np.int32)
+            else:
+                order = np.arange(len(blocks.length), dtype=np.int32)
+            cached = order, np.cumsum(blocks.length[order], dtype=np.int64)
+            for stale in [key for key in self._passes if key[0] == d and key[1] < k - 1]:
+                del self._passes[stale]
+            self._passes[d, k] = cached
+        return cached
+
+
+def _short(value) -> str:
+    if isinstance(value, dict):
+        value = f"{len(value)} block tables"
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
