@@ -1,0 +1,187 @@
+"""Normalisation statistics a norm head (robot_type::control_mode), from training episodes' columns only.
+
+    normalised = (x - offset) * scale,   x = normalised / scale + offset
+
+A dimension that doesn't vary has scale 0: it is zero after normalisation and its constant after the inverse, never
+divided by a tiny number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Method = Literal["mean_std", "min_max", "quantiles"]
+VERSION = 1
+QUANTILE_ROWS = 2_000_000
+"""Rows kept for the quantiles: every k-th one with the smallest k that fits, all of them on smaller data."""
+_CONSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of one vector's dimensions, all [D] float64; `count` rows."""
+
+    count: int
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    min: NDArray[np.float64]
+    max: NDArray[np.float64]
+    q01: NDArray[np.float64]
+    q99: NDArray[np.float64]
+
+    def to_json(self) -> dict:
+        return {n: v.tolist() if isinstance(v := getattr(self, n), np.ndarray) else v for n in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(cls, tree: dict) -> Moments:
+        return cls(**{n: v if n == "count" else np.array(v, np.float64) for n, v in tree.items()})
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`offset` and `scale` [D] float32 of one vector; scale 0 marks a constant dimension."""
+
+    offset: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, moments: Moments, method: Method) -> Affine:
+        """mean_std -> zero mean, unit deviation; min_max and quantiles (q01, q99) -> [-1, 1] between the two."""
+        if method == "mean_std":
+            offset, spread = moments.mean, moments.std
+        else:
+            low, high = (moments.min, moments.max) if method == "min_max" else (moments.q01, moments.q99)
+            offset, spread = (low + high) / 2, (high - low) / 2
+        varies = spread > _CONSTANT * np.maximum(1.0, np.abs(offset))
+        scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
+        return cls(offset.astype(np.float32), scale.astype(np.float32))
+
+    def normalize(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[..., D] in the dataset's units -> normalised float32."""
+        return (x.astype(np.float32) - self.offset) * self.scale
+
+    def denormalize(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[..., >=D] normalised -> [..., D] in the dataset's units."""
+        inverse = np.where(self.scale > 0, 1.0 / np.where(self.scale > 0, self.scale, 1.0), 0.0)
+        return (z[..., : len(self.offset)] * inverse + self.offset).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class HeadStats:
+    """What one norm head knows: statistics and dimension names of its state and actions."""
+
+    state: Moments
+    actions: Moments
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return {
+            "state": self.state.to_json(),
+            "actions": self.actions.to_json(),
+            "state_names": list(self.state_names),
+            "action_names": list(self.action_names),
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict) -> HeadStats:
+        names = tuple(tree["state_names"]), tuple(tree["action_names"])
+        return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names)
+
+
+Rows = Iterator[tuple[str, int, NDArray, NDArray]]
+"""(dataset name, episode number, state [L, S], actions [L, A])."""
+
+
+def compute(rows: Rows, num_rows: int, state_names: Sequence[str], action_names: Sequence[str]) -> HeadStats:
+    """Statistics of a head over `rows`. Raises `UserError` naming dataset, episode and dimension of a value that is
+    not finite."""
+    state, actions = _Accumulator(num_rows, state_names), _Accumulator(num_rows, action_names)
+    for dataset, episode, state_rows, action_rows in rows:
+        state.add(state_rows, dataset, episode)
+        actions.add(action_rows, dataset, episode)
+    return HeadStats(state.moments(), actions.moments(), tuple(state_names), tuple(action_names))
+
+
+class _Accumulator:
+    """Sums of rows shifted by the first one (so that float64 loses nothing to a large mean), extremes, a sample."""
+
+    def __init__(self, num_rows: int, names: Sequence[str]):
+        dims = len(names)
+        self.names = names
+        self.stride = -(-num_rows // QUANTILE_ROWS) or 1
+        self.count = 0
+        self.shift: NDArray | None = None
+        self.sum, self.square = np.zeros(dims), np.zeros(dims)
+        self.min, self.max = np.full(dims, np.inf), np.full(dims, -np.inf)
+        self.kept: list[NDArray] = []
+
+    def add(self, rows: NDArray, dataset: str, episode: int) -> None:
+        if not np.isfinite(rows).all():
+            row, dim = np.argwhere(~np.isfinite(rows))[0]
+            raise UserError(
+                f"{self.names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episode}, frame {row}",
+                where=f"data.sources.{dataset}",
+                remedy=f"repair the data, or leave the episode out: data.sources.{dataset}.exclude_episodes=[{episode}]",
+            )
+        rows = rows.astype(np.float64)
+        if self.shift is None:
+            self.shift = rows[0]
+        shifted = rows - self.shift
+        self.sum += shifted.sum(0)
+        self.square += np.square(shifted).sum(0)
+        self.min, self.max = np.minimum(self.min, rows.min(0)), np.maximum(self.max, rows.max(0))
+        self.kept.append(rows[(-self.count) % self.stride :: self.stride].astype(np.float32))
+        self.count += len(rows)
+
+    def moments(self) -> Moments:
+        dims = len(self.names)
+        if self.shift is None:
+            raise ValueError("statistics of no rows")
+        mean = self.sum / self.count
+        variance = np.maximum(self.square / self.count - np.square(mean), 0.0)
+        low, high = np.quantile(np.concatenate(self.kept), [0.01, 0.99], axis=0) if dims else (np.zeros(0),) * 2
+        return Moments(
+            self.count,
+            np.clip(mean + self.shift, self.min, self.max),
+            np.sqrt(variance),
+            self.min,
+            self.max,
+            low.astype(np.float64),
+            high.astype(np.float64),
+        )
+
+
+def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
+    """`make()`, or what an earlier run stored in `cache` for the same content."""
+    digest = hashlib.blake2b(json.dumps([VERSION, *key_parts]).encode(), digest_size=16).hexdigest()
+    path = cache / "stats" / f"{digest}.json"
+    if path.is_file():
+        return HeadStats.from_json(json.loads(path.read_text()))
+    stats = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(stats.to_json(), file)
+    os.replace(file.name, path)
+    return stats
+
+
+def constant_dimensions(stats: HeadStats, method: Method) -> list[str]:
+    """Names of the dimensions that normalisation leaves at zero."""
+    pairs = ((stats.state, stats.state_names), (stats.actions, stats.action_names))
+    return [n for m, names in pairs for n, scale in zip(names, Affine.of(m, method).scale, strict=True) if scale == 0]

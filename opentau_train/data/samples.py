@@ -1,0 +1,101 @@
+"""From a window's address to a sample: read, drop, normalise, pad. Lives in a loader worker.
+
+All randomness of a sample is keyed by (seed, dataset, episode, frame, pass), so it depends on no rank, worker or batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opentau_train import rng
+from opentau_train.data.mixture import Dataset, Mixture
+from opentau_train.data.source import Cursor, CursorFactory
+from opentau_train.types import Provenance, RawWindow, Sample, WindowSpec
+
+
+class SampleBuilder:
+    """Builds samples of a mixture in one process. `train` turns the configured dropout on.
+
+    Cursors are kept per lane: a lane reads forward, so each frame is decoded once. Raises `BadSample` for a window
+    that can't be read; the builder stays usable.
+    """
+
+    def __init__(self, mixture: Mixture, *, train: bool):
+        self.mixture = mixture
+        self.train = train
+        self._keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
+        self._factories: dict[int, CursorFactory] = {}
+        self._lanes: dict[int, tuple[int, Cursor]] = {}
+
+    def build(self, lane: int, dataset: int, episode: int, frame: int, pass_index: int) -> Sample:
+        """The sample of the window at `frame` of the episode at position `episode`, read through `lane`'s cursor."""
+        raw = self._cursor(lane, dataset).read(episode, frame)
+        return self._finish(self.mixture.datasets[dataset], raw, episode, frame, pass_index)
+
+    def close(self) -> None:
+        for _, cursor in self._lanes.values():
+            cursor.close()
+        for factory in self._factories.values():
+            factory.close()
+        self._lanes.clear()
+        self._factories.clear()
+
+    def _cursor(self, lane: int, dataset: int) -> Cursor:
+        held = self._lanes.get(lane)
+        if held is not None and held[0] == dataset:
+            return held[1]
+        if held is not None:
+            held[1].close()
+        if dataset not in self._factories:
+            chosen = self.mixture.datasets[dataset]
+            window = WindowSpec(chosen.chunk_length, self.mixture.spec.history, self.mixture.spec.image_size)
+            self._factories[dataset] = chosen.source.cursors(window)
+        cursor = self._factories[dataset].cursor()
+        self._lanes[lane] = dataset, cursor
+        return cursor
+
+    def _finish(self, dataset: Dataset, raw: RawWindow, episode: int, frame: int, pass_index: int) -> Sample:
+        spec, dropout = self.mixture.spec, self.mixture.settings.dropout
+        group = int(dataset.group_of[episode])
+        head = self.mixture.groups[group].norm_head
+        number = int(dataset.source.episodes.episode_index[episode])
+        key = rng.fold(self._keys[dataset.index], number, frame, pass_index)
+        state_affine, action_affine = self.mixture.affine[head]
+
+        # Draws in a fixed order: choice of prompt, drop prompt, drop state, then one a camera of the mixture.
+        draws = rng.uniform(rng.fold(key, rng.key("inputs") >> 1), 3 + len(spec.cameras))
+        prompt = raw.prompts[int(draws[0] * len(raw.prompts))] if raw.prompts else ""
+        images = raw.images
+        state = _pad(state_affine.normalize(raw.state), spec.state_dim)
+        state_mask = np.arange(spec.state_dim) < len(raw.state)
+        if self.train:
+            prompt = "" if draws[1] < dropout.prompt else prompt
+            if draws[2] < dropout.state:
+                state, state_mask = np.zeros_like(state), np.zeros_like(state_mask)
+            images = {c: v for c, v in images.items() if draws[3 + spec.cameras.index(c)] >= dropout.camera}
+        if self.mixture.settings.blank_images:
+            images = {c: np.zeros_like(v) for c, v in images.items()}
+
+        steps, dims = raw.actions.shape
+        actions = np.zeros((spec.chunk_length, spec.action_dim), np.float32)
+        actions[:steps, :dims] = action_affine.normalize(raw.actions)
+        is_pad = np.ones(spec.chunk_length, bool)
+        is_pad[:steps] = raw.is_pad
+        return Sample(
+            images=images,
+            state=state,
+            actions=actions,
+            state_dim_mask=state_mask,
+            action_is_pad=is_pad,
+            action_dim_mask=np.arange(spec.action_dim) < dims,
+            prompt=prompt,
+            mode=dataset.settings.mode,
+            key=int(key),
+            provenance=Provenance(dataset.index, dataset.repo_id, group, head, number, frame, pass_index),
+        )
+
+
+def _pad(vector: np.ndarray, size: int) -> np.ndarray:
+    out = np.zeros(size, np.float32)
+    out[: len(vector)] = vector
+    return out

@@ -1,0 +1,201 @@
+"""The training stream: every rank's part of every global batch, built by all its workers.
+
+Each worker builds the samples of the slots it owns and the main process joins the workers' parts in slot order, so the
+ordered global batch is the tape's, whatever the ranks, workers, prefetching or delays.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from opentau_train import rng
+from opentau_train.data.collate import collate, join
+from opentau_train.data.mixture import Mixture
+from opentau_train.data.samples import SampleBuilder
+from opentau_train.data.tape import DatasetBlocks, Tape, Windows
+from opentau_train.errors import BadSample, UserError
+from opentau_train.types import Batch, Sample
+
+
+SUBSTITUTE_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker built of a step: the samples' numbers `t` [n] i64, their batch (None where n = 0), and how
+    many of them stand in for windows that couldn't be read."""
+
+    t: np.ndarray
+    batch: Batch | None
+    num_substituted: int
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's share of a global batch, in slot order, with the number of substituted windows in it."""
+
+    batch: Batch
+    num_substituted: int
+
+
+class Parts(IterableDataset):
+    """`plan(worker, num_workers)` gives the windows that a worker builds, item by item; each becomes a `Part`."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        plan: Callable[[int, int], Iterator[Windows]],
+        *,
+        train: bool,
+        quarantine: Path | None = None,
+    ):
+        self.mixture, self.plan, self.train, self.quarantine = mixture, plan, train, quarantine
+
+    def __iter__(self) -> Iterator[Part]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        builder = SampleBuilder(self.mixture, train=self.train)
+        try:
+            for windows in self.plan(worker, num_workers):
+                yield self._build(builder, windows)
+        finally:
+            builder.close()
+
+    def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
+        samples, substituted = [], 0
+        for i in range(len(windows)):
+            lane = int(windows.slot[i])
+            address = tuple(int(c[i]) for c in (windows.dataset, windows.episode, windows.frame, windows.pass_index))
+            try:
+                samples.append(builder.build(lane, *address))
+            except BadSample as error:
+                if not self.train:
+                    raise
+                samples.append(self._substitute(builder, lane, address, error))
+                substituted += 1
+        batch = collate(samples, self.mixture.spec) if samples else None
+        return Part(windows.t, batch, substituted)
+
+    def _substitute(self, builder: SampleBuilder, lane: int, address: tuple[int, ...], error: BadSample) -> Sample:
+        """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
+        dataset, episode, frame, pass_index = address
+        blocks = self.mixture.datasets[dataset].train
+        number = int(self.mixture.datasets[dataset].source.episodes.episode_index[episode])
+        self._record(error, pass_index)
+        key = rng.key(self.mixture.seed, "substitute", blocks.name, number, frame, pass_index)
+        for draw in rng.uniform(key, SUBSTITUTE_TRIES):
+            other = _window_at(blocks, int(draw * blocks.num_windows))
+            try:
+                return builder.build(lane, dataset, *other, pass_index)
+            except BadSample as again:
+                self._record(again, pass_index)
+        raise UserError(
+            f"dataset '{blocks.name}': {SUBSTITUTE_TRIES} windows drawn in place of an unreadable one can't be read either",
+            where=str(error),
+            remedy="repair the dataset's files, or exclude the episodes named in quarantine.jsonl",
+        )
+
+    def _record(self, error: BadSample, pass_index: int) -> None:
+        if self.quarantine is None:
+            return
+        row = {
+            "time": time.time(),
+            "dataset": error.dataset,
+            "episode": error.episode,
+            "frame": error.frame,
+            "pass": pass_index,
+            "cause": error.cause,
+        }
+        # One write of one line in append mode: lines of several workers and ranks don't mix.
+        with open(self.quarantine, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _window_at(blocks: DatasetBlocks, place: int) -> tuple[int, int]:
+    """(episode, frame) of the window at `place` of the blocks in table order."""
+    ends = np.cumsum(blocks.length, dtype=np.int64)
+    block = int(np.searchsorted(ends, place, side="right"))
+    return int(blocks.episode[block]), int(blocks.start[block] + place - (ends[block] - blocks.length[block]))
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The windows of steps `first`..`last` - 1 that belong to a worker of rank `rank` of `size`."""
+
+    tape: Tape
+    rank: int
+    size: int
+    first: int
+    last: int
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[Windows]:
+        for step in range(self.first, self.last):
+            yield self.tape.owned(step, self.rank, self.size, worker, num_workers)
+
+
+def training_batches(
+    mixture: Mixture,
+    tape: Tape,
+    *,
+    rank: int,
+    size: int,
+    first_step: int,
+    last_step: int,
+    quarantine: Path,
+) -> Iterator[RankBatch]:
+    """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
+
+    R must divide B. A worker that dies ends the iteration with a RuntimeError that names it.
+    """
+    data = mixture.settings
+    plan = TrainPlan(tape, rank, size, first_step, last_step)
+    parts = loader(Parts(mixture, plan, train=True, quarantine=quarantine), data.num_workers, data.prefetch_factor)
+    width = max(1, data.num_workers)
+    pending: list[Part] = []
+    for part in parts:
+        pending.append(part)
+        if len(pending) == width:
+            yield _join(pending)
+            pending = []
+
+
+def _join(parts: list[Part]) -> RankBatch:
+    t = np.concatenate([p.t for p in parts])
+    batch = join([p.batch for p in parts if p.batch is not None], np.argsort(t, kind="stable").tolist())
+    return RankBatch(batch, sum(p.num_substituted for p in parts))
+
+
+def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> DataLoader:
+    """Workers that each yield their own items, handed over in turn: worker 0's first, worker 1's first, ..."""
+    return DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        collate_fn=_same,
+        worker_init_fn=_quiet_worker if num_workers else None,
+        # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
+        # then change every later ambient draw of the training loop.
+        generator=torch.Generator().manual_seed(0),
+        in_order=True,
+    )
+
+
+def _same(item: Part) -> Part:
+    return item
+
+
+def _quiet_worker(worker: int) -> None:
+    """Ctrl-C goes to the whole process group; the main process alone decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,160 @@
+"""Processes and devices. The only place that reads the launch environment and that starts collectives' backends.
+
+`World` is what the rest of the program knows of the launch; its methods are the collectives, each of which every rank
+must call. Accelerate owns process state, device placement, mixed precision and DDP.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from opentau_train.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The launch as one rank sees it. With size 1 no process group exists and the collectives are the identity."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    accelerator: Accelerator = field(repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        return self.size // self.local_size
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over ranks, in place, on whatever device the tensor is."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank (pickled)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank (pickled)."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """`make()` on every rank; where it raises a `UserError` on any, the lowest such rank's is raised on all.
+
+        A file missing on one node must end every rank, with one message, instead of leaving the rest in a collective.
+        """
+        result, error = None, None
+        try:
+            result = make()
+        except UserError as mistake:
+            error = mistake
+        errors = self.gather(error)
+        for rank, found in enumerate(errors):
+            if found is not None:
+                if any(e is None for e in errors):
+                    found = UserError(found.what, where=f"{found.where} (on rank {rank})", remedy=found.remedy)
+                raise found
+        return result  # type: ignore[return-value]
+
+    def once_a_node(self, make: Callable[[], T]) -> T:
+        """`make()` first on each node's local rank 0, then on its others: for files that one process prepares."""
+        if self.local_rank == 0:
+            result = self.agree(make)
+        else:
+            self.agree(lambda: None)
+        return result if self.local_rank == 0 else make()
+
+
+@contextmanager
+def launch(*, device: str, precision: str, timeout: float) -> Iterator[World]:
+    """Join the launch that the environment describes (torchrun's variables, or a single process).
+
+    `timeout` is the time in seconds that a collective may take. CPU tensors travel by gloo, CUDA tensors by NCCL.
+    """
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    size = accelerator.num_processes
+    try:
+        yield World(
+            rank=accelerator.process_index,
+            size=size,
+            local_rank=accelerator.local_process_index,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+            device=accelerator.device,
+            accelerator=accelerator,
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, int]:
+    """(replicate, shard) with -1 filled in. Raises `UserError` where the product isn't the world size."""
+    where = "parallelism.data_parallel_{replicate,shard}_degree"
+    if replicate == -1 and shard == -1:
+        replicate, shard = 1, size
+    elif replicate == -1:
+        replicate = size // shard
+    elif shard == -1:
+        shard = size // replicate
+    if replicate * shard != size:
+        raise UserError(
+            f"replicate degree {replicate} x shard degree {shard} = {replicate * shard}, but {size} processes run",
+            where=where,
+            remedy=f"choose two degrees whose product is {size}, or leave one at -1",
+        )
+    return replicate, shard
+
+
+def check_batch(global_batch_size: int, size: int) -> None:
+    """Raises `UserError` naming the nearest rank counts and batches that fit where R doesn't divide B."""
+    if global_batch_size % size == 0:
+        return
+    ranks = [r for r in range(1, global_batch_size + 1) if global_batch_size % r == 0]
+    below = max((r for r in ranks if r < size), default=1)
+    above = min((r for r in ranks if r > size), default=None)
+    near = f"{below} or {above}" if above else str(below)
+    low = global_batch_size // size * size
+    raise UserError(
+        f"a global batch of {global_batch_size} can't be shared by {size} ranks",
+        where="trainer.global_batch_size",
+        remedy=f"run {near} ranks, or set trainer.global_batch_size={max(low, size)} or {low + size}",
+    )
