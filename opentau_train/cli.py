@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import hydra
@@ -144,7 +144,3 @@ def _explain_unknown_key(name: str) -> str:
     known = [*config.Settings.__dataclass_fields__, *groups]
     return str(UserError(f"unknown key '{name}'{did_you_mean(name, known)}", remedy=f"keys: {', '.join(known)}"))
 
-
-def as_yaml(tree: Mapping[str, Any]) -> str:
-    """A plain tree as YAML text, keys in order."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(tree)))

@@ -146,7 +146,7 @@ class TrainerSettings:
     log_every: int = 10
     step_timeout: float = 1800.0
     """Seconds that one collective may take before the job ends with an error."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     ema_decay: float | None = None
     max_skipped_steps: int = 20

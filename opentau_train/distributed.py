@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -142,6 +145,44 @@ def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, i
             remedy=f"choose two degrees whose product is {size}, or leave one at -1",
         )
     return replicate, shard
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """A policy spread over the ranks: `model` is what the loop calls, `sharded` says that every forward is a
+    collective."""
+
+    model: nn.Module
+    sharded: bool
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch: gradients are reduced in the last one only."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            yield
+        elif last or not hasattr(self.model, "no_sync"):
+            yield
+        else:
+            with self.model.no_sync():
+                yield
+
+
+def spread(policy: nn.Module, world: World, replicate: int, shard: int, precision: str) -> Replicas:
+    """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
+
+    Either way gradients are averaged over all ranks. Accelerate's FSDP2 plugin refuses CPUs, torch's own does not.
+    """
+    if shard == 1:
+        return Replicas(world.accelerator.prepare_model(policy), sharded=False)
+    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    policy.to(world.device)
+    for block in policy.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed)
+    register_fsdp_forward_method(policy, "sample_actions")
+    return Replicas(policy, sharded=True)
 
 
 def check_batch(global_batch_size: int, size: int) -> None:

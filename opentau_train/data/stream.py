@@ -31,20 +31,24 @@ SUBSTITUTE_TRIES = 8
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker built of a step: the samples' numbers `t` [n] i64, their batch (None where n = 0), and how
-    many of them stand in for windows that couldn't be read."""
+    """What one worker built of a step: the samples' numbers `t` [n] i64, their batch (None where n = 0), how many of
+    them stand in for windows that couldn't be read, or the error that ended the worker (errors travel as values: one
+    raised on a single rank would leave the others in a collective)."""
 
     t: np.ndarray
     batch: Batch | None
-    num_substituted: int
+    num_substituted: int = 0
+    error: UserError | None = None
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of a global batch, in slot order, with the number of substituted windows in it."""
+    """One rank's share of a global batch, in slot order, with the number of substituted windows in it; or the error
+    that ended its stream, with the batch None."""
 
-    batch: Batch
-    num_substituted: int
+    batch: Batch | None
+    num_substituted: int = 0
+    error: UserError | None = None
 
 
 class Parts(IterableDataset):
@@ -67,6 +71,8 @@ class Parts(IterableDataset):
         try:
             for windows in self.plan(worker, num_workers):
                 yield self._build(builder, windows)
+        except UserError as error:
+            yield Part(np.zeros(0, np.int64), None, error=error)
         finally:
             builder.close()
 
@@ -79,7 +85,7 @@ class Parts(IterableDataset):
                 samples.append(builder.build(lane, *address))
             except BadSample as error:
                 if not self.train:
-                    raise
+                    raise _unreadable(error) from error
                 samples.append(self._substitute(builder, lane, address, error))
                 substituted += 1
         batch = collate(samples, self.mixture.spec) if samples else None
@@ -118,6 +124,14 @@ class Parts(IterableDataset):
         # One write of one line in append mode: lines of several workers and ranks don't mix.
         with open(self.quarantine, "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _unreadable(error: BadSample) -> UserError:
+    return UserError(
+        f"a validation window can't be read: {error.cause}",
+        where=f"dataset '{error.dataset}', episode {error.episode}, frame {error.frame}",
+        remedy=f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}]",
+    )
 
 
 def _window_at(blocks: DatasetBlocks, place: int) -> tuple[int, int]:
@@ -162,6 +176,9 @@ def training_batches(
     width = max(1, data.num_workers)
     pending: list[Part] = []
     for part in parts:
+        if part.error is not None:
+            yield RankBatch(None, error=part.error)
+            return
         pending.append(part)
         if len(pending) == width:
             yield _join(pending)
@@ -195,7 +212,6 @@ def _same(item: Part) -> Part:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Ctrl-C goes to the whole process group; the main process alone decides when its workers end."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    """Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -65,7 +65,13 @@ class Windows:
     def __len__(self) -> int:
         return len(self.t)
 
+    def digest(self) -> int:
+        """A 64-bit hash of the ordered addresses."""
+        rows = np.stack([self.dataset, self.pass_index, self.episode, self.frame], axis=1)
+        return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=8).digest(), "little")
+
     def select(self, keep: NDArray) -> Windows:
+        """The rows at the places (or under the mask) `keep`."""
         return Windows(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
 
 

@@ -1,0 +1,149 @@
+"""One optimizer step over one global batch: micro-batches x ranks, one set of denominators.
+
+The counts of valid loss elements of the whole global batch are known from the masks, so they are summed over ranks
+before the first forward, together with the flags that all ranks must agree on; each micro-batch then divides by the same
+numbers. One rank with eight micro-batches and eight ranks with one give the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from opentau_train import rng
+from opentau_train.config import TrainerSettings
+from opentau_train.data.stream import RankBatch
+from opentau_train.distributed import Replicas, World
+from opentau_train.errors import UserError
+from opentau_train.optim import Ema, set_lr
+from opentau_train.types import Batch, LossTerms, Noise
+
+
+def draw_noise(key: torch.Tensor, draw: int, shape: tuple[int, int]) -> Noise:
+    """The flow's noise [B, T, A] and time [B] of samples with random keys `key` [B] i64: functions of (key, draw).
+
+    `shape` is (T, A). Made on the CPU in NumPy, so that no device, batch or order changes a number.
+    """
+    keys = rng.fold(key.cpu().numpy().view(np.uint64), draw)
+    steps, dims = shape
+    noise = rng.normal(rng.fold(keys, 1), steps * dims).reshape(-1, steps, dims)
+    time = rng.uniform(rng.fold(keys, 2))[:, 0].astype(np.float32)
+    # float32 rounds the largest uniforms up to 1.0, which is outside the half-open range that policies rely on.
+    time = np.minimum(time, np.nextafter(np.float32(1), np.float32(0)))
+    return Noise(torch.from_numpy(noise).to(key.device), torch.from_numpy(time).to(key.device))
+
+
+@dataclass
+class TrainState:
+    """What training changes: the policy's parameters, the optimizer's moments, the average, and two counters."""
+
+    policy: nn.Module
+    replicas: Replicas
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`losses`: (group [B], terms) of this rank's micro-batches, still on the device; `grad_norm` before clipping;
+    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on)."""
+
+    losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
+    grad_norm: float
+    lr: float
+    num_substituted: int
+    stop: int
+
+
+def train_step(
+    state: TrainState,
+    part: RankBatch,
+    world: World,
+    settings: TrainerSettings,
+    *,
+    lr: float,
+    max_samples: int,
+    stop: int,
+) -> StepResult:
+    """Take one optimizer step on this rank's `part` of the global batch; every rank must call it.
+
+    A gradient norm that isn't finite, which all ranks see alike, skips the update: parameters, moments and average
+    stay as they are while the data moves on. Raises on all ranks what any rank's stream raised.
+    """
+    weights = state.policy.loss_weights
+    batch = None if part.batch is None else part.batch.to(world.device)
+    denominators, substituted, stop = _agree(state.policy, batch, part, world, stop)
+    micro_batches = list(batch.split(max_samples))
+    losses = []
+    for i, micro in enumerate(micro_batches):
+        noise = draw_noise(micro.key, 0, micro.actions.shape[1:])
+        with state.replicas.accumulate(last=i == len(micro_batches) - 1), world.accelerator.autocast():
+            terms = state.replicas.model(micro, noise)
+        # Gradients are averaged over ranks; times the world size that average is the sum over the global batch.
+        loss = world.size * sum(weights[k] * terms[k][0].sum() / denominators[k] for k in weights if denominators[k] > 0)
+        loss.backward()
+        losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
+    grad_norm = _clip(state.policy, settings.grad_clip)
+    _update(state, grad_norm, lr)
+    return StepResult(losses, grad_norm, lr, substituted, stop)
+
+
+def _agree(
+    policy: nn.Module, batch: Batch | None, part: RankBatch, world: World, stop: int
+) -> tuple[dict[str, float], int, int]:
+    """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes."""
+    terms = list(policy.loss_weights)
+    counts = {k: 0.0 for k in terms} if batch is None else policy.term_counts(batch)
+    stops = [float(stop == code) for code in (1, 2)]
+    head = [torch.as_tensor(counts[k], dtype=torch.float64).sum().cpu() for k in terms]
+    packed = torch.stack([*head, *torch.tensor([part.num_substituted, part.error is not None, *stops]).double()])
+    *valid, substituted, failed, preempted, interrupted = world.sum(packed).tolist()
+    if failed:
+        raise next(error for error in world.gather(part.error) if error is not None)
+    return dict(zip(terms, valid, strict=True)), int(substituted), 2 if interrupted else int(preempted > 0)
+
+
+def _clip(policy: nn.Module, limit: float | None) -> float:
+    """Clip to a global norm of `limit` and return the norm before."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), limit if limit is not None else float("inf"))
+    whole: Callable | None = getattr(norm, "full_tensor", None)  # a sharded model's norm is a DTensor
+    return float(norm if whole is None else whole())
+
+
+def _update(state: TrainState, grad_norm: float, lr: float) -> None:
+    if np.isfinite(grad_norm):
+        set_lr(state.optimizer, lr)
+        state.optimizer.step()
+        if state.ema is not None:
+            state.ema.update(state.policy)
+        state.skipped_in_a_row = 0
+    else:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+
+
+def check_health(state: TrainState, settings: TrainerSettings, bad: int, seen: int, max_fraction: float, grace: int) -> None:
+    """Stop a run that has gone wrong, on all ranks at the same step.
+
+    Raises RuntimeError after too many skipped steps in a row, `UserError` when too many windows can't be read.
+    """
+    if state.skipped_in_a_row >= settings.max_skipped_steps:
+        raise RuntimeError(
+            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row, the last one step {state.step}: "
+            "lower optimizer.lr, or look at the data of these steps"
+        )
+    if bad > grace and bad > max_fraction * seen:
+        raise UserError(
+            f"{bad} of {seen} windows could not be read (data.bad_samples.max_fraction={max_fraction})",
+            where="quarantine.jsonl in the run directory names each with its cause",
+            remedy="repair or exclude these episodes, or raise data.bad_samples.max_fraction",
+        )

@@ -1,0 +1,335 @@
+"""The training application, top to bottom: open the data, build the policy, then
+
+    next batch, step, maybe log, maybe validate, maybe save, stop?
+
+`run` is called by the command line on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opentau_train import checkpoint, rng
+from opentau_train.config import Settings
+from opentau_train.data.mixture import Mixture, open_mixture
+from opentau_train.data.normalize import HeadStats
+from opentau_train.data.stream import training_batches
+from opentau_train.data.tape import Tape
+from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
+from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
+from opentau_train.metrics import Sums, training_row
+from opentau_train.optim import Ema, adamw
+from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
+from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
+from opentau_train.step import StepResult, TrainState, check_health, train_step
+from opentau_train.typed import instantiate
+from opentau_train.validate import ValidationPlan, plan_validation, validate
+
+log = logging.getLogger(__name__)
+
+STOP_CODES = {0: EXIT_OK, 1: EXIT_PREEMPTED, 2: EXIT_INTERRUPTED}
+
+
+def run(settings: Settings, tree: dict[str, Any]) -> int:
+    """Train as `settings` say; `tree` is the same configuration as plain data, for the record. Returns the exit code.
+
+    Raises `UserError` for mistakes in configuration or data, on all ranks alike.
+    """
+    trainer = settings.trainer
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    with ExitStack() as stack:
+        world = stack.enter_context(
+            launch(device=trainer.device, precision=trainer.precision, timeout=trainer.step_timeout)
+        )
+        console = stack.enter_context(log_to(sys.stderr, world.is_main))
+        stop = stack.enter_context(stop_signals())
+        job = prepare(settings, tree, world)
+        console.also_to(job.run_dir / "train.log")
+        if job.state.step >= trainer.steps:
+            log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
+            return EXIT_OK
+        sinks = stack.enter_context(_open_sinks(job, tree))
+        code = _loop(job, sinks, stop)
+        if world.is_main:
+            log.info(next_steps(job.run_dir, job.state.step, code))
+        return STOP_CODES[code]
+
+
+@dataclass
+class Job:
+    """All that the loop needs, on one rank. `bad` and `seen` count windows since the run began."""
+
+    settings: Settings
+    world: World
+    run_dir: Path
+    mixture: Mixture
+    tape: Tape
+    plan: ValidationPlan
+    state: TrainState
+    schedule: Any
+    pretrained: checkpoint.Pretrained
+    max_samples: int
+    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0})
+
+    @property
+    def validates(self) -> bool:
+        return self.settings.validation.every > 0 and len(self.plan.windows) > 0
+
+
+def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
+    """Open the data, build the policy and its optimizer, and load the checkpoint that `resume` names."""
+    trainer = settings.trainer
+    check_batch(trainer.global_batch_size, world.size)
+    degrees = data_parallel_degrees(
+        settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
+    )
+    run_dir, found = world.broadcast(world.agree(lambda: _where(settings)))
+    stats = None if found is None else _read_stats(found)
+    mixture = open_mixture(settings, world, stats)
+    tape = mixture.tape(trainer.global_batch_size)
+    torch.manual_seed(rng.key(settings.seed, "init") >> 1)
+    policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
+    if trainer.compile:
+        for block in policy.blocks():
+            block.compile()
+    replicas = spread(policy, world, *degrees, trainer.precision)
+    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    state = TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
+    share = trainer.global_batch_size // world.size
+    max_samples = min(settings.data.max_samples_per_batch or share, share)
+    plan = plan_validation(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    pretrained = checkpoint.Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
+    job = Job(settings, world, run_dir, mixture, tape, plan, state, schedule, pretrained, max_samples)
+    if world.is_main:
+        log.info(mixture_table(mixture, plan, sum(p.numel() for p in policy.parameters())))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(as_yaml(tree))
+    if found is not None:
+        _resume(job, found)
+    return job
+
+
+def _where(settings: Settings) -> tuple[Path, Path | None]:
+    """(run directory, checkpoint to start from or None)."""
+    root = Path(settings.paths.root).expanduser()
+    run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
+    if run_dir is None and settings.resume == "auto":
+        run_dir = checkpoint.newest_run(root, settings.name)
+    found = checkpoint.resolve(settings.resume, run_dir)
+    if run_dir is None and found is not None:
+        run_dir = found.parent.parent
+    if run_dir is None:
+        run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return run_dir.absolute(), found
+
+
+def _read_stats(path: Path) -> dict[str, HeadStats]:
+    tree = json.loads((path / "pretrained_model" / "stats.json").read_text())
+    return {head: HeadStats.from_json(found) for head, found in tree.items()}
+
+
+def _resume(job: Job, found: Path) -> None:
+    saved = checkpoint.load(found, job.state, job.world)
+    t = job.world.agree(lambda: job.tape.check_state(saved["stream"]))
+    assert t == job.state.step * job.settings.trainer.global_batch_size
+    job.counters.update(saved["counters"])
+    job.state.skipped = job.counters["skipped"]
+    if job.world.is_main:
+        log.info("resumed from %s at step %d", found, job.state.step)
+
+
+def _convention(mixture: Mixture) -> dict[str, Any]:
+    """What a user of the weights must know of inputs and outputs."""
+    return {
+        "actions": "as the dataset's action columns, normalised by the norm head's statistics",
+        "normalization": mixture.settings.normalization,
+        "spec": asdict(mixture.spec),
+        "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
+        "fps": {d.name: d.source.fps for d in mixture.datasets},
+    }
+
+
+@contextmanager
+def _open_sinks(job: Job, tree: dict[str, Any]) -> Iterator[Sinks]:
+    """Rank 0 writes; the other ranks have no sink."""
+    if not job.world.is_main:
+        yield Sinks([])
+        return
+    context = SinkContext(
+        run_dir=job.run_dir,
+        run_name=job.run_dir.name,
+        total_steps=job.settings.trainer.steps,
+        start_step=job.state.step,
+        config=tree,
+    )
+    with open_sinks(job.settings.logger, context) as sinks:
+        yield sinks
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
+
+
+def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
+    """Train until the last step or a stop; returns the stop code that all ranks agreed on."""
+    settings, trainer, state, world = job.settings, job.settings.trainer, job.state, job.world
+    meter = Meter(job)
+    batches = training_batches(
+        job.mixture,
+        job.tape,
+        rank=world.rank,
+        size=world.size,
+        first_step=state.step,
+        last_step=trainer.steps,
+        quarantine=job.run_dir / "quarantine.jsonl",
+    )
+    code = 0
+    while state.step < trainer.steps and code == 0:
+        with meter.waiting():
+            part = next(batches)
+        lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
+        result = train_step(state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=stop.code)
+        code = result.stop
+        meter.add(result)
+        last = state.step == trainer.steps
+        _check(job, result)
+        if state.step % trainer.log_every == 0 or last or code:
+            row = meter.row(result)
+            sinks.write(state.step, row)
+        if job.validates and not code and (state.step % settings.validation.every == 0 or last):
+            with meter.paused():
+                _validate(job, sinks)
+        if last or code or (settings.checkpoint.every and state.step % settings.checkpoint.every == 0):
+            with meter.paused():
+                _save(job)
+    return code
+
+
+def _check(job: Job, result: StepResult) -> None:
+    job.counters["bad"] += result.num_substituted
+    job.counters["skipped"] = job.state.skipped
+    limits = job.settings.data.bad_samples
+    seen = job.state.step * job.settings.trainer.global_batch_size
+    check_health(job.state, job.settings.trainer, job.counters["bad"], seen, limits.max_fraction, limits.grace)
+
+
+def _validate(job: Job, sinks: Sinks) -> None:
+    started = time.perf_counter()
+    row = validate(job.state.policy, job.state.replicas, job.plan, job.world, job.settings.validation)
+    sinks.write(job.state.step, {**row, "Validation/Seconds": time.perf_counter() - started})
+
+
+def _save(job: Job) -> None:
+    path = checkpoint.save(
+        job.run_dir,
+        job.state,
+        job.world,
+        stream=job.tape.state(job.state.step * job.settings.trainer.global_batch_size),
+        counters=job.counters,
+        pretrained=job.pretrained,
+        keep_last=job.settings.checkpoint.keep_last,
+    )
+    if job.world.is_main:
+        log.info("saved %s", path)
+
+
+class Meter:
+    """What happened between two log lines: losses by group, times, the batch's make-up."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.terms = tuple(job.state.policy.loss_weights)
+        self.pending: list[StepResult] = []
+        self.wait = 0.0
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - before
+
+    def add(self, result: StepResult) -> None:
+        self.pending.append(result)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around a validation or a save, whose time is not the steps'."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
+
+    def row(self, last: StepResult) -> dict[str, float]:
+        """The interval's row; collective (it sums the losses over ranks), and the start of a new interval."""
+        job, steps = self.job, len(self.pending)
+        sums = Sums(len(job.mixture.groups), self.terms)
+        for result in self.pending:
+            for group, terms in result.losses:
+                sums.add(group, terms)
+        job.world.sum(sums.values)
+        seconds = (time.perf_counter() - self.started) / steps
+        batch = job.tape.batch(job.state.step - 1)
+        row = training_row(sums.values.numpy(), job.mixture.groups, self.terms, job.state.policy.loss_weights)
+        row |= {
+            "Training/GradNorm": last.grad_norm,
+            "Training/LearningRate": last.lr,
+            "Training/SkippedSteps": float(job.state.skipped),
+            "Training/SubstitutedWindows": float(job.counters["bad"]),
+            "Training/StepTime": seconds,
+            "Training/DataWait": self.wait / steps,
+            "Training/SamplesPerSecond": job.settings.trainer.global_batch_size / seconds,
+            "Training/DistinctEpisodes": float(len(np.unique(np.stack([batch.dataset, batch.episode]), axis=1).T)),
+            "Training/Epoch": job.tape.epoch_of(job.state.step * job.tape.batch_size),
+            # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
+            # means the same batch in the same order.
+            "Training/BatchId": float(batch.digest() >> 12),
+        }
+        self.pending, self.wait, self.started = [], 0.0, time.perf_counter()
+        return row
+
+
+# -- stopping --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StopFlag:
+    """0 = go on, 1 = preempted (SIGTERM, SIGUSR1, SIGUSR2), 2 = interrupted (Ctrl-C)."""
+
+    code: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Signals set a flag that travels with the step's all-reduce, so all ranks stop after the same step. A second
+    Ctrl-C ends at once."""
+    flag = StopFlag()
+
+    def preempt(number: int, frame: object) -> None:
+        flag.code = max(flag.code, 1)
+
+    def interrupt(number: int, frame: object) -> None:
+        if flag.code == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        flag.code = 2
+        sys.stderr.write("\nstopping after this step and saving; press Ctrl-C again to end at once\n")
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt, signal.SIGUSR1: preempt, signal.SIGUSR2: preempt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
