@@ -1,0 +1,74 @@
+"""Pixels: from decoded video frames and encoded still images to RGB arrays of one size."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+
+class ImageError(Exception):
+    """A still image can't be decoded; the text says why."""
+
+
+def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) of the same aspect ratio inside `size` (H, W), at least one pixel each way."""
+    scale = min(size[0] / height, size[1] / width)
+    return tuple(min(limit, max(1, round(side * scale))) for side, limit in zip((height, width), size))
+
+
+class Letterbox:
+    """Brings frames to `size` (H, W) as RGB: aspect ratio kept, centred, padded with black. None keeps the size.
+
+    Holds libswscale's context, whose set-up costs more than scaling a small frame: keep one a camera.
+    """
+
+    def __init__(self, size: tuple[int, int] | None):
+        self.size = size
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        """[H, W, 3] uint8 RGB."""
+        if self.size is None or self.size == (frame.height, frame.width):
+            return self._rgb(frame, frame.height, frame.width)
+        height, width = fit(frame.height, frame.width, self.size)
+        scaled = self._rgb(frame, height, width)
+        if (height, width) == self.size:
+            return scaled
+        out = np.zeros((*self.size, 3), np.uint8)
+        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
+        out[top : top + height, left : left + width] = scaled
+        return out
+
+    def _rgb(self, frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
+        # threads=1: libswscale would start a pool of its own in every worker.
+        scaled = self._reformatter.reformat(
+            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
+        )
+        return scaled.to_ndarray()
+
+
+def decode_image(encoded: bytes) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 RGB of a PNG, JPEG, ...; grey images repeat their channel, 16-bit ones keep the high byte.
+
+    Raises `ImageError`.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return _to_rgb(image)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(str(error)) from error
+
+
+def _to_rgb(image: Any) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):
+        grey = (np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise ImageError("its pixels are floating point numbers, whose range is not known")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,261 @@
+"""LeRobot datasets, formats v3.0 and v2.1, as a `Source`.
+
+Metadata is read once, when the source is opened; files of rows and frames are opened by the cursors, in the
+process that uses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.config import SourceSettings
+from opentau_train.data.lerobot_columns import (
+    CAMERA,
+    choose_cameras,
+    choose_numbers,
+    choose_texts,
+    dimension_names,
+)
+from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
+from opentau_train.data.lerobot_meta import Episodes, FileTable, Info, read_episodes, read_info, read_tasks
+from opentau_train.data.rows import RowError, RowReader, texts
+from opentau_train.errors import UserError, did_you_mean
+from opentau_train.types import EpisodeTable, WindowSpec
+
+DEFAULT_CONTROL_MODE = "default"
+CONTROL_MODE_COLUMN = "control_mode"
+
+
+def whole_episodes(length: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[N, 3] int32 blocks (position, 0, length): every episode in one run."""
+    return np.stack([np.arange(len(length)), np.zeros(len(length)), length], axis=1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class LeRobotSource:
+    """See `opentau_train.data.source.Source`. Metadata only: picklable, and nothing is open."""
+
+    name: str
+    settings: SourceSettings
+    root: Path
+    robot_type: str
+    fps: float
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    fingerprint: str
+    reading: Reading
+
+    @classmethod
+    def open(cls, name: str, settings: SourceSettings, root: Path) -> LeRobotSource:
+        """Read the metadata of the dataset in `root`. Raises `UserError` for what is missing, broken or unknown."""
+        where = f"data.sources.{name}"
+        root = Path(root)
+        info = read_info(root, where)
+        features = info.features
+        cameras = choose_cameras(features, settings.cameras, f"{where}.cameras")
+        state = choose_numbers(features, settings.state, "observation.state", f"{where}.state")
+        actions = choose_numbers(features, settings.actions, "action", f"{where}.actions")
+        if not actions:
+            raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
+        prompts = choose_texts(features, settings.prompt_columns, f"{where}.prompt_columns")
+        videos = {camera: c for camera, c in cameras.items() if features[c]["dtype"] == "video"}
+        images = {camera: c for camera, c in cameras.items() if camera not in videos}
+
+        listed = read_episodes(info, videos.values(), settings.control_mode_column)
+        table, data_files, video_files = _episode_table(info, listed, videos)
+        keep = _kept_positions(table.episode_index, settings, where)
+        table = table.select(keep)
+        extra = None if listed.extra is None else [listed.extra[i] for i in keep]
+        table = _with_control_mode(table, info, settings, extra, data_files)
+        reading = Reading(
+            name,
+            root,
+            table,
+            data_files,
+            video_files,
+            images,
+            tuple(cameras),
+            state,
+            actions,
+            prompts,
+            settings.prompt_separator,
+            "task_index" if "task_index" in features else None,
+            read_tasks(info),
+            settings.tolerance_s,
+        )
+        return cls(
+            name,
+            settings,
+            root,
+            settings.robot_type or info.tree.get("robot_type") or "unknown",
+            float(info.get("fps")),
+            dimension_names(features, state),
+            dimension_names(features, actions),
+            _fingerprint(info, table, data_files),
+            reading,
+        )
+
+    @property
+    def episodes(self) -> EpisodeTable:
+        return self.reading.episodes
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self.reading.cameras
+
+    def get_shuffle_blocks(self) -> NDArray[np.int32]:
+        return whole_episodes(self.episodes.length)
+
+    def cursors(self, window: WindowSpec) -> LeRobotCursorFactory:
+        return LeRobotCursorFactory(self.reading, window)
+
+    def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
+        """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
+        reading, table = self.reading, self.episodes
+        names = [c.name for c in (*reading.state, *reading.actions)]
+        reader = RowReader(reading.data_files.path, names)
+        positions = np.asarray(positions, np.int64)
+        try:
+            for position in positions[np.lexsort((table.row_start[positions], table.data_file[positions]))].tolist():
+                file = int(table.data_file[position])
+                start, length = int(table.row_start[position]), int(table.length[position])
+                try:
+                    rows = reader.read(file, start, length, int(table.episode_index[position]))
+                    yield position, stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+                except RowError as error:
+                    raise _unreadable(self.name, reading.data_files, file, error) from error
+        finally:
+            reader.close()
+
+
+def _unreadable(name: str, files: FileTable, file: int, error: RowError) -> UserError:
+    return UserError(
+        f"rows can't be read: {error}",
+        where=str(files.path(file)),
+        remedy=f"restore the file, or leave its episodes out with data.sources.{name}.exclude_episodes",
+    )
+
+
+def _episode_table(
+    info: Info, listed: Episodes, videos: dict[str, str]
+) -> tuple[EpisodeTable, FileTable, dict[str, FileTable]]:
+    """The table of all episodes, still without control modes, and the files that it numbers."""
+    data_files, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
+    files, numbers, starts = {}, {}, {}
+    for camera, column in videos.items():
+        chunk, file, starts[camera] = listed.videos[column]
+        files[camera], numbers[camera] = _number_files(info, "video_path", chunk, file, column)
+    table = EpisodeTable(
+        listed.episode_index,
+        listed.length.astype(np.int32),
+        np.zeros(len(listed.length), np.int16),
+        (DEFAULT_CONTROL_MODE,),
+        data_file,
+        listed.row_start,
+        numbers,
+        starts,
+    )
+    return table, data_files, files
+
+
+def _number_files(
+    info: Info, key: str, chunk: NDArray[np.int64], file: NDArray[np.int64], video_key: str = ""
+) -> tuple[FileTable, NDArray[np.int32]]:
+    pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
+    files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
+    try:
+        files.relative(0)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{key} '{files.template}' can't be filled in: {error}",
+            where=str(info.path),
+            remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
+        ) from error
+    return files, number.reshape(-1).astype(np.int32)
+
+
+def _kept_positions(episode_index: NDArray[np.int64], settings: SourceSettings, where: str) -> NDArray[np.int64]:
+    keep = np.ones(len(episode_index), bool)
+    for key, wanted in (("episodes", settings.episodes), ("exclude_episodes", settings.exclude_episodes)):
+        unknown = set(wanted or ()) - set(episode_index.tolist())
+        if unknown:
+            raise UserError(
+                f"episode {min(unknown)} is not in the dataset",
+                where=f"{where}.{key}",
+                remedy=f"the dataset has {len(episode_index)} episodes, {episode_index[0]} to {episode_index[-1]}",
+            )
+    if settings.episodes is not None:
+        keep &= np.isin(episode_index, settings.episodes)
+    keep &= ~np.isin(episode_index, settings.exclude_episodes)
+    if not keep.any():
+        raise UserError("no episode is left", where=where, remedy=f"change {where}.episodes or .exclude_episodes")
+    return np.flatnonzero(keep)
+
+
+def _with_control_mode(
+    table: EpisodeTable, info: Info, settings: SourceSettings, extra: list | None, data_files: FileTable
+) -> EpisodeTable:
+    column = settings.control_mode_column
+    same = settings.control_mode or info.tree.get("control_mode")
+    if same:
+        modes = [str(same)] * len(table)
+    elif extra is not None:
+        modes = [str(mode) if mode else DEFAULT_CONTROL_MODE for mode in extra]
+    elif column in info.features:
+        modes = _modes_in_rows(table, column, data_files, info.where)
+    elif column != CONTROL_MODE_COLUMN:
+        raise UserError(
+            f"'{column}' is not in the dataset: {did_you_mean(column, info.features)}",
+            where=f"{info.where}.control_mode_column",
+            remedy=f"name a column of the dataset, or set {info.where}.control_mode=NAME",
+        )
+    else:
+        modes = [DEFAULT_CONTROL_MODE] * len(table)
+    known, code = np.unique(modes, return_inverse=True)
+    return EpisodeTable(
+        **{**vars(table), "control_mode": code.astype(np.int16), "control_modes": tuple(str(k) for k in known)}
+    )
+
+
+def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, where: str) -> list[str]:
+    """Each episode's text in the data column; 'mixed' where it changes inside the episode."""
+    reader = RowReader(data_files.path, [column])
+    modes = []
+    try:
+        for position in range(len(table)):
+            file, start = int(table.data_file[position]), int(table.row_start[position])
+            try:
+                rows = reader.read(file, start, int(table.length[position]), int(table.episode_index[position]))
+                code, known = texts(rows, column)
+            except RowError as error:
+                raise _unreadable(where.rpartition(".")[2], data_files, file, error) from error
+            distinct = {known[c] if c >= 0 else DEFAULT_CONTROL_MODE for c in np.unique(code)}
+            modes.append(distinct.pop() if len(distinct) == 1 else "mixed")
+    finally:
+        reader.close()
+    return modes
+
+
+def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable) -> str:
+    digest = hashlib.blake2b(info.raw, digest_size=16)
+    for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    for camera, start in table.video_start.items():
+        digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
+    for number in np.unique(table.data_file).tolist():
+        relative = data_files.relative(number)
+        try:
+            size = (info.root / relative).stat().st_size
+        except OSError:
+            size = -1  # its episodes are bad samples, found when they are read
+        digest.update(f"{relative}\x1f{size}\x1e".encode())
+    return digest.hexdigest()
+
+
+__all__ = ["CAMERA", "LeRobotSource", "whole_episodes"]

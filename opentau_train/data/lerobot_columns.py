@@ -1,0 +1,106 @@
+"""Which columns of a LeRobot dataset are its cameras, state, actions and prompts: read from info.json's features."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opentau_train.errors import UserError, did_you_mean
+
+Features = Mapping[str, Mapping[str, Any]]
+
+FLOAT = frozenset({"float16", "float32", "float64"})
+NUMBER = FLOAT | {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+CAMERA = frozenset({"video", "image"})
+TEXT = frozenset({"string"})
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers with `dim` values a row."""
+
+    name: str
+    dim: int
+
+
+def choose_cameras(
+    features: Features, setting: Mapping[str, str] | tuple[str, ...] | None, where: str
+) -> dict[str, str]:
+    """{camera name: column}. A camera is named by its column's last part, by the whole where two would collide."""
+    if isinstance(setting, Mapping):
+        for column in setting.values():
+            _require(features, column, CAMERA, "camera", where)
+        return dict(setting)
+    columns = _of_kind(features, CAMERA) if setting is None else list(dict.fromkeys(setting))
+    for column in columns:
+        _require(features, column, CAMERA, "camera", where)
+    times = Counter(c.rpartition(".")[2] for c in columns)
+    return {c if times[c.rpartition(".")[2]] > 1 else c.rpartition(".")[2]: c for c in columns}
+
+
+def choose_numbers(features: Features, setting: tuple[str, ...] | None, whole: str, where: str) -> tuple[Column, ...]:
+    """The columns given, else the column `whole`, else every float column `whole.*` in info.json's order."""
+    if setting is not None:
+        for name in setting:
+            _require(features, name, NUMBER, "number", where)
+        names = list(setting)
+    elif features.get(whole, {}).get("dtype") in NUMBER:
+        names = [whole]
+    else:
+        names = [c for c in _of_kind(features, FLOAT) if c.startswith(whole + ".")]
+    return tuple(Column(n, _dim(features[n])) for n in names)
+
+
+def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The text columns given, checked."""
+    for name in setting:
+        _require(features, name, TEXT, "text", where)
+    return setting
+
+
+def dimension_names(features: Features, columns: tuple[Column, ...]) -> tuple[str, ...]:
+    """One name a dimension: `column.name` where info.json names all of a column's dimensions, else `column[i]`."""
+    out: list[str] = []
+    for column in columns:
+        names = _flat_names(features[column.name].get("names"))
+        if len(names) == column.dim:
+            out += [f"{column.name}.{name}" for name in names]
+        else:
+            out += [f"{column.name}[{i}]" for i in range(column.dim)]
+    return tuple(out)
+
+
+def _flat_names(names: Any) -> list[str]:
+    """info.json has lists, {"motors": [...]}, or {name: place}."""
+    if isinstance(names, Mapping):
+        if names and all(isinstance(place, int) for place in names.values()):
+            return sorted(names, key=names.__getitem__)
+        return [n for part in names.values() for n in _flat_names(part)]
+    if isinstance(names, list):
+        return [n for part in names for n in (_flat_names(part) if isinstance(part, list | dict) else [str(part)])]
+    return []
+
+
+def _dim(feature: Mapping[str, Any]) -> int:
+    dim = 1
+    for size in feature.get("shape") or ():
+        dim *= int(size)
+    return dim
+
+
+def _of_kind(features: Features, kinds: frozenset[str]) -> list[str]:
+    return [name for name, feature in features.items() if feature.get("dtype") in kinds]
+
+
+def _require(features: Features, name: str, kinds: frozenset[str], kind: str, where: str) -> None:
+    if features.get(name, {}).get("dtype") in kinds:
+        return
+    there = _of_kind(features, kinds)
+    what = f"is a {features[name].get('dtype')} column" if name in features else "is not in the dataset"
+    raise UserError(
+        f"'{name}' {what}: {did_you_mean(name, there)}",
+        where=where,
+        remedy=f"choose from the dataset's {kind} columns: {', '.join(there) or '(it has none)'}",
+    )

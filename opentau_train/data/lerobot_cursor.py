@@ -1,0 +1,228 @@
+"""Reading windows of a LeRobot dataset inside one worker process: rows from parquet, frames from mp4 or parquet."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from opentau_train.data.images import ImageError, Letterbox, decode_image
+from opentau_train.data.lerobot_columns import Column
+from opentau_train.data.lerobot_meta import FileTable
+from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
+from opentau_train.data.video import FrameCursor, VideoError, VideoPool
+from opentau_train.errors import BadSample
+from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a worker must know to read a dataset; picklable.
+
+    `videos` {camera: its files}, `images` {camera: its parquet column}; `task_column` is None where rows have no
+    task; `prompt_separator` splits one text into alternatives.
+    """
+
+    dataset: str
+    root: Path
+    episodes: EpisodeTable
+    data_files: FileTable
+    videos: Mapping[str, FileTable]
+    images: Mapping[str, str]
+    cameras: tuple[str, ...]
+    state: tuple[Column, ...]
+    actions: tuple[Column, ...]
+    prompt_columns: tuple[str, ...]
+    prompt_separator: str | None
+    task_column: str | None
+    tasks: Mapping[int, str]
+    tolerance_s: float
+
+    @property
+    def columns(self) -> list[str]:
+        """The parquet columns of a window."""
+        names = [c.name for c in (*self.state, *self.actions)]
+        names += [*self.prompt_columns, *self.images.values()]
+        names += [self.task_column] if self.task_column else []
+        return names + (["timestamp"] if self.videos else [])
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """The rows of one episode: `state` [L, S] and `actions` [L, A] f32, `seconds` [L] f64 since the episode's
+    start in its videos, `prompts[prompt_code[f]]` for row f, `images` {camera: L encoded images}."""
+
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    seconds: NDArray[np.float64]
+    prompt_code: NDArray[np.int64]
+    prompts: list[tuple[str, ...]]
+    images: Mapping[str, pa.Array]
+
+
+def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
+    """[L, D] f32: the columns side by side. Raises `RowError`."""
+    parts = [numbers(rows, c.name, c.dim) for c in columns]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
+
+
+class LeRobotCursorFactory:
+    """A worker's open files of one dataset. `frames_decoded` counts over all its cursors."""
+
+    def __init__(self, reading: Reading, window: WindowSpec):
+        self.reading, self.window = reading, window
+        self.pool = VideoPool()
+        self.rows = RowReader(reading.data_files.path, reading.columns)
+        self.letterboxes = {camera: Letterbox(window.image_size) for camera in reading.cameras}
+
+    @property
+    def frames_decoded(self) -> int:
+        return self.pool.frames_decoded
+
+    def cursor(self) -> LeRobotCursor:
+        return LeRobotCursor(self)
+
+    def close(self) -> None:
+        self.pool.close()
+        self.rows.close()
+
+
+class LeRobotCursor:
+    """Reads one window at a time; keeps the episode's rows and each camera's last h+1 images."""
+
+    def __init__(self, factory: LeRobotCursorFactory):
+        self._factory, self._reading, self._window = factory, factory.reading, factory.window
+        self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.videos}
+        self._rings: dict[str, OrderedDict[int, NDArray[np.uint8]]] = {c: OrderedDict() for c in self._reading.cameras}
+        self._episode = -1
+        self._rows: EpisodeRows | None = None
+
+    def read(self, episode: int, frame: int) -> RawWindow:
+        """See `opentau_train.data.source.Cursor`. The arrays belong to the caller."""
+        length = int(self._reading.episodes.length[episode])
+        if not 0 <= frame < length:
+            raise IndexError(f"frame {frame} of an episode of {length}")
+        try:
+            rows = self._enter(episode)
+            first = frame - self._window.history
+            images = {
+                camera: np.stack([self._image(camera, max(0, f)) for f in range(first, frame + 1)])
+                for camera in self._reading.cameras
+            }
+        except (RowError, VideoError, ImageError) as error:
+            episode_index = int(self._reading.episodes.episode_index[episode])
+            raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
+        steps = np.arange(frame, frame + self._window.chunk_length)
+        return RawWindow(
+            images,
+            rows.state[frame].copy(),
+            rows.actions[np.minimum(steps, length - 1)],
+            steps >= length,
+            rows.prompts[rows.prompt_code[frame]],
+        )
+
+    def close(self) -> None:
+        for cursor in self._videos.values():
+            cursor.close()
+        self._videos = {}
+        self._leave()
+
+    def _leave(self) -> None:
+        self._episode, self._rows = -1, None
+        for ring in self._rings.values():
+            ring.clear()
+
+    def _enter(self, episode: int) -> EpisodeRows:
+        if episode != self._episode or self._rows is None:
+            self._leave()
+            self._rows = load_rows(self._factory.rows, self._reading, episode)
+            self._episode = episode
+        return self._rows
+
+    def _image(self, camera: str, frame: int) -> NDArray[np.uint8]:
+        """[H, W, 3] uint8 of one frame of the present episode, from the ring where it is still there."""
+        ring = self._rings[camera]
+        image = ring.get(frame)
+        if image is None:
+            image = ring[frame] = self._factory.letterboxes[camera](self._frame(camera, frame))
+            if len(ring) > self._window.history + 1:
+                ring.popitem(last=False)
+        return image
+
+    def _frame(self, camera: str, frame: int) -> av.VideoFrame:
+        reading, table = self._reading, self._reading.episodes
+        if camera in self._videos:
+            path = reading.videos[camera].path(int(table.video_file[camera][self._episode]))
+            seconds = table.video_start[camera][self._episode] + self._rows.seconds[frame]
+            return self._videos[camera].read(path, float(seconds), reading.tolerance_s)
+        try:
+            pixels = decode_image(_encoded(self._rows.images[camera][frame].as_py(), reading.root))
+        except (ImageError, OSError) as error:
+            path = reading.data_files.path(int(table.data_file[self._episode]))
+            raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
+        return av.VideoFrame.from_ndarray(pixels, "rgb24")
+
+
+def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
+    """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
+    table = reading.episodes
+    file = int(table.data_file[position])
+    rows = reader.read(
+        file, int(table.row_start[position]), int(table.length[position]), int(table.episode_index[position])
+    )
+    try:
+        code, prompts = _prompts(rows, reading)
+        return EpisodeRows(
+            stack_columns(rows, reading.state),
+            stack_columns(rows, reading.actions),
+            numbers(rows, "timestamp", 1, np.float64)[:, 0] if reading.videos else np.zeros(0),
+            code,
+            prompts,
+            {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
+        )
+    except RowError as error:
+        raise RowError(f"{reading.data_files.path(file)}: {error}") from error
+
+
+def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
+    """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
+    columns = [texts(rows, name) for name in reading.prompt_columns]
+    codes = [code for code, _ in columns]
+    if reading.task_column:
+        codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
+    if not codes:
+        return np.zeros(rows.num_rows, np.int64), [()]
+    distinct, code = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+    prompts = []
+    for combination in distinct.tolist():
+        found = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
+        chosen = _clean(found, reading.prompt_separator)
+        if not chosen and reading.task_column:
+            if combination[-1] not in reading.tasks:
+                raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
+            chosen = _clean([reading.tasks[combination[-1]] or ""], reading.prompt_separator)
+        prompts.append(chosen)
+    return code.reshape(-1), prompts
+
+
+def _clean(found: list[str], separator: str | None) -> tuple[str, ...]:
+    parts = [part for text in found for part in (text.split(separator) if separator else [text])]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _encoded(cell: Any, root: Path) -> bytes:
+    """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
+    if isinstance(cell, Mapping):
+        if cell.get("bytes") is None and cell.get("path"):
+            return (root / cell["path"]).read_bytes()
+        cell = cell.get("bytes")
+    if not isinstance(cell, bytes):
+        raise ImageError("it has no image bytes")
+    return cell

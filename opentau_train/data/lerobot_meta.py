@@ -1,0 +1,233 @@
+"""The metadata of a LeRobot dataset, v3.0 and v2.1: info.json, episodes, tasks, and where the files are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from opentau_train.errors import UserError
+
+VERSIONS = ("v3.0", "v2.1")
+_RESTORE = "restore the file (download or export the dataset again)"
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """Files of one kind, numbered. Paths are made when asked for: 100,000 files cost 16 bytes each."""
+
+    root: Path
+    template: str
+    chunk: NDArray[np.int64]
+    file: NDArray[np.int64]
+    video_key: str = ""
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def relative(self, number: int) -> str:
+        chunk, file = int(self.chunk[number]), int(self.file[number])
+        return self.template.format(
+            chunk_index=chunk, file_index=file, episode_chunk=chunk, episode_index=file, video_key=self.video_key
+        )
+
+    def path(self, number: int) -> Path:
+        return self.root / self.relative(number)
+
+
+@dataclass(frozen=True)
+class Info:
+    """meta/info.json. `raw` is the file's bytes, `tree` their content (keys that nobody asks for are ignored)."""
+
+    root: Path
+    where: str
+    raw: bytes
+    tree: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.root / "meta" / "info.json"
+
+    @property
+    def features(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.get("features")
+
+    def get(self, key: str) -> Any:
+        """A key that must be there. Raises `UserError`."""
+        if self.tree.get(key) is None:
+            raise UserError(f"meta/info.json has no '{key}'", where=str(self.path), remedy=_RESTORE)
+        return self.tree[key]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """One row an episode, by rising `episode_index`: `length` rows from `row_start` of file (`chunk`, `file`);
+    `videos` {column: (chunk, file, seconds at which it starts)}; `extra`: the texts of one more column, if there."""
+
+    episode_index: NDArray[np.int64]
+    length: NDArray[np.int64]
+    chunk: NDArray[np.int64]
+    file: NDArray[np.int64]
+    row_start: NDArray[np.int64]
+    videos: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]
+    extra: list[Any] | None
+
+
+def read_info(root: Path, where: str) -> Info:
+    """Read and check info.json. `where` is the source's config path. Raises `UserError`."""
+    if not root.is_dir():
+        raise UserError(f"dataset directory {root} doesn't exist", where=where, remedy=f"set {where}.root=DIRECTORY")
+    path = root / "meta" / "info.json"
+    try:
+        raw = path.read_bytes()
+        tree = json.loads(raw)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{root} is not a LeRobot dataset: it has no meta/info.json",
+            where=where,
+            remedy=f"set {where}.root to the directory that holds meta/ and data/",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"meta/info.json can't be read: {error}", where=str(path), remedy=_RESTORE) from error
+    info = Info(root, where, raw, tree if isinstance(tree, dict) else {})
+    version = info.get("codebase_version")
+    if version not in VERSIONS:
+        raise UserError(
+            f"LeRobot format {version} can't be read, only {' and '.join(VERSIONS)}",
+            where=str(path),
+            remedy="convert the dataset with the lerobot package's conversion scripts",
+        )
+    if not isinstance(info.features, dict):
+        raise UserError("meta/info.json: 'features' must be a mapping", where=str(path), remedy=_RESTORE)
+    return info
+
+
+def read_episodes(info: Info, video_columns: Iterable[str], extra: str) -> Episodes:
+    """Every episode of the dataset. `extra` names a column that may be there. Raises `UserError`."""
+    read = _episodes_v30 if info.get("codebase_version") == "v3.0" else _episodes_v21
+    episodes = read(info, tuple(video_columns), extra)
+    order = np.argsort(episodes.episode_index, kind="stable")
+    index = episodes.episode_index[order]
+    where = str(info.root / "meta")
+    if len(index) == 0:
+        raise UserError("the dataset has no episodes", where=where, remedy="record some, or remove the source")
+    twice = index[1:][np.diff(index) == 0]
+    if len(twice):
+        raise UserError(f"episode {twice[0]} is listed twice", where=where, remedy=_RESTORE)
+    empty = index[episodes.length[order] <= 0]
+    if len(empty):
+        raise UserError(f"episode {empty[0]} has no rows", where=where, remedy="exclude or re-export it")
+    return Episodes(
+        index,
+        episodes.length[order],
+        episodes.chunk[order],
+        episodes.file[order],
+        episodes.row_start[order],
+        {c: tuple(v[order] for v in values) for c, values in episodes.videos.items()},
+        None if episodes.extra is None else [episodes.extra[i] for i in order],
+    )
+
+
+def read_tasks(info: Info) -> dict[int, str]:
+    """{task_index: text}. Raises `UserError`."""
+    if info.get("codebase_version") == "v2.1":
+        path = info.root / "meta" / "tasks.jsonl"
+        rows = _read_jsonl(path)
+        return {int(_field(r, "task_index", path)): str(_field(r, "task", path)) for r in rows}
+    path = info.root / "meta" / "tasks.parquet"
+    table = _read_parquet(path, None)
+    # pandas wrote the texts as its index, whose column may have any name.
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    texts.sort(key=lambda n: {"task": 0, "__index_level_0__": 1}.get(n, 2))
+    if "task_index" not in table.column_names or not texts:
+        raise UserError("no task_index column or no text column", where=str(path), remedy=_RESTORE)
+    return dict(zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist()))
+
+
+def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: str) -> Episodes:
+    folder = info.root / "meta" / "episodes"
+    paths = sorted(folder.glob("**/*.parquet"))
+    if not paths:
+        raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=_RESTORE)
+    names = ["episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index"]
+    for key in video_columns:
+        names += [f"videos/{key}/{field}" for field in ("chunk_index", "file_index", "from_timestamp")]
+    table = pa.concat_tables([_read_parquet(p, names, extra) for p in paths], promote_options="default")
+    column = {n: _metadata_numbers(table, n, folder) for n in names}
+    chunk, file, start = (column[n] for n in ("data/chunk_index", "data/file_index", "dataset_from_index"))
+    _, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
+    number = number.reshape(-1)
+    first_row = np.full(number.max() + 1 if len(number) else 0, np.iinfo(np.int64).max)
+    np.minimum.at(first_row, number, start)
+    videos = {}
+    for key in video_columns:
+        parts = [column[f"videos/{key}/{f}"] for f in ("chunk_index", "file_index", "from_timestamp")]
+        videos[key] = (parts[0], parts[1], parts[2].astype(np.float64))
+    return Episodes(
+        column["episode_index"],
+        column["dataset_to_index"] - start,
+        chunk,
+        file,
+        start - first_row[number] if len(number) else start,
+        videos,
+        table.column(extra).to_pylist() if extra in table.column_names else None,
+    )
+
+
+def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: str) -> Episodes:
+    path = info.root / "meta" / "episodes.jsonl"
+    rows = _read_jsonl(path)
+    index = np.array([_field(r, "episode_index", path) for r in rows], np.int64)
+    length = np.array([_field(r, "length", path) for r in rows], np.int64)
+    chunk = index // int(info.tree.get("chunks_size") or 1000)
+    zero = np.zeros(len(index))
+    return Episodes(
+        index,
+        length,
+        chunk,
+        index,
+        zero.astype(np.int64),
+        {key: (chunk, index, zero) for key in video_columns},
+        [r.get(extra) for r in rows] if any(extra in r for r in rows) else None,
+    )
+
+
+def _read_parquet(path: Path, names: list[str] | None, extra: str = "") -> pa.Table:
+    """The columns `names` (all for None) and, where the file has it, `extra`."""
+    try:
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            missing = [n for n in names or () if n not in there]
+            if missing:
+                raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=_RESTORE)
+            wanted = None if names is None else [*names, *([extra] if extra in there else [])]
+            return file.read(columns=wanted, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
+
+
+def _metadata_numbers(table: pa.Table, name: str, folder: Path) -> NDArray[Any]:
+    column = table.column(name)
+    if column.null_count:
+        raise UserError(f"column '{name}' has nulls", where=str(folder), remedy=_RESTORE)
+    return np.asarray(column)
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
+
+
+def _field(row: Mapping[str, Any], key: str, path: Path) -> Any:
+    if row.get(key) is None:
+        raise UserError(f"an entry has no '{key}': {json.dumps(row)[:80]}", where=str(path), remedy=_RESTORE)
+    return row[key]

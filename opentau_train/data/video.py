@@ -1,0 +1,273 @@
+"""Frames of mp4 files by time, decoded once: many cursors move forward through files that they share.
+
+A frame is found by its presentation time, never by `index / fps`: files hold many episodes, may have a variable
+frame rate, B-frames (presentation order differs from storage order), edit lists, and any distance of keyframes.
+
+`VideoPool` keeps one demuxer a file; each `FrameCursor` has its own decoder and a few packets ahead, and takes the
+demuxer back to its own place when another cursor has moved it. Nothing here may be pickled or used after a fork.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from pathlib import Path
+
+import av
+
+PACKETS_PER_READ = 16
+"""Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file."""
+
+MIN_SKIPPED = 4
+"""Packets that a jump to a later keyframe must save, else decoding on is cheaper than flushing the decoder."""
+
+ROUNDING_S = 1e-4
+"""How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
+Only saves decoding the frame after it; the nearest frame is returned in any case."""
+
+
+class VideoError(Exception):
+    """A frame can't be had; the text names the file and the cause."""
+
+
+class VideoFile:
+    """One open demuxer. Times are in ticks of `time_base` seconds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._container = av.open(str(path), metadata_errors="replace")
+        if not self._container.streams.video:
+            self._container.close()
+            raise VideoError(f"{path} has no video stream")
+        self._stream = self._container.streams.video[0]
+        self.time_base = float(self._stream.time_base)
+        self._index = self._stream.index_entries
+        self._last_dts: int | None = None
+
+    def close(self) -> None:
+        self._container.close()
+
+    def new_decoder(self) -> av.VideoCodecContext:
+        """A decoder of this stream, independent of the demuxer; one thread, because workers are the parallelism."""
+        theirs = self._stream.codec_context
+        decoder = av.CodecContext.create(theirs.name, "r")
+        decoder.extradata = theirs.extradata
+        decoder.width, decoder.height = theirs.width, theirs.height
+        # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
+        decoder.color_range, decoder.colorspace = theirs.color_range, theirs.colorspace
+        decoder.color_primaries, decoder.color_trc = theirs.color_primaries, theirs.color_trc
+        decoder.thread_count = 1
+        return decoder
+
+    def packets_from_keyframe(self, ticks: int) -> list[av.Packet]:
+        """The next packets from the last keyframe that is shown at `ticks` or before; else from the first."""
+        limit, first_dts = ticks, None
+        while True:
+            self._container.seek(limit, stream=self._stream)
+            packets = self._read()
+            if not packets or packets[0].pts is None or packets[0].pts <= ticks or packets[0].dts == first_dts:
+                return packets
+            # Pictures before an open GOP's keyframe in presentation order need the GOP before.
+            first_dts = packets[0].dts
+            limit = first_dts - 1
+
+    def packets_after(self, dts: int) -> list[av.Packet]:
+        """The packets that follow the one of `dts` in storage order; none at the end of the file."""
+        if self._last_dts == dts:
+            return self._read()
+        # A seek to any frame lands on `dts` or, by the reorder delay, a little before it: skip to the exact place.
+        self._container.seek(dts, stream=self._stream, any_frame=True)
+        if self._skip_to(dts):
+            return self._read()
+        self._container.seek(dts, stream=self._stream)
+        if self._skip_to(dts):
+            return self._read()
+        raise VideoError(f"{self.path}: the demuxer doesn't find its place at dts {dts} again")
+
+    def skips_packets(self, fed_dts: int, ticks: float) -> bool:
+        """Whether the keyframe at `ticks` (decode time) lies far enough behind the packet of `fed_dts`."""
+        key = self._index.search_timestamp(math.floor(ticks))
+        if key < 0:
+            return False
+        return key - self._index.search_timestamp(fed_dts, any_frame=True) > MIN_SKIPPED
+
+    def _skip_to(self, dts: int) -> bool:
+        for packet in self._container.demux(self._stream):
+            if packet.dts is None or packet.dts > dts:
+                return False
+            if packet.dts == dts:
+                return True
+        return False
+
+    def _read(self) -> list[av.Packet]:
+        packets: list[av.Packet] = []
+        self._last_dts = None
+        for packet in self._container.demux(self._stream):
+            if packet.dts is None:
+                if packet.size:
+                    raise VideoError(f"{self.path}: a packet has no decode time")
+                return packets  # the end of the file
+            packets.append(packet)
+            if len(packets) == PACKETS_PER_READ:
+                break
+        if packets:
+            self._last_dts = packets[-1].dts
+        return packets
+
+
+class VideoPool:
+    """The open files of one worker process, at most as many as there are cursors.
+
+    A closed file is opened again when a cursor asks for it. `frames_decoded` counts the pictures that all cursors
+    have sent to their decoders.
+    """
+
+    def __init__(self) -> None:
+        self.frames_decoded = 0
+        self._capacity = 0
+        self._files: OrderedDict[Path, VideoFile] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def cursor(self) -> FrameCursor:
+        # Fewer files than cursors would be opened anew for every few packets when each cursor is in another file.
+        self._capacity += 1
+        return FrameCursor(self)
+
+    def release(self) -> None:
+        """A cursor is gone."""
+        self._capacity -= 1
+        self._shrink(self._capacity)
+
+    def get(self, path: Path) -> VideoFile:
+        """The open file. Raises `VideoError` and `av.FFmpegError`."""
+        file = self._files.get(path)
+        if file is None:
+            self._shrink(self._capacity - 1)
+            file = self._files[path] = VideoFile(path)
+        else:
+            self._files.move_to_end(path)
+        return file
+
+    def drop(self, path: Path) -> None:
+        """Close a file whose demuxer may be in a bad state."""
+        file = self._files.pop(path, None)
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        self._shrink(0)
+
+    def _shrink(self, size: int) -> None:
+        while len(self._files) > max(size, 0):
+            self._files.popitem(last=False)[1].close()
+
+
+class FrameCursor:
+    """Reads frames of one camera, mostly forward; going back or far ahead seeks to a keyframe."""
+
+    def __init__(self, pool: VideoPool):
+        self._pool = pool
+        self._path: Path | None = None
+        self._decoder: av.VideoCodecContext | None = None
+        self._forget()
+
+    def read(self, path: Path, seconds: float, tolerance_s: float) -> av.VideoFrame:
+        """The frame of `path` shown nearest to `seconds` (the file's own clock).
+
+        Raises `VideoError` where none lies within `tolerance_s`, and where the file can't be read or decoded; the
+        cursor can be used again after that.
+        """
+        try:
+            if path != self._path:
+                self._decoder, self._path = self._pool.get(path).new_decoder(), path
+                self._forget()
+            file = self._pool.get(path)
+            frame = self._nearest(file, seconds / file.time_base, ROUNDING_S / file.time_base)
+        except (av.FFmpegError, OSError, VideoError) as error:
+            self._path = None
+            self._pool.drop(path)
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(f"{path}: {error.strerror or error}") from error
+        found = frame.pts * file.time_base
+        if abs(found - seconds) > tolerance_s:
+            raise VideoError(
+                f"{path} has no frame within {tolerance_s:g} s of {seconds:.6f} s: the nearest is at {found:.6f} s"
+            )
+        if frame.is_corrupt:
+            raise VideoError(f"{path}: the frame at {found:.6f} s is damaged")
+        return frame
+
+    def close(self) -> None:
+        self._path = self._decoder = None
+        self._forget()
+        self._pool.release()
+
+    def _forget(self) -> None:
+        self._packets: deque[av.Packet] = deque()
+        self._frames: deque[av.VideoFrame] = deque()
+        self._tail_dts: int | None = None  # the last packet taken from the demuxer
+        self._fed_dts: int | None = None  # the last packet sent to the decoder
+        self._key_delay = 0  # presentation minus decode time of the last keyframe
+        self._drained = False
+        self._before: av.VideoFrame | None = None
+        self._latest: av.VideoFrame | None = None
+
+    def _nearest(self, file: VideoFile, target: float, early: float) -> av.VideoFrame:
+        if self._must_seek(file, target, early):
+            self._seek(file, math.floor(target + early))
+        while self._latest is None or self._latest.pts < target - early:
+            frame = self._next_frame(file)
+            if frame is None:
+                break
+            self._before, self._latest = self._latest, frame
+        if self._latest is None:
+            raise VideoError(f"{file.path} has no frame at {target * file.time_base:.6f} s")
+        if self._before is not None and target - self._before.pts <= self._latest.pts - target:
+            return self._before
+        return self._latest
+
+    def _must_seek(self, file: VideoFile, target: float, early: float) -> bool:
+        if self._latest is None or self._fed_dts is None:
+            return True
+        if target < (self._before or self._latest).pts - early:
+            return True
+        if target <= self._latest.pts + early:
+            return False
+        return file.skips_packets(self._fed_dts, target - self._key_delay)
+
+    def _seek(self, file: VideoFile, ticks: int) -> None:
+        self._forget()
+        self._decoder.flush_buffers()
+        self._take(file.packets_from_keyframe(ticks))
+
+    def _take(self, packets: list[av.Packet]) -> None:
+        self._packets.extend(packets)
+        if packets:
+            self._tail_dts = packets[-1].dts
+
+    def _next_frame(self, file: VideoFile) -> av.VideoFrame | None:
+        """The next frame in presentation order; None at the end of the file."""
+        while not self._frames:
+            if self._drained:
+                return None
+            if not self._packets and self._tail_dts is not None:
+                self._take(file.packets_after(self._tail_dts))
+            if self._packets:
+                self._feed(self._packets.popleft())
+            else:
+                self._drained = True
+                self._frames.extend(self._decoder.decode(None))
+        frame = self._frames.popleft()
+        if frame.pts is None:
+            raise VideoError(f"{file.path}: a frame has no presentation time")
+        return frame
+
+    def _feed(self, packet: av.Packet) -> None:
+        self._fed_dts = packet.dts
+        if packet.is_keyframe and packet.pts is not None:
+            self._key_delay = packet.pts - packet.dts
+        self._pool.frames_decoded += 1
+        self._frames.extend(self._decoder.decode(packet))
