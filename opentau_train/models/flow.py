@@ -1,0 +1,233 @@
+"""The built-in policy: one transformer, trained from scratch, with a flow-matching head and a binned action head.
+
+    prefix  = start token, camera patches, prompt bytes, state      sees itself
+    actions = the noised action chunk with its flow time            sees prefix and itself  -> velocity,  term `mse`
+    bins    = one learned query a chunk step                        sees prefix and itself  -> 256 bins,  term `ce`
+
+Flow matching as in pi0 (Black et al. 2024): x_t = t noise + (1 - t) actions, velocity u = noise - actions, sampled by
+Euler steps from t = 1 to 0. The prefix never sees the noised actions, so sampling computes it once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opentau_train.errors import UserError, did_you_mean
+from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
+from opentau_train.types import Batch, BatchSpec, LossTerms, Noise
+
+SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
+"""{a sample's mode: the terms it supervises}."""
+
+PAD_BYTE = 256
+BYTES_PER_TOKEN = 4
+
+
+class FlowPolicy(nn.Module):
+    """See the module's docstring; `Policy` has the contract.
+
+    `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
+    convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;
+    `bin_range` the normalised values between which an action is binned, what lies outside counting to the outermost
+    bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
+    """
+
+    def __init__(
+        self,
+        spec: BatchSpec,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 16,
+        stem_channels: int = 32,
+        max_prompt_bytes: int = 64,
+        num_flow_steps: int = 10,
+        num_bins: int = 256,
+        bin_range: tuple[float, float] = (-3.0, 3.0),
+        mse_weight: float = 1.0,
+        ce_weight: float = 0.1,
+    ):
+        super().__init__()
+        _check(width, heads, patch_size, stem_channels, max_prompt_bytes, bin_range)
+        self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
+        self.max_prompt_bytes = max_prompt_bytes
+        self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
+
+        # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.
+        self.start_embed = nn.Parameter(torch.empty(width))
+        if spec.cameras:
+            self.stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, stem_channels, width)
+            self.camera_embed = nn.Parameter(torch.empty(len(spec.cameras), 1, 1, width))
+            self.frame_embed = nn.Parameter(torch.empty(spec.history + 1, 1, width))
+            self.patch_embed = nn.Parameter(torch.empty(self.stem.grid[0] * self.stem.grid[1], width))
+        self.num_prompt_tokens = max_prompt_bytes // BYTES_PER_TOKEN
+        if self.num_prompt_tokens:
+            self.byte_embed = nn.Embedding(PAD_BYTE + 1, width // BYTES_PER_TOKEN)
+            self.prompt_in = nn.Linear(width // BYTES_PER_TOKEN * BYTES_PER_TOKEN, width, bias=False)
+            self.prompt_embed = nn.Parameter(torch.empty(self.num_prompt_tokens, width))
+        if spec.state_dim:
+            self.state_in = nn.Linear(2 * spec.state_dim, width, bias=False)
+            self.state_embed = nn.Parameter(torch.empty(width))
+        self.action_in = nn.Linear(spec.action_dim, width, bias=False)
+        self.time_in = nn.Linear(width, width, bias=False)
+        self.time_out = nn.Linear(width, width, bias=False)
+        self.action_embed = nn.Parameter(torch.empty(spec.chunk_length, width))
+        self.bin_embed = nn.Parameter(torch.empty(spec.chunk_length, width))
+
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm_actions = RMSNorm(width)
+        self.norm_bins = RMSNorm(width)
+        self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
+        self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
+        init_weights(self, depth)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def term_counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {term: mask.sum((1, 2), dtype=torch.float32) for term, mask in self._supervised(batch).items()}
+
+    def forward(self, batch: Batch, noise: Noise) -> LossTerms:
+        prefix, prefix_valid = self._prefix(batch, self.tokenize(batch.prompt).to(batch.state.device))
+        real = _real(batch)
+        # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
+        actions, drawn = torch.where(real, batch.actions, 0.0), torch.where(real, noise.noise, 0.0)
+        time = noise.time[:, None, None]
+        noised = time * drawn + (1.0 - time) * actions
+
+        steps_valid = ~batch.action_is_pad
+        queries = self._action_tokens(noised, noise.time), self.bin_embed.expand(len(batch), -1, -1)
+        x = torch.cat([prefix, *queries], dim=1)
+        mask = self._mask(torch.cat([prefix_valid, steps_valid, steps_valid], dim=1), prefix.shape[1])
+        for layer in self.layers:
+            x, _ = layer(x, mask)
+        _, of_actions, of_bins = x.split([prefix.shape[1], self.spec.chunk_length, self.spec.chunk_length], dim=1)
+
+        errors = {
+            "mse": (self._velocity(of_actions) - (drawn - actions)).square(),
+            "ce": self._bin_errors(of_bins, actions),
+        }
+        return {
+            term: (torch.where(mask, errors[term], 0.0).sum((1, 2)), mask.sum((1, 2), dtype=torch.float32))
+            for term, mask in self._supervised(batch).items()
+        }
+
+    @torch.no_grad()
+    def sample_actions(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Integrates from t = 1 to 0 in `num_flow_steps` Euler steps. Padded dims are 0. A robot doesn't know where
+        its episode ends, so that `batch.action_is_pad` isn't looked at."""
+        prefix, valid = self._prefix(batch, self.tokenize(batch.prompt).to(batch.state.device))
+        past = self._cache(prefix, valid)
+        dims = batch.action_dim_mask[:, None, :]
+        seen = torch.ones(len(batch), self.spec.chunk_length, dtype=torch.bool, device=valid.device)
+        mask = torch.cat([valid, seen], dim=1)[:, None, None, :]
+        x = torch.where(dims, noise.float(), 0.0)
+        for step in range(self.num_flow_steps):
+            tokens = self._action_tokens(x, torch.full_like(x[:, 0, 0], 1.0 - step / self.num_flow_steps))
+            for layer, kept in zip(self.layers, past, strict=True):
+                tokens, _ = layer(tokens, mask, kept)
+            x = torch.where(dims, x - self._velocity(tokens) / self.num_flow_steps, 0.0)
+        return x
+
+    @torch.compiler.disable
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """`[B, max_prompt_bytes]` int64: the UTF-8 bytes of each prompt, cut or filled up with `PAD_BYTE`."""
+        rows = [list(prompt.encode()[: self.max_prompt_bytes]) for prompt in prompts]
+        return torch.tensor([row + [PAD_BYTE] * (self.max_prompt_bytes - len(row)) for row in rows], dtype=torch.int64)
+
+    def _prefix(self, batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """The context's tokens `[B, P, D]` and which of them exist `[B, P]` bool. The first one always does, so that
+        no row of the attention is empty when camera, prompt and state are all missing."""
+        num = len(batch)
+        tokens = [self.start_embed.expand(num, 1, -1)]
+        valid = [torch.ones(num, 1, dtype=torch.bool, device=prompt.device)]
+        if self.spec.cameras:
+            frames = torch.stack([batch.images[camera] for camera in self.spec.cameras], dim=1)  # [B, C, h+1, 3, H, W]
+            patches = self.stem(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
+            patches = patches + self.camera_embed + self.frame_embed + self.patch_embed
+            seen = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
+            tokens.append(patches.flatten(1, 3))
+            valid.append(seen[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
+        if self.num_prompt_tokens:
+            bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
+            tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
+            valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
+        if self.spec.state_dim:
+            state = torch.where(batch.state_dim_mask, batch.state, 0.0)
+            both = torch.cat([state, batch.state_dim_mask.float()], dim=-1)
+            tokens.append((self.state_in(both) + self.state_embed)[:, None])
+            valid.append(torch.ones_like(valid[0]))
+        return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
+
+    def _cache(self, prefix: Tensor, valid: Tensor) -> list[KeysValues]:
+        kept = []
+        for layer in self.layers:
+            prefix, keys_values = layer(prefix, valid[:, None, None, :])
+            kept.append(keys_values)
+        return kept
+
+    def _mask(self, valid: Tensor, num_prefix: int) -> Tensor:
+        """`valid` [B, N] tokens that exist -> [B, 1, N, N] bool, which query (row) sees which key."""
+        place = torch.arange(valid.shape[1], device=valid.device)
+        part = (place >= num_prefix).long() + (place >= num_prefix + self.spec.chunk_length).long()
+        allowed = (part[None, :] == 0) | (part[:, None] == part[None, :])
+        return (allowed & valid[:, None, :])[:, None]
+
+    def _action_tokens(self, noised: Tensor, time: Tensor) -> Tensor:
+        embedded = self.time_out(F.silu(self.time_in(time_features(time, self.time_in.in_features))))
+        return self.action_in(noised) + embedded[:, None] + self.action_embed
+
+    def _velocity(self, tokens: Tensor) -> Tensor:
+        return self.velocity_out(self.norm_actions(tokens)).float()
+
+    def _bin_errors(self, tokens: Tensor, actions: Tensor) -> Tensor:
+        """Cross-entropy in nats `[B, T, A]` of the bin of each of `actions`."""
+        logits = self.bins_out(self.norm_bins(tokens)).float().unflatten(-1, (self.spec.action_dim, self.num_bins))
+        low, high = self.bin_range
+        bins = ((actions - low) / (high - low) * self.num_bins).long().clamp(0, self.num_bins - 1)
+        return F.cross_entropy(logits.flatten(0, 2), bins.flatten(), reduction="none").view(actions.shape)
+
+    def _supervised(self, batch: Batch) -> dict[str, Tensor]:
+        """{term: [B, T, A] bool}, the elements that count."""
+        real = _real(batch)
+        modes = {term: _in_mode(batch.mode, term).to(real.device, non_blocking=True) for term in self.loss_weights}
+        return {term: real & mode[:, None, None] for term, mode in modes.items()}
+
+
+def _real(batch: Batch) -> Tensor:
+    """`[B, T, A]` bool: the entries of `actions` that a dataset has and that aren't a filler's."""
+    steps = ~batch.action_is_pad & (batch.weight != 0)[:, None]
+    return steps[:, :, None] & batch.action_dim_mask[:, None, :]
+
+
+@torch.compiler.disable
+def _in_mode(modes: list[str], term: str) -> Tensor:
+    """`[B]` bool: the samples whose mode supervises `term`."""
+    for mode in modes:
+        if mode not in SUPERVISES:
+            raise UserError(f"sample mode '{mode}' is unknown: {did_you_mean(mode, SUPERVISES)}", where="data.sources")
+    return torch.tensor([term in SUPERVISES[mode] for mode in modes])
+
+
+def _check(
+    width: int, heads: int, patch_size: int, stem_channels: int, max_prompt_bytes: int, bin_range: tuple[float, float]
+) -> None:
+    if width % heads or width % 8:
+        raise UserError(
+            f"model.width={width} must be a multiple of 8 and of model.heads={heads}", remedy="change one of them"
+        )
+    if patch_size < 2 or patch_size & (patch_size - 1):
+        raise UserError(f"model.patch_size={patch_size} must be a power of 2", remedy="set model.patch_size=16")
+    if stem_channels % 8:
+        raise UserError(f"model.stem_channels={stem_channels} must be a multiple of 8", remedy="set it to 32")
+    if max_prompt_bytes < 0 or max_prompt_bytes % BYTES_PER_TOKEN:
+        raise UserError(
+            f"model.max_prompt_bytes={max_prompt_bytes} must be a multiple of {BYTES_PER_TOKEN}, 0 for no prompts",
+            remedy="set model.max_prompt_bytes=64",
+        )
+    if not bin_range[0] < bin_range[1]:
+        raise UserError(f"model.bin_range={list(bin_range)} must rise", remedy="set model.bin_range=[-3.0,3.0]")

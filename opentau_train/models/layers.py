@@ -1,0 +1,121 @@
+"""The parts of a transformer policy: pre-norm blocks without biases, a strided image stem, a time embedding.
+
+Shape suffixes: B samples, N tokens, K keys (past and new tokens), D width, n heads, d head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]
+"""One block's keys and values, each `[B, n, K, d]`."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """Torch's, with the weight in the input's dtype: under autocast a float32 weight would miss the fused kernel."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys (they keep lr 1e-3 stable without a tuned warm-up)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q = RMSNorm(width // heads)
+        self.norm_k = RMSNorm(width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BND: Tensor, mask: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Autocast may run the norms in float32, and SDPA wants one dtype.
+        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        y_BnNd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y_BnNd.transpose(1, 2).flatten(2)), (k, v)
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer 2020), with as many weights as a plain MLP whose hidden layer is `ratio` times as wide."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        hidden = 32 * math.ceil(2 * ratio * width / 3 / 32)
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm_attention = RMSNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm_mlp = RMSNorm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(self, x: Tensor, mask: Tensor, past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+        """`x` [B, N, D] -> the same, and the keys and values it used. `mask` bool, broadcast to [B, n, N, K]: True
+        where the query may see the key; `past` are keys and values that stand before those of `x`."""
+        y, kept = self.attention(self.norm_attention(x), mask, past)
+        x = x + y
+        return x + self.mlp(self.norm_mlp(x)), kept
+
+
+class ImageStem(nn.Module):
+    """Frames to a grid of tokens: stride-2 convolutions, one for each halving, then a projection.
+
+    Overlapping convolutions find where a small object is within tens of steps; linear patches need far longer.
+    """
+
+    def __init__(self, image_size: tuple[int, int], halvings: int, channels: int, width: int):
+        super().__init__()
+        sizes = [3] + [channels * 2 ** min(i, 2) for i in range(halvings)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(sizes)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, size, eps=1e-5) for size in sizes[1:])
+        self.project = nn.Linear(sizes[-1], width, bias=False)
+        self.grid = tuple(math.ceil(side / 2**halvings) for side in image_size)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """`frames` [M, 3, H, W] uint8 -> [M, P, D], P grid places row by row."""
+        x = (frames.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+        return self.project(x.flatten(2).transpose(1, 2))
+
+
+def time_features(time: Tensor, width: int) -> Tensor:
+    """`time` [B] f32 in [0, 1] -> [B, width] f32 sines and cosines, periods 4e-3 to 4 as in pi0."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, device=time.device)
+    angle = 2.0 * math.pi * time[:, None] / (4e-3 * 1e3**fraction)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def init_weights(module: nn.Module, depth: int) -> None:
+    """Normal(0, 0.02) matrices and embeddings, residual outputs scaled by 1/sqrt(2 depth) as in GPT-2, He-normal
+    convolutions. Draws from torch's global generator, which the caller seeds."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        elif parameter.ndim >= 2 or name.endswith("embed"):
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
