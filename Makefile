@@ -1,0 +1,69 @@
+# The project's commands. `make help` lists them; everything runs in .venv, which `make setup` makes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The interpreter that makes .venv, and arguments for `make train`, `make smoke` and the tests:
+#   make train ARGS="trainer.steps=100"    make test ARGS="-k launcher -x"
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
+
+.PHONY: help setup train smoke test test-slow test-all lint fmt type docs bench golden clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they change)
+
+# A changed pin or dependency makes the stamp old. It is written last: an interrupted installation starts over.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+train: setup ## Train the DROID recipe (ARGS="trainer.steps=100 ...")
+	$(BIN)/python -m opentau_train +recipe=droid_policy $(ARGS)
+
+smoke: setup ## Two steps of the DROID recipe
+	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
+
+# One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
+test test-slow test-all: export OMP_NUM_THREADS := 1
+
+test: setup ## The fast tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## The slow tests: real launches, several processes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: setup ## Every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## Check Python (ruff) and shell (shellcheck)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
+
+fmt: setup ## Format the Python code and fix what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup ## Check the types (mypy)
+	$(BIN)/mypy opentau_train
+
+docs: setup ## Check that the documentation's links resolve and its commands are tested
+	$(BIN)/python -m pytest tests/docs
+
+bench: setup ## Run every benchmark of benchmarks/
+	for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+golden: setup ## Rewrite the golden files of tests/golden (a change needs a reason in its commit)
+	$(BIN)/python -m tests.golden.regenerate
+
+clean: ## Remove caches and build products (not .venv, not runs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,390 @@
+"""`launchers/train_droid_policy.sh` keeps the contract of its header comment.
+
+Everything is real but `torchrun`, which stands first on PATH as a script that records how it was called; the last
+test runs the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from opentau_train.tools.check import SCHEMAS
+
+REPO = Path(__file__).parents[2]
+LAUNCHER = REPO / "launchers" / "train_droid_policy.sh"
+HEAD = ["-m", "opentau_train", "+recipe=droid_policy"]
+
+FAKE_TORCHRUN = r"""#!/usr/bin/env bash
+printf '%s\0' "$@" >"$RECORD.part"
+printf '%s' "$DROID_ROOT" >"$RECORD.droid_root"
+mv "$RECORD.part" "$RECORD"
+echo "fake output"
+echo "fake error" >&2
+if [[ -n ${FAKE_WAITS:-} ]]; then
+  for name in TERM INT HUP QUIT; do
+    trap "echo got $name; exit 75" "$name"
+  done
+  echo $$ >"$RECORD.pid.part" && mv "$RECORD.pid.part" "$RECORD.pid"
+  while :; do sleep 0.05; done
+fi
+exit "${FAKE_STATUS:-0}"
+"""
+
+
+@dataclass
+class Node:
+    """A machine to launch on: its environment, and what the fake torchrun recorded."""
+
+    path: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record"
+
+    @property
+    def arguments(self) -> list[str]:
+        """torchrun's arguments."""
+        return self.record.read_bytes().decode().split("\0")[:-1]
+
+    @property
+    def overrides(self) -> list[str]:
+        """torchrun's arguments after `+recipe=droid_policy`."""
+        at = self.arguments.index("-m")
+        assert self.arguments[at : at + 3] == HEAD
+        return self.arguments[at + 3 :]
+
+    def log(self, number: int = 0) -> str:
+        return (self.path / "logs" / f"train_droid_policy.node{number}.log").read_text()
+
+    def run(self, *command: object, cwd: Path | None = None, **variables: object) -> subprocess.CompletedProcess:
+        """Execute the launcher (or `command`) with `variables` added to the environment."""
+        return subprocess.run(
+            [*map(str, command)] or [str(LAUNCHER)],
+            env=self.environment | {k: str(v) for k, v in variables.items()},
+            cwd=cwd or self.path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def source(self, script: str, **variables: object) -> subprocess.CompletedProcess:
+        """Run a bash script in which `launch` sources the launcher."""
+        text = f"launch() {{ source {shlex.quote(str(LAUNCHER))}; }}\n{script}"
+        return self.run("bash", "-c", text, "caller", "argument-of-the-caller", **variables)
+
+    def refuses(self, *texts: str, **variables: object) -> None:
+        """The launcher exits 2 with what, where and remedy on stderr, starts nothing and writes no log."""
+        answer = self.run(**variables)
+        assert answer.returncode == 2, answer.stderr
+        what, where, remedy = answer.stderr.splitlines()
+        assert what.startswith("error: ") and where.startswith("  where:  ") and remedy.startswith("  remedy: ")
+        for text in texts:
+            assert text in answer.stderr
+        assert not self.record.exists() and not (self.path / "logs").exists()
+
+
+def make_dataset(root: Path, schema: str = "droid") -> Path:
+    image, vector = {"dtype": "video", "shape": [180, 320, 3]}, {"dtype": "float32", "shape": [7]}
+    info = {
+        "codebase_version": "v3.0",
+        "total_episodes": 1,
+        "total_frames": 9,
+        "fps": 15,
+        "features": {c: image if ".image" in c else vector for c in SCHEMAS[schema]},
+    }
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    return root
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    fake = tmp_path / "bin" / "torchrun"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_TORCHRUN)
+    fake.chmod(0o755)
+    made = Node(tmp_path)
+    made.environment = {
+        "PATH": f"{fake.parent}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHONPATH": str(REPO),
+        "DATASET_PATH": str(make_dataset(tmp_path / "my droid")),
+        "RECORD": str(made.record),
+    }
+    return made
+
+
+def test_with_nothing_set_it_is_a_plain_single_node_start(node):
+    answer = node.run()
+    assert answer.returncode == 0, answer.stderr
+    assert node.arguments == HEAD
+
+
+def test_the_dataset_reaches_the_recipe_as_droid_root(node):
+    answer = node.run()
+    assert (node.path / "record.droid_root").read_text() == node.environment["DATASET_PATH"]
+    assert "1 episodes, 9 frames, 15 fps" in answer.stdout  # said before anything starts
+
+
+TOPOLOGY = {
+    "NPROC_PER_NODE": ("8", "--nproc-per-node"),
+    "NNODES": ("2", "--nnodes"),
+    "NODE_RANK": ("1", "--node-rank"),
+    "MASTER_ADDR": ("node0", "--master-addr"),
+    "MASTER_PORT": ("29400", "--master-port"),
+}
+
+
+def test_every_topology_variable_becomes_its_option_in_order(node):
+    assert node.run(**{name: value for name, (value, _) in TOPOLOGY.items()}).returncode == 0
+    assert node.arguments == [word for value, option in TOPOLOGY.values() for word in (option, value)] + HEAD
+
+
+@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_option_is_there_only_when_its_variable_is_set(node, name):
+    value, option = TOPOLOGY[name]
+    assert node.run(**{name: value}).returncode == 0
+    assert node.arguments == [option, value, *HEAD]
+
+
+def test_an_empty_variable_counts_as_unset(node):
+    empty = dict.fromkeys((*TOPOLOGY, "RUN_DIR", "LOG_DIR", "EXTRA_TAIL_OVERRIDES", "PYTHON"), "")
+    assert node.run(**empty).returncode == 0
+    assert node.arguments == HEAD
+
+
+def test_several_nodes_without_a_rank_are_node_0_and_it_says_so(node):
+    answer = node.run(NNODES=2, MASTER_ADDR="node0")
+    assert answer.returncode == 0
+    assert node.arguments == ["--nnodes", "2", "--master-addr", "node0", *HEAD]
+    assert "NODE_RANK is not set" in answer.stderr
+
+
+def test_extra_overrides_are_split_with_quotes_respected(node):
+    extra = """trainer.steps=5 "name=my run"  'a="b c"'\tb=\\ c\nd="it's" '' e=#f"""
+    assert node.run(EXTRA_TAIL_OVERRIDES=extra).returncode == 0
+    assert node.overrides == ["trainer.steps=5", "name=my run", 'a="b c"', "b= c", "d=it's", "", "e=#f"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a=$(touch ran)", "a=`touch ran`", "a=${HOME}", "a=*", "a=~", "a;touch${IFS}ran", "a|b&c"]
+)
+def test_extra_overrides_are_never_expanded_or_executed(node, text):
+    assert node.run(EXTRA_TAIL_OVERRIDES=f'"{text}"').returncode == 0
+    assert node.overrides == [text]
+    assert not (node.path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["name='my run", 'a="', "a=\\"])
+def test_unbalanced_quotes_are_refused(node, text):
+    answer = node.run(EXTRA_TAIL_OVERRIDES=text)
+    assert answer.returncode == 2
+    assert "EXTRA_TAIL_OVERRIDES" in answer.stderr and "Traceback" not in answer.stderr
+    assert not node.record.exists()
+
+
+def test_a_file_of_the_working_directory_cannot_replace_the_splitter(node):
+    (node.path / "shlex.py").write_text("raise SystemExit('shadowed')")
+    assert node.run(EXTRA_TAIL_OVERRIDES="a=1 b=2").returncode == 0
+    assert node.overrides == ["a=1", "b=2"]
+
+
+def test_a_sourcing_scripts_array_is_kept_and_extra_overrides_follow(node):
+    answer = node.source("TAIL_OVERRIDES=(a=1 'b=x y' 'c=$(id)'); launch", EXTRA_TAIL_OVERRIDES="d=1 a=2")
+    assert answer.returncode == 0, answer.stderr
+    assert node.overrides == ["a=1", "b=x y", "c=$(id)", "d=1", "a=2"]
+
+
+@pytest.mark.parametrize("options", ["", "set -eu", "set -euo pipefail"])
+def test_sourcing_returns_torchruns_status_to_the_script(node, options):
+    assert node.source(f"{options}\nlaunch || echo status=$?", FAKE_STATUS=9).stdout.endswith("status=9\n")
+    assert node.source(f"{options}\nlaunch", FAKE_STATUS=9).returncode == 9
+
+
+def test_sourcing_survives_an_error_and_takes_no_argument_of_the_script(node):
+    answer = node.source("launch || echo status=$?", NNODES="many")
+    assert answer.stdout.endswith("status=2\n")
+    assert node.source("launch").returncode == 0
+    assert node.overrides == []
+
+
+def test_sourcing_leaves_the_scripts_traps_and_options_alone(node):
+    script = (
+        "trap 'echo mine' TERM; before=$-; launch >out; [[ $- == \"$before\" ]] && kill -TERM $$ && trap -p TERM INT"
+    )
+    assert node.source(script).stdout == "mine\ntrap -- 'echo mine' SIGTERM\n"
+
+
+def test_arguments_come_last(node):
+    assert node.run(LAUNCHER, "c=3", "d=x y", EXTRA_TAIL_OVERRIDES="b=2").returncode == 0
+    assert node.overrides == ["b=2", "c=3", "d=x y"]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "override"),
+    [
+        ("/runs/a-1_b.c", "paths.run_dir=/runs/a-1_b.c"),
+        ("/runs/my run,x=1", "paths.run_dir='/runs/my run,x=1'"),
+        ("/runs/it's", "paths.run_dir='/runs/it\\'s'"),
+    ],
+)
+def test_run_dir_becomes_an_override_that_hydra_reads_back(node, run_dir, override):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert node.run(RUN_DIR=run_dir, EXTRA_TAIL_OVERRIDES="a=1").returncode == 0
+    assert node.overrides == [override, "a=1"]
+    assert OverridesParser.create().parse_override(override).value() == run_dir
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 137])
+def test_the_exit_status_is_torchruns(node, status):
+    assert node.run(FAKE_STATUS=status).returncode == status
+
+
+def test_one_line_shows_the_command_as_a_shell_would_take_it(node):
+    answer = node.run(NPROC_PER_NODE=2, EXTRA_TAIL_OVERRIDES='"name=my run" a=$b')
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("+ torchrun")]
+    assert len(lines) == 1
+    assert shlex.split(lines[0])[2:] == node.arguments == ["--nproc-per-node", "2", *HEAD, "name=my run", "a=$b"]
+
+
+def test_the_log_holds_all_output_and_a_second_run_is_appended(node):
+    assert "fake output\nfake error\n" in node.run(FAKE_STATUS=3).stdout
+    first = node.log()
+    assert first == "+ torchrun -m opentau_train +recipe=droid_policy\nfake output\nfake error\n"
+    node.run()
+    assert node.log() == first * 2
+
+
+def test_every_node_has_its_own_log(node):
+    for number in range(2):
+        node.run(NNODES=2, NODE_RANK=number, MASTER_ADDR="node0", LOG_DIR=node.path / "deep" / "logs")
+    names = {p.name for p in (node.path / "deep" / "logs").iterdir()}
+    assert names == {"train_droid_policy.node0.log", "train_droid_policy.node1.log"}
+
+
+def test_a_log_that_cannot_be_written_is_refused(node):
+    (node.path / "file").touch()
+    answer = node.run(LOG_DIR=node.path / "file")
+    assert answer.returncode == 2 and "LOG_DIR" in answer.stderr
+    assert not node.record.exists()
+
+
+def test_it_works_from_any_directory_and_with_relative_paths(node):
+    elsewhere = node.path / "else where"
+    elsewhere.mkdir()
+    answer = node.run(cwd=elsewhere, DATASET_PATH="../my droid")
+    assert answer.returncode == 0, answer.stderr
+    assert (elsewhere / "logs" / "train_droid_policy.node0.log").exists()
+
+
+def test_python_names_the_interpreter(node):
+    interpreter = node.path / "my python"
+    interpreter.write_text(
+        f'#!/usr/bin/env bash\necho "$@" >>{shlex.quote(str(node.path))}/calls\nexec {sys.executable} "$@"\n'
+    )
+    interpreter.chmod(0o755)
+    assert node.run(PYTHON=interpreter).returncode == 0
+    assert (
+        f"-m opentau_train.tools.check {node.environment['DATASET_PATH']} --schema droid"
+        in (node.path / "calls").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["two", "-1", "1.5", "1 2", "08", "1:4", "$(id)", "9" * 30])
+def test_a_number_that_is_none_is_refused(node, name, value):
+    node.refuses(f"{name} must be an integer", value, **{"MASTER_ADDR": "node0", name: value})
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "MASTER_PORT"])
+def test_zero_is_refused(node, name):
+    node.refuses(f"{name} must be an integer of at least 1", **{name: "0"})
+
+
+@pytest.mark.parametrize(("rank", "nodes"), [("2", {"NNODES": "2"}), ("1", {}), ("10", {"NNODES": "9"})])
+def test_a_node_rank_outside_of_the_nodes_is_refused(node, rank, nodes):
+    node.refuses("NODE_RANK", "NNODES", NODE_RANK=rank, MASTER_ADDR="node0", **nodes)
+
+
+def test_several_nodes_need_an_address(node):
+    node.refuses("MASTER_ADDR", "node 0", NNODES=2, NODE_RANK=1)
+
+
+def test_a_missing_dataset_is_refused(node):
+    node.refuses("DATASET_PATH is not set", DATASET_PATH="")
+    node.refuses("does not exist", DATASET_PATH=node.path / "nowhere")
+    node.refuses("not a LeRobot dataset", DATASET_PATH=node.path)
+
+
+def test_a_dataset_without_the_columns_is_refused(node):
+    other = make_dataset(node.path / "cosmos", "droid_cosmos")
+    node.refuses("observation.images.wrist_left", "droid_cosmos schema", DATASET_PATH=other)
+
+
+def test_a_missing_program_is_refused(node):
+    node.refuses("'no-such-python'", "PYTHON", PYTHON="no-such-python")
+    (node.path / "bin" / "torchrun").rename(node.path / "bin" / "elsewhere")
+    node.refuses("'torchrun'", "PATH", PATH=f"{node.path / 'bin'}:/usr/bin:/bin", PYTHON=sys.executable)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("sourced", [False, True])
+def test_a_signal_reaches_torchrun_and_no_process_is_left(node, name, sourced):
+    command = ["bash", "-c", f"source {LAUNCHER}"] if sourced else [str(LAUNCHER)]
+    environment = node.environment | {"FAKE_WAITS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=node.path, stdout=subprocess.PIPE, text=True) as launcher:
+        pid = int(wait_for(node.path / "record.pid", launcher))
+        launcher.send_signal(getattr(signal, name))
+        output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75
+    assert f"got {name[3:]}" in output and f"got {name[3:]}" in node.log()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> str:
+    """The text of a file that `process` is about to write."""
+    while not path.exists():
+        assert process.poll() is None, "the process ended before it wrote the file"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_launcher_trains_for_real_with_two_processes(tmp_path):
+    from opentau_train.data.droid_sample import ensure_droid_sample
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    node = Node(tmp_path)
+    node.environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "DATASET_PATH": str(ensure_droid_sample(tmp_path / "cache")["joint"]),
+        "NPROC_PER_NODE": "2",
+        "MASTER_PORT": str(port),
+        "RUN_DIR": str(tmp_path / "my run"),
+        "EXTRA_TAIL_OVERRIDES": "+debug=smoke",
+    }
+    launch = subprocess.run([LAUNCHER], env=node.environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert launch.returncode == 0, launch.stdout + launch.stderr
+    assert f"--nproc-per-node 2 --master-port {port} -m opentau_train" in launch.stdout
+    metrics = [json.loads(line) for line in (tmp_path / "my run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics
+    assert (tmp_path / "my run" / "checkpoints" / "00000002").is_dir()
