@@ -73,7 +73,7 @@ def save(
             (partial / name).mkdir(parents=True)
 
     def write() -> None:
-        dcp.save(_tensors(state), checkpoint_id=partial / "state")
+        dcp.save(_tensors(state), checkpoint_id=partial / "state", no_dist=world.size == 1)
 
     def write_own() -> None:
         torch.save(_rng_state(), partial / "rng" / f"{world.rank}.pt")
@@ -138,7 +138,7 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     run = world.agree(lambda: _read_run(path))
     tensors = _tensors(state)
     world.agree(lambda: _check_schema(path, tensors))
-    dcp.load(tensors, checkpoint_id=path / "state")
+    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
     set_model_state_dict(state.policy, tensors["model"])
     set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
     if state.ema is not None:

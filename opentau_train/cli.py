@@ -35,9 +35,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
     sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
     try:
-        if _flag(sys.argv[1:], "--cfg", "-c"):
-            _compose_and_check(sys.argv[1:])
-        _app()
+        _compose()
         if _composed:
             _run(_composed.pop())
     except _USER_ERRORS as error:
@@ -51,6 +49,18 @@ def main() -> None:
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_FAULT)
+
+
+def _compose() -> None:
+    """Hydra's part. What it refuses with a plain ValueError is the user's mistake too."""
+    try:
+        if _flag(sys.argv[1:], "--cfg", "-c"):
+            _compose_and_check(sys.argv[1:])
+        _app()
+    except ValueError as error:
+        if isinstance(error, _USER_ERRORS):
+            raise
+        raise UserError(str(error), remedy="see python -m opentau_train --help") from error
 
 
 _composed: list[dict[str, Any]] = []

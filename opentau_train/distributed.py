@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 
 from opentau_train.errors import UserError
 
@@ -105,14 +105,16 @@ def launch(*, device: str, precision: str, timeout: float) -> Iterator[World]:
     `timeout` is the time in seconds that a collective may take. CPU tensors travel by gloo, CUDA tensors by NCCL.
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
-    backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Before Accelerate does it: its own choice on CUDA is NCCL alone, which can't reduce the CPU's float64 sums.
+        if not cpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     size = accelerator.num_processes
     try:
