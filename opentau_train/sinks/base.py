@@ -1,0 +1,99 @@
+"""Where the numbers go: a `Sink` receives rows of tagged scalars, `Sinks` hands each row to all of them.
+
+Only rank 0 has sinks. Tags: `Training/Loss`, `Training/MSE`, `Training/GradNorm`, `Training/LearningRate`,
+`Training/SamplesPerSecond`, ...; `Validation/{dataset}/{control_mode}/{MSE,CE}` with `/N` and `/StdErr` appended for
+its sample count and standard error; `Validation/{MSE,CE,Loss}` for the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.typed import TARGET, instantiate
+
+
+@dataclass(frozen=True)
+class SinkContext:
+    """What every sink is told about the run. `start_step` optimizer steps were done before this process began (0 for
+    a new run); `config` is the composed configuration as plain dicts, lists and scalars."""
+
+    run_dir: Path
+    run_name: str
+    total_steps: int
+    start_step: int
+    config: dict[str, Any]
+
+
+class Sink(Protocol):
+    """Built as `Class(context=..., **options of its YAML)`. A subclass leaves out what it has no place for.
+
+    A resumed run repeats the steps after its checkpoint: a sink shows each step once, from whichever attempt.
+    """
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """The scalars of one optimizer step (1 = after the first). A step may come in several rows."""
+
+    def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
+        """`array` [H, W, 3] uint8 RGB."""
+
+    def text(self, tag: str, text: str) -> None:
+        """A text that belongs to the run as a whole, Markdown."""
+
+    def close(self) -> None:
+        """Everything is on disk or sent when this returns. Called once."""
+
+
+class Sinks(Sink):
+    """Hands everything to each of `sinks`, in order; as a context manager it closes them, the last one first.
+
+    All of them are closed even when one fails to, and the failure is raised afterwards.
+    """
+
+    def __init__(self, sinks: list[Sink]):
+        self.sinks = sinks
+        self._closing = ExitStack()
+        for sink in sinks:
+            self._closing.callback(sink.close)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(step, row)
+
+    def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
+        for sink in self.sinks:
+            sink.image(step, tag, array)
+
+    def text(self, tag: str, text: str) -> None:
+        for sink in self.sinks:
+            sink.text(tag, text)
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, *exception) -> bool | None:
+        return self._closing.__exit__(*exception)
+
+
+def open_sinks(tree: Mapping[str, Mapping[str, Any]], context: SinkContext) -> Sinks:
+    """`metrics.jsonl`, always and first, then every entry of the setting `logger`: {name: {_target_, options}}.
+
+    Raises `UserError` for an entry that can't be built, after closing those that were.
+    """
+    always = {TARGET: "opentau_train.sinks.jsonl.JsonlSink"}
+    with ExitStack() as undo:
+        opened: list[Sink] = []
+        for name, options in {"jsonl": always, **tree}.items():
+            opened.append(instantiate(options, f"logger.{name}", context=context))
+            undo.callback(opened[-1].close)
+        undo.pop_all()
+    return Sinks(opened)

@@ -1,0 +1,38 @@
+"""TensorBoard event files in `RUN_DIR/tensorboard`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from opentau_train.sinks.base import Sink, SinkContext
+
+
+class TensorBoardSink(Sink):
+    """Scalars, images and texts; `flush_seconds` is how long a row may wait before it is on disk.
+
+    A resumed run tells TensorBoard to forget the steps after its checkpoint (they come again).
+    """
+
+    def __init__(self, *, context: SinkContext, flush_seconds: int = 30):
+        self._start_step = context.start_step
+        first = context.start_step + 1 if context.start_step else 0
+        self._writer = SummaryWriter(str(context.run_dir / "tensorboard"), purge_step=first, flush_secs=flush_seconds)
+        self.text("Config", "```json\n" + json.dumps(context.config, indent=2, default=str) + "\n```")
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        for tag, value in row.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
+        self._writer.add_image(tag, array, step, dataformats="HWC")
+
+    def text(self, tag: str, text: str) -> None:
+        self._writer.add_text(tag, text, self._start_step)
+
+    def close(self) -> None:
+        self._writer.close()
