@@ -1,0 +1,97 @@
+"""Runs the program as tests need it: in this process for speed, as real processes where ranks or kills matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+
+from opentau_train import cli, config
+
+REPO = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data"
+
+TINY_POLICY = ["model.width=32", "model.num_layers=1", "model.num_heads=2", "model.max_prompt_bytes=8", "data.image_size=[32,32]"]
+"""A policy small enough that a step takes milliseconds."""
+
+TOY = [
+    "+recipe=lerobot",
+    f"data.sources.main.root={DATA / 'lerobot_v30'}",
+    "data.sources.main.val_split_ratio=0.3",
+    f"data.sources.old.root={DATA / 'lerobot_v21'}",
+    "data.sources.old.val_split_ratio=0.3",
+    "data.num_workers=0",
+    "trainer.global_batch_size=4",
+    "trainer.log_every=1",
+    "scheduler.warmup_steps=2",
+    *TINY_POLICY,
+]
+"""A mixture of the two small real datasets (v3.0 with two cameras, v2.1 with one; other dims and rates)."""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a process, the repository importable, no DROID_ROOT of the machine."""
+    env = {k: v for k, v in os.environ.items() if k not in ("DROID_ROOT", "HYDRA_FULL_ERROR")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **extra}
+    return env
+
+
+def command(arguments: list[str], ranks: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m", "opentau_train"]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = [*torchrun, "-m", "opentau_train"]
+    return [*launcher, *arguments]
+
+
+def start(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(arguments, ranks),
+        cwd=cwd,
+        env=environment(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def run(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(arguments, ranks), cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=280
+    )
+
+
+def train_here(arguments: list[str], run_dir: Path) -> Path:
+    """Train in this process; returns the run directory. Errors are raised, not printed."""
+    from opentau_train import train
+
+    overrides = [cli._settable(a) for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]]
+    with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
+        tree = cli.plain(hydra.compose("train", overrides))
+    assert train.run(config.load(tree), tree) == 0
+    return run_dir
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """{step: its numbers}, wall-clock ones left out."""
+    clocks = ("time", "Training/StepTime", "Training/DataWait", "Training/SamplesPerSecond", "Validation/Seconds")
+    rows: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k not in clocks})
+    return rows
+
+
+def assert_close(left: dict[int, dict], right: dict[int, dict], training: float, validation: float) -> None:
+    """Same steps, same tags, numbers within the tolerances by their prefix."""
+    assert left.keys() == right.keys()
+    for step, row in left.items():
+        assert row.keys() == right[step].keys(), step
+        for tag, value in row.items():
+            limit = validation if tag.startswith("Validation") else training
+            assert abs(value - right[step][tag]) <= limit, (step, tag, value, right[step][tag])

@@ -1,0 +1,169 @@
+"""The tape's promises, over random mixtures: exactly once, exact shares, one order for every topology."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opentau_train.data.tape import DatasetBlocks, Tape, draws_per_epoch
+from opentau_train.errors import UserError
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+mixtures = st.lists(lengths, min_size=1, max_size=4)
+
+
+def blocks(name: str, lengths: list[int], shuffle: bool = True) -> DatasetBlocks:
+    place = np.arange(len(lengths))
+    return DatasetBlocks(
+        name,
+        place.astype(np.int32),
+        np.zeros(len(lengths), np.int32),
+        np.array(lengths, np.int32),
+        place + 100,
+        shuffle,
+    )
+
+
+def tape_of(mixture, weights=None, **options) -> Tape:
+    datasets = [blocks(f"d{i}", found) for i, found in enumerate(mixture)]
+    draws = draws_per_epoch([d.num_windows for d in datasets], weights or [None] * len(datasets))
+    return Tape(datasets, draws, **{"seed": 7, "batch_size": 4, "lanes_per_sample": 2, "phase_rows": 3, **options})
+
+
+def addresses(windows) -> np.ndarray:
+    return np.stack([windows.dataset, windows.pass_index, windows.episode, windows.frame], axis=1)
+
+
+@given(mixtures, st.integers(1, 12), st.integers(1, 5), st.integers(1, 20), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_every_window_of_a_natural_epoch_exactly_once(mixture, batch, lanes, rows, epoch):
+    tape = tape_of(mixture, batch_size=batch, lanes_per_sample=lanes, phase_rows=rows)
+    seen = tape.windows(np.arange(epoch * tape.epoch_size, (epoch + 1) * tape.epoch_size))
+    expected = {(d, epoch, e, f) for d, found in enumerate(mixture) for e, n in enumerate(found) for f in range(n)}
+    assert len(seen) == len(expected)
+    assert {tuple(map(int, row)) for row in addresses(seen)} == expected
+
+
+@given(mixtures, st.integers(0, 40), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 3, 8]))
+@settings(max_examples=60, deadline=None)
+def test_global_batch_is_the_same_for_all_ranks_and_workers(mixture, step, ranks, workers):
+    tape = tape_of(mixture, batch_size=6)
+    whole = tape.batch(step)
+    parts = [[tape.owned(step, r, ranks, w, workers) for w in range(workers)] for r in range(ranks)]
+    for rank in parts:
+        assert sum(len(p) for p in rank) == 6 // ranks
+    flat = [p for rank in parts for p in rank]
+    order = np.argsort(np.concatenate([p.t for p in flat]))
+    np.testing.assert_array_equal(np.concatenate([addresses(p) for p in flat])[order], addresses(whole))
+
+
+@given(mixtures, st.integers(0, 200), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_sample_depends_on_nothing_but_its_number(mixture, start, count):
+    tape = tape_of(mixture)
+    together = addresses(tape.windows(np.arange(start, start + count)))
+    alone = np.concatenate([addresses(tape_of(mixture).windows(np.array([t]))) for t in range(start, start + count)])
+    np.testing.assert_array_equal(together, alone)
+
+
+@given(st.lists(st.integers(500, 4000), min_size=2, max_size=4), st.integers(8, 32))
+@settings(max_examples=40, deadline=None)
+def test_shares_hold_within_two_windows_in_any_batch_inside_a_phase(sizes, batch):
+    tape = tape_of([[n] for n in sizes], batch_size=batch, lanes_per_sample=4, phase_rows=10_000)
+    assert tape.num_phases == 1
+    share = tape.draws / tape.epoch_size
+    seen = tape.windows(np.arange(tape.epoch_size)).dataset
+    counts = np.stack([np.convolve(seen == d, np.ones(batch), "valid") for d in range(len(sizes))], axis=1)
+    # the last, partial row of a phase holds only a prefix of its slots: evenly spread too, but over fewer lanes
+    whole = tape.epoch_size // tape.num_lanes * tape.num_lanes
+    inside = counts[: max(0, whole - batch + 1)]
+    assert np.abs(inside - batch * share).max(initial=0) <= 2
+
+
+@given(mixtures, st.lists(st.floats(0.05, 5.0), min_size=4, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_weights_give_exact_draws_per_epoch(mixture, weights):
+    tape = tape_of(mixture, weights=weights[: len(mixture)])
+    for epoch in range(2):
+        seen = tape.windows(np.arange(epoch * tape.epoch_size, (epoch + 1) * tape.epoch_size))
+        np.testing.assert_array_equal(np.bincount(seen.dataset, minlength=len(mixture)), tape.draws)
+
+
+@given(mixtures, st.lists(st.floats(0.05, 5.0), min_size=4, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_a_weighted_dataset_is_gone_through_pass_after_pass(mixture, weights):
+    """Over- or under-sampled, every window of pass k is seen before one of pass k + 1 repeats, up to a phase's shuffle."""
+    tape = tape_of(mixture, weights=weights[: len(mixture)])
+    seen = tape.windows(np.arange(3 * tape.epoch_size))
+    for d, found in enumerate(mixture):
+        mine = addresses(seen)[seen.dataset == d][:, 1:]
+        passes, counts = np.unique(mine[:, 0], return_counts=True)
+        assert len(np.unique(mine, axis=0)) == len(mine)
+        assert (counts[:-1] == sum(found)).all() and passes.tolist() == list(range(len(passes)))
+
+
+@given(mixtures, lengths, st.integers(0, 4))
+@settings(max_examples=40, deadline=None)
+def test_adding_a_dataset_leaves_the_others_orders_unchanged(mixture, extra, k):
+    alone, joined = tape_of(mixture), tape_of([*mixture, extra])
+    for d in range(len(mixture)):
+        np.testing.assert_array_equal(alone._pass(d, k)[0], joined._pass(d, k)[0])
+
+
+@given(mixtures)
+@settings(max_examples=40, deadline=None)
+def test_lanes_read_forward_without_gaps_inside_an_episode(mixture):
+    tape = tape_of(mixture, batch_size=3, lanes_per_sample=2, phase_rows=50)
+    windows = tape.windows(np.arange(tape.epoch_size))
+    phase = tape._phase_of(windows.t)
+    for p in np.unique(phase):
+        for slot in range(tape.num_lanes):
+            lane = addresses(windows)[(phase == p) & ((windows.t - tape._phase_start(p)) % tape.num_lanes == slot)]
+            for before, after in zip(lane[:-1], lane[1:]):
+                same_episode = (before[:3] == after[:3]).all()
+                if same_episode:
+                    assert after[3] == before[3] + 1
+                elif before[0] == after[0]:  # a dataset's share of a phase may itself start inside an episode
+                    assert after[3] == 0
+
+
+def test_fewer_windows_than_lanes_or_ranks_still_fill_every_batch():
+    tape = tape_of([[1]], batch_size=8)
+    assert [len(tape.batch(s)) for s in range(3)] == [8, 8, 8]
+    assert tape.batch(0).pass_index.tolist() == list(range(8))
+
+
+def test_in_order_reading_is_the_datasets_own_order():
+    tape = Tape([blocks("a", [3, 2], shuffle=False)], [5], seed=0, batch_size=2)
+    windows = tape.windows(np.arange(5))
+    assert windows.episode.tolist() == [0, 0, 0, 1, 1] and windows.frame.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_order_differs_between_seeds_and_passes():
+    orders = [tape_of([[1] * 50], seed=seed)._pass(0, k)[0].tolist() for seed in (42, 43) for k in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_empty_dataset_is_an_error_that_names_it():
+    empty = blocks("void", [])
+    with pytest.raises(UserError, match="'void' has no training window"):
+        Tape([empty], [0], seed=0, batch_size=1)
+
+
+def test_state_is_small_and_names_what_changed():
+    tape = tape_of([[5, 6], [7]])
+    state = tape.state(12)
+    assert tape.check_state(state) == 12
+    assert len(str(tape_of([[1]] * 200).state(0))) < 4096
+    with pytest.raises(UserError, match="seed: 7 -> 8"):
+        tape_of([[5, 6], [7]], seed=8).check_state(state)
+    with pytest.raises(UserError, match="blocks"):
+        tape_of([[5, 6], [8]], weights=[12.0, 6.0]).check_state(state)
+
+
+def test_golden_order_of_the_first_hundred_thousand_samples():
+    """Pinned: a library's new version, or a change of ours, must not reorder anybody's training. Changing this number
+    needs a new `tape.VERSION`."""
+    generator = np.arange(1, 400)
+    tape = tape_of([(generator * 7919 % 211 + 1).tolist(), (generator * 104729 % 97 + 1).tolist()], batch_size=64, phase_rows=64)
+    assert tape.windows(np.arange(100_000)).digest() == 14144438239293438637
