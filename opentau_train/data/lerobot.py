@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config import SourceSettings
-from opentau_train.data.lerobot_columns import (
-    CAMERA,
-    choose_cameras,
-    choose_numbers,
-    choose_texts,
-    dimension_names,
-)
+from opentau_train.data.lerobot_columns import choose_cameras, choose_numbers, choose_texts, dimension_names
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
 from opentau_train.data.lerobot_meta import Episodes, FileTable, Info, read_episodes, read_info, read_tasks
 from opentau_train.data.rows import RowError, RowReader, texts
@@ -256,6 +250,3 @@ def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable) -> str:
             size = -1  # its episodes are bad samples, found when they are read
         digest.update(f"{relative}\x1f{size}\x1e".encode())
     return digest.hexdigest()
-
-
-__all__ = ["CAMERA", "LeRobotSource", "whole_episodes"]

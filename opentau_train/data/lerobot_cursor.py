@@ -53,6 +53,14 @@ class Reading:
         names += [self.task_column] if self.task_column else []
         return names + (["timestamp"] if self.videos else [])
 
+    def places(self, position: int) -> dict[str, tuple[Path, float]]:
+        """{video camera: (mp4, seconds at which the episode starts in it)}."""
+        table = self.episodes
+        return {
+            camera: (files.path(int(table.video_file[camera][position])), float(table.video_start[camera][position]))
+            for camera, files in self.videos.items()
+        }
+
 
 @dataclass(frozen=True)
 class EpisodeRows:
@@ -103,6 +111,7 @@ class LeRobotCursor:
         self._rings: dict[str, OrderedDict[int, NDArray[np.uint8]]] = {c: OrderedDict() for c in self._reading.cameras}
         self._episode = -1
         self._rows: EpisodeRows | None = None
+        self._places: dict[str, tuple[Path, float]] = {}  # {camera: the episode's mp4 and start in it}
 
     def read(self, episode: int, frame: int) -> RawWindow:
         """See `opentau_train.data.source.Cursor`. The arrays belong to the caller."""
@@ -143,6 +152,7 @@ class LeRobotCursor:
         if episode != self._episode or self._rows is None:
             self._leave()
             self._rows = load_rows(self._factory.rows, self._reading, episode)
+            self._places = self._reading.places(episode)
             self._episode = episode
         return self._rows
 
@@ -157,15 +167,14 @@ class LeRobotCursor:
         return image
 
     def _frame(self, camera: str, frame: int) -> av.VideoFrame:
-        reading, table = self._reading, self._reading.episodes
+        reading = self._reading
         if camera in self._videos:
-            path = reading.videos[camera].path(int(table.video_file[camera][self._episode]))
-            seconds = table.video_start[camera][self._episode] + self._rows.seconds[frame]
-            return self._videos[camera].read(path, float(seconds), reading.tolerance_s)
+            path, start = self._places[camera]
+            return self._videos[camera].read(path, start + float(self._rows.seconds[frame]), reading.tolerance_s)
         try:
             pixels = decode_image(_encoded(self._rows.images[camera][frame].as_py(), reading.root))
         except (ImageError, OSError) as error:
-            path = reading.data_files.path(int(table.data_file[self._episode]))
+            path = reading.data_files.path(int(reading.episodes.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
 

@@ -117,8 +117,6 @@ class RowReader:
 def one_array(column: pa.ChunkedArray) -> pa.Array:
     """The column as one array without an extension type around its storage."""
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # pyarrow before 17 returns chunks where there is none
-        array = pa.concat_arrays(array.chunks) if array.chunks else pa.array([], array.type)
     return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
 
 
