@@ -8,12 +8,14 @@ angles or the tool's pose, each with the gripper.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,10 +34,12 @@ CONTROL_MODES = ("joint", "ee")
 _SOURCES = (__file__, arm.__file__, scene.__file__, lerobot_writer.__file__, rng.__file__)
 _WORKSPACE = np.array([(0.33, 0.67), (-0.38, 0.38)])  # x and y of the ball's centre, metres
 _MIN_HOP = 0.15  # metres between a ball's place and its next
+_MIN_REACH, _EXTRA_REACH, _LONG_WAY = 16, 8, 1.5  # frames, more frames, and the way (rad) that takes all of them
+_LIFT = 0.05  # metres that the hand rises half way
 _NUM_TOUCH = 3  # frames to close the gripper at the end of a reach
 _NUM_DWELL = 8  # frames at rest while the gripper opens; the ball has hopped already
 _LAG = 0.3  # share of the last command in the measured joints
-_NOISE = (0.002, 0.005)  # standard deviation of the measured joints (rad) and gripper
+_NOISE = (0.001, 0.005)  # standard deviation of the measured joints (rad) and gripper
 _PHRASES = ("reach the {} ball", "move the gripper to the {} ball", "touch the {} ball")
 _POSE = ["x", "y", "z", "roll", "pitch", "yaw"]
 _JOINTS = [f"joint_{i}" for i in range(arm.NUM_JOINTS)]
@@ -117,21 +121,19 @@ def _generate(root: Path, spec: SampleSpec, num_processes: int) -> None:
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", __name__, str(root), json.dumps(asdict(spec)), str(num_processes)]
-    workers = []
-    try:
+    with contextlib.ExitStack() as stack:
+        workers = []
         for share in range(num_processes):
-            workers.append(subprocess.Popen([*command, str(share)], env=environment, stderr=subprocess.PIPE, text=True))
+            pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            workers.append(stack.enter_context(subprocess.Popen([*command, str(share)], env=environment, **pipes)))
+            stack.callback(workers[-1].kill)
         for mode in CONTROL_MODES:
             episodes = [_episode(plan(spec, mode, i), mode) for i in range(spec.num_episodes)]
             lerobot_writer.write_tables(root / mode, _layout(spec, mode), episodes)
         for worker in workers:
-            _, complaint = worker.communicate()
-            if worker.returncode:
-                raise OSError(f"rendering the videos failed: {complaint.strip()[-500:]}")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+            complaint = worker.stderr.read()
+            if worker.wait():
+                raise ChildProcessError(f"rendering the videos failed: {complaint.strip()[-500:]}")
 
 
 def write_videos(root: Path, spec: SampleSpec, num_shares: int, share: int) -> None:
@@ -164,19 +166,18 @@ def render(trajectory: Trajectory, camera: str) -> Iterator[NDArray[np.uint8]]:
 def plan(spec: SampleSpec, mode: str, episode: int) -> Trajectory:
     """Episode number `episode` of a control mode: a pure function of its arguments.
 
-    It starts near home and reaches for one ball after the other until its last frame. A longer way takes more
-    frames, 16 to 24. The gripper closes as it arrives; then the ball hops to its next place, which is thus in sight
-    before the arm sets out.
+    The arm starts anywhere over the table and reaches for one ball after the other until the last frame. A longer
+    way takes more frames, 16 to 24. The gripper closes as it arrives; then the ball hops to its next place, which is
+    thus in sight before the arm sets out.
     """
     key = rng.key(spec.seed, "droid_sample", mode, episode)
     length, colour, third = rng.uniform(rng.fold(key, 0), 3)
     num_frames = spec.min_frames + int(length * (spec.max_frames + 1 - spec.min_frames))
-    places = _places(rng.key(key, "places"), 1 + num_frames // (16 + _NUM_DWELL))
-    start = arm.HOME + 0.03 * rng.normal(rng.fold(key, 1), arm.NUM_JOINTS)
-    command, ball = _reaches(start, places)
+    places = _places(rng.key(key, "places"), 2 + num_frames // (_MIN_REACH + _NUM_DWELL))
+    command, ball = _reaches(places)
     command, ball = command[: num_frames + 1], ball[:num_frames]
     previous = np.concatenate([command[:1], command[:-2]])
-    noise = rng.normal(rng.fold(key, 2, np.arange(num_frames)), 8) * ([_NOISE[0]] * 7 + [_NOISE[1]])
+    noise = rng.normal(rng.fold(key, 1, np.arange(num_frames)), 8) * ([_NOISE[0]] * 7 + [_NOISE[1]])
     measured = command[:-1] + _LAG * (previous - command[:-1]) + noise
     measured[:, 7] = measured[:, 7].clip(0.0, 1.0)
     name = list(scene.COLOURS)[int(colour * len(scene.COLOURS))]
@@ -194,26 +195,28 @@ def _places(key: int, num: int) -> NDArray[np.float64]:
     return np.array(chosen)
 
 
-def _reaches(start: NDArray[np.float64], places: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
-    """The commands [F, 8] of reaching every place in turn from the joints `start`, and the ball [F, 3] at them."""
+def _reaches(places: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+    """The commands [F, 8] of going from the first place [2] to each further one, and the ball [F, 3] at them."""
     x, y = places.T
-    height = np.full(len(places), 1.8 * scene.BALL_RADIUS)
-    # The hand leans and turns with the place, so that all six numbers of its pose vary.
+    # The hand's height, lean and turn depend on the place, so that all six numbers of its pose tell the goal.
+    height = (1.8 + 2.0 * (x - 0.5)) * scene.BALL_RADIUS
     poses = np.column_stack([x, y, height, np.pi + 0.5 * y, -0.8 * (x - 0.5), 0.4 * np.arctan2(y, x)])
     balls = np.column_stack([places, np.full(len(places), scene.BALL_RADIUS)])
     goals = arm.reach(poses)
-    commands, seen = [np.append(start, 0.0)[None]], [balls[:1]]
-    for i, goal in enumerate(goals):
+    lifts = arm.reach((poses[:-1] + poses[1:]) / 2 + [0, 0, _LIFT, 0, 0, 0]) - (goals[:-1] + goals[1:]) / 2
+    commands, seen = [np.append(goals[0], 0.0)[None]], [balls[1:2]]
+    for i, (start, goal, lift) in enumerate(zip(goals[:-1], goals[1:], lifts), start=1):
         way = np.linalg.norm(goal - start)
-        num_reach = 16 + round(8 * min(1.0, way / 1.5))
-        s = np.arange(1, num_reach + 1)[:, None] / num_reach
+        num_reach = _MIN_REACH + round(_EXTRA_REACH * min(1.0, way / _LONG_WAY))
+        step = np.arange(1, num_reach + 1)
+        s = step[:, None] / num_reach
         moving = start + (10 * s**3 - 15 * s**4 + 6 * s**5) * (goal - start)  # minimum jerk (Flash & Hogan 1985)
-        closing = np.clip((np.arange(1, num_reach + 1) - num_reach + _NUM_TOUCH) / _NUM_TOUCH, 0.0, 1.0)
+        moving += 64 * (s * (1 - s)) ** 3 * lift
+        closing = np.clip((step - num_reach + _NUM_TOUCH) / _NUM_TOUCH, 0.0, 1.0)
         opening = 1.0 - np.arange(1, _NUM_DWELL + 1) / _NUM_DWELL
         commands.append(np.column_stack([moving, closing]))
         commands.append(np.column_stack([np.tile(goal, (_NUM_DWELL, 1)), opening]))
         seen += [np.tile(balls[i], (num_reach, 1)), np.tile(balls[min(i + 1, len(balls) - 1)], (_NUM_DWELL, 1))]
-        start = goal
     return np.concatenate(commands), np.concatenate(seen)
 
 
@@ -254,6 +257,13 @@ def _episode(trajectory: Trajectory, mode: str) -> Episode:
     return Episode(first, len(trajectory), columns)
 
 
+def _end_with_parent() -> None:
+    """Stdin is a pipe that the parent holds open: its end is the parent's, however it came."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _root, _spec, _num_shares, _share = sys.argv[1:]
     write_videos(Path(_root), SampleSpec(**json.loads(_spec)), int(_num_shares), int(_share))
