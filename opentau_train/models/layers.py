@@ -39,6 +39,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, mask: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        v = v.contiguous()  # it leaves the block, and FSDP warns of outputs that are views
         # Autocast may run the norms in float32, and SDPA wants one dtype.
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         if past is not None:

@@ -23,7 +23,7 @@ class TrackerSink(Sink):
 
     A resumed run continues the same tracker run. The steps between its checkpoint and the kill are sent again: MLflow
     and trackio keep both, W&B keeps the first, and as a resume is exact the two are equal. Images go to W&B and
-    SwanLab; the configuration is stored as the run's parameters, with dotted keys.
+    SwanLab; the configuration is stored as the run's parameters, with dotted keys. MLflow's names are `mlflow_name`'s.
 
     Accelerate's process state is used as it stands: in a run of several processes the program has made it before.
     Raises `UserError` when the tracker's package is missing.
@@ -50,11 +50,12 @@ class TrackerSink(Sink):
         self._tracker.start()
         if tracker == "mlflow":
             _mlflow_id(context.run_dir).write_text(self._tracker.tracker.info.run_id)
+        self._name = mlflow_name if tracker == "mlflow" else str
         self._with_images = tracker in WITH_IMAGES
         self._tracker.store_init_configuration(flatten(context.config))
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self._tracker.log({tag: float(value) for tag, value in row.items()}, step=step)
+        self._tracker.log({self._name(tag): float(value) for tag, value in row.items()}, step=step)
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
         if self._with_images:
@@ -78,6 +79,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
+
+
+def mlflow_name(tag: str) -> str:
+    """`Validation/MSE/N` -> `Validation/MSE.N`: MLflow's file store keeps a metric in a file named by its tag, and
+    `Validation/MSE` can't be a file and a directory."""
+    head, _, last = tag.rpartition("/")
+    return f"{head}.{last}" if last in ("N", "StdErr") else tag
 
 
 def _make(tracker: str, project: str, options: dict[str, Any], context: SinkContext) -> GeneralTracker:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opentau_train.errors import UserError
-from opentau_train.sinks.accelerate import TrackerSink, flatten, run_id
+from opentau_train.sinks.accelerate import TrackerSink, flatten, mlflow_name, run_id
 from opentau_train.sinks.base import Sink, Sinks, open_sinks
 from opentau_train.sinks.console import ConsoleSink
 from opentau_train.sinks.jsonl import JsonlSink
@@ -128,6 +128,14 @@ def test_missing_tracker_names_the_command_that_installs_it(make_context):
 
 def test_run_id_belongs_to_the_directory(tmp_path):
     assert run_id(tmp_path / "a") == run_id(tmp_path / "b" / ".." / "a") != run_id(tmp_path / "b")
+
+
+def test_no_name_for_mlflow_is_the_directory_of_another():
+    """Its file store makes the tags into paths."""
+    tags = ["Training/Loss", *(f"Validation{g}/MSE{s}" for g in ("", "/droid/joint") for s in ("", "/N", "/StdErr"))]
+    names = [mlflow_name(tag) for tag in tags]
+    assert len(set(names)) == len(tags)
+    assert not any(a.startswith(f"{b}/") for a in names for b in names)
 
 
 def test_configuration_is_flattened_to_scalars():
