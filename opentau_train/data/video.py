@@ -36,10 +36,11 @@ class VideoFile:
     def __init__(self, path: Path):
         self.path = path
         self._container = av.open(str(path), metadata_errors="replace")
-        if not self._container.streams.video:
+        streams = self._container.streams.video
+        if not streams or streams[0].codec_context is None:
             self._container.close()
-            raise VideoError(f"{path} has no video stream")
-        self._stream = self._container.streams.video[0]
+            raise VideoError(f"{path} has no video stream that can be decoded")
+        self._stream = streams[0]
         self.time_base = float(self._stream.time_base)
         self._index = self._stream.index_entries
         self._last_dts: int | None = None
@@ -196,8 +197,6 @@ class FrameCursor:
             raise VideoError(
                 f"{path} has no frame within {tolerance_s:g} s of {seconds:.6f} s: the nearest is at {found:.6f} s"
             )
-        if frame.is_corrupt:
-            raise VideoError(f"{path}: the frame at {found:.6f} s is damaged")
         return frame
 
     def close(self) -> None:
@@ -211,6 +210,7 @@ class FrameCursor:
         self._tail_dts: int | None = None  # the last packet taken from the demuxer
         self._fed_dts: int | None = None  # the last packet sent to the decoder
         self._key_delay = 0  # presentation minus decode time of the last keyframe
+        self._first_pts: int | None = None  # of the keyframe where decoding began
         self._drained = False
         self._before: av.VideoFrame | None = None
         self._latest: av.VideoFrame | None = None
@@ -242,6 +242,7 @@ class FrameCursor:
         self._forget()
         self._decoder.flush_buffers()
         self._take(file.packets_from_keyframe(ticks))
+        self._first_pts = self._packets[0].pts if self._packets else None
 
     def _take(self, packets: list[av.Packet]) -> None:
         self._packets.extend(packets)
@@ -250,6 +251,16 @@ class FrameCursor:
 
     def _next_frame(self, file: VideoFile) -> av.VideoFrame | None:
         """The next frame in presentation order; None at the end of the file."""
+        frame = self._next_decoded(file)
+        while frame is not None and self._first_pts is not None and frame.pts < self._first_pts:
+            # Leading pictures of an open GOP refer to the GOP before, which has not been decoded.
+            frame = self._next_decoded(file)
+        if frame is not None and frame.is_corrupt:
+            # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
+            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
+        return frame
+
+    def _next_decoded(self, file: VideoFile) -> av.VideoFrame | None:
         while not self._frames:
             if self._drained:
                 return None
