@@ -210,7 +210,6 @@ class FrameCursor:
         self._tail_dts: int | None = None  # the last packet taken from the demuxer
         self._fed_dts: int | None = None  # the last packet sent to the decoder
         self._key_delay = 0  # presentation minus decode time of the last keyframe
-        self._first_pts: int | None = None  # of the keyframe where decoding began
         self._drained = False
         self._before: av.VideoFrame | None = None
         self._latest: av.VideoFrame | None = None
@@ -242,7 +241,6 @@ class FrameCursor:
         self._forget()
         self._decoder.flush_buffers()
         self._take(file.packets_from_keyframe(ticks))
-        self._first_pts = self._packets[0].pts if self._packets else None
 
     def _take(self, packets: list[av.Packet]) -> None:
         self._packets.extend(packets)
@@ -251,16 +249,6 @@ class FrameCursor:
 
     def _next_frame(self, file: VideoFile) -> av.VideoFrame | None:
         """The next frame in presentation order; None at the end of the file."""
-        frame = self._next_decoded(file)
-        while frame is not None and self._first_pts is not None and frame.pts < self._first_pts:
-            # Leading pictures of an open GOP refer to the GOP before, which has not been decoded.
-            frame = self._next_decoded(file)
-        if frame is not None and frame.is_corrupt:
-            # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
-            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
-        return frame
-
-    def _next_decoded(self, file: VideoFile) -> av.VideoFrame | None:
         while not self._frames:
             if self._drained:
                 return None
@@ -274,6 +262,9 @@ class FrameCursor:
         frame = self._frames.popleft()
         if frame.pts is None:
             raise VideoError(f"{file.path}: a frame has no presentation time")
+        if frame.is_corrupt:
+            # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
+            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
         return frame
 
     def _feed(self, packet: av.Packet) -> None:
