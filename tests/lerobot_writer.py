@@ -26,7 +26,8 @@ AV1 = {"preset": "12", "crf": "40"}
 
 @dataclass(frozen=True)
 class Camera:
-    """`codec` None stores images in parquet. `shift_s`: the time of each file's first frame. `ticks` a second."""
+    """`codec` None stores images in parquet. `shift_s`: the time of each file's first frame. `ticks` a second.
+    `colour`: (range, space) as FFmpeg numbers them; where the codec can't say it, only the container does."""
 
     codec: str | None = "libx264"
     size: tuple[int, int] = (64, 96)
@@ -36,6 +37,7 @@ class Camera:
     shift_s: float = 0.0
     pix_fmt: str = "yuv420p"
     ticks: int = TICKS
+    colour: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def write_video(path: Path, camera: Camera, frames: Sequence[tuple[float, np.nda
         stream.pix_fmt = camera.pix_fmt
         stream.codec_context.gop_size = camera.gop
         stream.codec_context.time_base = stream.time_base = Fraction(1, camera.ticks)
+        if camera.colour:
+            stream.codec_context.color_range, stream.codec_context.colorspace = camera.colour
+            stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         for seconds, image in frames:
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
             frame.pts, frame.time_base = round(seconds * camera.ticks), Fraction(1, camera.ticks)

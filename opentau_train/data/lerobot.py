@@ -104,6 +104,14 @@ class LeRobotSource:
         return self.reading.cameras
 
     def get_shuffle_blocks(self) -> NDArray[np.int32]:
+        """See `Source.get_shuffle_blocks`. Raises `UserError` where a filter is asked for: training on what it
+        would have left out must not pass unnoticed."""
+        if self.settings.use_filter_dict:
+            raise UserError(
+                "LeRobotSource has no keep-ranges filter",
+                where=f"data.sources.{self.name}.use_filter_dict",
+                remedy=f"set data.sources.{self.name}.use_filter_dict=false",
+            )
         return whole_episodes(self.episodes.length)
 
     def cursors(self, window: WindowSpec) -> LeRobotCursorFactory:

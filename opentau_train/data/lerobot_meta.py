@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train.data.rows import UNREADABLE
 from opentau_train.errors import UserError
 
 VERSIONS = ("v3.0", "v2.1")
@@ -140,7 +141,7 @@ def read_tasks(info: Info) -> dict[int, str]:
     if info.get("codebase_version") == "v2.1":
         path = info.root / "meta" / "tasks.jsonl"
         rows = _read_jsonl(path)
-        return {int(_field(r, "task_index", path)): str(_field(r, "task", path)) for r in rows}
+        return {_field(r, "task_index", int, path): _field(r, "task", str, path) for r in rows}
     path = info.root / "meta" / "tasks.parquet"
     table = _read_parquet(path, None)
     # pandas wrote the texts as its index, whose column may have any name.
@@ -184,8 +185,8 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: str) -> Epi
 def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: str) -> Episodes:
     path = info.root / "meta" / "episodes.jsonl"
     rows = _read_jsonl(path)
-    index = np.array([_field(r, "episode_index", path) for r in rows], np.int64)
-    length = np.array([_field(r, "length", path) for r in rows], np.int64)
+    index = np.array([_field(r, "episode_index", int, path) for r in rows], np.int64)
+    length = np.array([_field(r, "length", int, path) for r in rows], np.int64)
     chunk = index // int(info.tree.get("chunks_size") or 1000)
     zero = np.zeros(len(index))
     return Episodes(
@@ -208,8 +209,10 @@ def _read_parquet(path: Path, names: list[str] | None, extra: str = "") -> pa.Ta
             if missing:
                 raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=_RESTORE)
             wanted = None if names is None else [*names, *([extra] if extra in there else [])]
-            return file.read(columns=wanted, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+            table = file.read(columns=wanted, use_threads=False)
+            table.validate(full=True)
+            return table
+    except UNREADABLE as error:
         raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
 
 
@@ -220,14 +223,16 @@ def _metadata_numbers(table: pa.Table, name: str, folder: Path) -> NDArray[Any]:
     return np.asarray(column)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
 
 
-def _field(row: Mapping[str, Any], key: str, path: Path) -> Any:
-    if row.get(key) is None:
-        raise UserError(f"an entry has no '{key}': {json.dumps(row)[:80]}", where=str(path), remedy=_RESTORE)
+def _field(row: Any, key: str, kind: type, path: Path) -> Any:
+    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+        raise UserError(
+            f"an entry has no '{key}' ({kind.__name__}): {json.dumps(row)[:80]}", where=str(path), remedy=_RESTORE
+        )
     return row[key]

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 EPISODE_COLUMN = "episode_index"
 OPEN_FILES = 32
 CACHED_BYTES = 64 * 2**20
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file; the last where a column's name or its own message is garbled."""
 
 
 class RowError(Exception):
@@ -44,7 +46,7 @@ class RowReader:
         try:
             rows = self._slice(file, path, start, length)
             rows.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             self._forget(file)
             raise RowError(f"{path}: {error}") from error
         found = rows.column(EPISODE_COLUMN)

@@ -36,10 +36,11 @@ class VideoFile:
     def __init__(self, path: Path):
         self.path = path
         self._container = av.open(str(path), metadata_errors="replace")
-        if not self._container.streams.video:
+        streams = self._container.streams.video
+        if not streams or streams[0].codec_context is None:
             self._container.close()
-            raise VideoError(f"{path} has no video stream")
-        self._stream = self._container.streams.video[0]
+            raise VideoError(f"{path} has no video stream that can be decoded")
+        self._stream = streams[0]
         self.time_base = float(self._stream.time_base)
         self._index = self._stream.index_entries
         self._last_dts: int | None = None
@@ -196,8 +197,6 @@ class FrameCursor:
             raise VideoError(
                 f"{path} has no frame within {tolerance_s:g} s of {seconds:.6f} s: the nearest is at {found:.6f} s"
             )
-        if frame.is_corrupt:
-            raise VideoError(f"{path}: the frame at {found:.6f} s is damaged")
         return frame
 
     def close(self) -> None:
@@ -263,6 +262,9 @@ class FrameCursor:
         frame = self._frames.popleft()
         if frame.pts is None:
             raise VideoError(f"{file.path}: a frame has no presentation time")
+        if frame.is_corrupt:
+            # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
+            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
         return frame
 
     def _feed(self, packet: av.Packet) -> None:

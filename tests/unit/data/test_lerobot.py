@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -542,3 +544,39 @@ def test_a_frame_outside_the_episode_is_a_programming_error(written):
     for frame in (-1, 11):
         with pytest.raises(IndexError):
             cursor.read(0, frame)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_never_raise_anything_but_the_promised_errors(written, tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("flipped") / "set"
+    shutil.copytree(written("v21_mixed_cameras"), root)
+    names = [
+        "data/chunk-000/episode_000001.parquet",
+        f"videos/chunk-000/{FRONT}/episode_000001.mp4",
+        "meta/tasks.jsonl",
+    ]
+    path = root / data.draw(st.sampled_from(names))
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=5)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        source = open_source(root)
+        factory = source.cursors(WindowSpec(2))
+        cursor = factory.cursor()
+        for f in (0, 5):
+            with contextlib.suppress(BadSample):
+                cursor.read(1, f)
+        if "tasks" not in path.name:
+            assert cursor.read(0, 0).state[0] == 0.0
+        factory.close()
+        list(source.columns(np.array([1])))
+    except UserError as error:
+        assert path.name in str(error)
+
+
+def test_a_filter_that_nothing_applies_is_refused(written):
+    source = open_source(written("images"), use_filter_dict=True, filter_dict_path="ranges.json")
+    with pytest.raises(UserError, match="use_filter_dict"):
+        source.get_shuffle_blocks()

@@ -24,12 +24,14 @@ FILES = {
     "h264_gop2": (Camera(gop=2), EVEN),
     "h264_b_frames": (Camera(gop=30, options=H264_B), EVEN),
     "h264_one_gop": (Camera(gop=250, options=H264_B), EVEN),
+    "h264_open_gop": (Camera(gop=12, options={**H264_B, "x264-params": "open-gop=1:b-adapt=0:scenecut=0"}), EVEN),
     "h264_uneven_times": (Camera(gop=12, options=H264_B), UNEVEN),
     "h264_starts_late": (Camera(gop=12, options=H264_B), EVEN + 0.7),
     "h264_grey": (Camera(gop=12, pix_fmt="gray"), EVEN),
     "h264_full_range": (Camera(gop=12, pix_fmt="yuvj420p"), EVEN),
     "hevc_open_gop": (Camera("libx265", gop=12, options=HEVC_B), EVEN),
     "av1_gop2": (Camera("libsvtav1", gop=2, options=AV1), EVEN),
+    "mpeg4_colour_in_container": (Camera("mpeg4", gop=12, ticks=30, colour=(2, 1)), EVEN),
     "mpeg4": (Camera("mpeg4", gop=12, ticks=30), EVEN),
 }
 REMUXED = ("h264_no_edit_list", "h264_cut_by_edit_list")
@@ -173,20 +175,42 @@ def test_a_broken_file_is_named_and_leaves_the_pool_usable(video, folder):
     pool.close()
 
 
-def test_damaged_packets_fail_and_intact_ones_before_them_are_read(video, folder):
+def test_frames_built_on_a_damaged_one_fail_until_the_file_is_repaired(video, folder):
     path, times, frames = video("h264_b_frames")
     with av.open(str(path)) as container:
-        second_key = [p.pos for p in container.demux(video=0) if p.is_keyframe][1]
-        container.seek(0)
+        place, size = [(p.pos, p.size) for p in container.demux(video=0) if p.is_keyframe][1]
     damaged = bytearray(path.read_bytes())
-    damaged[second_key : second_key + 400] = bytes(400)
+    # Only the end: the decoder conceals the loss and doesn't mark the frames that refer to it.
+    damaged[place + size * 3 // 4 : place + size] = bytes(place + size - (place + size * 3 // 4))
     (folder / "damaged.mp4").write_bytes(damaged)
+    assert any(
+        not np.array_equal(f.to_ndarray(format="rgb24"), g)
+        for f, g in zip(decode_all(folder / "damaged.mp4")[1][32:], frames[32:])
+    )
     pool = VideoPool()
     cursor = pool.cursor()
-    with pytest.raises(VideoError, match=r"damaged\.mp4"):
-        cursor.read(folder / "damaged.mp4", times[30], 1e-4)
-    for i in (5, 12):
+    second = int(np.argmin(np.abs(times - 1.0)))
+    for i in (second, second + 1, second + 9):
+        with pytest.raises(VideoError, match=r"damaged\.mp4"):
+            cursor.read(folder / "damaged.mp4", times[i], 1e-4)
+    for i in (5, 12, second + 31):
         np.testing.assert_array_equal(rgb(cursor.read(folder / "damaged.mp4", times[i], 1e-4)), frames[i])
+    with pytest.raises(VideoError):
+        cursor.read(folder / "damaged.mp4", times[second], 1e-4)
+    (folder / "repaired.mp4").write_bytes(path.read_bytes())
+    (folder / "repaired.mp4").replace(folder / "damaged.mp4")
+    np.testing.assert_array_equal(rgb(cursor.read(folder / "damaged.mp4", times[second], 1e-4)), frames[second])
+    pool.close()
+
+
+def test_rounded_frame_times_cost_no_second_decode(tmp_path):
+    camera = Camera(gop=250, options=H264_B, ticks=1000)
+    write_video(tmp_path / "ms.mp4", camera, [(s, picture(0, i, "ms", camera.size)) for i, s in enumerate(EVEN)])
+    pool = VideoPool()
+    cursor = pool.cursor()
+    for time, expected in zip(EVEN, decode_all(tmp_path / "ms.mp4")[1]):
+        np.testing.assert_array_equal(rgb(cursor.read(tmp_path / "ms.mp4", time, 1e-3)), rgb(expected))
+    assert pool.frames_decoded <= FRAMES
     pool.close()
 
 
