@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opentau_train.data import arm, scene
-from opentau_train.data.droid_sample import CONTROL_MODES, SampleSpec, ensure_droid_sample, plan
+from opentau_train.data.droid_sample import CONTROL_MODES, SampleSpec, ensure_droid_sample, plan, render
 from opentau_train.errors import UserError
 
 SMALL = SampleSpec(num_episodes=5, min_frames=60, max_frames=66, episodes_per_data_file=3, episodes_per_video_file=2)
@@ -157,6 +157,20 @@ def test_every_row_has_its_frame_in_the_video(roots, camera):
                 found = [frame.time for frame in container.decode(video=0)]
             assert found[0] == 0.0
             np.testing.assert_allclose(times, found, atol=1e-4)
+
+
+@pytest.mark.parametrize("camera", scene.CAMERAS)
+def test_frames_at_an_episodes_place_show_its_rows(roots, camera):
+    number, key = 3, f"videos/observation.images.{camera}"  # the second episode of its mp4
+    episode = episodes(roots["ee"])[number]
+    with av.open(str(video(roots["ee"], camera, episode[f"{key}/file_index"]))) as container:
+        decoded = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    first = round(episode[f"{key}/from_timestamp"] * 15)
+    drawn = list(render(plan(SMALL, "ee", number), camera))
+    assert first > 0 and len(drawn) == episode["length"] == len(decoded) - first
+    for offset in (0, 10, len(drawn) - 1):
+        errors = [np.abs(frame - drawn[offset]).mean() for frame in decoded]
+        assert np.argmin(errors) == first + offset
 
 
 @pytest.mark.parametrize("camera", scene.EXTERIOR)
