@@ -36,7 +36,7 @@ if [[ -n ${FAKE_WAITS:-} ]]; then
     trap "echo got $name; exit 75" "$name"
   done
   echo $$ >"$RECORD.pid.part" && mv "$RECORD.pid.part" "$RECORD.pid"
-  while :; do sleep 0.05; done
+  for ((i = 0; i < 200; i++)); do sleep 0.05; done # a launcher that hands nothing on fails, it does not hang
 fi
 exit "${FAKE_STATUS:-0}"
 """
@@ -340,18 +340,33 @@ def test_a_missing_program_is_refused(node):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
-@pytest.mark.parametrize("sourced", [False, True])
-def test_a_signal_reaches_torchrun_and_no_process_is_left(node, name, sourced):
-    command = ["bash", "-c", f"source {LAUNCHER}"] if sourced else [str(LAUNCHER)]
+@pytest.mark.parametrize("how", ["executed", "sourced", "group"])
+def test_a_signal_reaches_torchrun_once_and_no_process_is_left(node, name, how):
+    command = ["bash", "-c", f"source {LAUNCHER}"] if how == "sourced" else [str(LAUNCHER)]
     environment = node.environment | {"FAKE_WAITS": "1"}
-    with subprocess.Popen(command, env=environment, cwd=node.path, stdout=subprocess.PIPE, text=True) as launcher:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, cwd=node.path, stdout=pipe, text=True, start_new_session=True
+    ) as launcher:
         pid = int(wait_for(node.path / "record.pid", launcher))
-        launcher.send_signal(getattr(signal, name))
+        send = os.killpg if how == "group" else os.kill  # a terminal's Ctrl-C and `timeout` signal the group
+        send(launcher.pid, getattr(signal, name))
         output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 75
-    assert f"got {name[3:]}" in output and f"got {name[3:]}" in node.log()
+    assert output.count("got") == node.log().count("got") == 1
+    assert f"got {name[3:]}\n" in output and f"got {name[3:]}\n" in node.log()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_the_log_is_complete_when_the_launcher_returns(node):
+    slow = node.path / "bin" / "tee"
+    slow.write_text('#!/usr/bin/env bash\nsleep 0.3\nexec /usr/bin/tee "$@"\n')
+    slow.chmod(0o755)
+    with open(node.path / "stdout", "w") as stdout:  # a file: a pipe would wait for tee itself
+        subprocess.run([LAUNCHER], env=node.environment, cwd=node.path, stdout=stdout, check=True)
+    assert node.log().endswith("fake error\n")
+    assert (node.path / "stdout").read_text().endswith(node.log())
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> str:
