@@ -15,7 +15,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def save(
             (partial / name).mkdir(parents=True)
 
     def write() -> None:
-        dcp.save(_tensors(state), checkpoint_id=partial / "state", no_dist=world.size == 1)
+        with _alone(world) as no_dist:
+            dcp.save(_tensors(state), checkpoint_id=partial / "state", no_dist=no_dist)
 
     def write_own() -> None:
         torch.save(_rng_state(), partial / "rng" / f"{world.rank}.pt")
@@ -94,6 +97,14 @@ def save(
     _together(world, partial, write_own)
     _together(world, partial, commit, main_only=True)
     return final
+
+
+@contextmanager
+def _alone(world: World) -> Iterator[bool]:
+    """True on a world of one, without the warning that this is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield world.size == 1
 
 
 def _together(world: World, partial: Path, work: Callable[[], None], main_only: bool = False) -> None:
@@ -138,7 +149,8 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     run = world.agree(lambda: _read_run(path))
     tensors = _tensors(state)
     world.agree(lambda: _check_schema(path, tensors))
-    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
+    with _alone(world) as no_dist:
+        dcp.load(tensors, checkpoint_id=path / "state", no_dist=no_dist)
     set_model_state_dict(state.policy, tensors["model"])
     set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
     if state.ema is not None:

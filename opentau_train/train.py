@@ -228,7 +228,7 @@ def _check(job: Job, result: StepResult) -> None:
 def _validate(job: Job, sinks: Sinks) -> None:
     started = time.perf_counter()
     row = validate(job.state.policy, job.state.replicas, job.plan, job.world, job.settings.validation)
-    sinks.write(job.state.step, {**row, "Validation/Seconds": time.perf_counter() - started})
+    sinks.write(job.state.step, {**row, "Timing/ValidationSeconds": time.perf_counter() - started})
 
 
 def _save(job: Job) -> None:

@@ -15,7 +15,7 @@ from opentau_train import cli, config
 REPO = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 
-TINY_POLICY = ["model.width=32", "model.num_layers=1", "model.num_heads=2", "model.max_prompt_bytes=8", "data.image_size=[32,32]"]
+TINY_POLICY = ["model.width=32", "model.depth=1", "model.heads=2", "model.max_prompt_bytes=8", "data.image_size=[32,32]"]
 """A policy small enough that a step takes milliseconds."""
 
 TOY = [
@@ -24,6 +24,7 @@ TOY = [
     "data.sources.main.val_split_ratio=0.3",
     f"data.sources.old.root={DATA / 'lerobot_v21'}",
     "data.sources.old.val_split_ratio=0.3",
+    "data.sources.old.robot_type=toy6",  # six joints: not the other toy's norm head
     "data.num_workers=0",
     "trainer.global_batch_size=4",
     "trainer.log_every=1",
@@ -79,7 +80,7 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
 
 def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """{step: its numbers}, wall-clock ones left out."""
-    clocks = ("time", "Training/StepTime", "Training/DataWait", "Training/SamplesPerSecond", "Validation/Seconds")
+    clocks = ("time", "Training/StepTime", "Training/DataWait", "Training/SamplesPerSecond", "Timing/ValidationSeconds")
     rows: dict[int, dict[str, float]] = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
