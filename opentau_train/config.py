@@ -102,6 +102,7 @@ class BadSampleSettings:
 
     def check(self, path: str) -> None:
         _fraction(f"{path}.max_fraction", self.max_fraction)
+        _at_least(f"{path}.grace", self.grace, 0)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,13 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
 """The columns that a schema needs; a dataset may have more."""
 
 _CAMERA_TYPES = ("video", "image")
-_REQUIRED = {"codebase_version": str, "fps": (int, float), "total_episodes": int, "total_frames": int, "features": dict}
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "codebase_version": str,
+    "fps": (int, float),
+    "total_episodes": int,
+    "total_frames": int,
+    "features": dict,
+}
 
 
 def read_info(root: Path) -> Info:
@@ -69,8 +75,8 @@ def read_info(root: Path) -> Info:
         raise _broken(path, f"can't be read: {error}") from error
     if not isinstance(info, dict):
         raise _broken(path, "holds no mapping")
-    for key, kind in _REQUIRED.items():
-        if not isinstance(info.get(key), kind):
+    for key, types in _REQUIRED.items():
+        if not isinstance(info.get(key), types):
             raise _broken(path, f"key '{key}' is {'wrong' if key in info else 'missing'}")
     for name, feature in info["features"].items():
         if not isinstance(feature, dict) or not isinstance(feature.get("shape"), list) or "dtype" not in feature:
@@ -91,8 +97,8 @@ def check_schema(info: Info, schema: str, root: Path) -> None:
         if others:
             remedy = f"the dataset has the {others[0]} schema: train it with data={others[0]}"
         else:
-            hint = did_you_mean(missing[0], features)
-            remedy = f"{missing[0]}: {hint} Name your columns with +recipe=lerobot"
+            near = did_you_mean(missing[0], features)
+            remedy = "name the dataset's own columns with +recipe=lerobot" + (f" ({missing[0]}{near})" if near else "")
         raise UserError(f"dataset lacks {_count(missing)} of the {schema} schema", where=str(root), remedy=remedy)
     for column in SCHEMAS[schema]:
         should, is_camera = ".image" in column, features[column]["dtype"] in _CAMERA_TYPES
