@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train import config
-from opentau_train.errors import EXIT_FAULT, EXIT_USER, UserError, did_you_mean
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_you_mean
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
@@ -31,24 +31,34 @@ _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
+    code = _main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is closed and on disk. An ordinary exit would now run the destructors of DDP and of gloo's process
+        # group, which joins a thread while holding the interpreter's lock that this thread may wait for: it hung in
+        # one of three runs of four ranks on a busy machine (docs/decisions/0002-exit.md).
+        os._exit(code)
+    sys.exit(code)
+
+
+def _main() -> int:
+    """The exit code, after the messages."""
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
     sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
     try:
         _compose()
-        if _composed:
-            _run(_composed.pop())
+        return _run(_composed.pop()) if _composed else EXIT_OK
     except _USER_ERRORS as error:
         if full_error:
-            raise
+            traceback.print_exc()
         _print_once(_explain(error))
-        sys.exit(EXIT_USER)
-    except Exception as error:  # the program's last line of defence: say what failed, keep the traceback for the log
-        if full_error:
-            raise
+        return EXIT_USER
+    except Exception as error:  # the last line of defence: say what failed below the traceback
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_FAULT)
+        return EXIT_FAULT
 
 
 def _compose() -> None:
@@ -72,11 +82,11 @@ def _app(composed) -> None:
     _composed.append(plain(composed))
 
 
-def _run(tree: dict[str, Any]) -> None:
+def _run(tree: dict[str, Any]) -> int:
     settings = config.load(tree)
     from opentau_train import train  # imports torch: only once the settings hold
 
-    sys.exit(train.run(settings, tree))
+    return train.run(settings, tree)
 
 
 def plain(composed) -> dict[str, Any]:

@@ -117,18 +117,17 @@ def launch(*, device: str, precision: str, timeout: float) -> Iterator[World]:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     size = accelerator.num_processes
-    try:
-        yield World(
-            rank=accelerator.process_index,
-            size=size,
-            local_rank=accelerator.local_process_index,
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-            device=accelerator.device,
-            accelerator=accelerator,
-        )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    world = World(
+        rank=accelerator.process_index,
+        size=size,
+        local_rank=accelerator.local_process_index,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        device=accelerator.device,
+        accelerator=accelerator,
+    )
+    yield world
+    # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.
+    world.barrier()
 
 
 def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, int]:
