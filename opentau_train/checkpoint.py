@@ -81,7 +81,9 @@ def save(
     def write_own() -> None:
         torch.save(_rng_state(), partial / "rng" / f"{world.rank}.pt")
         if world.is_main:
-            _write_json(partial / "run.json", {"version": VERSION, "step": state.step, "counters": counters, "stream": stream})
+            _write_json(
+                partial / "run.json", {"version": VERSION, "step": state.step, "counters": counters, "stream": stream}
+            )
             _write_pretrained(partial / "pretrained_model", weights, pretrained)
 
     def commit() -> None:
@@ -167,7 +169,9 @@ def _read_run(path: Path) -> dict[str, Any]:
         run = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"not a checkpoint: {error}", where=str(path), remedy="give a directory of the form RUN/checkpoints/00001000"
+            f"not a checkpoint: {error}",
+            where=str(path),
+            remedy="give a directory of the form RUN/checkpoints/00001000",
         ) from error
     if run.get("version") != VERSION:
         raise UserError(
@@ -200,7 +204,7 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
         raise UserError(
             "the checkpoint is of another model: " + "; ".join(parts),
             where=str(path),
-            remedy="use the model, camera and dimension settings of its pretrained_model/config.json, or start a new run",
+            remedy="use the model and camera settings of its pretrained_model/config.json, or start a new run",
         )
 
 
@@ -283,7 +287,7 @@ def _prune(folder: Path, keep_last: int | None, keep: str) -> None:
         return
     for path in complete(folder)[:-keep_last]:
         if path.name != keep:
-            # Renamed first, so that a kill in the middle of the deletion can't leave half a checkpoint with a good name.
+            # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint with a good name.
             doomed = path.with_name(f"{path.name}.tmp")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -143,7 +143,7 @@ def _explain(error: Exception) -> str:
         name = key.group(2) or key.group(1)
         name = name if not key.group(1) or key.group(2) else key.group(1)
         return _explain_unknown_key(name)
-    return "\n".join(lines[:6] + ["  remedy: see python -m opentau_train --help"])
+    return "\n".join([*lines[:6], "  remedy: see python -m opentau_train --help"])
 
 
 def _explain_missing_choice(group: str, choice: str, text: str) -> str:
@@ -163,4 +163,3 @@ def _explain_unknown_key(name: str) -> str:
         return str(UserError(f"{name} is not in the defaults", remedy=f"write +{name}=NAME"))
     known = [*config.Settings.__dataclass_fields__, *groups]
     return str(UserError(f"unknown key '{name}'{did_you_mean(name, known)}", remedy=f"keys: {', '.join(known)}"))
-

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from opentau_train.errors import UserError
 

@@ -1,8 +1,8 @@
 """One optimizer step over one global batch: micro-batches x ranks, one set of denominators.
 
 The counts of valid loss elements of the whole global batch are known from the masks, so they are summed over ranks
-before the first forward, together with the flags that all ranks must agree on; each micro-batch then divides by the same
-numbers. One rank with eight micro-batches and eight ranks with one give the same gradient.
+before the first forward, together with the flags that all ranks must agree on; each micro-batch then divides by the
+same numbers. One rank with eight micro-batches and eight ranks with one give the same gradient.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def train_step(
         with state.replicas.accumulate(last=i == len(micro_batches) - 1), world.accelerator.autocast():
             terms = state.replicas.model(micro, noise)
         # Gradients are averaged over ranks; times the world size that average is the sum over the global batch.
-        loss = world.size * sum(weights[k] * terms[k][0].sum() / denominators[k] for k in weights if denominators[k] > 0)
+        loss = world.size * sum(
+            weights[k] * terms[k][0].sum() / denominators[k] for k in weights if denominators[k] > 0
+        )
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
     grad_norm = _clip(state.policy, settings.grad_clip)
@@ -131,14 +133,16 @@ def _update(state: TrainState, grad_norm: float, lr: float) -> None:
     state.step += 1
 
 
-def check_health(state: TrainState, settings: TrainerSettings, bad: int, seen: int, max_fraction: float, grace: int) -> None:
+def check_health(
+    state: TrainState, settings: TrainerSettings, bad: int, seen: int, max_fraction: float, grace: int
+) -> None:
     """Stop a run that has gone wrong, on all ranks at the same step.
 
     Raises RuntimeError after too many skipped steps in a row, `UserError` when too many windows can't be read.
     """
     if state.skipped_in_a_row >= settings.max_skipped_steps:
         raise RuntimeError(
-            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row, the last one step {state.step}: "
+            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row up to step {state.step}: "
             "lower optimizer.lr, or look at the data of these steps"
         )
     if bad > grace and bad > max_fraction * seen:

@@ -34,7 +34,7 @@ from opentau_train.optim import Ema, adamw
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
-from opentau_train.typed import instantiate
+from opentau_train.typed import bind, instantiate
 from opentau_train.validate import ValidationPlan, plan_validation, validate
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,10 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     """Open the data, build the policy and its optimizer, and load the checkpoint that `resume` names."""
     trainer = settings.trainer
     check_batch(trainer.global_batch_size, world.size)
+    bind(settings.model, "model", ["spec"])
+    bind(settings.scheduler, "scheduler", [])
+    for name, options in settings.logger.items():
+        bind(options, f"logger.{name}", ["context"])
     degrees = data_parallel_degrees(
         settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
     )

@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from opentau_train.errors import UserError, did_you_mean
@@ -177,6 +177,13 @@ def _bad_target(path: str, what: str) -> UserError:
 def instantiate(tree: Mapping[str, Any], path: str, /, **given: Any) -> Any:
     """Build what `tree[_target_]` names from the tree's other keys, checked against its signature, and `given`
     (what the program itself passes; config may not set it)."""
+    target, values = bind(tree, path, given)
+    return target(**given, **values)
+
+
+def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[Any, dict[str, Any]]:
+    """The target and the converted arguments that `instantiate` would call it with, without calling it: a mistake in
+    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself."""
     if TARGET not in tree:
         raise UserError(
             f"{path} has no {TARGET}", remedy=f"choose a file of conf/{path.replace('.', '/')}/, or name a class"
@@ -196,7 +203,7 @@ def instantiate(tree: Mapping[str, Any], path: str, /, **given: Any) -> Any:
     for name, value in options.items():
         unset = value is None and name in known and known[name].default is None  # `size: int = None`
         values[name] = None if unset else convert(hints.get(name, Any), value, f"{path}.{name}")
-    return target(**given, **values)
+    return target, values
 
 
 def _hints(target: Any, path: str) -> dict[str, Any]:

@@ -56,7 +56,9 @@ class ValidationPlan:
             yield self.windows.select(np.arange(start, min(start + self.batch_size, high)))
 
 
-def plan_validation(mixture: Mixture, settings: ValidationSettings, *, batch_size: int, num_ranks: int) -> ValidationPlan:
+def plan_validation(
+    mixture: Mixture, settings: ValidationSettings, *, batch_size: int, num_ranks: int
+) -> ValidationPlan:
     """List the held-out windows and cut the list into spans of equal decode cost."""
     datasets = mixture.datasets
     dataset, episode, frame = validation_windows(

@@ -15,7 +15,13 @@ from opentau_train import cli, config
 REPO = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 
-TINY_POLICY = ["model.width=32", "model.depth=1", "model.heads=2", "model.max_prompt_bytes=8", "data.image_size=[32,32]"]
+TINY_POLICY = [
+    "model.width=32",
+    "model.depth=1",
+    "model.heads=2",
+    "model.max_prompt_bytes=8",
+    "data.image_size=[32,32]",
+]
 """A policy small enough that a step takes milliseconds."""
 
 TOY = [
@@ -71,7 +77,10 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
     """Train in this process; returns the run directory. Errors are raised, not printed."""
     from opentau_train import train
 
-    overrides = [cli._settable(a) for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]]
+    overrides = [
+        cli._settable(a)
+        for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]
+    ]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = cli.plain(hydra.compose("train", overrides))
     assert train.run(config.load(tree), tree) == 0

@@ -140,7 +140,7 @@ def _download(name: str, source: SourceSettings) -> str:
 
 
 def _builtin_sample(settings: Settings, world: World) -> dict[str, SourceSettings]:
-    """The sample's two datasets in place of the unset source: `NAME` under joint control, `NAME_ee` under ee control."""
+    """The sample's two datasets in place of the unset source: `NAME` (joint control) and `NAME_ee` (ee control)."""
     nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     if nodes > 1:
         raise UserError(
@@ -217,7 +217,11 @@ def _open_dataset(
         group_of[table.control_mode == code] = len(groups)
         groups.append(Group(name, mode, f"{source.robot_type}::{mode}", share=0.0))
     if not chosen.iterable_shuffle:
-        log.warning("data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch; gradients are correlated and unstable: for debugging only", name)
+        log.warning(
+            "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
+            "gradients are correlated and their norm unstable; for debugging only",
+            name,
+        )
     repo_id = chosen.repo_id or Path(chosen.root or name).name
     twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
     return Dataset(
@@ -283,16 +287,23 @@ def _statistics(settings: Settings, datasets: list[Dataset], groups: list[Group]
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
         first = members[0].source
         for other in members[1:]:
-            if len(other.source.action_names) != len(first.action_names) or len(other.source.state_names) != len(first.state_names):
+            if len(other.source.action_names) != len(first.action_names) or len(other.source.state_names) != len(
+                first.state_names
+            ):
                 raise UserError(
-                    f"datasets '{members[0].name}' and '{other.name}' share the norm head {head} but not their dimensions",
+                    f"datasets '{members[0].name}' and '{other.name}' share norm head {head} but not dimensions",
                     where=f"data.sources.{other.name}",
                     remedy=f"set data.sources.{other.name}.robot_type or control_mode to tell them apart",
                 )
         identity = [
             part
             for d, p in zip(members, positions, strict=True)
-            for part in (d.name, d.source.fingerprint, repr(d.source.state_names + d.source.action_names), repr(p.tolist()))
+            for part in (
+                d.name,
+                d.source.fingerprint,
+                repr(d.source.state_names + d.source.action_names),
+                repr(p.tolist()),
+            )
         ]
 
         def rows(members=members, positions=positions):
@@ -322,7 +333,8 @@ def _check_stats(stats: dict[str, HeadStats], datasets: list[Dataset], groups: l
             found = stats.get(head)
             if found is None or len(found.action_names) != len(dataset.source.action_names):
                 raise UserError(
-                    f"the checkpoint has no statistics for norm head {head} with {len(dataset.source.action_names)} action dimensions",
+                    f"the checkpoint has no statistics for norm head {head} "
+                    f"with {len(dataset.source.action_names)} action dimensions",
                     where=f"data.sources.{dataset.name}",
                     remedy=f"it knows: {', '.join(sorted(stats))}; set robot_type and control_mode to one of these",
                 )

@@ -45,7 +45,9 @@ class Moments:
     q99: NDArray[np.float64]
 
     def to_json(self) -> dict:
-        return {n: v.tolist() if isinstance(v := getattr(self, n), np.ndarray) else v for n in self.__dataclass_fields__}
+        return {
+            n: v.tolist() if isinstance(v := getattr(self, n), np.ndarray) else v for n in self.__dataclass_fields__
+        }
 
     @classmethod
     def from_json(cls, tree: dict) -> Moments:
@@ -137,7 +139,7 @@ class _Accumulator:
             raise UserError(
                 f"{self.names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episode}, frame {row}",
                 where=f"data.sources.{dataset}",
-                remedy=f"repair the data, or leave the episode out: data.sources.{dataset}.exclude_episodes=[{episode}]",
+                remedy=f"repair it, or leave it out: data.sources.{dataset}.exclude_episodes=[{episode}]",
             )
         rows = rows.astype(np.float64)
         if self.shift is None:

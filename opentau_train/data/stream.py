@@ -25,7 +25,6 @@ from opentau_train.data.tape import DatasetBlocks, Tape, Windows
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Batch, Sample
 
-
 SUBSTITUTE_TRIES = 8
 
 
@@ -105,7 +104,7 @@ class Parts(IterableDataset):
             except BadSample as again:
                 self._record(again, pass_index)
         raise UserError(
-            f"dataset '{blocks.name}': {SUBSTITUTE_TRIES} windows drawn in place of an unreadable one can't be read either",
+            f"dataset '{blocks.name}': {SUBSTITUTE_TRIES} windows in place of an unreadable one can't be read either",
             where=str(error),
             remedy="repair the dataset's files, or exclude the episodes named in quarantine.jsonl",
         )

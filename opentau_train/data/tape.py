@@ -236,7 +236,9 @@ class Tape:
             out["pass_index"][here[mine]] = pass_index
             for k in np.unique(pass_index):
                 chosen = here[mine][pass_index == k]
-                out["episode"][chosen], out["frame"][chosen] = self._block_window(int(d), int(k), offset[pass_index == k])
+                out["episode"][chosen], out["frame"][chosen] = self._block_window(
+                    int(d), int(k), offset[pass_index == k]
+                )
 
     def _block_window(self, d: int, k: int, offset: I64) -> tuple[I64, I64]:
         """(episode, frame) of the windows at `offset` of pass k of dataset d."""

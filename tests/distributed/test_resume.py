@@ -12,7 +12,14 @@ from tests.program import TOY, assert_close, metrics, run, start, train_here
 
 pytestmark = pytest.mark.distributed
 
-RUN = [*TOY, "trainer.steps=40", "checkpoint.every=3", "checkpoint.keep_last=2", "validation.every=10", "validation.max_samples_per_group=5"]
+RUN = [
+    *TOY,
+    "trainer.steps=40",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=2",
+    "validation.every=10",
+    "validation.max_samples_per_group=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,10 @@ def test_sigkill_and_resume_equals_uninterrupted_bit_for_bit(workers, uninterrup
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)],
+)
 def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninterrupted, tmp_path):
     command = [*RUN, "checkpoint.every=0", "data.num_workers=1", f"paths.run_dir={tmp_path}"]
     process = start(command)
@@ -62,7 +72,13 @@ def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninter
 def test_elastic_resume_on_other_numbers_of_ranks_and_workers(uninterrupted, tmp_path):
     for steps, ranks, workers in ((8, 4, 0), (16, 2, 1), (24, 1, 3), (40, 2, 0)):
         # the schedule is a function of (step, steps): stop early through a constant rate, not a shorter schedule
-        command = [*RUN, "scheduler=constant", "scheduler.warmup_steps=2", f"trainer.steps={steps}", f"data.num_workers={workers}"]
+        command = [
+            *RUN,
+            "scheduler=constant",
+            "scheduler.warmup_steps=2",
+            f"trainer.steps={steps}",
+            f"data.num_workers={workers}",
+        ]
         done = run([*command, "resume=auto", f"paths.run_dir={tmp_path / 'elastic'}"], ranks)
         assert done.returncode == 0, done.stderr
     whole = train_here([*RUN, "scheduler=constant", "scheduler.warmup_steps=2"], tmp_path / "whole")

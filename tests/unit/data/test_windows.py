@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,14 @@ def table(lengths: list[int]) -> EpisodeTable:
     n = len(lengths)
     zeros = np.zeros(n, np.int64)
     return EpisodeTable(
-        np.arange(n) * 10, np.array(lengths, np.int32), zeros.astype(np.int16), ("m",), zeros.astype(np.int32), zeros, {}, {}
+        np.arange(n) * 10,
+        np.array(lengths, np.int32),
+        zeros.astype(np.int16),
+        ("m",),
+        zeros.astype(np.int32),
+        zeros,
+        {},
+        {},
     )
 
 
@@ -39,9 +48,7 @@ def test_no_ratio_and_a_single_episode_hold_nothing_out():
 
 def test_drop_tail_keeps_only_windows_whose_chunk_fits():
     source = np.array([[0, 0, 5], [1, 0, 2], [2, 2, 3]], np.int32)
-    found = make_blocks(
-        "d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=True, shuffle=True
-    )
+    found = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=True, shuffle=True)
     assert list(zip(found.episode, found.start, found.length)) == [(0, 0, 2), (2, 2, 3)]
     padded = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=False, shuffle=True)
     assert padded.num_windows == 10
@@ -67,5 +74,5 @@ def test_spans_are_contiguous_complete_and_equal_within_one_item(cost, parts):
     cost = np.array(cost)
     bounds = equal_spans(cost, parts)
     assert bounds[0] == 0 and bounds[-1] == len(cost) and len(bounds) == parts + 1 and (np.diff(bounds) >= 0).all()
-    sums = [cost[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:])]
+    sums = [cost[a:b].sum() for a, b in itertools.pairwise(bounds)]
     assert max(sums) <= cost.sum() / parts + cost.max(initial=0) + 1e-9
