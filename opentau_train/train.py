@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,22 +17,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from opentau_train import checkpoint, rng
 from opentau_train.config import Settings
-from opentau_train.data.mixture import Mixture, open_mixture
+from opentau_train.data.assemble import open_mixture
+from opentau_train.data.mixture import Mixture
 from opentau_train.data.normalize import HeadStats
 from opentau_train.data.stream import training_batches
 from opentau_train.data.tape import Tape
 from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
-from opentau_train.metrics import Sums, training_row
+from opentau_train.meter import Meter
 from opentau_train.optim import Ema, adamw
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
+from opentau_train.stopping import StopFlag, stop_signals
 from opentau_train.typed import bind, instantiate
 from opentau_train.validate import ValidationPlan, plan_validation, validate
 
@@ -189,7 +189,7 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Iterator[Sinks]:
 def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
     """Train until the last step or a stop; returns the stop code that all ranks agreed on."""
     settings, trainer, state, world = job.settings, job.settings.trainer, job.state, job.world
-    meter = Meter(job)
+    meter = Meter(job.mixture, job.tape, state, world)
     batches = training_batches(
         job.mixture,
         job.tape,
@@ -210,7 +210,7 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
         last = state.step == trainer.steps
         _check(job, result)
         if state.step % trainer.log_every == 0 or last or code:
-            row = meter.row(result)
+            row = meter.row(result, job.counters["bad"])
             sinks.write(state.step, row)
         if job.validates and not code and (state.step % settings.validation.every == 0 or last):
             with meter.paused():
@@ -247,93 +247,3 @@ def _save(job: Job) -> None:
     )
     if job.world.is_main:
         log.info("saved %s", path)
-
-
-class Meter:
-    """What happened between two log lines: losses by group, times, the batch's make-up."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.terms = tuple(job.state.policy.loss_weights)
-        self.pending: list[StepResult] = []
-        self.wait = 0.0
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - before
-
-    def add(self, result: StepResult) -> None:
-        self.pending.append(result)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around a validation or a save, whose time is not the steps'."""
-        before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
-
-    def row(self, last: StepResult) -> dict[str, float]:
-        """The interval's row; collective (it sums the losses over ranks), and the start of a new interval."""
-        job, steps = self.job, len(self.pending)
-        sums = Sums(len(job.mixture.groups), self.terms)
-        for result in self.pending:
-            for group, terms in result.losses:
-                sums.add(group, terms)
-        job.world.sum(sums.values)
-        seconds = (time.perf_counter() - self.started) / steps
-        batch = job.tape.batch(job.state.step - 1)
-        row = training_row(sums.values.numpy(), job.mixture.groups, self.terms, job.state.policy.loss_weights)
-        row |= {
-            "Training/GradNorm": last.grad_norm,
-            "Training/LearningRate": last.lr,
-            "Training/SkippedSteps": float(job.state.skipped),
-            "Training/SubstitutedWindows": float(job.counters["bad"]),
-            "Training/StepTime": seconds,
-            "Training/DataWait": self.wait / steps,
-            "Training/SamplesPerSecond": job.settings.trainer.global_batch_size / seconds,
-            "Training/DistinctEpisodes": float(len(np.unique(np.stack([batch.dataset, batch.episode]), axis=1).T)),
-            "Training/Epoch": job.tape.epoch_of(job.state.step * job.tape.batch_size),
-            # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
-            # means the same batch in the same order.
-            "Training/BatchId": float(batch.digest() >> 12),
-        }
-        self.pending, self.wait, self.started = [], 0.0, time.perf_counter()
-        return row
-
-
-# -- stopping --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class StopFlag:
-    """0 = go on, 1 = preempted (SIGTERM, SIGUSR1, SIGUSR2), 2 = interrupted (Ctrl-C)."""
-
-    code: int = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopFlag]:
-    """Signals set a flag that travels with the step's all-reduce, so all ranks stop after the same step. A second
-    Ctrl-C ends at once."""
-    flag = StopFlag()
-
-    def preempt(number: int, frame: object) -> None:
-        flag.code = max(flag.code, 1)
-
-    def interrupt(number: int, frame: object) -> None:
-        if flag.code == 2:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        flag.code = 2
-        sys.stderr.write("\nstopping after this step and saving; press Ctrl-C again to end at once\n")
-
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt, signal.SIGUSR1: preempt, signal.SIGUSR2: preempt}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -16,7 +16,7 @@ LAYERS = (
     {"__main__"},
     {"cli", "tools"},
     {"train"},
-    {"report"},
+    {"report", "meter"},
     {"validate", "checkpoint"},
     {"step"},
     {"data", "models", "sinks", "optim"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"distributed"},
     {"config"},
     {"typed", "rng"},
-    {"types"},
+    {"types", "stopping"},
     {"errors"},
     {"__init__"},  # the version only: importing the package imports nothing else
 )

@@ -1,0 +1,157 @@
+"""From settings to a mixture: every mistake that a look at the metadata can find ends here."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from opentau_train.config import DataSettings, Settings, SourceSettings
+from opentau_train.data import normalize, statistics, windows
+from opentau_train.data.mixture import Dataset, Mixture
+from opentau_train.data.normalize import Affine, HeadStats
+from opentau_train.data.resolve import resolve_sources
+from opentau_train.data.source import Source
+from opentau_train.data.tape import draws_per_epoch
+from opentau_train.distributed import World
+from opentau_train.errors import UserError
+from opentau_train.metrics import Group
+from opentau_train.typed import locate
+from opentau_train.types import BatchSpec
+
+log = logging.getLogger(__name__)
+
+
+def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
+    """Open every source, split, group and normalise. `stats` (a checkpoint's) replace computing them.
+
+    Collective: statistics are computed on rank 0 and broadcast. Raises `UserError` on all ranks alike.
+    """
+    sources = resolve_sources(settings, world)
+    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
+    if stats is None:
+        make = partial(statistics.compute, settings, datasets, groups) if world.is_main else dict
+        stats = world.broadcast(world.agree(make))
+    statistics.check(stats, datasets, groups)
+    data = settings.data
+    if world.is_main:
+        for head, found in stats.items():
+            flat = normalize.constant_dimensions(found, data.normalization)
+            if flat:
+                log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+    affine = {
+        head: (Affine.of(s.state, data.normalization), Affine.of(s.actions, data.normalization))
+        for head, s in stats.items()
+    }
+    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
+    groups = _with_shares(groups, datasets, draws)
+    spec = _batch_spec(data, datasets)
+    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, affine, spec)
+
+
+def _open_datasets(settings: Settings, sources: dict[str, SourceSettings]) -> tuple[list[Dataset], list[Group]]:
+    groups: list[Group] = []
+    datasets = [
+        _open_dataset(index, name, source, sources, settings, groups)
+        for index, (name, source) in enumerate(sources.items())
+    ]
+    return datasets, groups
+
+
+def _open_dataset(
+    index: int,
+    name: str,
+    chosen: SourceSettings,
+    sources: dict[str, SourceSettings],
+    settings: Settings,
+    groups: list[Group],
+) -> Dataset:
+    data = settings.data
+    source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
+    table = source.episodes
+    held_out = windows.validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed)
+    chunk_length = chosen.chunk_length or data.chunk_length
+    blocks = source.get_shuffle_blocks()
+    sides = [
+        windows.make_blocks(
+            name,
+            table,
+            blocks,
+            keep,
+            chunk_length=chunk_length,
+            drop_tail=data.drop_tail,
+            shuffle=chosen.iterable_shuffle,
+        )
+        for keep in (~held_out, held_out)
+    ]
+    if sides[0].num_windows == 0:
+        raise UserError(
+            f"dataset '{name}' has no training window: {len(table)} episodes, longest {table.length.max(initial=0)} "
+            f"frames, chunk_length {chunk_length}, drop_tail {data.drop_tail}",
+            where=f"data.sources.{name}",
+            remedy="loosen its filters, chunk_length, drop_tail or val_split_ratio",
+        )
+    group_of = np.zeros(len(table), np.int64)
+    for code in np.unique(table.control_mode):
+        mode = table.control_modes[code]
+        group_of[table.control_mode == code] = len(groups)
+        groups.append(Group(name, mode, f"{source.robot_type}::{mode}", share=0.0))
+    if not chosen.iterable_shuffle:
+        log.warning(
+            "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
+            "gradients are correlated and their norm unstable; for debugging only",
+            name,
+        )
+    repo_id = chosen.repo_id or Path(chosen.root or name).name
+    twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
+    return Dataset(
+        index=index,
+        name=name,
+        repo_id=repo_id if len(twins) == 1 else f"{repo_id}@{name}",
+        settings=chosen,
+        source=source,
+        chunk_length=chunk_length,
+        held_out=held_out,
+        train=sides[0],
+        validation=sides[1],
+        group_of=group_of,
+    )
+
+
+def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int]) -> list[Group]:
+    """Groups with their share of the mixture: the dataset's draws, split by the group's training windows."""
+    share = np.zeros(len(groups))
+    for dataset, drawn in zip(datasets, draws, strict=True):
+        by_group = np.bincount(
+            dataset.group_of[dataset.train.episode], weights=dataset.train.length, minlength=len(groups)
+        )
+        share += drawn / sum(draws) * by_group / by_group.sum()
+    # A group whose episodes are all held out has no training share; it still has a place in the aggregate.
+    floor = 1.0 / max(1, sum(draws))
+    return [dataclasses.replace(g, share=float(max(s, floor))) for g, s in zip(groups, share, strict=True)]
+
+
+def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:
+    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.source.state_names)) for d in datasets])
+    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.source.action_names)) for d in datasets])
+    return BatchSpec(
+        cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
+        image_size=data.image_size,
+        history=data.history,
+        state_dim=state_dim,
+        action_dim=action_dim,
+        chunk_length=max(d.chunk_length for d in datasets),
+    )
+
+
+def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:
+    name, widest = max(dims, key=lambda pair: pair[1])
+    if wanted is not None and wanted < widest:
+        raise UserError(
+            f"data.{key}={wanted} is narrower than dataset '{name}', which has {widest} dimensions",
+            remedy=f"set data.{key}={widest} or more, or null for the widest",
+        )
+    return wanted or widest
