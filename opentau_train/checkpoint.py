@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +254,7 @@ def newest_run(root: Path, name: str) -> Path | None:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _write_pretrained(folder: Path, weights: dict[str, torch.Tensor], pretrained: Pretrained) -> None:
+def _write_pretrained(folder: Path, weights: Mapping[str, Any], pretrained: Pretrained) -> None:
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
     _write_json(folder / "config.json", pretrained.config)
     _write_json(folder / "stats.json", pretrained.stats)

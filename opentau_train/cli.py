@@ -91,7 +91,9 @@ def _run(tree: dict[str, Any]) -> int:
 
 def plain(composed) -> dict[str, Any]:
     """The composed configuration as dicts, lists and scalars, interpolations resolved."""
-    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(tree, dict), "the primary configuration is a mapping"
+    return {str(key): value for key, value in tree.items()}
 
 
 def _compose_and_check(arguments: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ must call. Accelerate owns process state, device placement, mixed precision and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from opentau_train.errors import UserError
 
@@ -159,17 +160,15 @@ class Replicas:
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
         """Around the forward and backward of a micro-batch: gradients are reduced in the last one only."""
-        if self.sharded:
+        if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
+        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
             yield
-        elif last or not hasattr(self.model, "no_sync"):
-            yield
-        else:
-            with self.model.no_sync():
-                yield
 
 
-def spread(policy: nn.Module, world: World, replicate: int, shard: int, precision: str) -> Replicas:
+def spread(
+    policy: nn.Module, blocks: Sequence[nn.Module], world: World, replicate: int, shard: int, precision: str
+) -> Replicas:
     """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
 
     Either way gradients are averaged over all ranks. Accelerate's FSDP2 plugin refuses CPUs, torch's own does not.
@@ -179,7 +178,7 @@ def spread(policy: nn.Module, world: World, replicate: int, shard: int, precisio
     mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     policy.to(world.device)
-    for block in policy.blocks():
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
     register_fsdp_forward_method(policy, "sample_actions")

@@ -56,7 +56,8 @@ def _progress(step: int, steps: int, warmup: int) -> float:
 def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over two groups: matrices with weight decay; norms, biases and embeddings (1-D, or named `*embed*`)
     without. Fused where the device has it (CPU and CUDA do)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or "embed" in name else decayed).append(parameter)

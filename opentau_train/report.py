@@ -57,7 +57,7 @@ def mixture_table(mixture: Mixture, plan: ValidationPlan, num_parameters: int) -
     """The start's summary: a line a source, then the batch's shape."""
     head = ("source", "episodes", "val", "windows", "weight", "share", "windows/epoch", "control mode", "cameras")
     total = sum(mixture.draws)
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for dataset, drawn in zip(mixture.datasets, mixture.draws, strict=True):
         modes = sorted({mixture.groups[g].control_mode for g in np.unique(dataset.group_of)})
         weight = dataset.settings.weight

@@ -7,7 +7,7 @@ same numbers. One rank with eight micro-batches and eight ranks with one give th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +19,12 @@ from opentau_train.config import TrainerSettings
 from opentau_train.data.stream import RankBatch
 from opentau_train.distributed import Replicas, World
 from opentau_train.errors import UserError
+from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
 from opentau_train.types import Batch, LossTerms, Noise
 
 
-def draw_noise(key: torch.Tensor, draw: int, shape: tuple[int, int]) -> Noise:
+def draw_noise(key: torch.Tensor, draw: int, shape: Sequence[int]) -> Noise:
     """The flow's noise [B, T, A] and time [B] of samples with random keys `key` [B] i64: functions of (key, draw).
 
     `shape` is (T, A). Made on the CPU in NumPy, so that no device, batch or order changes a number.
@@ -41,7 +42,7 @@ def draw_noise(key: torch.Tensor, draw: int, shape: tuple[int, int]) -> Noise:
 class TrainState:
     """What training changes: the policy's parameters, the optimizer's moments, the average, and two counters."""
 
-    policy: nn.Module
+    policy: Policy
     replicas: Replicas
     optimizer: torch.optim.Optimizer
     ema: Ema | None
@@ -80,6 +81,7 @@ def train_step(
     weights = state.policy.loss_weights
     batch = None if part.batch is None else part.batch.to(world.device)
     denominators, substituted, stop = _agree(state.policy, batch, part, world, stop)
+    assert batch is not None, "a part has a batch or an error, and _agree raises errors"
     micro_batches = list(batch.split(max_samples))
     losses = []
     for i, micro in enumerate(micro_batches):
@@ -98,7 +100,7 @@ def train_step(
 
 
 def _agree(
-    policy: nn.Module, batch: Batch | None, part: RankBatch, world: World, stop: int
+    policy: Policy, batch: Batch | None, part: RankBatch, world: World, stop: int
 ) -> tuple[dict[str, float], int, int]:
     """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes."""
     terms = list(policy.loss_weights)

@@ -29,6 +29,7 @@ from opentau_train.data.tape import Tape
 from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 from opentau_train.meter import Meter
+from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
@@ -104,12 +105,12 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     mixture = open_mixture(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
-    policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     if trainer.compile:
         for block in policy.blocks():
             block.compile()
-    replicas = spread(policy, world, *degrees, trainer.precision)
+    replicas = spread(policy, policy.blocks(), world, *degrees, trainer.precision)
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
     state = TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
     share = trainer.global_batch_size // world.size

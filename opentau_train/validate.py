@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from opentau_train.config import ValidationSettings
 from opentau_train.data.mixture import Mixture
@@ -21,6 +20,7 @@ from opentau_train.data.tape import Windows
 from opentau_train.data.windows import equal_spans, validation_windows
 from opentau_train.distributed import Replicas, World
 from opentau_train.metrics import Sums, validation_row
+from opentau_train.models.policy import Policy
 from opentau_train.step import draw_noise
 from opentau_train.types import Batch
 
@@ -81,7 +81,7 @@ def plan_validation(
 
 @torch.no_grad()
 def validate(
-    policy: nn.Module,
+    policy: Policy,
     replicas: Replicas,
     plan: ValidationPlan,
     world: World,
@@ -124,7 +124,7 @@ def validate(
     return validation_row(values, plan.group_of, windows, plan.mixture.groups, terms, policy.loss_weights, prefix)
 
 
-def _forward(policy: nn.Module, batch: Batch, item: torch.Tensor, sums: Sums, world: World, draws: int) -> None:
+def _forward(policy: Policy, batch: Batch, item: torch.Tensor, sums: Sums, world: World, draws: int) -> None:
     batch = batch.to(world.device)
     for draw in range(draws):
         noise = draw_noise(batch.key, draw, batch.actions.shape[1:])
@@ -136,7 +136,11 @@ def _forward(policy: nn.Module, batch: Batch, item: torch.Tensor, sums: Sums, wo
 def plan_first_batch(plan: ValidationPlan) -> Batch:
     """Any real batch of the plan, for a rank that has none of its own to shape its fillers by."""
     only = plan.windows.select(np.arange(1))
-    return next(iter(Parts(plan.mixture, lambda worker, width: iter([only]), train=False))).batch
+    part = next(iter(Parts(plan.mixture, lambda worker, width: iter([only]), train=False)))
+    if part.error is not None:
+        raise part.error
+    assert part.batch is not None
+    return part.batch
 
 
 def _idle(batch: Batch) -> Batch:

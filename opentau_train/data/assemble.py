@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] |
     sources = resolve_sources(settings, world)
     datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
     if stats is None:
-        make = partial(statistics.compute, settings, datasets, groups) if world.is_main else dict
+        make: Callable[[], dict[str, HeadStats]] = dict
+        if world.is_main:
+            make = partial(statistics.compute, settings, datasets, groups)
         stats = world.broadcast(world.agree(make))
     statistics.check(stats, datasets, groups)
     data = settings.data

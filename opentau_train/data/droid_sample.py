@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,13 +125,16 @@ def _generate(root: Path, spec: SampleSpec, num_processes: int) -> None:
     with contextlib.ExitStack() as stack:
         workers = []
         for share in range(num_processes):
-            pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            workers.append(stack.enter_context(subprocess.Popen([*command, str(share)], env=environment, **pipes)))
-            stack.callback(workers[-1].kill)
+            worker = subprocess.Popen(
+                [*command, str(share)], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            workers.append(stack.enter_context(worker))
+            stack.callback(worker.kill)
         for mode in CONTROL_MODES:
             episodes = [_episode(plan(spec, mode, i), mode) for i in range(spec.num_episodes)]
             lerobot_writer.write_tables(root / mode, _layout(spec, mode), episodes)
         for worker in workers:
+            assert worker.stderr is not None
             complaint = worker.stderr.read()
             if worker.wait():
                 raise ChildProcessError(f"rendering the videos failed: {complaint.strip()[-500:]}")
@@ -181,8 +185,8 @@ def plan(spec: SampleSpec, mode: str, episode: int) -> Trajectory:
     measured = command[:-1] + _LAG * (previous - command[:-1]) + noise
     measured[:, 7] = measured[:, 7].clip(0.0, 1.0)
     name = list(scene.COLOURS)[int(colour * len(scene.COLOURS))]
-    phrases = tuple(phrase.format(name) for phrase in _PHRASES)
-    return Trajectory(command, measured, ball, name, phrases if third < 0.5 else (*phrases[:2], ""))
+    phrases = [phrase.format(name) for phrase in _PHRASES]
+    return Trajectory(command, measured, ball, name, (phrases[0], phrases[1], phrases[2] if third < 0.5 else ""))
 
 
 def _places(key: int, num: int) -> NDArray[np.float64]:
@@ -206,7 +210,7 @@ def _reaches(places: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
     lifts = arm.reach((poses[:-1] + poses[1:]) / 2 + [0, 0, _LIFT, 0, 0, 0]) - (goals[:-1] + goals[1:]) / 2
     commands, seen = [np.append(goals[0], 0.0)[None]], [balls[1:2]]
     for i, (start, goal, lift) in enumerate(zip(goals[:-1], goals[1:], lifts), start=1):
-        way = np.linalg.norm(goal - start)
+        way = float(np.linalg.norm(goal - start))
         num_reach = _MIN_REACH + round(_EXTRA_REACH * min(1.0, way / _LONG_WAY))
         step = np.arange(1, num_reach + 1)
         s = step[:, None] / num_reach
@@ -245,7 +249,11 @@ def _layout(spec: SampleSpec, mode: str) -> Layout:
 
 def _episode(trajectory: Trajectory, mode: str) -> Episode:
     first, second, third = trajectory.phrases
-    columns = {"language_instruction": first, "language_instruction_2": second, "language_instruction_3": third}
+    columns: dict[str, Any] = {
+        "language_instruction": first,
+        "language_instruction_2": second,
+        "language_instruction_3": third,
+    }
     # The action at a frame is the command for the next one, absolute.
     for side, rows in (("observation.state", trajectory.measured), ("action", trajectory.command[1:])):
         joints, gripper = rows[:, :7], rows[:, 7:]

@@ -19,7 +19,7 @@ class ImageError(Exception):
 def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """The largest (height, width) of the same aspect ratio inside `size` (H, W), at least one pixel each way."""
     scale = min(size[0] / height, size[1] / width)
-    return tuple(min(limit, max(1, round(side * scale))) for side, limit in zip((height, width), size))
+    return min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
 
 
 class Letterbox:
@@ -50,7 +50,7 @@ class Letterbox:
         scaled = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
         )
-        return scaled.to_ndarray()
+        return np.asarray(scaled.to_ndarray(), np.uint8)
 
 
 def decode_image(encoded: bytes) -> NDArray[np.uint8]:

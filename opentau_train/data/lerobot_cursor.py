@@ -167,12 +167,13 @@ class LeRobotCursor:
         return image
 
     def _frame(self, camera: str, frame: int) -> av.VideoFrame:
-        reading = self._reading
+        reading, rows = self._reading, self._rows
+        assert rows is not None, "an image belongs to the episode entered before"
         if camera in self._videos:
             path, start = self._places[camera]
-            return self._videos[camera].read(path, start + float(self._rows.seconds[frame]), reading.tolerance_s)
+            return self._videos[camera].read(path, start + float(rows.seconds[frame]), reading.tolerance_s)
         try:
-            pixels = decode_image(_encoded(self._rows.images[camera][frame].as_py(), reading.root))
+            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
         except (ImageError, OSError) as error:
             path = reading.data_files.path(int(reading.episodes.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error

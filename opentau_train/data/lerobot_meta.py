@@ -131,7 +131,7 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: str) -> Episo
         episodes.chunk[order],
         episodes.file[order],
         episodes.row_start[order],
-        {c: tuple(v[order] for v in values) for c, values in episodes.videos.items()},
+        {c: (chunk[order], file[order], start[order]) for c, (chunk, file, start) in episodes.videos.items()},
         None if episodes.extra is None else [episodes.extra[i] for i in order],
     )
 

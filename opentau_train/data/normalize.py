@@ -51,7 +51,8 @@ class Moments:
 
     @classmethod
     def from_json(cls, tree: dict) -> Moments:
-        return cls(**{n: v if n == "count" else np.array(v, np.float64) for n, v in tree.items()})
+        columns = {n: np.array(v, np.float64) for n, v in tree.items() if n != "count"}
+        return cls(count=int(tree["count"]), **columns)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def _download(name: str, source: SourceSettings) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    assert source.repo_id is not None
     try:
         return snapshot_download(source.repo_id, repo_type="dataset", revision=source.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

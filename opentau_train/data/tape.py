@@ -131,7 +131,7 @@ class Tape:
         self.in_order = not any(b.shuffle for b in datasets)
         slots = np.arange(self.num_lanes)
         self._lane_of_slot = (slots % batch_size) * lanes_per_sample + slots // batch_size
-        self._passes: dict[tuple[int, int], tuple[I64, I64]] = {}
+        self._passes: dict[tuple[int, int], tuple[NDArray[np.int32], I64]] = {}
 
     # -- the plan ------------------------------------------------------------------------------------------------
 
@@ -247,9 +247,9 @@ class Tape:
         place = np.searchsorted(ends, offset, side="right")
         block = order[place]
         inside = offset - (ends[place] - blocks.length[block])
-        return blocks.episode[block].astype(np.int64), blocks.start[block] + inside
+        return blocks.episode[block].astype(np.int64), (blocks.start[block] + inside).astype(np.int64)
 
-    def _pass(self, d: int, k: int) -> tuple[I64, I64]:
+    def _pass(self, d: int, k: int) -> tuple[NDArray[np.int32], I64]:
         """Order of the blocks in pass k of dataset d and their cumulative ends. The last few are kept."""
         cached = self._passes.get((d, k))
         if cached is None:
@@ -259,10 +259,11 @@ class Tape:
                 order = np.argsort(keys, kind="stable").astype(np.int32)
             else:
                 order = np.arange(len(blocks.length), dtype=np.int32)
-            cached = order, np.cumsum(blocks.length[order], dtype=np.int64)
+            made = order, np.cumsum(blocks.length[order], dtype=np.int64)
             for stale in [key for key in self._passes if key[0] == d and key[1] < k - 1]:
                 del self._passes[stale]
-            self._passes[d, k] = cached
+            self._passes[d, k] = made
+            return made
         return cached
 
 

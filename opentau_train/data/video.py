@@ -37,11 +37,12 @@ class VideoFile:
         self.path = path
         self._container = av.open(str(path), metadata_errors="replace")
         streams = self._container.streams.video
-        if not streams or streams[0].codec_context is None:
+        time_base = streams[0].time_base if streams and streams[0].codec_context is not None else None
+        if time_base is None:
             self._container.close()
             raise VideoError(f"{path} has no video stream that can be decoded")
         self._stream = streams[0]
-        self.time_base = float(self._stream.time_base)
+        self.time_base = float(time_base)
         self._index = self._stream.index_entries
         self._last_dts: int | None = None
 
@@ -52,6 +53,7 @@ class VideoFile:
         """A decoder of this stream, independent of the demuxer; one thread, because workers are the parallelism."""
         theirs = self._stream.codec_context
         decoder = av.CodecContext.create(theirs.name, "r")
+        assert isinstance(decoder, av.VideoCodecContext)
         decoder.extradata = theirs.extradata
         decoder.width, decoder.height = theirs.width, theirs.height
         # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
@@ -70,6 +72,7 @@ class VideoFile:
                 return packets
             # Pictures before an open GOP's keyframe in presentation order need the GOP before.
             first_dts = packets[0].dts
+            assert first_dts is not None, "_read gives no packet without a decode time"
             limit = first_dts - 1
 
     def packets_after(self, dts: int) -> list[av.Packet]:
@@ -192,7 +195,7 @@ class FrameCursor:
             if isinstance(error, VideoError):
                 raise
             raise VideoError(f"{path}: {error.strerror or error}") from error
-        found = frame.pts * file.time_base
+        found = _ticks(frame) * file.time_base
         if abs(found - seconds) > tolerance_s:
             raise VideoError(
                 f"{path} has no frame within {tolerance_s:g} s of {seconds:.6f} s: the nearest is at {found:.6f} s"
@@ -203,6 +206,11 @@ class FrameCursor:
         self._path = self._decoder = None
         self._forget()
         self._pool.release()
+
+    @property
+    def _opened(self) -> av.VideoCodecContext:
+        assert self._decoder is not None, "read() makes the decoder"
+        return self._decoder
 
     def _forget(self) -> None:
         self._packets: deque[av.Packet] = deque()
@@ -217,29 +225,29 @@ class FrameCursor:
     def _nearest(self, file: VideoFile, target: float, early: float) -> av.VideoFrame:
         if self._must_seek(file, target, early):
             self._seek(file, math.floor(target + early))
-        while self._latest is None or self._latest.pts < target - early:
+        while self._latest is None or _ticks(self._latest) < target - early:
             frame = self._next_frame(file)
             if frame is None:
                 break
             self._before, self._latest = self._latest, frame
         if self._latest is None:
             raise VideoError(f"{file.path} has no frame at {target * file.time_base:.6f} s")
-        if self._before is not None and target - self._before.pts <= self._latest.pts - target:
+        if self._before is not None and target - _ticks(self._before) <= _ticks(self._latest) - target:
             return self._before
         return self._latest
 
     def _must_seek(self, file: VideoFile, target: float, early: float) -> bool:
         if self._latest is None or self._fed_dts is None:
             return True
-        if target < (self._before or self._latest).pts - early:
+        if target < _ticks(self._before or self._latest) - early:
             return True
-        if target <= self._latest.pts + early:
+        if target <= _ticks(self._latest) + early:
             return False
         return file.skips_packets(self._fed_dts, target - self._key_delay)
 
     def _seek(self, file: VideoFile, ticks: int) -> None:
         self._forget()
-        self._decoder.flush_buffers()
+        self._opened.flush_buffers()
         self._take(file.packets_from_keyframe(ticks))
 
     def _take(self, packets: list[av.Packet]) -> None:
@@ -258,7 +266,7 @@ class FrameCursor:
                 self._feed(self._packets.popleft())
             else:
                 self._drained = True
-                self._frames.extend(self._decoder.decode(None))
+                self._frames.extend(self._opened.decode(None))
         frame = self._frames.popleft()
         if frame.pts is None:
             raise VideoError(f"{file.path}: a frame has no presentation time")
@@ -269,7 +277,13 @@ class FrameCursor:
 
     def _feed(self, packet: av.Packet) -> None:
         self._fed_dts = packet.dts
-        if packet.is_keyframe and packet.pts is not None:
+        if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
             self._key_delay = packet.pts - packet.dts
         self._pool.frames_decoded += 1
-        self._frames.extend(self._decoder.decode(packet))
+        self._frames.extend(self._opened.decode(packet))
+
+
+def _ticks(frame: av.VideoFrame) -> int:
+    """When the frame is shown; `FrameCursor._next_frame` refuses frames that don't say it."""
+    assert frame.pts is not None
+    return frame.pts

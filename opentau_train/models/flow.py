@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
+from opentau_train.models.policy import Policy
 from opentau_train.types import Batch, BatchSpec, LossTerms, Noise
 
 SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
@@ -25,7 +26,7 @@ PAD_BYTE = 256
 BYTES_PER_TOKEN = 4
 
 
-class FlowPolicy(nn.Module):
+class FlowPolicy(Policy):
     """See the module's docstring; `Policy` has the contract.
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first

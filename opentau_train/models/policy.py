@@ -6,15 +6,16 @@ same. A policy knows nothing of datasets: the validation takes its per-sample te
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
+from torch import nn
 
-from opentau_train.types import Batch, BatchSpec, LossTerms, Noise
+from opentau_train.types import Batch, LossTerms, Noise
 
 
-class Policy(Protocol):
-    """In practice a `torch.nn.Module`, built as `Class(spec, width=..., ...)`: what the mixture yields, then typed
+class Policy(nn.Module, ABC):
+    """Built as `Class(spec, width=..., ...)`: what the mixture yields, then typed
     keyword arguments that its YAML in conf/model/ sets (`typed.instantiate(tree, "model", spec=spec)`).
 
     Every parameter takes part in every forward pass: DDP runs without `find_unused_parameters`.
@@ -23,27 +24,25 @@ class Policy(Protocol):
     loss_weights: dict[str, float]
     """{term: its weight in the total loss}, one entry for each term that `forward` returns."""
 
-    def __init__(self, spec: BatchSpec): ...
-
+    @abstractmethod
     def forward(self, batch: Batch, noise: Noise) -> LossTerms:
         """{term: (sum [B] f32, count [B] f32)} over the supervised elements of each sample.
 
         A sample that a term doesn't supervise (its mode, padding, weight 0) has sum and count exactly 0 in it and
         gives it no gradient. A sample's numbers don't depend on the batch that it is in. Float32 under autocast.
         """
-        ...
 
+    @abstractmethod
     def term_counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         """{term: count [B] f32} as `forward` returns them, from the masks alone."""
-        ...
 
+    @abstractmethod
     def sample_actions(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """The predicted chunk `[B, T, A]` f32, normalised, from `noise` `[B, T, A]` f32 standard normal.
 
         Reads only what a robot has (images, prompt, state, masks of dims and cameras), never the batch's actions.
         """
-        ...
 
-    def blocks(self) -> list[torch.nn.Module]:
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
         """The repeated layers, in order: the units that are sharded or compiled one by one."""
-        ...
