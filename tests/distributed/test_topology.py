@@ -55,3 +55,13 @@ def test_indivisible_global_batch_names_the_nearest_ones(tmp_path):
     ours = [line for line in done.stderr.splitlines() if "can't be shared" in line]
     assert len(ours) == 1 and "global batch of 5 can't be shared by 2 ranks" in ours[0]
     assert "global_batch_size=4 or 6" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_head_that_nothing_supervises_trains_alike_on_any_number_of_ranks(tmp_path):
+    """DDP waits for the gradient of every parameter, and a source may supervise one head alone."""
+    flow_only = [*TOY, "data.sources.main.mode=flow", "data.sources.old.mode=flow", "trainer.steps=3"]
+    alone = metrics(train_here(flow_only, tmp_path / "one"))
+    done = run([*flow_only, f"paths.run_dir={tmp_path / 'two'}"], 2)
+    assert done.returncode == 0, done.stderr
+    assert "Training/CE" not in alone[3]
+    assert_close(metrics(tmp_path / "two"), alone, training=1e-4, validation=1e-4)
