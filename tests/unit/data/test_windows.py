@@ -48,9 +48,9 @@ def test_no_ratio_and_a_single_episode_hold_nothing_out():
 
 def test_drop_tail_keeps_only_windows_whose_chunk_fits():
     source = np.array([[0, 0, 5], [1, 0, 2], [2, 2, 3]], np.int32)
-    found = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=True, shuffle=True)
+    found = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), rows=4, drop_tail=True, shuffle=True)
     assert list(zip(found.episode, found.start, found.length)) == [(0, 0, 2), (2, 2, 3)]
-    padded = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=False, shuffle=True)
+    padded = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), rows=4, drop_tail=False, shuffle=True)
     assert padded.num_windows == 10
 
 
