@@ -2,7 +2,8 @@
 
     python -m opentau_train.tools.keep_ranges ROOT --out FILE [--actions action.joint_velocity] [--threshold 1e-3]
 
-Keys are episode numbers. Train with `data.sources.NAME.use_filter_dict=true data.sources.NAME.filter_dict_path=FILE`. Reads rows only, never video.
+Keys are episode numbers. Train with `data.sources.NAME.use_filter_dict=true data.sources.NAME.filter_dict_path=FILE`.
+Reads rows only, never video.
 """
 
 from __future__ import annotations
