@@ -26,6 +26,7 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
+_RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 
@@ -107,7 +108,11 @@ def _compose_and_check(arguments: Sequence[str]) -> None:
 
 
 def _settable(argument: str) -> str:
-    """`a.b=1` as `++a.b=1`: set it, there or not. Group choices (`data=droid`) and Hydra's own keys stay."""
+    """`a.b=1` as `++a.b=1`: set it, there or not. Group choices (`data=droid`) and Hydra's own keys stay.
+
+    `resume=X` becomes `resume.checkpoint=X`: Hydra would replace the whole node, and `resume.data=restart` with it.
+    """
+    argument = _RESUME.sub("resume.checkpoint=", argument)
     return f"++{argument}" if _VALUE_OVERRIDE.match(argument) else argument
 
 

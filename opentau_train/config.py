@@ -50,6 +50,9 @@ class SourceSettings:
     mode: Literal["policy", "flow", "tokens"] = "policy"
     """Which heads the source supervises: both, only the flow head (mse), only the binned head (ce)."""
     chunk_length: int | None = None
+    sample_stride: int | None = None
+    fps: float | None = None
+    """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
     cameras: dict[str, str] | tuple[str, ...] | None = None
     """{camera name: column}, or columns; null = every camera of the dataset."""
     state: tuple[str, ...] | None = None
@@ -62,16 +65,27 @@ class SourceSettings:
     use_filter_dict: bool = False
     filter_dict_path: str | None = None
     filter_key: str = "{recording_folderpath}--{file_path}"
+    """An episode's key in the filter file, over its metadata; unused where the file's keys are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
+    filter_min_match: float = 0.5
+    """Least fraction of the episodes that must be in the filter file."""
+    filter_trim_tail: int | None = None
+    """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
     iterable_shuffle: bool = True
     episodes: tuple[int, ...] | None = None
     exclude_episodes: tuple[int, ...] = ()
+    success_only: bool = False
+    success_column: str = "next.success"
+    """Of the episodes' metadata, or of the rows, whose last one counts."""
 
     def check(self, path: str) -> None:
         _positive(f"{path}.weight", self.weight)
         _fraction(f"{path}.val_split_ratio", self.val_split_ratio)
-        _positive(f"{path}.chunk_length", self.chunk_length)
-        _positive(f"{path}.tolerance_s", self.tolerance_s)
+        for name in ("chunk_length", "sample_stride", "fps", "tolerance_s"):
+            _positive(f"{path}.{name}", getattr(self, name))
+        _at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
+        if not 0.0 <= self.filter_min_match <= 1.0:
+            raise UserError(f"{path}.filter_min_match must be in [0, 1], got {self.filter_min_match}")
         if self.use_filter_dict and not self.filter_dict_path:
             raise UserError(
                 f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
@@ -113,6 +127,8 @@ class DataSettings:
     image_size: tuple[int, int] = (96, 96)
     chunk_length: int = 16
     history: int = 0
+    sample_stride: int = 1
+    """Windows start every so many frames."""
     drop_tail: bool = False
     """true = only windows whose chunk lies wholly inside the episode."""
     state_dim: int | None = None
@@ -129,9 +145,9 @@ class DataSettings:
     bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
 
     def check(self, path: str) -> None:
-        for name in ("chunk_length", "state_dim", "action_dim", "prefetch_factor", "max_samples_per_batch"):
+        for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):
             _positive(f"{path}.{name}", getattr(self, name))
-        for name in ("lanes_per_sample", "phase_rows"):
+        for name in ("prefetch_factor", "max_samples_per_batch"):
             _positive(f"{path}.{name}", getattr(self, name))
         for name in ("history", "num_workers"):
             _at_least(f"{path}.{name}", getattr(self, name), 0)
@@ -231,6 +247,23 @@ class PathSettings:
 
 
 @dataclass(frozen=True)
+class ResumeSettings:
+    """`resume=X` is short for `resume.checkpoint=X`, on the command line and in YAML."""
+
+    checkpoint: str = "never"
+    """never | auto | the path of a checkpoint or run directory."""
+    data: Literal["exact", "restart"] = "exact"
+    """exact = refuse when the data plan has changed; restart = begin the changed plan's next epoch."""
+
+    def check(self, path: str) -> None:
+        if self.data == "restart" and self.checkpoint == "never":
+            raise UserError(
+                f"{path}.data=restart without a checkpoint to go on from",
+                remedy=f"add {path}=auto or {path}=PATH, or leave {path}.data out",
+            )
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole composed configuration.
 
@@ -250,8 +283,7 @@ class Settings:
     logger: dict[str, dict[str, Any]]
     name: str = "train"
     seed: int = 0
-    resume: str = "never"
-    """never | auto | the path of a checkpoint or run directory."""
+    resume: ResumeSettings = field(default_factory=ResumeSettings)
 
     def check(self, path: str) -> None:
         if not self.data.sources:
@@ -264,4 +296,6 @@ class Settings:
 
 def load(tree: Mapping[str, Any]) -> Settings:
     """The typed settings of a composed, resolved configuration tree. Raises `UserError`."""
+    if isinstance(tree.get("resume"), str):
+        tree = {**tree, "resume": {"checkpoint": tree["resume"]}}
     return build(Settings, tree, "")

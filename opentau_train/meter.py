@@ -62,7 +62,7 @@ class Meter:
             "Training/DataWait": self.wait / steps,
             "Training/SamplesPerSecond": self.tape.batch_size / seconds,
             "Training/DistinctEpisodes": float(len(np.unique(np.stack([batch.dataset, batch.episode]), axis=1).T)),
-            "Training/Epoch": self.tape.epoch_of(self.state.step * self.tape.batch_size),
+            "Training/Epoch": self.tape.epoch_of(self.tape.first_sample(self.state.step)),
             # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
             # means the same batch in the same order.
             "Training/BatchId": float(batch.digest() >> 12),

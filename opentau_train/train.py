@@ -24,8 +24,9 @@ from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.normalize import HeadStats
-from opentau_train.data.stream import training_batches
+from opentau_train.data.stream import named_worker_faults, training_batches
 from opentau_train.data.tape import Tape
+from opentau_train.data.tape_state import changed, resume_offset, save_state
 from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 from opentau_train.meter import Meter
@@ -62,6 +63,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        stack.enter_context(named_worker_faults(world.rank))
         code = _loop(job, sinks, stop)
         if world.is_main:
             log.info(next_steps(job.run_dir, job.state.step, code))
@@ -131,9 +133,9 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     """(run directory, checkpoint to start from or None)."""
     root = Path(settings.paths.root).expanduser()
     run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
-    if run_dir is None and settings.resume == "auto":
+    if run_dir is None and settings.resume.checkpoint == "auto":
         run_dir = checkpoint.newest_run(root, settings.name)
-    found = checkpoint.resolve(settings.resume, run_dir)
+    found = checkpoint.resolve(settings.resume.checkpoint, run_dir)
     if run_dir is None and found is not None:
         run_dir = found.parent.parent
     if run_dir is None:
@@ -148,12 +150,14 @@ def _read_stats(path: Path) -> dict[str, HeadStats]:
 
 def _resume(job: Job, found: Path) -> None:
     saved = checkpoint.load(found, job.state, job.world)
-    t = job.world.agree(lambda: job.tape.check_state(saved["stream"]))
-    assert t == job.state.step * job.settings.trainer.global_batch_size
+    restart = job.settings.resume.data == "restart"
+    job.tape.offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.counters.update(saved["counters"])
     job.state.skipped = job.counters["skipped"]
     if job.world.is_main:
         log.info("resumed from %s at step %d", found, job.state.step)
+        for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
+            log.warning("the data plan has changed: %s; its next epoch begins", change)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def _save(job: Job) -> None:
         job.run_dir,
         job.state,
         job.world,
-        stream=job.tape.state(job.state.step * job.settings.trainer.global_batch_size),
+        stream=save_state(job.tape, job.state.step),
         counters=job.counters,
         pretrained=job.pretrained,
         keep_last=job.settings.checkpoint.keep_last,

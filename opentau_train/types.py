@@ -54,11 +54,13 @@ class EpisodeTable:
 @dataclass(frozen=True)
 class WindowSpec:
     """What one training window holds: `chunk_length` T actions from its frame on, and the frame's image with
-    `history` h earlier ones. `image_size` is (H, W) after resizing; None keeps the file's size."""
+    `history` h earlier ones, both at `fps` steps a second (None: the dataset's own rate). `image_size` is (H, W)
+    after resizing; None keeps the file's size."""
 
     chunk_length: int
     history: int = 0
     image_size: tuple[int, int] | None = None
+    fps: float | None = None
 
 
 @dataclass(frozen=True)

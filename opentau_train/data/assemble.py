@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from opentau_train.config import DataSettings, Settings, SourceSettings
-from opentau_train.data import normalize, statistics, windows
+from opentau_train.data import keep_ranges, normalize, statistics, windows
 from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.normalize import Affine, HeadStats
 from opentau_train.data.resolve import resolve_sources
@@ -61,6 +62,7 @@ def _open_datasets(settings: Settings, sources: dict[str, SourceSettings]) -> tu
         _open_dataset(index, name, source, sources, settings, groups)
         for index, (name, source) in enumerate(sources.items())
     ]
+    _warn_of_rates(datasets)
     return datasets, groups
 
 
@@ -73,27 +75,35 @@ def _open_dataset(
     groups: list[Group],
 ) -> Dataset:
     data = settings.data
+    chosen = dataclasses.replace(
+        chosen,
+        chunk_length=chosen.chunk_length or data.chunk_length,
+        sample_stride=chosen.sample_stride or data.sample_stride,
+    )
     source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
     table = source.episodes
     held_out = windows.validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed)
-    chunk_length = chosen.chunk_length or data.chunk_length
     blocks = source.get_shuffle_blocks()
+    rows = windows.chunk_rows(chosen.chunk_length, windows.row_step(source.fps, chosen.fps))
+    made_of = _made_of(source, chosen, data, settings.seed)
     sides = [
         windows.make_blocks(
             name,
             table,
             blocks,
             keep,
-            chunk_length=chunk_length,
+            rows=rows,
             drop_tail=data.drop_tail,
             shuffle=chosen.iterable_shuffle,
+            stride=chosen.sample_stride,
+            made_of=made_of,
         )
         for keep in (~held_out, held_out)
     ]
     if sides[0].num_windows == 0:
         raise UserError(
             f"dataset '{name}' has no training window: {len(table)} episodes, longest {table.length.max(initial=0)} "
-            f"frames, chunk_length {chunk_length}, drop_tail {data.drop_tail}",
+            f"frames, chunk_length {chosen.chunk_length}, drop_tail {data.drop_tail}",
             where=f"data.sources.{name}",
             remedy="loosen its filters, chunk_length, drop_tail or val_split_ratio",
         )
@@ -116,12 +126,38 @@ def _open_dataset(
         repo_id=repo_id if len(twins) == 1 else f"{repo_id}@{name}",
         settings=chosen,
         source=source,
-        chunk_length=chunk_length,
+        chunk_length=chosen.chunk_length,
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
         group_of=group_of,
     )
+
+
+def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
+    """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
+    names = ("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "chunk_length")
+    names += ("sample_stride", "fps", "iterable_shuffle", "use_filter_dict", "filter_key", "filter_rule")
+    names += ("filter_trim_tail", "state", "actions", "cameras", "control_mode", "control_mode_column", "target")
+    chosen_so = repr(
+        [getattr(chosen, name) for name in names] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
+    )
+    path = Path(chosen.filter_dict_path or "").expanduser()
+    return {
+        "settings": hashlib.blake2b(chosen_so.encode(), digest_size=6).hexdigest(),
+        "filter": keep_ranges.file_digest(path)[:12] if chosen.use_filter_dict else "",
+        "files": hashlib.blake2b(source.fingerprint.encode(), digest_size=6).hexdigest(),
+    }
+
+
+def _warn_of_rates(datasets: list[Dataset]) -> None:
+    """A chunk of T rows is another span of time at another rate: that must not pass unnoticed."""
+    rates = {d.name: d.settings.fps or d.source.fps for d in datasets}
+    if len(set(rates.values())) > 1:
+        log.warning(
+            "the datasets' action chunks have different rates (%s): set data.sources.NAME.fps to resample them by time",
+            ", ".join(f"{name}: {rate:g} fps" for name, rate in rates.items()),
+        )
 
 
 def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int]) -> list[Group]:

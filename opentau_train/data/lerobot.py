@@ -18,6 +18,7 @@ from opentau_train.config import SourceSettings
 from opentau_train.data.lerobot_columns import choose_cameras, choose_numbers, choose_texts, dimension_names
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
 from opentau_train.data.lerobot_meta import Episodes, FileTable, Info, read_episodes, read_info, read_tasks
+from opentau_train.data.lerobot_select import filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.rows import RowError, RowReader, texts
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -44,6 +45,7 @@ class LeRobotSource:
     action_names: tuple[str, ...]
     fingerprint: str
     reading: Reading
+    blocks: NDArray[np.int32]
 
     @classmethod
     def open(cls, name: str, settings: SourceSettings, root: Path) -> LeRobotSource:
@@ -61,12 +63,16 @@ class LeRobotSource:
         videos = {camera: c for camera, c in cameras.items() if features[c]["dtype"] == "video"}
         images = {camera: c for camera, c in cameras.items() if camera not in videos}
 
-        listed = read_episodes(info, videos.values(), settings.control_mode_column)
+        listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
         table, data_files, video_files = _episode_table(info, listed, videos)
-        keep = _kept_positions(table.episode_index, settings, where)
+        keep = kept_positions(info, listed, table, data_files, settings)
         table = table.select(keep)
-        extra = None if listed.extra is None else [listed.extra[i] for i in keep]
-        table = _with_control_mode(table, info, settings, extra, data_files)
+        extra = {name: [values[i] for i in keep] for name, values in listed.extra.items()}
+        table = _with_control_mode(table, info, settings, extra.get(settings.control_mode_column), data_files)
+        if settings.use_filter_dict:
+            blocks = filter_blocks(info, extra, listed.names, table, data_files, settings)
+        else:
+            blocks = whole_episodes(table.length)
         reading = Reading(
             name,
             root,
@@ -82,17 +88,20 @@ class LeRobotSource:
             "task_index" if "task_index" in features else None,
             read_tasks(info),
             settings.tolerance_s,
+            fps := float(info.get("fps")),
+            bool(videos) or (settings.fps is not None and settings.fps != fps and "timestamp" in features),
         )
         return cls(
             name,
             settings,
             root,
             settings.robot_type or info.tree.get("robot_type") or "unknown",
-            float(info.get("fps")),
+            fps,
             dimension_names(features, state),
             dimension_names(features, actions),
             _fingerprint(info, table, data_files),
             reading,
+            blocks,
         )
 
     @property
@@ -104,15 +113,8 @@ class LeRobotSource:
         return self.reading.cameras
 
     def get_shuffle_blocks(self) -> NDArray[np.int32]:
-        """See `Source.get_shuffle_blocks`. Raises `UserError` where a filter is asked for: training on what it
-        would have left out must not pass unnoticed."""
-        if self.settings.use_filter_dict:
-            raise UserError(
-                "LeRobotSource has no keep-ranges filter",
-                where=f"data.sources.{self.name}.use_filter_dict",
-                remedy=f"set data.sources.{self.name}.use_filter_dict=false",
-            )
-        return whole_episodes(self.episodes.length)
+        """See `Source.get_shuffle_blocks`: whole episodes, or the runs that the keep-ranges filter leaves."""
+        return self.blocks
 
     def cursors(self, window: WindowSpec) -> LeRobotCursorFactory:
         return LeRobotCursorFactory(self.reading, window)
@@ -180,24 +182,6 @@ def _number_files(
             remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
         ) from error
     return files, number.reshape(-1).astype(np.int32)
-
-
-def _kept_positions(episode_index: NDArray[np.int64], settings: SourceSettings, where: str) -> NDArray[np.int64]:
-    keep = np.ones(len(episode_index), bool)
-    for key, wanted in (("episodes", settings.episodes), ("exclude_episodes", settings.exclude_episodes)):
-        unknown = set(wanted or ()) - set(episode_index.tolist())
-        if unknown:
-            raise UserError(
-                f"episode {min(unknown)} is not in the dataset",
-                where=f"{where}.{key}",
-                remedy=f"the dataset has {len(episode_index)} episodes, {episode_index[0]} to {episode_index[-1]}",
-            )
-    if settings.episodes is not None:
-        keep &= np.isin(episode_index, settings.episodes)
-    keep &= ~np.isin(episode_index, settings.exclude_episodes)
-    if not keep.any():
-        raise UserError("no episode is left", where=where, remedy=f"change {where}.episodes or .exclude_episodes")
-    return np.flatnonzero(keep)
 
 
 def _with_control_mode(

@@ -19,10 +19,11 @@ TEXT = frozenset({"string"})
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers with `dim` values a row."""
+    """A column of numbers with `dim` values a row; `continuous` says that it has values between two rows'."""
 
     name: str
     dim: int
+    continuous: bool = True
 
 
 def choose_cameras(
@@ -50,7 +51,7 @@ def choose_numbers(features: Features, setting: tuple[str, ...] | None, whole: s
         names = [whole]
     else:
         names = [c for c in _of_kind(features, FLOAT) if c.startswith(whole + ".")]
-    return tuple(Column(n, _dim(features[n])) for n in names)
+    return tuple(Column(n, _dim(features[n]), features[n]["dtype"] in FLOAT) for n in names)
 
 
 def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from opentau_train.data.lerobot_columns import Column
 from opentau_train.data.lerobot_meta import FileTable
 from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
 from opentau_train.data.video import FrameCursor, VideoError, VideoPool
+from opentau_train.data.windows import chunk_places, history_rows, row_step, rows_at
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
@@ -26,7 +27,8 @@ from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 class Reading:
     """What a worker must know to read a dataset; picklable.
 
-    `videos` {camera: its files}, `images` {camera: its parquet column}; `task_column` is None where rows have no
+    `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `videos` {camera: its
+    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no
     task; `prompt_separator` splits one text into alternatives.
     """
 
@@ -44,6 +46,8 @@ class Reading:
     task_column: str | None
     tasks: Mapping[int, str]
     tolerance_s: float
+    fps: float
+    timed: bool
 
     @property
     def columns(self) -> list[str]:
@@ -51,7 +55,7 @@ class Reading:
         names = [c.name for c in (*self.state, *self.actions)]
         names += [*self.prompt_columns, *self.images.values()]
         names += [self.task_column] if self.task_column else []
-        return names + (["timestamp"] if self.videos else [])
+        return names + (["timestamp"] if self.timed else [])
 
     def places(self, position: int) -> dict[str, tuple[Path, float]]:
         """{video camera: (mp4, seconds at which the episode starts in it)}."""
@@ -65,11 +69,12 @@ class Reading:
 @dataclass(frozen=True)
 class EpisodeRows:
     """The rows of one episode: `state` [L, S] and `actions` [L, A] f32, `seconds` [L] f64 since the episode's
-    start in its videos, `prompts[prompt_code[f]]` for row f, `images` {camera: L encoded images}."""
+    start in its videos (None where nothing needs them), `prompts[prompt_code[f]]` for row f, `images` {camera: L
+    encoded images}."""
 
     state: NDArray[np.float32]
     actions: NDArray[np.float32]
-    seconds: NDArray[np.float64]
+    seconds: NDArray[np.float64] | None
     prompt_code: NDArray[np.int64]
     prompts: list[tuple[str, ...]]
     images: Mapping[str, pa.Array]
@@ -89,6 +94,8 @@ class LeRobotCursorFactory:
         self.pool = VideoPool()
         self.rows = RowReader(reading.data_files.path, reading.columns)
         self.letterboxes = {camera: Letterbox(window.image_size) for camera in reading.cameras}
+        self.step = row_step(reading.fps, window.fps)
+        self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
 
     @property
     def frames_decoded(self) -> int:
@@ -103,7 +110,8 @@ class LeRobotCursorFactory:
 
 
 class LeRobotCursor:
-    """Reads one window at a time; keeps the episode's rows and each camera's last h+1 images."""
+    """Reads one window at a time; keeps the episode's rows and each camera's last images: all that the history of
+    the next frame may ask for."""
 
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window
@@ -120,22 +128,15 @@ class LeRobotCursor:
             raise IndexError(f"frame {frame} of an episode of {length}")
         try:
             rows = self._enter(episode)
-            first = frame - self._window.history
-            images = {
-                camera: np.stack([self._image(camera, max(0, f)) for f in range(first, frame + 1)])
-                for camera in self._reading.cameras
-            }
+            images = {camera: self._images(camera, frame) for camera in self._reading.cameras}
         except (RowError, VideoError, ImageError) as error:
             episode_index = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
-        steps = np.arange(frame, frame + self._window.chunk_length)
-        return RawWindow(
-            images,
-            rows.state[frame].copy(),
-            rows.actions[np.minimum(steps, length - 1)],
-            steps >= length,
-            rows.prompts[rows.prompt_code[frame]],
-        )
+        window, step = self._window, self._factory.step
+        seconds = None if step == 1.0 else rows.seconds
+        place = chunk_places(frame, window.chunk_length, step, seconds, window.fps)
+        actions, is_pad = rows_at(rows.actions, place, self._factory.held)
+        return RawWindow(images, rows.state[frame].copy(), actions, is_pad, rows.prompts[rows.prompt_code[frame]])
 
     def close(self) -> None:
         for cursor in self._videos.values():
@@ -156,14 +157,25 @@ class LeRobotCursor:
             self._episode = episode
         return self._rows
 
+    def _images(self, camera: str, frame: int) -> NDArray[np.uint8]:
+        """[h+1, H, W, 3] uint8 of the window at `frame` of the present episode.
+
+        Where the history steps over frames they are kept too: the next window's history is made of them, and asking
+        the decoder for them then would take it back.
+        """
+        wanted = history_rows(frame, self._window.history, self._factory.step).tolist()
+        images = {f: self._image(camera, f) for f in range(wanted[0], frame + 1)}
+        ring = self._rings[camera]
+        while len(ring) > len(images):
+            ring.popitem(last=False)
+        return np.stack([images[f] for f in wanted])
+
     def _image(self, camera: str, frame: int) -> NDArray[np.uint8]:
         """[H, W, 3] uint8 of one frame of the present episode, from the ring where it is still there."""
         ring = self._rings[camera]
         image = ring.get(frame)
         if image is None:
             image = ring[frame] = self._factory.letterboxes[camera](self._frame(camera, frame))
-            if len(ring) > self._window.history + 1:
-                ring.popitem(last=False)
         return image
 
     def _frame(self, camera: str, frame: int) -> av.VideoFrame:
@@ -192,7 +204,7 @@ def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows
         return EpisodeRows(
             stack_columns(rows, reading.state),
             stack_columns(rows, reading.actions),
-            numbers(rows, "timestamp", 1, np.float64)[:, 0] if reading.videos else np.zeros(0),
+            numbers(rows, "timestamp", 1, np.float64)[:, 0] if reading.timed else None,
             code,
             prompts,
             {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},

@@ -70,7 +70,8 @@ class Info:
 @dataclass(frozen=True)
 class Episodes:
     """One row an episode, by rising `episode_index`: `length` rows from `row_start` of file (`chunk`, `file`);
-    `videos` {column: (chunk, file, seconds at which it starts)}; `extra`: the texts of one more column, if there."""
+    `videos` {column: (chunk, file, seconds at which it starts)}; `extra` {column: values} of those asked for and
+    there; `names`: every per-episode column."""
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int64]
@@ -78,7 +79,8 @@ class Episodes:
     file: NDArray[np.int64]
     row_start: NDArray[np.int64]
     videos: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]
-    extra: list[Any] | None
+    extra: Mapping[str, list[Any]]
+    names: tuple[str, ...]
 
 
 def read_info(root: Path, where: str) -> Info:
@@ -110,10 +112,10 @@ def read_info(root: Path, where: str) -> Info:
     return info
 
 
-def read_episodes(info: Info, video_columns: Iterable[str], extra: str) -> Episodes:
-    """Every episode of the dataset. `extra` names a column that may be there. Raises `UserError`."""
+def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]) -> Episodes:
+    """Every episode of the dataset. `extra` names columns that may be there. Raises `UserError`."""
     read = _episodes_v30 if info.get("codebase_version") == "v3.0" else _episodes_v21
-    episodes = read(info, tuple(video_columns), extra)
+    episodes = read(info, tuple(video_columns), tuple(extra))
     order = np.argsort(episodes.episode_index, kind="stable")
     index = episodes.episode_index[order]
     where = str(info.root / "meta")
@@ -132,7 +134,8 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: str) -> Episo
         episodes.file[order],
         episodes.row_start[order],
         {c: (chunk[order], file[order], start[order]) for c, (chunk, file, start) in episodes.videos.items()},
-        None if episodes.extra is None else [episodes.extra[i] for i in order],
+        {name: [values[i] for i in order] for name, values in episodes.extra.items()},
+        episodes.names,
     )
 
 
@@ -152,7 +155,7 @@ def read_tasks(info: Info) -> dict[int, str]:
     return dict(zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist()))
 
 
-def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: str) -> Episodes:
+def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
     folder = info.root / "meta" / "episodes"
     paths = sorted(folder.glob("**/*.parquet"))
     if not paths:
@@ -178,11 +181,12 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: str) -> Epi
         file,
         start - first_row[number] if len(number) else start,
         videos,
-        table.column(extra).to_pylist() if extra in table.column_names else None,
+        {name: table.column(name).to_pylist() for name in extra if name in table.column_names},
+        tuple(pq.read_schema(paths[0]).names),
     )
 
 
-def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: str) -> Episodes:
+def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
     path = info.root / "meta" / "episodes.jsonl"
     rows = _read_jsonl(path)
     index = np.array([_field(r, "episode_index", int, path) for r in rows], np.int64)
@@ -196,11 +200,12 @@ def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: str) -> Epi
         index,
         zero.astype(np.int64),
         {key: (chunk, index, zero) for key in video_columns},
-        [r.get(extra) for r in rows] if any(extra in r for r in rows) else None,
+        {name: [r.get(name) for r in rows] for name in extra if any(name in r for r in rows)},
+        tuple(dict.fromkeys(name for r in rows for name in r)),
     )
 
 
-def _read_parquet(path: Path, names: list[str] | None, extra: str = "") -> pa.Table:
+def _read_parquet(path: Path, names: list[str] | None, extra: tuple[str, ...] = ()) -> pa.Table:
     """The columns `names` (all for None) and, where the file has it, `extra`."""
     try:
         with pq.ParquetFile(path) as file:
@@ -208,7 +213,7 @@ def _read_parquet(path: Path, names: list[str] | None, extra: str = "") -> pa.Ta
             missing = [n for n in names or () if n not in there]
             if missing:
                 raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=_RESTORE)
-            wanted = None if names is None else [*names, *([extra] if extra in there else [])]
+            wanted = None if names is None else [*dict.fromkeys([*names, *(n for n in extra if n in there)])]
             table = file.read(columns=wanted, use_threads=False)
             table.validate(full=True)
             return table

@@ -48,7 +48,8 @@ class SampleBuilder:
             held[1].close()
         if dataset not in self._factories:
             chosen = self.mixture.datasets[dataset]
-            window = WindowSpec(chosen.chunk_length, self.mixture.spec.history, self.mixture.spec.image_size)
+            spec = self.mixture.spec
+            window = WindowSpec(chosen.chunk_length, spec.history, spec.image_size, chosen.settings.fps)
             self._factories[dataset] = chosen.source.cursors(window)
         cursor = self._factories[dataset].cursor()
         self._lanes[lane] = dataset, cursor

@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from opentau_train import rng
 from opentau_train.data.collate import collate, join
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
-from opentau_train.data.tape import DatasetBlocks, Tape, Windows
+from opentau_train.data.tape import Tape, Windows
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Batch, Sample
 
@@ -99,7 +100,7 @@ class Parts(IterableDataset):
         self._record(error, pass_index)
         key = rng.key(self.mixture.seed, "substitute", blocks.name, number, frame, pass_index)
         for draw in rng.uniform(key, SUBSTITUTE_TRIES):
-            other = _window_at(blocks, int(draw * blocks.num_windows))
+            other = blocks.window(int(draw * blocks.num_windows))
             try:
                 return builder.build(lane, dataset, *other, pass_index)
             except BadSample as again:
@@ -134,13 +135,6 @@ def _unreadable(error: BadSample) -> UserError:
     )
 
 
-def _window_at(blocks: DatasetBlocks, place: int) -> tuple[int, int]:
-    """(episode, frame) of the window at `place` of the blocks in table order."""
-    ends = np.cumsum(blocks.length, dtype=np.int64)
-    block = int(np.searchsorted(ends, place, side="right"))
-    return int(blocks.episode[block]), int(blocks.start[block] + place - (ends[block] - blocks.length[block]))
-
-
 @dataclass(frozen=True)
 class TrainPlan:
     """The windows of steps `first`..`last` - 1 that belong to a worker of rank `rank` of `size`."""
@@ -168,7 +162,8 @@ def training_batches(
 ) -> Iterator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 
-    R must divide B. A worker that dies ends the iteration with a RuntimeError that names it.
+    R must divide B. A worker that dies (killed for its memory, a crash in native code) raises a RuntimeError: inside
+    `named_worker_faults` one that says what to do.
     """
     data = mixture.settings
     plan = TrainPlan(tape, rank, size, first_step, last_step)
@@ -183,6 +178,22 @@ def training_batches(
         if len(pending) == width:
             yield _join(pending)
             pending = []
+
+
+@contextmanager
+def named_worker_faults(rank: int) -> Iterator[None]:
+    """Around all that runs while workers live: the loader's signal handler raises wherever the main thread then is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RuntimeError(
+            f"a data worker of rank {rank} died: {str(error).splitlines()[0].strip()}\n"
+            "  where:  the operating system's log (dmesg) tells whether it ran out of memory\n"
+            "  remedy: lower data.num_workers, data.prefetch_factor or data.lanes_per_sample if it did; "
+            "then go on with resume=auto"
+        ) from error
 
 
 def _join(parts: list[Part]) -> RankBatch:

@@ -13,7 +13,8 @@ rank or worker appears in the formula. docs/data.md derives it; docs/architectur
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ I64 = NDArray[np.int64]
 @dataclass(frozen=True)
 class DatasetBlocks:
     """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
-    i32 windows, `number` [N] i64 the episode's number in the dataset (the name its hash key uses)."""
+    i32 windows, `stride` frames apart, `number` [N] i64 the episode's number in the dataset (the name its hash key
+    uses). `made_of` {files, filter, settings: a hash}: what the blocks follow from, to say what has changed."""
 
     name: str
     episode: NDArray[np.int32]
@@ -37,6 +39,8 @@ class DatasetBlocks:
     length: NDArray[np.int32]
     number: I64
     shuffle: bool = True
+    stride: int = 1
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_windows(self) -> int:
@@ -44,10 +48,20 @@ class DatasetBlocks:
 
     def digest(self) -> str:
         """A hash of the block table: what a checkpoint compares before it trusts its sample number."""
-        state = hashlib.blake2b(f"{self.name}:{self.shuffle}".encode(), digest_size=8)
+        state = hashlib.blake2b(f"{self.name}:{self.shuffle}:{self.stride}".encode(), digest_size=8)
         for column in (self.number, self.start, self.length):
             state.update(np.ascontiguousarray(column, np.int64).tobytes())
         return state.hexdigest()
+
+    def frames(self, block: NDArray, inside: NDArray) -> I64:
+        """The frames at which the windows `inside` (counted from 0) of the blocks at the places `block` start."""
+        return self.start[block].astype(np.int64) + np.asarray(inside, np.int64) * self.stride
+
+    def window(self, place: int) -> tuple[int, int]:
+        """(episode, frame) of the window at `place` of all, the blocks taken in table order."""
+        ends = np.cumsum(self.length, dtype=np.int64)
+        block = int(np.searchsorted(ends, place, side="right"))
+        return int(self.episode[block]), int(self.frames(block, place - ends[block] + self.length[block]))
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,8 @@ class Tape:
     """The plan of a mixture. Holds the orders of the passes it was last asked for, nothing else.
 
     `batch_size` B is the global batch, `lanes_per_sample` v, `phase_rows` about how many rows a phase has, `draws`
-    n_d. Raises `UserError` for a dataset without windows.
+    n_d. Step s takes the B samples from `first_sample(s)` on: s * B, unless `offset` moves them (a run that was resumed
+    on changed data). Raises `UserError` for a dataset without windows.
     """
 
     def __init__(
@@ -109,6 +124,7 @@ class Tape:
         batch_size: int,
         lanes_per_sample: int = 4,
         phase_rows: int = 512,
+        offset: int = 0,
     ):
         for blocks in datasets:
             if blocks.num_windows == 0:
@@ -123,6 +139,7 @@ class Tape:
         self.lanes_per_sample = lanes_per_sample
         self.num_lanes = lanes_per_sample * batch_size
         self.phase_rows = phase_rows
+        self.offset = offset
         self.draws = np.array(draws, np.int64)
         self.sizes = np.array([b.num_windows for b in datasets], np.int64)
         self.epoch_size = int(self.draws.sum())
@@ -147,54 +164,26 @@ class Tape:
             self._fill(out, here, int(e), int(p), place)
         return Windows(t=t, slot=t % self.num_lanes, **out)
 
+    def first_sample(self, step: int) -> int:
+        """The number t of the first sample of optimizer step `step` (the first one is 0)."""
+        return step * self.batch_size + self.offset
+
     def batch(self, step: int) -> Windows:
-        """The global batch of optimizer step `step` (the first one is 0), in its order."""
-        return self.windows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+        """The global batch of optimizer step `step`, in its order."""
+        return self.windows(np.arange(self.first_sample(step), self.first_sample(step + 1)))
 
     def owned(self, step: int, rank: int, size: int, worker: int, num_workers: int) -> Windows:
         """The part of a step's batch that one worker of one rank builds.
 
         Slot j belongs to rank `j mod R` and to its worker `(j div R) mod W`; R must divide B.
         """
-        t = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        t = np.arange(self.first_sample(step), self.first_sample(step + 1))
         slot = t % self.num_lanes
         return self.windows(t[(slot % size == rank) & ((slot // size) % num_workers == worker)])
 
     def epoch_of(self, t: int) -> float:
         """How many epochs lie before sample t."""
         return t / self.epoch_size
-
-    # -- the state -----------------------------------------------------------------------------------------------
-
-    def state(self, t: int) -> dict:
-        """All that a resume needs, below 4 KiB for any data."""
-        return {
-            "version": VERSION,
-            "t": t,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "lanes": self.num_lanes,
-            "phase_rows": self.phase_rows,
-            "sources": hashlib.blake2b(repr(self._identity()).encode(), digest_size=8).hexdigest(),
-            "draws": self.draws.tolist() if len(self.draws) <= 64 else int(self.draws.sum()),
-            "blocks": {b.name: b.digest() for b in self.datasets} if len(self.datasets) <= 64 else "",
-        }
-
-    def _identity(self) -> list:
-        return [(b.name, b.digest(), n) for b, n in zip(self.datasets, self.draws.tolist(), strict=True)]
-
-    def check_state(self, state: dict) -> int:
-        """The sample number to go on from. Raises `UserError` naming what differs from the saved plan."""
-        mine = self.state(state["t"])
-        if state == mine:
-            return int(state["t"])
-        changed = [k for k in mine if state.get(k) != mine[k] and k != "sources"] or ["sources"]
-        detail = ", ".join(f"{k}: {_short(state.get(k))} -> {_short(mine[k])}" for k in changed)
-        raise UserError(
-            f"the data plan differs from the checkpoint's: {detail}",
-            where="the checkpoint's stream state",
-            remedy="restore the setting (seed, global batch, weights, filter, dataset files), or start a new run",
-        )
 
     # -- phases and lanes ----------------------------------------------------------------------------------------
 
@@ -247,7 +236,7 @@ class Tape:
         place = np.searchsorted(ends, offset, side="right")
         block = order[place]
         inside = offset - (ends[place] - blocks.length[block])
-        return blocks.episode[block].astype(np.int64), (blocks.start[block] + inside).astype(np.int64)
+        return blocks.episode[block].astype(np.int64), blocks.frames(block, inside)
 
     def _pass(self, d: int, k: int) -> tuple[NDArray[np.int32], I64]:
         """Order of the blocks in pass k of dataset d and their cumulative ends. The last few are kept."""
@@ -265,10 +254,3 @@ class Tape:
             self._passes[d, k] = made
             return made
         return cached
-
-
-def _short(value) -> str:
-    if isinstance(value, dict):
-        value = f"{len(value)} block tables"
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import rng
 from opentau_train.data.tape import DatasetBlocks
 from opentau_train.types import EpisodeTable
+
+SNAP_ROWS = 1e-2
+"""A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
 
 
 def validation_split(name: str, numbers: NDArray[np.int64], ratio: float, seed: int) -> NDArray[np.bool_]:
@@ -27,24 +33,82 @@ def validation_split(name: str, numbers: NDArray[np.int64], ratio: float, seed: 
     return held_out
 
 
+def row_step(native_fps: float, fps: float | None) -> float:
+    """Rows between two steps of a chunk taken at `fps`; 1.0 where that is the dataset's own rate (or None)."""
+    return 1.0 if fps is None else native_fps / fps
+
+
+def chunk_rows(chunk_length: int, step: float) -> int:
+    """Rows that a chunk reaches over, its first row included, when its steps are `step` rows apart."""
+    return math.ceil((chunk_length - 1) * step - SNAP_ROWS) + 1
+
+
+def chunk_places(
+    frame: int, chunk_length: int, step: float, seconds: NDArray[np.float64] | None = None, fps: float | None = None
+) -> NDArray[np.float64]:
+    """[T] f64 places between the rows of an episode, of the steps of the chunk at row `frame`: `step` rows apart, or
+    with `seconds` [L], the rows' times, 1 / `fps` seconds apart. Places after the last row lie beyond L - 1."""
+    steps = np.arange(chunk_length)
+    if seconds is None or fps is None or len(seconds) < 2:
+        place = frame + steps * step
+    else:
+        end = seconds[-1] + chunk_length / fps + 1.0
+        rows = np.arange(len(seconds) + 1, dtype=np.float64)
+        rows[-1] = rows[-2] + (end - seconds[-1]) * fps * step  # a line on, so that what is after the end stays there
+        place = np.interp(seconds[frame] + steps / fps, np.append(seconds, end), rows)
+    nearest = np.rint(place)
+    return np.where(np.abs(place - nearest) <= SNAP_ROWS, nearest, place)
+
+
+def rows_at(
+    values: NDArray[np.float32], place: NDArray[np.float64], held: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(values [T, A] f32 at the places [T] between the rows of `values` [L, A], is_pad [T]).
+
+    Linear between two rows; the dimensions under `held` [A] (flags, counts) keep the earlier row's. Places after the
+    last row take it and are marked.
+    """
+    last = len(values) - 1
+    is_pad = place > last
+    place = np.minimum(place, last)
+    low = np.floor(place).astype(np.int64)
+    share = (place - low).astype(np.float32)[:, None]
+    if not share.any():
+        return values[low], is_pad
+    if held is not None:
+        share = np.where(held, np.float32(0), share)
+    return values[low] * (1 - share) + values[np.minimum(low + 1, last)] * share, is_pad
+
+
+def history_rows(frame: int, history: int, step: float = 1.0) -> NDArray[np.int64]:
+    """[h+1] rows of the images of the window at `frame`, oldest first: the nearest to `step` rows apart, never before
+    the episode's start."""
+    back = np.rint(np.arange(history, -1, -1) * step).astype(np.int64)
+    return np.maximum(frame - back, 0)
+
+
 def make_blocks(
     name: str,
     table: EpisodeTable,
     source_blocks: NDArray[np.int32],
     keep: NDArray[np.bool_],
     *,
-    chunk_length: int,
+    rows: int,
     drop_tail: bool,
     shuffle: bool,
+    stride: int = 1,
+    made_of: Mapping[str, str] | None = None,
 ) -> DatasetBlocks:
     """The source's blocks of the episodes under `keep` [E], cut to windows that may start.
 
-    With `drop_tail` a window's chunk must lie inside its episode, so the last `chunk_length - 1` frames start none.
+    With `drop_tail` a window's chunk, which reaches over `rows` rows, must lie inside its episode, so the last
+    `rows - 1` frames start none. With `stride` k only every k-th frame of a block starts one, its first being one.
     """
     episode, start, length = (source_blocks[:, i].astype(np.int32) for i in range(3))
     if drop_tail:
-        last = table.length[episode] - chunk_length + 1
+        last = table.length[episode] - rows + 1
         length = np.minimum(length, last - start)
+    length = -(-length // stride)
     chosen = keep[episode] & (length > 0)
     return DatasetBlocks(
         name=name,
@@ -53,6 +117,8 @@ def make_blocks(
         length=length[chosen].astype(np.int32),
         number=table.episode_index[episode[chosen]],
         shuffle=shuffle,
+        stride=stride,
+        made_of=made_of or {},
     )
 
 
@@ -69,7 +135,7 @@ def validation_windows(
         order = np.lexsort((block.start, block.number))
         length = block.length[order].astype(np.int64)
         first = np.cumsum(length) - length
-        frame = np.arange(length.sum()) - np.repeat(first - block.start[order], length)
+        frame = block.frames(np.repeat(order, length), np.arange(length.sum()) - np.repeat(first, length))
         columns.append(np.stack([np.full(len(frame), d), np.repeat(block.episode[order], length), frame]))
     dataset, episode, frame = np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
     if max_per_group is None or not len(dataset):

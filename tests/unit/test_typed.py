@@ -318,7 +318,7 @@ def settings(changes: Mapping[str, Any]) -> config.Settings:
 def test_the_minimal_settings_hold_and_cannot_be_changed():
     made = settings({})
     assert made.data.sources["main"].root == "somewhere"
-    assert made.seed == 0 and made.resume == "never"
+    assert made.seed == 0 and made.resume.checkpoint == "never"
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.trainer.steps = 2
 

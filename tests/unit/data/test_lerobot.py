@@ -574,9 +574,3 @@ def test_flipped_bytes_never_raise_anything_but_the_promised_errors(written, tmp
         list(source.columns(np.array([1])))
     except UserError as error:
         assert path.name in str(error)
-
-
-def test_a_filter_that_nothing_applies_is_refused(written):
-    source = open_source(written("images"), use_filter_dict=True, filter_dict_path="ranges.json")
-    with pytest.raises(UserError, match="use_filter_dict"):
-        source.get_shuffle_blocks()

@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.data.tape import DatasetBlocks
-from opentau_train.data.windows import equal_spans, make_blocks, validation_split, validation_windows
+from opentau_train.data.windows import (
+    SNAP_ROWS,
+    chunk_places,
+    chunk_rows,
+    equal_spans,
+    history_rows,
+    make_blocks,
+    rows_at,
+    validation_split,
+    validation_windows,
+)
 from opentau_train.types import EpisodeTable
 
 
@@ -48,9 +58,9 @@ def test_no_ratio_and_a_single_episode_hold_nothing_out():
 
 def test_drop_tail_keeps_only_windows_whose_chunk_fits():
     source = np.array([[0, 0, 5], [1, 0, 2], [2, 2, 3]], np.int32)
-    found = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=True, shuffle=True)
+    found = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), rows=4, drop_tail=True, shuffle=True)
     assert list(zip(found.episode, found.start, found.length)) == [(0, 0, 2), (2, 2, 3)]
-    padded = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), chunk_length=4, drop_tail=False, shuffle=True)
+    padded = make_blocks("d", table([5, 2, 9]), source, np.ones(3, bool), rows=4, drop_tail=False, shuffle=True)
     assert padded.num_windows == 10
 
 
@@ -76,3 +86,62 @@ def test_spans_are_contiguous_complete_and_equal_within_one_item(cost, parts):
     assert bounds[0] == 0 and bounds[-1] == len(cost) and len(bounds) == parts + 1 and (np.diff(bounds) >= 0).all()
     sums = [cost[a:b].sum() for a, b in itertools.pairwise(bounds)]
     assert max(sums) <= cost.sum() / parts + cost.max(initial=0) + 1e-9
+
+
+@given(st.integers(1, 40), st.integers(0, 39), st.integers(1, 12), st.sampled_from([0.3, 0.5, 1.0, 1.5, 2.0, 10 / 3]))
+def test_a_chunk_by_time_is_the_line_through_the_rows(length, frame, chunk, step):
+    frame = min(frame, length - 1)
+    time = np.arange(length, dtype=np.float32)[:, None]
+    values, is_pad = rows_at(time, chunk_places(frame, chunk, step))
+    wanted = frame + np.arange(chunk) * step
+    np.testing.assert_allclose(values[:, 0], np.minimum(wanted, length - 1), atol=SNAP_ROWS)
+    np.testing.assert_array_equal(is_pad, wanted > length - 1 + SNAP_ROWS)
+    assert (
+        frame + chunk_rows(chunk, step) - 1 - (length - 1) <= 0 or is_pad.any()
+    )  # what fits by the rows is not padded
+
+
+def test_a_chunk_at_the_dataset_s_own_rate_is_its_rows_bit_for_bit():
+    rows = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    values, is_pad = rows_at(rows, chunk_places(5, 6, 1.0))
+    np.testing.assert_array_equal(values, rows[[5, 6, 7, 8, 8, 8]])
+    assert is_pad.tolist() == [False] * 4 + [True] * 2
+
+
+def test_uneven_rows_are_read_by_their_times():
+    seconds = np.array([0.0, 0.1, 0.3, 0.7, 0.8])
+    values, is_pad = rows_at(np.array([[0.0], [1], [3], [7], [8]], np.float32), chunk_places(1, 5, 2.0, seconds, 5.0))
+    np.testing.assert_allclose(values[:, 0], [1, 3, 5, 7, 8], atol=1e-5)  # at 0.1, 0.3, 0.5, 0.7, 0.9 s
+    assert is_pad.tolist() == [False] * 4 + [True]
+
+
+def test_float32_timestamps_of_a_long_episode_meet_their_rows():
+    """An hour into an episode a float32 is 0.1 ms off."""
+    seconds = (3600 + np.arange(300) / 50).astype(np.float32).astype(np.float64)
+    place = chunk_places(0, 100, 2.0, seconds, 25.0)
+    np.testing.assert_array_equal(place, np.arange(100) * 2)
+
+
+def test_flags_keep_the_row_before_while_positions_move():
+    rows = np.array([[0.0, 0], [10, 1], [20, 0]], np.float32)
+    values, _ = rows_at(rows, np.array([0.5, 1.0, 1.75]), held=np.array([False, True]))
+    np.testing.assert_allclose(values, [[5, 0], [10, 1], [17.5, 1]])
+
+
+def test_history_steps_back_in_time_and_never_before_the_episode():
+    assert history_rows(9, 3).tolist() == [6, 7, 8, 9]
+    assert history_rows(9, 3, 2.5).tolist() == [1, 4, 7, 9]  # 7.5 back, 5 back, 2.5 back: the even one at a tie
+    assert history_rows(1, 2, 3.0).tolist() == [0, 0, 1]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 7), st.booleans(), st.integers(1, 9))
+def test_stride_takes_every_kth_of_the_frames_that_may_start_a_window(lengths, stride, drop_tail, rows):
+    source = np.stack([np.arange(len(lengths)), np.zeros(len(lengths)), lengths], axis=1).astype(np.int32)
+    keep = np.ones(len(lengths), bool)
+    options = {"rows": rows, "drop_tail": drop_tail, "shuffle": True}
+    found = make_blocks("d", table(lengths), source, keep, stride=stride, **options)
+    seen = [found.window(place) for place in range(found.num_windows)]
+    last = [n - (rows - 1 if drop_tail else 0) for n in lengths]
+    assert seen == [(e, f) for e, n in enumerate(last) for f in range(0, max(0, n), stride)]
+    dataset, episode, frame = validation_windows([found], [np.zeros(len(lengths), np.int64)], None)
+    assert list(zip(episode, frame)) == seen and not dataset.any()

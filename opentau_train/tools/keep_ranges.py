@@ -1,0 +1,80 @@
+"""Compute a keep-ranges filter file from a LeRobot dataset's own action columns: which frames aren't idle.
+
+    python -m opentau_train.tools.keep_ranges ROOT --out FILE [--actions action.joint_velocity] [--threshold 1e-3]
+
+Keys are episode numbers. Train with `data.sources.NAME.use_filter_dict=true data.sources.NAME.filter_dict_path=FILE`.
+Reads rows only, never video.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opentau_train.config import SourceSettings
+from opentau_train.data.keep_ranges import Ranges, nonidle_ranges
+from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
+
+
+def compute(source: LeRobotSource, **rule: Any) -> dict[str, Ranges]:
+    """{episode number: ranges} of every episode; `rule` as in `nonidle_ranges`.
+
+    Raises `UserError` naming a file that can't be read.
+    """
+    numbers = source.episodes.episode_index
+    rows = source.columns(np.arange(len(numbers)))
+    found = {int(numbers[position]): nonidle_ranges(actions, **rule) for position, _, actions in rows}
+    return {str(number): found[number] for number in sorted(found)}
+
+
+def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> None:
+    """The file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")
+    os.replace(partial, path)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m opentau_train.tools.keep_ranges", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("root", type=Path, help="the dataset's directory")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--actions", nargs="+", metavar="COLUMN", help="default: action, or every action.* column")
+    parser.add_argument("--threshold", type=float, default=1e-3, help="a change below it is none (default 1e-3)")
+    parser.add_argument("--idle-run", type=int, default=7, help="idle frames in a row that go (default 7)")
+    parser.add_argument("--kept-run", type=int, default=16, help="fewest frames in a row to keep (default 16)")
+    parser.add_argument("--trim-tail", type=int, default=10, help="frames off each range's end (default 10)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    options = _arguments(arguments)
+    rule = {name: getattr(options, name) for name in ("threshold", "idle_run", "kept_run", "trim_tail")}
+    try:
+        settings = SourceSettings(root=str(options.root), actions=options.actions and tuple(options.actions))
+        source = LeRobotSource.open("dataset", settings, options.root)
+        ranges = compute(source, **rule)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER
+    metadata = {**rule, "actions": list(source.action_names)}
+    write(options.out, metadata, ranges)
+    total, kept = int(source.episodes.length.sum()), sum(b - a for found in ranges.values() for a, b in found)
+    empty = sum(not found for found in ranges.values())
+    print(f"{options.out}: {len(ranges)} episodes ({empty} wholly idle), {kept} of {total} frames kept")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
