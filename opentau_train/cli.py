@@ -9,6 +9,7 @@ gets the same answer in YAML and on the command line.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
@@ -35,7 +36,10 @@ def main() -> None:
     code = _main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    children = multiprocessing.active_children()
+    for child in children:  # loader workers, left only where a read hangs: they would be waited for
+        child.kill()
+    if children or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Everything is closed and on disk. An ordinary exit would now run the destructors of DDP and of gloo's process
         # group, which joins a thread while holding the interpreter's lock that this thread may wait for: it hung in
         # one of three runs of four ranks on a busy machine (docs/decisions/0002-exit.md).

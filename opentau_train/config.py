@@ -162,7 +162,7 @@ class TrainerSettings:
     grad_clip: float | None = 1.0
     log_every: int = 10
     step_timeout: float = 1800.0
-    """Seconds that one collective may take before the job ends with an error."""
+    """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
     precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     ema_decay: float | None = None

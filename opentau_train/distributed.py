@@ -7,7 +7,7 @@ must call. Accelerate owns process state, device placement, mixed precision and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,11 +20,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from opentau_train.errors import UserError
+from opentau_train.preflight import check_in
 
 T = TypeVar("T")
+
+RENDEZVOUS_SECONDS = 300.0
+"""How long the ranks that are there wait for the others."""
+
+COLLECTIVE_MARGIN = 60.0
+"""Seconds that a collective may take beyond a step."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,11 @@ class World:
 
 
 @contextmanager
-def launch(*, device: str, precision: str, timeout: float) -> Iterator[World]:
+def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str, str]) -> Iterator[World]:
     """Join the launch that the environment describes (torchrun's variables, or a single process).
 
-    `timeout` is the time in seconds that a collective may take. CPU tensors travel by gloo, CUDA tensors by NCCL.
+    `timeout` is the time in seconds that a step may take. CPU tensors travel by gloo, CUDA tensors by NCCL. Raises
+    `UserError` on all ranks when one of them is missing, there twice, or not what `identity` says (see `preflight`).
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -111,7 +120,11 @@ def launch(*, device: str, precision: str, timeout: float) -> Iterator[World]:
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
+        # Longer than a step may take: the watchdog, which says where every rank was, comes first.
+        limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,

@@ -22,6 +22,7 @@ from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
 from opentau_train.types import Batch, LossTerms, Noise
+from opentau_train.watchdog import Place
 
 
 def draw_noise(key: torch.Tensor, draw: int, shape: Sequence[int]) -> Noise:
@@ -54,35 +55,45 @@ class TrainState:
 @dataclass(frozen=True)
 class StepResult:
     """`losses`: (group [B], terms) of this rank's micro-batches, still on the device; `grad_norm` before clipping;
-    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on)."""
+    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on); `taken` is False
+    where a stop was asked for while a rank still waited for its data: nothing has changed."""
 
     losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
     grad_norm: float
     lr: float
     num_substituted: int
     stop: int
+    taken: bool = True
 
 
 def train_step(
     state: TrainState,
-    part: RankBatch,
+    part: RankBatch | None,
     world: World,
     settings: TrainerSettings,
     *,
     lr: float,
     max_samples: int,
     stop: int,
+    place: Place,
 ) -> StepResult:
     """Take one optimizer step on this rank's `part` of the global batch; every rank must call it.
+
+    None as the `part`, with a `stop` code, says that this rank gave up waiting for its data: then no rank takes the
+    step. `place` is told what goes on, for the watchdog.
 
     A gradient norm that isn't finite, which all ranks see alike, skips the update: parameters, moments and average
     stay as they are while the data moves on. Raises on all ranks what any rank's stream raised.
     """
     weights = state.policy.loss_weights
-    batch = None if part.batch is None else part.batch.to(world.device)
-    denominators, substituted, stop = _agree(state.policy, batch, part, world, stop)
+    batch = None if part is None or part.batch is None else part.batch.to(world.device)
+    place.enter("all-reduce of the counts")
+    denominators, substituted, stop, taken = _agree(state.policy, batch, part, world, stop)
+    if not taken:
+        return StepResult([], float("nan"), lr, 0, stop, taken=False)
     assert batch is not None, "a part has a batch or an error, and _agree raises errors"
     micro_batches = list(batch.split(max_samples))
+    place.enter("forward and backward")
     losses = []
     for i, micro in enumerate(micro_batches):
         noise = draw_noise(micro.key, 0, micro.actions.shape[1:])
@@ -93,24 +104,29 @@ def train_step(
         loss = world.size * sum(weights[k] * terms[k][0].sum() / (denominators[k] or 1.0) for k in weights)
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
+    place.enter("gradient norm and update")
     grad_norm = _clip(state.policy, settings.grad_clip)
     _update(state, grad_norm, lr)
     return StepResult(losses, grad_norm, lr, substituted, stop)
 
 
 def _agree(
-    policy: Policy, batch: Batch | None, part: RankBatch, world: World, stop: int
-) -> tuple[dict[str, float], int, int]:
-    """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes."""
+    policy: Policy, batch: Batch | None, part: RankBatch | None, world: World, stop: int
+) -> tuple[dict[str, float], int, int, bool]:
+    """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes, ranks
+    without a part."""
+    absent = part is None
+    part = part or RankBatch(None)
     terms = list(policy.loss_weights)
     counts = {k: 0.0 for k in terms} if batch is None else policy.term_counts(batch)
     stops = [float(stop == code) for code in (1, 2)]
     head = [torch.as_tensor(counts[k], dtype=torch.float64).sum().cpu() for k in terms]
-    packed = torch.stack([*head, *torch.tensor([part.num_substituted, part.error is not None, *stops]).double()])
-    *valid, substituted, failed, preempted, interrupted = world.sum(packed).tolist()
+    flags = torch.tensor([part.num_substituted, part.error is not None, absent, *stops]).double()
+    *valid, substituted, failed, absences, preempted, interrupted = world.sum(torch.stack([*head, *flags])).tolist()
     if failed:
         raise next(error for error in world.gather(part.error) if error is not None)
-    return dict(zip(terms, valid, strict=True)), int(substituted), 2 if interrupted else int(preempted > 0)
+    stop = 2 if interrupted else int(preempted > 0)
+    return dict(zip(terms, valid, strict=True)), int(substituted), stop, not absences
 
 
 def _clip(policy: nn.Module, limit: float | None) -> float:

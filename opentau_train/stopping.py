@@ -1,25 +1,80 @@
-"""How a run is asked to stop: signals set a flag, the flag travels with the step's all-reduce, all ranks stop alike."""
+"""How a run is asked to stop: signals, or a file named PREEMPT in the run directory.
+
+    SIGTERM, SIGUSR1, SIGUSR2, RUN/PREEMPT  ->  1, preempted: save and exit with EXIT_PREEMPTED
+    SIGINT                                  ->  2, interrupted: save and exit with EXIT_INTERRUPTED
+
+The file is for what torchrun doesn't hand on to its workers, and for people: `touch RUN/PREEMPT`. A rank only raises
+its own flag here; the step's all-reduce makes it everyone's.
+"""
 
 from __future__ import annotations
 
+import json
+import queue
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+SENTINEL = "PREEMPT"
+"""Its presence in the run directory asks the run to stop."""
+
+MARKER = "PREEMPTED"
+"""Written into the run directory when a run has saved and stopped for a preemption: a launcher that sees only
+torchrun's own exit code knows by it that the job wants to be started again."""
+
+POLL = 1.0
+"""Seconds between two looks at the file, so that a fast loop doesn't burden a file server."""
 
 
 @dataclass
 class StopFlag:
-    """0 = go on, 1 = preempted (SIGTERM, SIGUSR1, SIGUSR2), 2 = interrupted (Ctrl-C)."""
+    """`code`: 0 = go on, 1 = preempted, 2 = interrupted. `sentinel`: the file to look for, None until known."""
 
     code: int = 0
+    sentinel: Path | None = None
+    _looked: float = field(default=float("-inf"), repr=False)
+
+    def poll(self) -> int:
+        """The code, after a look at the file unless the last one was less than `POLL` seconds ago."""
+        now = time.monotonic()
+        if self.sentinel is not None and now - self._looked >= POLL:
+            self._looked = now
+            if self.sentinel.exists():
+                self.code = max(self.code, 1)
+        return self.code
+
+    def watch(self, run_dir: Path, *, clear: bool) -> None:
+        """Look for the file in `run_dir` from now on; `clear` removes what an earlier start left there."""
+        if clear:
+            (run_dir / SENTINEL).unlink(missing_ok=True)
+            (run_dir / MARKER).unlink(missing_ok=True)
+        self.sentinel = run_dir / SENTINEL
+
+
+def mark_preempted(run_dir: Path, step: int) -> None:
+    """Leave the marker for the launcher. Call it when the checkpoint of `step` is whole."""
+    (run_dir / MARKER).write_text(json.dumps({"step": step}) + "\n")
+
+
+class Stopped(Exception):
+    """A piece of work was left unfinished, on all ranks alike, because a stop was asked for. `code` as `StopFlag`'s."""
+
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__(f"stopped with code {code}")
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Signals set a flag that travels with the step's all-reduce, so all ranks stop after the same step. A second
-    Ctrl-C ends at once."""
+    """Signals set the flag. A second Ctrl-C ends at once."""
     flag = StopFlag()
 
     def preempt(number: int, frame: object) -> None:
@@ -39,3 +94,53 @@ def stop_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Patient(Generic[T]):
+    """An iterator whose `next` can be given up when a stop is asked for: a read that hangs must not outlive its run.
+
+    The iterator runs on a thread of its own and only on demand, so order and side effects are those of plain `next`.
+    """
+
+    def __init__(self, iterator: Iterator[T]):
+        self._iterator: Iterator[T] | None = iterator
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self._given_up = False
+        self._thread = threading.Thread(target=self._serve, name="data", daemon=True)
+        self._thread.start()
+
+    def next(self, stop: StopFlag) -> T | None:
+        """The next item; None when a stop is asked for before it is there, after which nothing more may be asked.
+
+        Raises what the iterator raises, StopIteration included.
+        """
+        self._asked.put(True)
+        while True:
+            try:
+                item, error = self._answers.get(timeout=0.2)
+            except queue.Empty:
+                if stop.poll():
+                    self._given_up = True
+                    return None
+                continue
+            if error is not None:
+                raise error
+            return item
+
+    def close(self) -> None:
+        """End the iterator and its thread; one that was given up is left to the end of the process."""
+        self._asked.put(False)
+        if not self._given_up:
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while self._asked.get():
+            try:
+                answer = next(self._iterator), None
+            except BaseException as error:  # it is raised where `next` was called
+                answer = None, error
+            self._answers.put(answer)
+        if isinstance(self._iterator, Generator):
+            self._iterator.close()
+        self._iterator = None

@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 from opentau_train.meter import Meter
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
+from opentau_train.preflight import identity
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
-from opentau_train.stopping import StopFlag, stop_signals
+from opentau_train.stopping import Patient, StopFlag, Stopped, mark_preempted, stop_signals
 from opentau_train.typed import bind, instantiate
 from opentau_train.validate import ValidationPlan, plan_validation, validate
+from opentau_train.watchdog import Place, watch
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +54,31 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
     trainer = settings.trainer
     torch.use_deterministic_algorithms(trainer.deterministic)
     with ExitStack() as stack:
-        world = stack.enter_context(
-            launch(device=trainer.device, precision=trainer.precision, timeout=trainer.step_timeout)
-        )
+        limits = {"timeout": trainer.step_timeout, "identity": identity(tree)}
+        world = stack.enter_context(launch(device=trainer.device, precision=trainer.precision, **limits))
         console = stack.enter_context(log_to(sys.stderr, world.is_main))
         stop = stack.enter_context(stop_signals())
         job = prepare(settings, tree, world)
+        stop.watch(job.run_dir, clear=world.is_main)
         console.also_to(job.run_dir / "train.log")
-        if job.state.step >= trainer.steps:
+        if job.state.step >= trainer.steps and not job.owes_validation:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
         stack.enter_context(named_worker_faults(world.rank))
-        code = _loop(job, sinks, stop)
+        with watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout):
+            code = _loop(job, sinks, stop)
         if world.is_main:
+            if code == 1:
+                mark_preempted(job.run_dir, job.state.step)
             log.info(next_steps(job.run_dir, job.state.step, code))
         return STOP_CODES[code]
 
 
 @dataclass
 class Job:
-    """All that the loop needs, on one rank. `bad` and `seen` count windows since the run began."""
+    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `skipped` steps, and the last
+    step that was `validated`."""
 
     settings: Settings
     world: World
@@ -84,11 +90,15 @@ class Job:
     schedule: Any
     pretrained: checkpoint.Pretrained
     max_samples: int
-    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0})
+    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
+    place: Place = field(default_factory=Place)
 
     @property
-    def validates(self) -> bool:
-        return self.settings.validation.every > 0 and len(self.plan.windows) > 0
+    def owes_validation(self) -> bool:
+        """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
+        every, step = self.settings.validation.every, self.state.step
+        due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
+        return due and len(self.plan.windows) > 0 and self.counters["validated"] < step
 
 
 def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
@@ -204,26 +214,40 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
         last_step=trainer.steps,
         quarantine=job.run_dir / "quarantine.jsonl",
     )
-    code = 0
-    while state.step < trainer.steps and code == 0:
-        with meter.waiting():
-            part = next(batches)
-        lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
-        result = train_step(state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=stop.code)
-        code = result.stop
-        meter.add(result)
-        last = state.step == trainer.steps
-        _check(job, result)
-        if state.step % trainer.log_every == 0 or last or code:
-            row = meter.row(result, job.counters["bad"])
-            sinks.write(state.step, row)
-        if job.validates and not code and (state.step % settings.validation.every == 0 or last):
-            with meter.paused():
-                _validate(job, sinks)
-        if last or code or (settings.checkpoint.every and state.step % settings.checkpoint.every == 0):
-            with meter.paused():
-                _save(job)
+    code = _validate(job, sinks, stop) if job.owes_validation else 0
+    with closing(Patient(batches)) as patient:
+        while state.step < trainer.steps and code == 0:
+            job.place.enter("data wait", state.step + 1)
+            with meter.waiting():
+                part = patient.next(stop)
+            lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
+            result = train_step(
+                state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=stop.poll(), place=job.place
+            )
+            code = result.stop
+            if result.taken:
+                _account(job, meter, sinks, result)
+            if job.owes_validation and not code:
+                with meter.paused():
+                    code = _validate(job, sinks, stop)
+            if code or state.step == trainer.steps or _due(settings.checkpoint.every, state.step):
+                with meter.paused():
+                    _save(job)
     return code
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _account(job: Job, meter: Meter, sinks: Sinks, result: StepResult) -> None:
+    """What a step that was taken leaves behind: counters, and a row of numbers now and then."""
+    job.place.enter("log")
+    meter.add(result)
+    _check(job, result)
+    trainer, step = job.settings.trainer, job.state.step
+    if _due(trainer.log_every, step) or step == trainer.steps or result.stop:
+        sinks.write(step, meter.row(result, job.counters["bad"]))
 
 
 def _check(job: Job, result: StepResult) -> None:
@@ -234,13 +258,23 @@ def _check(job: Job, result: StepResult) -> None:
     check_health(job.state, job.settings.trainer, job.counters["bad"], seen, limits.max_fraction, limits.grace)
 
 
-def _validate(job: Job, sinks: Sinks) -> None:
+def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
+    """A pass and its row; the stop code when it was left unfinished, which leaves no row."""
     started = time.perf_counter()
-    row = validate(job.state.policy, job.state.replicas, job.plan, job.world, job.settings.validation)
-    sinks.write(job.state.step, {**row, "Timing/ValidationSeconds": time.perf_counter() - started})
+    state = job.state
+    try:
+        row = validate(
+            state.policy, state.replicas, job.plan, job.world, job.settings.validation, stop=stop, place=job.place
+        )
+    except Stopped as stopped:
+        return stopped.code
+    job.counters["validated"] = state.step
+    sinks.write(state.step, {**row, "Timing/ValidationSeconds": time.perf_counter() - started})
+    return 0
 
 
 def _save(job: Job) -> None:
+    job.place.enter("save")
     path = checkpoint.save(
         job.run_dir,
         job.state,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,9 @@ from opentau_train.distributed import Replicas, World
 from opentau_train.metrics import Sums, validation_row
 from opentau_train.models.policy import Policy
 from opentau_train.step import draw_noise
+from opentau_train.stopping import Patient, StopFlag, Stopped
 from opentau_train.types import Batch
+from opentau_train.watchdog import Place
 
 MAX_DECODE_GAP = 32
 """Frames: a larger gap inside an episode costs a seek, about this many frames' decoding at the usual GOP."""
@@ -46,7 +49,10 @@ class ValidationPlan:
     @property
     def num_rounds(self) -> int:
         """Forwards of the busiest rank, per noise draw."""
-        return int(max(-(-np.diff(self.bounds) // self.batch_size), default=0))
+        return max(self.num_rounds_of(r) for r in range(len(self.bounds) - 1))
+
+    def num_rounds_of(self, rank: int) -> int:
+        return -int(-(self.bounds[rank + 1] - self.bounds[rank]) // self.batch_size)
 
     def for_worker(self, rank: int, worker: int, num_workers: int) -> Iterator[Windows]:
         """The batches of a worker: a contiguous run of its rank's, so that it decodes each frame once."""
@@ -87,38 +93,51 @@ def validate(
     world: World,
     settings: ValidationSettings,
     prefix: str = "Validation",
+    stop: StopFlag | None = None,
+    place: Place | None = None,
 ) -> dict[str, float]:
     """One pass; every rank must call it and gets the same row of tags (see `metrics.validation_row`).
 
-    Raises on all ranks the `UserError` of a window that any rank couldn't read. Ambient random state is untouched.
+    `stop` asks a rank to leave out the rest of its windows; `place` is told of every batch, for the watchdog. Raises on
+    all ranks the `UserError` of a window that any rank couldn't read, and `Stopped` when any rank left some out.
+    Ambient random state is untouched.
     """
+    stop, place = stop or StopFlag(), place or Place()
     terms = tuple(policy.loss_weights)
     sums = Sums(len(plan.group_of), terms)
     seen = torch.zeros(len(plan.group_of), dtype=torch.float64)
     data = plan.mixture.settings
     parts = Parts(plan.mixture, lambda worker, width: plan.for_worker(world.rank, worker, width), train=False)
-    error, rounds = None, 0
+    error, halted, filler = None, False, None
+    own = plan.num_rounds_of(world.rank)
     was_training = policy.training
     policy.eval()
-    for part in loader(parts, data.num_workers, data.prefetch_factor):
-        if part.error is not None:
-            error = part.error
-            break
-        item = torch.from_numpy(plan.item[part.t])
-        seen.index_add_(0, item, torch.ones(len(item), dtype=torch.float64))
-        _forward(policy, part.batch, item, sums, world, settings.num_noise_draws)
-        rounds, filler = rounds + 1, part.batch
-    if replicas.sharded and error is None:  # a sharded forward is a collective: finish the others' rounds with weight 0
-        for _ in range(plan.num_rounds - rounds):
-            idle = _idle(filler if rounds else plan_first_batch(plan))
-            _forward(policy, idle, torch.zeros(len(idle), dtype=torch.int64), sums, world, settings.num_noise_draws)
+    with closing(Patient(iter(loader(parts, data.num_workers, data.prefetch_factor)))) as patient:
+        # A sharded forward is a collective: a rank without windows of its own takes part in the others' with weight 0.
+        for number in range(plan.num_rounds if replicas.sharded else own):
+            place.enter("validation")
+            part = patient.next(stop) if number < own else None
+            error = part.error if part is not None else None
+            halted = error is not None or stop.poll() > 0
+            if replicas.sharded:  # for the same reason all ranks leave the pass in the same round
+                halted = bool(world.sum(torch.tensor([float(halted)])).item())
+            if halted:
+                break
+            filler = _idle(filler or plan_first_batch(plan)) if part is None else part.batch
+            item = torch.from_numpy(plan.item[part.t]) if part is not None else torch.zeros(len(filler)).long()
+            seen.index_add_(0, item, (filler.weight > 0).double().cpu())
+            _forward(policy, filler, item, sums, world, settings.num_noise_draws)
     policy.train(was_training)
-    packed = torch.cat([sums.values.flatten(), seen, torch.tensor([float(error is not None)], dtype=torch.float64)])
-    world.sum(packed)
-    if packed[-1]:
+    place.enter("all-reduce of the validation")
+    flags = [error is not None, halted and stop.code == 1, halted and stop.code == 2]
+    packed = world.sum(torch.cat([sums.values.flatten(), seen, torch.tensor(flags).double()]))
+    failed, preempted, interrupted = packed[-3:].tolist()
+    if failed:
         raise next(e for e in world.gather(error) if e is not None)
+    if preempted or interrupted:
+        raise Stopped(2 if interrupted else 1)
     num = sums.values.numel()
-    values, windows = packed[:num].view_as(sums.values).numpy(), packed[num:-1].numpy()
+    values, windows = packed[:num].view_as(sums.values).numpy(), packed[num:-3].numpy()
     if windows.sum() != len(plan.windows):
         raise RuntimeError(f"validation saw {windows.sum():.0f} windows of {len(plan.windows)} planned")
     return validation_row(values, plan.group_of, windows, plan.mixture.groups, terms, policy.loss_weights, prefix)

@@ -21,6 +21,7 @@ from opentau_train.data.tape import draws_per_epoch
 from opentau_train.distributed import World
 from opentau_train.errors import UserError
 from opentau_train.metrics import Group
+from opentau_train.preflight import check_same
 from opentau_train.typed import locate
 from opentau_train.types import BatchSpec
 
@@ -34,6 +35,7 @@ def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] |
     """
     sources = resolve_sources(settings, world)
     datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
+    _check_same_tables(datasets, world)
     if stats is None:
         make: Callable[[], dict[str, HeadStats]] = dict
         if world.is_main:
@@ -54,6 +56,15 @@ def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] |
     groups = _with_shares(groups, datasets, draws)
     spec = _batch_spec(data, datasets)
     return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, affine, spec)
+
+
+def _check_same_tables(datasets: list[Dataset], world: World) -> None:
+    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
+    tables = {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in datasets}
+    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+        remedy = "give every node the same files and filters of this dataset"
+        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
 
 
 def _open_datasets(settings: Settings, sources: dict[str, SourceSettings]) -> tuple[list[Dataset], list[Group]]:

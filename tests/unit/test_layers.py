@@ -24,7 +24,7 @@ LAYERS = (
     {"distributed"},
     {"config"},
     {"typed", "rng"},
-    {"types", "stopping"},
+    {"types", "stopping", "preflight", "watchdog"},
     {"errors"},
     {"__init__"},  # the version only: importing the package imports nothing else
 )

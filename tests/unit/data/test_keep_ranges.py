@@ -1,5 +1,6 @@
-"""The keep-ranges filter: both public forms, both kinds of keys, both rules, the report, and the tool that makes one."""
+"""The keep-ranges filter: both public forms, both kinds of keys, both rules, the report, and the tool for it."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -111,10 +112,7 @@ def test_windows_are_those_that_the_rule_names_one_by_one(pairs, length, rows, r
     """Against the definition, frame by frame; overlapping and touching ranges count as one."""
     ranges = keep_ranges._clean("k", [(a, a + n) for a, n in pairs], 0, None)
     inside = {f for a, n in pairs for f in range(a, a + n) if f < length}
-    if rule == "whole":
-        wanted = {f for f in inside if all(g in inside for g in range(f, f + rows))}
-    else:
-        wanted = inside
+    wanted = {f for f in inside if all(g in inside for g in range(f, f + rows))} if rule == "whole" else inside
     filter = keep_ranges.KeepRanges(None, {"k": ranges}, 0, False, "")
     blocks, report = keep_ranges.apply(filter, ["k"], np.array([length], np.int32), rule=rule, rows=rows)
     found = [f for _, start, n in blocks.tolist() for f in range(start, start + n)]
@@ -195,7 +193,7 @@ def test_a_file_of_a_hundred_thousand_keys_filters_the_few_that_are_there(tmp_pa
 
 def slow_ranges(actions, threshold, idle_run, kept_run, trim_tail):
     """The rule frame by frame."""
-    idle = [False] + [all(abs(b - a) < threshold for a, b in zip(p, q)) for p, q in zip(actions[:-1], actions[1:])]
+    idle = [False] + [all(abs(b - a) < threshold for a, b in zip(p, q)) for p, q in itertools.pairwise(actions)]
 
     def runs(mask):
         out, start = [], None

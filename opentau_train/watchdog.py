@@ -1,0 +1,112 @@
+"""Where a rank is, and what happens when it stays there: every stack printed, the job ended.
+
+A step that never ends (a dead file server, a peer that is gone, a deadlock) must not hold a machine until somebody
+looks. Each rank has a thread that watches its `Place`; ranks need no communication for it, for that may be what hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from opentau_train.errors import EXIT_FAULT
+
+GRACE = 5.0
+"""Seconds that the ranks which notice first leave the others to write their stacks before the launcher ends all."""
+
+
+@dataclass
+class Place:
+    """What a rank is doing: the step being made (the first is 1) and the part of it. `moved` is monotonic, seconds."""
+
+    step: int = 0
+    part: str = "start"
+    moved: float = field(default_factory=time.monotonic)
+
+    def enter(self, part: str, step: int | None = None) -> None:
+        """Progress was made: `part` begins."""
+        self.part, self.moved = part, time.monotonic()
+        if step is not None:
+            self.step = step
+
+    def __str__(self) -> str:
+        return f"{self.part}, step {self.step}"
+
+
+@contextmanager
+def watch(place: Place, run_dir: Path, *, rank: int, size: int, timeout: float) -> Iterator[None]:
+    """While inside: `timeout` seconds without progress end the process with `EXIT_FAULT`.
+
+    Before that every rank writes its place and all its threads' stacks to `run_dir/stacks/rankN.txt` and to stderr,
+    and the lowest rank that still can says where each one was.
+    """
+    folder = run_dir / "stacks"
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f"rank{rank}.txt"
+    own.unlink(missing_ok=True)
+    place.enter(place.part)
+    done = threading.Event()
+    with own.with_suffix(".lock").open("w") as last_resort:
+        watcher = threading.Thread(
+            target=_watch, args=(place, own, last_resort, rank, size, timeout, done), name="watchdog", daemon=True
+        )
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            faulthandler.cancel_dump_traceback_later()
+    own.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _watch(place: Place, own: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event) -> None:
+    while not done.wait(min(1.0, timeout / 4)):
+        # This thread can't run while another one keeps the interpreter's lock, in a deadlock inside a library say. The
+        # timer below lives in C, needs no lock, and fires only when this line stops being reached.
+        faulthandler.dump_traceback_later(timeout + 4 * GRACE, exit=True, file=last_resort)
+        if time.monotonic() - place.moved > timeout:
+            _report(place, own, rank, timeout)
+            time.sleep(GRACE)
+            _summarize(own.parent, rank, size)
+            os._exit(EXIT_FAULT)
+
+
+def _report(place: Place, own: Path, rank: int, timeout: float) -> None:
+    """This rank's place and stacks, on stderr and in its file; the file's first line is the place."""
+    head = f"rank {rank}: no progress for {timeout:g} s in: {place}"
+    partial = own.with_suffix(".part")
+    with partial.open("w") as file:
+        file.write(head + "\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
+    os.replace(partial, own)
+    sys.stderr.write(own.read_text())
+    sys.stderr.flush()
+
+
+def _summarize(folder: Path, rank: int, size: int) -> None:
+    """The lowest rank with a report says where each rank was; a rank without one is stopped or unreachable."""
+    heads = {r: _first_line(folder / f"rank{r}.txt") for r in range(size)}
+    if any(heads[r] for r in range(rank)):
+        return
+    lines = [heads[r] or f"rank {r}: no report: it is stopped, gone, or can't write there" for r in range(size)]
+    sys.stderr.write(
+        "\n".join(["error: the run stands still; where each rank was:", *(f"  {line}" for line in lines)])
+        + f"\n  stacks: {folder}\n"
+    )
+    sys.stderr.flush()
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().partition("\n")[0]
+    except OSError:
+        return ""
