@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from opentau_train.data.tape import DatasetBlocks, Tape, draws_per_epoch
 from opentau_train.data.tape_state import resume_offset, save_state
 from opentau_train.errors import UserError
+from tests.golden import sample_ids
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 mixtures = st.lists(lengths, min_size=1, max_size=4)
@@ -197,3 +199,8 @@ def test_golden_order_of_the_first_hundred_thousand_samples():
         [(generator * 7919 % 211 + 1).tolist(), (generator * 104729 % 97 + 1).tolist()], batch_size=64, phase_rows=64
     )
     assert tape.windows(np.arange(100_000)).digest() == 14144438239293438637
+
+
+def test_golden_order_of_the_first_million_samples():
+    """Written by `make golden`."""
+    assert sample_ids.make() == json.loads((Path(sample_ids.__file__).parent / "sample_ids.json").read_text())

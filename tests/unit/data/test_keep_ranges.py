@@ -1,4 +1,4 @@
-"""The keep-ranges filter: both public forms, both kinds of keys, both rules, the report, and the tool for it."""
+"""The keep-ranges filter: both public forms, keys and rules, the report, and the tool that makes one."""
 
 import itertools
 import json
@@ -112,7 +112,8 @@ def test_windows_are_those_that_the_rule_names_one_by_one(pairs, length, rows, r
     """Against the definition, frame by frame; overlapping and touching ranges count as one."""
     ranges = keep_ranges._clean("k", [(a, a + n) for a, n in pairs], 0, None)
     inside = {f for a, n in pairs for f in range(a, a + n) if f < length}
-    wanted = {f for f in inside if all(g in inside for g in range(f, f + rows))} if rule == "whole" else inside
+    reach = rows if rule == "whole" else 1
+    wanted = {f for f in inside if all(g in inside for g in range(f, f + reach))}
     filter = keep_ranges.KeepRanges(None, {"k": ranges}, 0, False, "")
     blocks, report = keep_ranges.apply(filter, ["k"], np.array([length], np.int32), rule=rule, rows=rows)
     found = [f for _, start, n in blocks.tolist() for f in range(start, start + n)]

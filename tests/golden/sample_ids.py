@@ -1,0 +1,39 @@
+"""The golden order: a hash of the first 1,000,000 sample ids of a fixed mixture. No generator of a library is in it."""
+
+import hashlib
+
+import numpy as np
+
+from opentau_train.data.tape import VERSION, DatasetBlocks, Tape, draws_per_epoch
+
+NUM = 1_000_000
+STEP = 50_000
+
+
+def tape() -> Tape:
+    """Three datasets: many short episodes, several blocks an episode at a stride, and a small one that repeats."""
+    number = np.arange(1, 2001)
+
+    def blocks(name: str, length: np.ndarray, per_episode: int, stride: int) -> DatasetBlocks:
+        place = np.arange(len(length))
+        episode, part = place // per_episode, place % per_episode
+        columns = (episode.astype(np.int32), (part * 1000).astype(np.int32), length.astype(np.int32))
+        return DatasetBlocks(name, *columns, episode.astype(np.int64) * 3 + 1, stride=stride)
+
+    datasets = [
+        blocks("short", number * 7919 % 211 + 1, 1, 1),
+        blocks("ranges", number[:600] * 104729 % 97 + 1, 3, 2),
+        blocks("small", number[:5] * 31, 1, 1),
+    ]
+    draws = draws_per_epoch([d.num_windows for d in datasets], [None, None, 0.1])
+    return Tape(datasets, draws, seed=42, batch_size=256)
+
+
+def make() -> dict:
+    """{version, num, digest}: what the golden file holds."""
+    order, state = tape(), hashlib.blake2b(digest_size=16)
+    for first in range(0, NUM, STEP):
+        found = order.windows(np.arange(first, first + STEP))
+        columns = (found.dataset, found.pass_index, found.episode, found.frame)
+        state.update(np.ascontiguousarray(np.stack(columns, axis=1), "<i8").tobytes())
+    return {"version": VERSION, "num": NUM, "digest": state.hexdigest()}
