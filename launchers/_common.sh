@@ -23,6 +23,37 @@ launch_require_integer() {
   fi
 }
 
+# launch_node_address NODE: the address at which SLURM itself reaches NODE.
+launch_node_address() {
+  local described
+  described=$(scontrol show node "$1" --oneliner 2>/dev/null) || described=''
+  if [[ $described =~ (^|[[:space:]])NodeAddr=([^[:space:]]+) ]]; then
+    printf '%s' "${BASH_REMATCH[2]}"
+  else
+    printf '%s' "$1"
+  fi
+}
+
+# Inside a SLURM job step the topology comes from it unless it is given: NNODES, NODE_RANK, NPROC_PER_NODE (the GPUs that
+# SLURM gave to the node), MASTER_ADDR, LOCAL_ADDR (this node's address) and MASTER_PORT. The port is derived from the
+# job's number, so that jobs which share a node don't meet.
+launch_topology_from_slurm() {
+  if [[ -z ${SLURM_JOB_ID:-} || -z ${SLURM_STEP_ID:-} ]]; then
+    return 0
+  fi
+  : "${NNODES:=${SLURM_STEP_NUM_NODES:-1}}" "${NODE_RANK:=${SLURM_NODEID:-0}}"
+  if ((NNODES > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
+    local first
+    first=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
+    MASTER_ADDR=$(launch_node_address "$first")
+  fi
+  if [[ -z ${LOCAL_ADDR:-} && -n ${SLURMD_NODENAME:-} ]]; then
+    LOCAL_ADDR=$(launch_node_address "$SLURMD_NODENAME")
+  fi
+  : "${NPROC_PER_NODE:=${SLURM_GPUS_ON_NODE:-}}"
+  : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
+}
+
 # The variables that describe the processes and nodes agree with each other.
 launch_check_topology() {
   launch_require_integer NPROC_PER_NODE 1 || return
@@ -79,6 +110,13 @@ launch_split() {
   fi
 }
 
+# launch_check_config OVERRIDE...: the program itself says what is wrong with the configuration, before torchrun adds its
+# traceback to it. CHECK_CONFIG=0 leaves this out.
+launch_check_config() {
+  [[ ${CHECK_CONFIG:-1} != 0 ]] || return 0
+  "${PYTHON:-python}" -m opentau_train --cfg job "$@" >/dev/null || return 2
+}
+
 # launch_quote_value TEXT: print TEXT as a value of an override, in Hydra's quotes where it holds more than a plain path.
 launch_quote_value() {
   local text=$1
@@ -91,14 +129,24 @@ launch_quote_value() {
 
 # launch_torchrun LOG ARGUMENT...: run `torchrun [topology] -m opentau_train ARGUMENT...`, its output to stdout and
 # appended to the file LOG, and return its status. TERM, INT, HUP and QUIT are handed on to torchrun, and waited for.
+# With RDZV_ID the nodes meet by torchrun's c10d rendezvous at MASTER_ADDR, in any order, else by its static one.
 launch_torchrun() {
   local log=$1 command=(torchrun)
   shift
   [[ -z ${NPROC_PER_NODE:-} ]] || command+=(--nproc-per-node "$NPROC_PER_NODE")
   [[ -z ${NNODES:-} ]] || command+=(--nnodes "$NNODES")
-  [[ -z ${NODE_RANK:-} ]] || command+=(--node-rank "$NODE_RANK")
-  [[ -z ${MASTER_ADDR:-} ]] || command+=(--master-addr "$MASTER_ADDR")
-  [[ -z ${MASTER_PORT:-} ]] || command+=(--master-port "$MASTER_PORT")
+  if [[ -n ${RDZV_ID:-} ]]; then
+    # is_host: by itself torchrun compares host names, and no node is the host when MASTER_ADDR is an alias.
+    local is_host=$((${NODE_RANK:-0} == 0))
+    command+=(--rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}"
+      --rdzv-conf "is_host=$is_host")
+    # Any node may become torchrun's first one and give its address to the others.
+    [[ -z ${LOCAL_ADDR:-} ]] || command+=(--local-addr "$LOCAL_ADDR")
+  else
+    [[ -z ${NODE_RANK:-} ]] || command+=(--node-rank "$NODE_RANK")
+    [[ -z ${MASTER_ADDR:-} ]] || command+=(--master-addr "$MASTER_ADDR")
+    [[ -z ${MASTER_PORT:-} ]] || command+=(--master-port "$MASTER_PORT")
+  fi
   command+=(-m opentau_train "$@")
   if ! mkdir -p -- "$(dirname -- "$log")" || ! : >>"$log"; then
     launch_fail "can't write the log $log" "the environment variable LOG_DIR" "set LOG_DIR to a directory you can write"

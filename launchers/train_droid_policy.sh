@@ -17,7 +17,11 @@
 #   TAIL_OVERRIDES        bash array of overrides, for a script that sources this one: TAIL_OVERRIDES=(trainer.steps=5).
 #   EXTRA_TAIL_OVERRIDES  overrides in one string, read with a shell's quoting but never executed, after TAIL_OVERRIDES:
 #                         EXTRA_TAIL_OVERRIDES='trainer.steps=5 "name=my run"'.
+#   CHECK_CONFIG          0: start torchrun without composing and checking the configuration first.
 #   PYTHON                interpreter of the checks; unset: python. torchrun is taken from PATH.
+#
+# Under `srun` NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from SLURM when they are not given;
+# launchers/slurm/train.sbatch is a whole job with preemption and requeue.
 #
 # Arguments, when executed: more overrides, after the others. The exit status is torchrun's, or 2 for a mistake in the
 # above. TERM, INT, HUP and QUIT are handed on to torchrun.
@@ -26,6 +30,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh" || return 2 2>/dev/null || exit 2
 
 train_droid_policy() {
+  launch_topology_from_slurm
   launch_check_topology || return
   launch_require_command "${PYTHON:-python}" "the environment variable PYTHON" || return
   launch_require_command torchrun PATH || return
@@ -37,6 +42,7 @@ train_droid_policy() {
   overrides+=("${TAIL_OVERRIDES[@]}")
   launch_split "${EXTRA_TAIL_OVERRIDES:-}" || return
   overrides+=("${words[@]}" "$@")
+  launch_check_config "${overrides[@]}" || return
   launch_torchrun "${LOG_DIR:-logs}/train_droid_policy.node${NODE_RANK:-0}.log" "${overrides[@]}"
 }
 

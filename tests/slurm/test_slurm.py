@@ -1,0 +1,79 @@
+"""`launchers/slurm/train.sbatch` on a real two-node cluster: stopped by SLURM, queued again, finished, the same numbers."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.program import TOY, metrics, train_here
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
+
+RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_samples_per_group=4", "logger=none"]
+
+
+def submit(cluster, sbatch, tmp_path: Path, steps: int, *options: str) -> tuple[str, Path]:
+    """The job and its run directory, named by the job's number."""
+    overrides = [*(o for o in RUN if not o.startswith("+recipe")), f"trainer.steps={steps}"]
+    extra = " ".join(shlex.quote(o) for o in overrides)
+    job = cluster.submit(*options, sbatch, cwd=tmp_path, RECIPE="lerobot", EXTRA_TAIL_OVERRIDES=extra)
+    return job, tmp_path / "runs" / f"slurm-{job}"
+
+
+def finished(cluster, job: str, tmp_path: Path) -> str:
+    """Wait for the job's end; its output. The state must be COMPLETED after one restart."""
+    state = cluster.wait(job, lambda s: s["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert state["JobState"] == "COMPLETED" and state["ExitCode"] == "0:0", output
+    assert int(state["Restarts"]) >= 1, output
+    return output
+
+
+def assert_equals_uninterrupted(run_dir: Path, steps: int, tmp_path: Path) -> None:
+    """The same batches in the same order, and losses that differ by no more than the order of a sum of two ranks."""
+    found = metrics(run_dir)
+    whole = metrics(train_here([*RUN, f"trainer.steps={steps}"], tmp_path / "whole"))
+    assert list(found) == list(whole) == list(range(1, steps + 1))
+    for step, row in whole.items():
+        assert found[step]["Training/BatchId"] == row["Training/BatchId"], step
+        assert found[step].keys() == row.keys(), step
+        for tag, value in row.items():
+            assert found[step][tag] == pytest.approx(value, abs=2e-4), (step, tag)
+
+
+def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cluster, sbatch, tmp_path):
+    steps = 300
+    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=10")
+    rows = run_dir / "metrics.jsonl"
+    cluster.wait(job, lambda s: rows.exists() and rows.read_text().count("\n") >= 20)
+    cluster.call("scontrol", "requeue", job)
+    output = finished(cluster, job, tmp_path)
+    # checkpoint.every=0: what it resumed from was saved on the way out
+    assert output.count("preempted at step") == 1 and output.count("resumed from") == 1
+    assert_equals_uninterrupted(run_dir, steps, tmp_path)
+    logs = {p.name for p in (run_dir / "logs").iterdir()}
+    assert logs == {f"node{n}.restart{k}.log" for n in (0, 1) for k in (0, 1)}
+    for name in logs:
+        assert "torchrun --nnodes 2 --rdzv-backend c10d" in (run_dir / "logs" / name).read_text()
+
+
+def test_before_the_time_limit_it_saves_and_queues_itself_again(cluster, sbatch, tmp_path):
+    steps = 1500
+    # SLURM sends the signal up to a minute early: at once here, perhaps before training begins.
+    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=2", "--signal=B:USR1@80")
+    cluster.wait(job, lambda s: int(s["Restarts"]) >= 1)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    output = finished(cluster, job, tmp_path)
+    assert "preempted by the time limit" in output and "preempted at step" in output
+    assert_equals_uninterrupted(run_dir, steps, tmp_path)
+
+
+def test_a_mistake_ends_the_job_with_2_and_without_a_restart(cluster, sbatch, tmp_path):
+    job, run_dir = submit(cluster, sbatch, tmp_path, 0)
+    state = cluster.wait(job, lambda s: s["JobState"] == "FAILED")
+    assert state["ExitCode"] == "2:0" and state["Restarts"] == "0"
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "trainer.steps must be greater than 0" in output and "Traceback" not in output
+    assert not run_dir.exists()
