@@ -1,12 +1,12 @@
-"""The shuffle's quality as a number, from the plan alone: how much noisier a gradient is than that of independent windows.
+"""The shuffle's quality as a number, from the plan alone: how much noisier a gradient is than independent windows'.
 
 The mean of samples with weights w_i, equal variances and correlations rho_ij has the variance
 `sigma^2 sum_ij w_i w_j rho_ij`, independent ones `sigma^2 sum_i w_i^2`. Their ratio is the variance inflation factor:
 
     VIF = 1 + sum_{i != j} w_i w_j rho_ij / sum_i w_i^2
 
-Kish's design effect 1 + (m - 1) rho (Survey Sampling, 1965, 5.4) is the case of equal weights, clusters of m samples and
-one rho. Here samples of different episodes are uncorrelated; two of one episode, d frames apart, have
+Kish's design effect 1 + (m - 1) rho (Survey Sampling, 1965, 5.4) is the case of equal weights, clusters of m samples
+and one rho. Here samples of different episodes are uncorrelated; two of one episode, d frames apart, have
 
     rho(d) = episode + neighbours * exp(-d / frames)
 
@@ -63,9 +63,9 @@ def momentum_inflation(tape: Tape, step: int, rho: CorrelationSettings, beta: fl
     has the weight beta^a, down to `NEGLIGIBLE`."""
     horizon = 1 if beta == 0 else math.ceil(math.log(NEGLIGIBLE) / math.log(beta))
     first = max(0, step + 1 - horizon)
-    windows = tape.windows(np.arange(first * tape.batch_size, (step + 1) * tape.batch_size))
-    age = step - windows.t // tape.batch_size
-    return inflation(windows, rho, beta**age)
+    windows = tape.windows(np.arange(tape.first_sample(first), tape.first_sample(step + 1)))
+    age = step - first - np.arange(len(windows)) // tape.batch_size
+    return inflation(windows, rho, float(beta) ** age)
 
 
 def distinct_episodes(windows: Windows) -> int:
