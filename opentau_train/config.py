@@ -120,6 +120,21 @@ class BadSampleSettings:
 
 
 @dataclass(frozen=True)
+class CorrelationSettings:
+    """How alike the gradients of two windows of one episode are, d frames apart: episode + neighbours exp(-d / frames).
+    Only predicts the shuffle's quality (`data/quality.py`); `tools/vif.py` measures it."""
+
+    episode: float = 0.1
+    neighbours: float = 0.4
+    frames: float = 8.0
+
+    def check(self, path: str) -> None:
+        for name in ("episode", "neighbours"):
+            _fraction(f"{path}.{name}", getattr(self, name))
+        _positive(f"{path}.frames", self.frames)
+
+
+@dataclass(frozen=True)
 class DataSettings:
     sources: dict[str, SourceSettings] = field(default_factory=dict)
     builtin_sample: Literal["droid"] | None = None
@@ -143,6 +158,7 @@ class DataSettings:
     """true = every image black: the ablation that shows what the images are worth."""
     dropout: DropoutSettings = field(default_factory=DropoutSettings)
     bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
+    correlation: CorrelationSettings = field(default_factory=CorrelationSettings)
 
     def check(self, path: str) -> None:
         for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):

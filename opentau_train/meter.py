@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from opentau_train.data.mixture import Mixture
+from opentau_train.data.quality import batch_row
 from opentau_train.data.tape import Tape
 from opentau_train.distributed import World
 from opentau_train.metrics import Sums, training_row
@@ -61,7 +60,7 @@ class Meter:
             "Training/StepTime": seconds,
             "Training/DataWait": self.wait / steps,
             "Training/SamplesPerSecond": self.tape.batch_size / seconds,
-            "Training/DistinctEpisodes": float(len(np.unique(np.stack([batch.dataset, batch.episode]), axis=1).T)),
+            **batch_row(self.tape, batch, self.state.step - 1, self.mixture.settings.correlation),
             "Training/Epoch": self.tape.epoch_of(self.tape.first_sample(self.state.step)),
             # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
             # means the same batch in the same order.

@@ -14,9 +14,11 @@ def collate(samples: Sequence[Sample], spec: BatchSpec) -> Batch:
     """Stack samples; a camera that a sample lacks is black with `camera_mask` False. See `Batch` for shapes."""
     images, camera_mask = {}, {}
     for camera in spec.cameras:
-        blank = np.zeros((spec.history + 1, *spec.image_size, 3), np.uint8)
-        stacked = np.stack([s.images.get(camera, blank) for s in samples])
-        images[camera] = torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 1, 4, 2, 3)))
+        stacked = np.zeros((len(samples), spec.history + 1, 3, *spec.image_size), np.uint8)
+        for place, sample in zip(stacked, samples, strict=True):
+            if camera in sample.images:
+                place[:] = sample.images[camera].transpose(0, 3, 1, 2)
+        images[camera] = torch.from_numpy(stacked)
         camera_mask[camera] = torch.tensor([camera in s.images for s in samples])
     where = [s.provenance for s in samples]
     return Batch(

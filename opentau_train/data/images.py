@@ -31,12 +31,16 @@ class Letterbox:
     def __init__(self, size: tuple[int, int] | None):
         self.size = size
         self._reformatter = VideoReformatter()
+        self._source = self._fitted = (0, 0)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """[H, W, 3] uint8 RGB."""
-        if self.size is None or self.size == (frame.height, frame.width):
-            return self._rgb(frame, frame.height, frame.width)
-        height, width = fit(frame.height, frame.width, self.size)
+        source = frame.height, frame.width
+        if self.size is None or self.size == source:
+            return self._rgb(frame, *source)
+        if source != self._source:
+            self._source, self._fitted = source, fit(*source, self.size)
+        height, width = self._fitted
         scaled = self._rgb(frame, height, width)
         if (height, width) == self.size:
             return scaled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,9 @@ from opentau_train.data.video import FrameCursor, VideoError, VideoPool
 from opentau_train.data.windows import chunk_places, history_rows, row_step, rows_at
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
+
+READ_AHEAD = 4
+"""Frames of a camera that are decoded at once where reading goes on: as many small images are kept a lane."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ class LeRobotCursorFactory:
         self.letterboxes = {camera: Letterbox(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
         self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
+        self.num_cursors = 0
 
     @property
     def frames_decoded(self) -> int:
         return self.pool.frames_decoded
 
     def cursor(self) -> LeRobotCursor:
+        self.num_cursors += 1
         return LeRobotCursor(self)
 
     def close(self) -> None:
@@ -110,16 +114,19 @@ class LeRobotCursorFactory:
 
 
 class LeRobotCursor:
-    """Reads one window at a time; keeps the episode's rows and each camera's last images: all that the history of
-    the next frame may ask for."""
+    """Reads one window at a time; keeps the episode's rows and each camera's last images, all that the history of the
+    next frame may ask for, and its next few."""
 
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window
         self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.videos}
-        self._rings: dict[str, OrderedDict[int, NDArray[np.uint8]]] = {c: OrderedDict() for c in self._reading.cameras}
+        self._rings: dict[str, dict[int, NDArray[np.uint8]]] = {c: {} for c in self._reading.cameras}
         self._episode = -1
         self._rows: EpisodeRows | None = None
         self._places: dict[str, tuple[Path, float]] = {}  # {camera: the episode's mp4 and start in it}
+        self._due: dict[str, int] = {}  # {camera: the frame after the last decoded one}
+        # Lanes advance together: their numbers keep them from reading ahead all in the same step.
+        self._number = factory.num_cursors
 
     def read(self, episode: int, frame: int) -> RawWindow:
         """See `opentau_train.data.source.Cursor`. The arrays belong to the caller."""
@@ -146,6 +153,7 @@ class LeRobotCursor:
 
     def _leave(self) -> None:
         self._episode, self._rows = -1, None
+        self._due.clear()
         for ring in self._rings.values():
             ring.clear()
 
@@ -158,25 +166,50 @@ class LeRobotCursor:
         return self._rows
 
     def _images(self, camera: str, frame: int) -> NDArray[np.uint8]:
-        """[h+1, H, W, 3] uint8 of the window at `frame` of the present episode.
+        """[h+1, H, W, 3] uint8 of the window at `frame` of the present episode; the caller's own.
 
         Where the history steps over frames they are kept too: the next window's history is made of them, and asking
         the decoder for them then would take it back.
         """
         wanted = history_rows(frame, self._window.history, self._factory.step).tolist()
-        images = {f: self._image(camera, f) for f in range(wanted[0], frame + 1)}
+        images = {f: self._kept_image(camera, f) for f in range(wanted[0], frame + 1)}
         ring = self._rings[camera]
-        while len(ring) > len(images):
-            ring.popitem(last=False)
-        return np.stack([images[f] for f in wanted])
+        # Without a history the last image itself goes: it is handed over, not copied.
+        keep = wanted[0] if self._window.history else frame + 1
+        for old in [f for f in ring if f < keep]:
+            del ring[old]
+        return np.stack([images[f] for f in wanted]) if self._window.history else images[frame][None]
+
+    def _kept_image(self, camera: str, frame: int) -> NDArray[np.uint8]:
+        """`_image`, from the ring where it is still there; else decoded, and the next ones where reading goes on."""
+        ring = self._rings[camera]
+        if frame in ring:
+            return ring[frame]
+        image = self._image(camera, frame)
+        goes_on, self._due[camera] = frame == self._due.get(camera), frame + 1
+        if not goes_on:
+            for later in [f for f in ring if f > frame]:
+                del ring[later]
+        elif camera in self._videos:
+            self._read_ahead(camera, frame)
+        ring[frame] = image
+        return image
+
+    def _read_ahead(self, camera: str, frame: int) -> None:
+        """A few frames at once while the decoder's state is in the processor's cache: with hundreds of lanes taking
+        turns it leaves it between two frames, which costs up to half of their decoding again."""
+        ring = self._rings[camera]
+        count = READ_AHEAD - (frame + self._number) % READ_AHEAD
+        for ahead in range(frame + 1, min(frame + count, int(self._reading.episodes.length[self._episode]))):
+            try:
+                ring[ahead] = self._image(camera, ahead)
+            except VideoError:
+                break  # a later window's problem: its own read finds it
+            self._due[camera] = ahead + 1
 
     def _image(self, camera: str, frame: int) -> NDArray[np.uint8]:
-        """[H, W, 3] uint8 of one frame of the present episode, from the ring where it is still there."""
-        ring = self._rings[camera]
-        image = ring.get(frame)
-        if image is None:
-            image = ring[frame] = self._factory.letterboxes[camera](self._frame(camera, frame))
-        return image
+        """[H, W, 3] uint8 of one frame of the present episode."""
+        return self._factory.letterboxes[camera](self._frame(camera, frame))
 
     def _frame(self, camera: str, frame: int) -> av.VideoFrame:
         reading, rows = self._reading, self._rows

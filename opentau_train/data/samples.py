@@ -12,6 +12,8 @@ from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.source import Cursor, CursorFactory
 from opentau_train.types import Provenance, RawWindow, Sample, WindowSpec
 
+_INPUTS = rng.key("inputs") >> 1
+
 
 class SampleBuilder:
     """Builds samples of a mixture in one process. `train` turns the configured dropout on.
@@ -24,6 +26,7 @@ class SampleBuilder:
         self.mixture = mixture
         self.train = train
         self._keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
+        self._masks: dict[tuple[int, int], np.ndarray] = {}
         self._factories: dict[int, CursorFactory] = {}
         self._lanes: dict[int, tuple[int, Cursor]] = {}
 
@@ -60,15 +63,15 @@ class SampleBuilder:
         group = int(dataset.group_of[episode])
         head = self.mixture.groups[group].norm_head
         number = int(dataset.source.episodes.episode_index[episode])
-        key = rng.fold(self._keys[dataset.index], number, frame, pass_index)
+        key = rng.fold_one(self._keys[dataset.index], number, frame, pass_index)
         state_affine, action_affine = self.mixture.affine[head]
 
         # Draws in a fixed order: choice of prompt, drop prompt, drop state, then one a camera of the mixture.
-        draws = rng.uniform(rng.fold(key, rng.key("inputs") >> 1), 3 + len(spec.cameras))
+        draws = rng.uniform_one(rng.fold_one(key, _INPUTS), 3 + len(spec.cameras))
         prompt = raw.prompts[int(draws[0] * len(raw.prompts))] if raw.prompts else ""
         images = raw.images
         state = _pad(state_affine.normalize(raw.state), spec.state_dim)
-        state_mask = np.arange(spec.state_dim) < len(raw.state)
+        state_mask = self._dims(spec.state_dim, len(raw.state))
         if self.train:
             prompt = "" if draws[1] < dropout.prompt else prompt
             if draws[2] < dropout.state:
@@ -80,20 +83,28 @@ class SampleBuilder:
         steps, dims = raw.actions.shape
         actions = np.zeros((spec.chunk_length, spec.action_dim), np.float32)
         actions[:steps, :dims] = action_affine.normalize(raw.actions)
-        is_pad = np.ones(spec.chunk_length, bool)
-        is_pad[:steps] = raw.is_pad
+        is_pad = raw.is_pad
+        if steps < spec.chunk_length:
+            is_pad = np.append(is_pad, np.ones(spec.chunk_length - steps, bool))
         return Sample(
             images=images,
             state=state,
             actions=actions,
             state_dim_mask=state_mask,
             action_is_pad=is_pad,
-            action_dim_mask=np.arange(spec.action_dim) < dims,
+            action_dim_mask=self._dims(spec.action_dim, dims),
             prompt=prompt,
             mode=dataset.settings.mode,
-            key=int(key),
+            key=key,
             provenance=Provenance(dataset.index, dataset.repo_id, group, head, number, frame, pass_index),
         )
+
+    def _dims(self, size: int, real: int) -> np.ndarray:
+        """[size] bool: the first `real`. The same array each time: nobody writes to a sample's arrays."""
+        mask = self._masks.get((size, real))
+        if mask is None:
+            mask = self._masks[size, real] = np.arange(size) < real
+        return mask
 
 
 def _pad(vector: np.ndarray, size: int) -> np.ndarray:

@@ -158,10 +158,12 @@ class Tape:
         out = {n: np.zeros(len(t), np.int64) for n in ("dataset", "pass_index", "episode", "frame")}
         epoch, within = t // self.epoch_size, t % self.epoch_size
         phase = self._phase_of(within)
-        for e, p in np.unique(np.stack([epoch, phase], 1), axis=0) if len(t) else ():
-            here = np.flatnonzero((epoch == e) & (phase == p))
-            place = self._place_in_phase(int(p), within[here] - self._phase_start(int(p)))
-            self._fill(out, here, int(e), int(p), place)
+        counted = epoch * self.num_phases + phase
+        for number in np.unique(counted).tolist():
+            e, p = divmod(number, self.num_phases)
+            here = np.flatnonzero(counted == number)
+            place = self._place_in_phase(p, within[here] - self._phase_start(p))
+            self._fill(out, here, e, p, place)
         return Windows(t=t, slot=t % self.num_lanes, **out)
 
     def first_sample(self, step: int) -> int:
@@ -209,7 +211,8 @@ class Tape:
         lane_length = np.empty(self.num_lanes, np.int64)
         lane_length[self._lane_of_slot] = rows + (np.arange(self.num_lanes) < longer)
         lane_start = np.cumsum(lane_length) - lane_length
-        return lane_start[self._lane_of_slot[u % self.num_lanes]] + u // self.num_lanes
+        row, slot = np.divmod(u, self.num_lanes)
+        return lane_start[self._lane_of_slot[slot]] + row
 
     def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64) -> None:
         """Resolve places of a phase (datasets one after another) to windows, into `out[...][here]`."""

@@ -129,7 +129,7 @@ class VideoPool:
     def __init__(self) -> None:
         self.frames_decoded = 0
         self._capacity = 0
-        self._files: OrderedDict[Path, VideoFile] = OrderedDict()
+        self._files: OrderedDict[str, VideoFile] = OrderedDict()  # strings: a Path takes microseconds to compare
 
     def __len__(self) -> int:
         return len(self._files)
@@ -146,17 +146,18 @@ class VideoPool:
 
     def get(self, path: Path) -> VideoFile:
         """The open file. Raises `VideoError` and `av.FFmpegError`."""
-        file = self._files.get(path)
+        name = str(path)
+        file = self._files.get(name)
         if file is None:
             self._shrink(self._capacity - 1)
-            file = self._files[path] = VideoFile(path)
+            file = self._files[name] = VideoFile(path)
         else:
-            self._files.move_to_end(path)
+            self._files.move_to_end(name)
         return file
 
     def drop(self, path: Path) -> None:
         """Close a file whose demuxer may be in a bad state."""
-        file = self._files.pop(path, None)
+        file = self._files.pop(str(path), None)
         if file is not None:
             file.close()
 
@@ -184,7 +185,7 @@ class FrameCursor:
         cursor can be used again after that.
         """
         try:
-            if path != self._path:
+            if path is not self._path and path != self._path:
                 self._decoder, self._path = self._pool.get(path).new_decoder(), path
                 self._forget()
             file = self._pool.get(path)
@@ -243,6 +244,8 @@ class FrameCursor:
             return True
         if target <= _ticks(self._latest) + early:
             return False
+        if self._before is not None and target - self._latest.pts <= 2 * (self._latest.pts - self._before.pts):
+            return False  # the next frame or the one after: no jump, and not worth a look into the index
         return file.skips_packets(self._fed_dts, target - self._key_delay)
 
     def _seek(self, file: VideoFile, ticks: int) -> None:
