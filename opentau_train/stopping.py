@@ -135,6 +135,8 @@ class Patient(Generic[T]):
             self._thread.join()
 
     def _serve(self) -> None:
+        assert self._iterator is not None, "one thread serves, once"
+        answer: tuple[T | None, BaseException | None]
         while self._asked.get():
             try:
                 answer = next(self._iterator), None

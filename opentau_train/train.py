@@ -54,8 +54,13 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
     trainer = settings.trainer
     torch.use_deterministic_algorithms(trainer.deterministic)
     with ExitStack() as stack:
-        limits = {"timeout": trainer.step_timeout, "identity": identity(tree)}
-        world = stack.enter_context(launch(device=trainer.device, precision=trainer.precision, **limits))
+        entered = launch(
+            device=trainer.device,
+            precision=trainer.precision,
+            timeout=trainer.step_timeout,
+            identity=identity(tree),
+        )
+        world = stack.enter_context(entered)
         console = stack.enter_context(log_to(sys.stderr, world.is_main))
         stop = stack.enter_context(stop_signals())
         job = prepare(settings, tree, world)

@@ -86,16 +86,14 @@ def _open_dataset(
     groups: list[Group],
 ) -> Dataset:
     data = settings.data
-    chosen = dataclasses.replace(
-        chosen,
-        chunk_length=chosen.chunk_length or data.chunk_length,
-        sample_stride=chosen.sample_stride or data.sample_stride,
-    )
+    chunk_length = chosen.chunk_length or data.chunk_length
+    stride = chosen.sample_stride or data.sample_stride
+    chosen = dataclasses.replace(chosen, chunk_length=chunk_length, sample_stride=stride)
     source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
     table = source.episodes
     held_out = windows.validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed)
     blocks = source.get_shuffle_blocks()
-    rows = windows.chunk_rows(chosen.chunk_length, windows.row_step(source.fps, chosen.fps))
+    rows = windows.chunk_rows(chunk_length, windows.row_step(source.fps, chosen.fps))
     made_of = _made_of(source, chosen, data, settings.seed)
     sides = [
         windows.make_blocks(
@@ -106,7 +104,7 @@ def _open_dataset(
             rows=rows,
             drop_tail=data.drop_tail,
             shuffle=chosen.iterable_shuffle,
-            stride=chosen.sample_stride,
+            stride=stride,
             made_of=made_of,
         )
         for keep in (~held_out, held_out)
@@ -137,7 +135,7 @@ def _open_dataset(
         repo_id=repo_id if len(twins) == 1 else f"{repo_id}@{name}",
         settings=chosen,
         source=source,
-        chunk_length=chosen.chunk_length,
+        chunk_length=chunk_length,
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
@@ -147,7 +145,14 @@ def _open_dataset(
 
 def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
     """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
-    names = ("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "chunk_length")
+    names: tuple[str, ...] = (
+        "episodes",
+        "exclude_episodes",
+        "success_only",
+        "success_column",
+        "val_split_ratio",
+        "chunk_length",
+    )
     names += ("sample_stride", "fps", "iterable_shuffle", "use_filter_dict", "filter_key", "filter_rule")
     names += ("filter_trim_tail", "state", "actions", "cameras", "control_mode", "control_mode_column", "target")
     chosen_so = repr(

@@ -215,6 +215,7 @@ class LeRobotCursor:
         reading, rows = self._reading, self._rows
         assert rows is not None, "an image belongs to the episode entered before"
         if camera in self._videos:
+            assert rows.seconds is not None, "rows of a source with videos have timestamps"
             path, start = self._places[camera]
             return self._videos[camera].read(path, start + float(rows.seconds[frame]), reading.tolerance_s)
         try:

@@ -65,7 +65,7 @@ def momentum_inflation(tape: Tape, step: int, rho: CorrelationSettings, beta: fl
     first = max(0, step + 1 - horizon)
     windows = tape.windows(np.arange(tape.first_sample(first), tape.first_sample(step + 1)))
     age = step - first - np.arange(len(windows)) // tape.batch_size
-    return inflation(windows, rho, float(beta) ** age)
+    return inflation(windows, rho, np.power(beta, age, dtype=np.float64))
 
 
 def distinct_episodes(windows: Windows) -> int:

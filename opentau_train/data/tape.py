@@ -53,7 +53,7 @@ class DatasetBlocks:
             state.update(np.ascontiguousarray(column, np.int64).tobytes())
         return state.hexdigest()
 
-    def frames(self, block: NDArray, inside: NDArray) -> I64:
+    def frames(self, block: NDArray | int, inside: NDArray | int) -> I64:
         """The frames at which the windows `inside` (counted from 0) of the blocks at the places `block` start."""
         return self.start[block].astype(np.int64) + np.asarray(inside, np.int64) * self.stride
 

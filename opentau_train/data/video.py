@@ -244,8 +244,10 @@ class FrameCursor:
             return True
         if target <= _ticks(self._latest) + early:
             return False
-        if self._before is not None and target - self._latest.pts <= 2 * (self._latest.pts - self._before.pts):
-            return False  # the next frame or the one after: no jump, and not worth a look into the index
+        if self._before is not None:
+            interval = _ticks(self._latest) - _ticks(self._before)
+            if target - _ticks(self._latest) <= 2 * interval:
+                return False  # the next frame or the one after: no jump, and not worth a look into the index
         return file.skips_packets(self._fed_dts, target - self._key_delay)
 
     def _seek(self, file: VideoFile, ticks: int) -> None:

@@ -72,7 +72,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait(self, job: str, done, seconds: float = 200) -> dict[str, str]:
-        """Wait until `done(state)`; fails with the job's and the daemons' last words, at once when the job has ended."""
+        """Wait until `done(state)`; fails with the last words of job and daemons, at once when the job has ended."""
         end = time.monotonic() + seconds
         while not done(state := self.state(job)):
             if time.monotonic() > end or state["JobState"] in ENDED:
@@ -168,7 +168,9 @@ def _until(holds, root: Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:
-            said = "\n".join(f"== {p.name}\n{p.read_text()[-2000:]}" for p in [*root.glob("*.out"), *root.glob("*.log")])
+            said = "\n".join(
+                f"== {p.name}\n{p.read_text()[-2000:]}" for p in [*root.glob("*.out"), *root.glob("*.log")]
+            )
             raise AssertionError(f"the cluster did not come up\n{said}")
         time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""`launchers/slurm/train.sbatch` on a real two-node cluster: stopped by SLURM, queued again, finished, the same numbers."""
+"""`launchers/slurm/train.sbatch` on a real two-node cluster: stopped, queued again, finished, the same numbers."""
 
 from __future__ import annotations
 
