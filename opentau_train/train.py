@@ -24,7 +24,7 @@ from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.normalize import HeadStats
-from opentau_train.data.stream import named_worker_faults, training_batches
+from opentau_train.data.stream import training_batches
 from opentau_train.data.tape import Tape
 from opentau_train.data.tape_state import changed, resume_offset, save_state
 from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
@@ -70,7 +70,6 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
-        stack.enter_context(named_worker_faults(world.rank))
         with watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout):
             code = _loop(job, sinks, stop)
         if world.is_main:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -159,41 +161,26 @@ def training_batches(
     first_step: int,
     last_step: int,
     quarantine: Path,
-) -> Iterator[RankBatch]:
+) -> Generator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 
-    R must divide B. A worker that dies (killed for its memory, a crash in native code) raises a RuntimeError: inside
-    `named_worker_faults` one that says what to do.
+    R must divide B. A worker that dies (killed for its memory, a crash in native code) raises a RuntimeError that says
+    so. Close the generator to end the workers.
     """
     data = mixture.settings
     plan = TrainPlan(tape, rank, size, first_step, last_step)
-    parts = loader(Parts(mixture, plan, train=True, quarantine=quarantine), data.num_workers, data.prefetch_factor)
     width = max(1, data.num_workers)
     pending: list[Part] = []
-    for part in parts:
-        if part.error is not None:
-            yield RankBatch(None, error=part.error)
-            return
-        pending.append(part)
-        if len(pending) == width:
-            yield _join(pending)
-            pending = []
-
-
-@contextmanager
-def named_worker_faults(rank: int) -> Iterator[None]:
-    """Around all that runs while workers live: the loader's signal handler raises wherever the main thread then is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise RuntimeError(
-            f"a data worker of rank {rank} died: {str(error).splitlines()[0].strip()}\n"
-            "  where:  the operating system's log (dmesg) tells whether it ran out of memory\n"
-            "  remedy: lower data.num_workers, data.prefetch_factor or data.lanes_per_sample if it did; "
-            "then go on with resume=auto"
-        ) from error
+    stream = Parts(mixture, plan, train=True, quarantine=quarantine)
+    with closing(loader(stream, data.num_workers, data.prefetch_factor)) as parts:
+        for part in parts:
+            if part.error is not None:
+                yield RankBatch(None, error=part.error)
+                return
+            pending.append(part)
+            if len(pending) == width:
+                yield _join(pending)
+                pending = []
 
 
 def _join(parts: list[Part]) -> RankBatch:
@@ -202,19 +189,51 @@ def _join(parts: list[Part]) -> RankBatch:
     return RankBatch(batch, sum(p.num_substituted for p in parts))
 
 
-def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> DataLoader:
-    """Workers that each yield their own items, handed over in turn: worker 0's first, worker 1's first, ..."""
-    return DataLoader(
-        parts,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        collate_fn=_same,
-        worker_init_fn=_quiet_worker if num_workers else None,
-        # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
-        # then change every later ambient draw of the training loop.
-        generator=torch.Generator().manual_seed(0),
-        in_order=True,
+def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:
+    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ...
+
+    The workers live until the generator is exhausted or closed. Raises RuntimeError for a worker that died.
+    """
+    iterator = iter(
+        DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            collate_fn=_same,
+            worker_init_fn=_quiet_worker if num_workers else None,
+            # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
+            # then change every later ambient draw of the training loop.
+            generator=torch.Generator().manual_seed(0),
+            in_order=True,
+        )
+    )
+    workers: list[BaseProcess] = iterator._workers if num_workers else []
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _worker_death(workers) from error
+    finally:
+        # Not left to the garbage collector: an error's traceback keeps the iterator alive up to the interpreter's end,
+        # which then sends the workers a SIGTERM, which they ignore, and waits for them for ever.
+        if num_workers:
+            iterator._shutdown_workers()
+
+
+def _worker_death(workers: list[BaseProcess]) -> RuntimeError:
+    """What to tell about workers of which one ended without an exception of its own."""
+    dead = [
+        f"pid {w.pid}, " + (f"killed by {signal.Signals(-w.exitcode).name}" if w.exitcode < 0 else f"exit {w.exitcode}")
+        for w in workers
+        if w.exitcode
+    ]
+    return RuntimeError(
+        f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})\n"
+        "  where:  the operating system's log (dmesg) tells whether memory ran out\n"
+        "  remedy: if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; "
+        "go on with resume=auto"
     )
 
 

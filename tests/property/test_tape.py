@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,18 @@ def test_golden_order_of_the_first_hundred_thousand_samples():
 def test_golden_order_of_the_first_million_samples():
     """Written by `make golden`."""
     assert sample_ids.make() == json.loads((Path(sample_ids.__file__).parent / "sample_ids.json").read_text())
+
+
+def test_the_drawing_in_the_documentation_is_what_the_tape_does():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    order = re.search(r"\nt +0  1  2.*\nwindow +(.*)\n", page).group(1).split()
+    line = re.search(r"\nline +(.*)\n", page).group(1).split()
+    demo = dataclasses.replace(blocks("demo", [3, 5, 4, 2]), number=np.arange(4))
+    tape = Tape([demo], [14], seed=1, batch_size=2, lanes_per_sample=2)
+
+    def names(windows):
+        return [f"{'ABCD'[e]}{f}" for e, f in zip(windows.episode, windows.frame)]
+
+    assert names(tape.windows(np.arange(14))) == order
+    in_line = [f"{'ABCD'[b]}{f}" for b in tape._pass(0, 0)[0] for f in range([3, 5, 4, 2][b])]
+    assert in_line == line
