@@ -34,7 +34,7 @@ def _fraction(path: str, value: float) -> None:
 class SourceSettings:
     """One dataset of the mixture: `data.sources.NAME`."""
 
-    target: str = "opentau_train.data.lerobot.LeRobotSource"
+    target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
     root: str | None = None
     """Local directory of the dataset."""
     repo_id: str | None = None
@@ -181,6 +181,10 @@ class TrainerSettings:
     """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
     precision: Literal["no", "bf16"] = "no"
     compile: bool = False
+    """torch.compile, block by block."""
+    compile_backend: str = "inductor"
+    stop_after: int | None = None
+    """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
     ema_decay: float | None = None
     max_skipped_steps: int = 20
     """Consecutive steps with a non-finite gradient before the run stops."""
@@ -190,6 +194,7 @@ class TrainerSettings:
     def check(self, path: str) -> None:
         for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
             _positive(f"{path}.{name}", getattr(self, name))
+        _positive(f"{path}.stop_after", self.stop_after)
         if self.ema_decay is not None:
             _fraction(f"{path}.ema_decay", self.ema_decay)
 
@@ -211,10 +216,12 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelismSettings:
-    """-1 = what is left of the world size."""
+    """Degrees: -1 = what is left of the world size."""
 
     data_parallel_replicate_degree: int = -1
     data_parallel_shard_degree: int = 1
+    activation_checkpointing: bool = False
+    """true = each block keeps only its input and computes its inside again in the backward pass."""
 
     def check(self, path: str) -> None:
         for name in ("data_parallel_replicate_degree", "data_parallel_shard_degree"):
@@ -241,11 +248,17 @@ class ValidationSettings:
 class CheckpointSettings:
     every: int = 1000
     """Steps between checkpoints; 0 = only the last one."""
+    asynchronous: bool = field(default=False, metadata={"key": "async"})
+    """true = training stops only for a copy in memory and goes on while a thread writes it."""
     keep_last: int | None = 3
+    """The newest ones to keep; null = all."""
+    keep_every: int | None = None
+    """Keep those of every so many steps too, for ever."""
 
     def check(self, path: str) -> None:
         _at_least(f"{path}.every", self.every, 0)
         _positive(f"{path}.keep_last", self.keep_last)
+        _positive(f"{path}.keep_every", self.keep_every)
 
 
 @dataclass(frozen=True)
@@ -270,6 +283,8 @@ class ResumeSettings:
     """never | auto | the path of a checkpoint or run directory."""
     data: Literal["exact", "restart"] = "exact"
     """exact = refuse when the data plan has changed; restart = begin the changed plan's next epoch."""
+    force: tuple[str, ...] = ()
+    """Other settings that a resume would refuse to change (`drift`), and that may: their keys, or the start of them."""
 
     def check(self, path: str) -> None:
         if self.data == "restart" and self.checkpoint == "never":

@@ -7,8 +7,8 @@ must call. Accelerate owns process state, device placement, mixed precision and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,11 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from opentau_train.errors import UserError
 from opentau_train.preflight import check_in
@@ -68,13 +64,17 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Every rank's value, in rank order, on every rank (pickled)."""
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=group)
         return out
+
+    def background_group(self) -> dist.ProcessGroup | None:
+        """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -142,73 +142,3 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.
     world.barrier()
-
-
-def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, int]:
-    """(replicate, shard) with -1 filled in. Raises `UserError` where the product isn't the world size."""
-    where = "parallelism.data_parallel_{replicate,shard}_degree"
-    if replicate == -1 and shard == -1:
-        replicate, shard = 1, size
-    elif replicate == -1:
-        replicate = size // shard
-    elif shard == -1:
-        shard = size // replicate
-    if replicate * shard != size:
-        raise UserError(
-            f"replicate degree {replicate} x shard degree {shard} = {replicate * shard}, but {size} processes run",
-            where=where,
-            remedy=f"choose two degrees whose product is {size}, or leave one at -1",
-        )
-    return replicate, shard
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """A policy spread over the ranks: `model` is what the loop calls, `sharded` says that every forward is a
-    collective."""
-
-    model: nn.Module
-    sharded: bool
-
-    @contextmanager
-    def accumulate(self, *, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a micro-batch: gradients are reduced in the last one only."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
-            yield
-
-
-def spread(
-    policy: nn.Module, blocks: Sequence[nn.Module], world: World, replicate: int, shard: int, precision: str
-) -> Replicas:
-    """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
-
-    Either way gradients are averaged over all ranks. Accelerate's FSDP2 plugin refuses CPUs, torch's own does not.
-    """
-    if shard == 1:
-        return Replicas(world.accelerator.prepare_model(policy), sharded=False)
-    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
-    policy.to(world.device)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed)
-    register_fsdp_forward_method(policy, "sample_actions")
-    return Replicas(policy, sharded=True)
-
-
-def check_batch(global_batch_size: int, size: int) -> None:
-    """Raises `UserError` naming the nearest rank counts and batches that fit where R doesn't divide B."""
-    if global_batch_size % size == 0:
-        return
-    ranks = [r for r in range(1, global_batch_size + 1) if global_batch_size % r == 0]
-    below = max((r for r in ranks if r < size), default=1)
-    above = min((r for r in ranks if r > size), default=None)
-    near = f"{below} or {above}" if above else str(below)
-    low = global_batch_size // size * size
-    raise UserError(
-        f"a global batch of {global_batch_size} can't be shared by {size} ranks",
-        where="trainer.global_batch_size",
-        remedy=f"run {near} ranks, or set trainer.global_batch_size={max(low, size)} or {low + size}",
-    )

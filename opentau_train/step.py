@@ -17,10 +17,11 @@ from torch import nn
 from opentau_train import rng
 from opentau_train.config import TrainerSettings
 from opentau_train.data.stream import RankBatch
-from opentau_train.distributed import Replicas, World
+from opentau_train.distributed import World
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
+from opentau_train.parallel import Replicas
 from opentau_train.types import Batch, LossTerms, Noise
 from opentau_train.watchdog import Place
 

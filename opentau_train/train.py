@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -19,21 +18,23 @@ from typing import Any
 
 import torch
 
-from opentau_train import checkpoint, rng
+from opentau_train import checkpoint, commit, drift, rng
 from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
-from opentau_train.data.normalize import HeadStats
 from opentau_train.data.stream import training_batches
 from opentau_train.data.tape import Tape
 from opentau_train.data.tape_state import changed, resume_offset, save_state
-from opentau_train.distributed import World, check_batch, data_parallel_degrees, launch, spread
+from opentau_train.distributed import World, launch
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 from opentau_train.meter import Meter
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
+from opentau_train.parallel import check_batch, data_parallel_degrees, spread
 from opentau_train.preflight import identity
+from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
+from opentau_train.saver import Saver
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
 from opentau_train.stopping import Patient, StopFlag, Stopped, mark_preempted, stop_signals
@@ -70,6 +71,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        stack.enter_context(job.saver)
         with watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout):
             code = _loop(job, sinks, stop)
         if world.is_main:
@@ -92,7 +94,7 @@ class Job:
     plan: ValidationPlan
     state: TrainState
     schedule: Any
-    pretrained: checkpoint.Pretrained
+    saver: Saver
     max_samples: int
     counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
     place: Place = field(default_factory=Place)
@@ -116,24 +118,33 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     degrees = data_parallel_degrees(
         settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
     )
-    run_dir, found = world.broadcast(world.agree(lambda: _where(settings)))
-    stats = None if found is None else _read_stats(found)
+    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else None))
+    stats = None
+    if found is not None:
+        world.agree(lambda: _compare(settings, tree, found))
+        stats = world.agree(lambda: read_stats(found))
     mixture = open_mixture(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
     policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
-    if trainer.compile:
-        for block in policy.blocks():
-            block.compile()
-    replicas = spread(policy, policy.blocks(), world, *degrees, trainer.precision)
+    replicas = spread(
+        policy,
+        policy.blocks(),
+        world,
+        *degrees,
+        trainer.precision,
+        activation_checkpointing=settings.parallelism.activation_checkpointing,
+        compile_backend=trainer.compile_backend if trainer.compile else None,
+    )
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
     state = TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
     share = trainer.global_batch_size // world.size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
     plan = plan_validation(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
-    pretrained = checkpoint.Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
-    job = Job(settings, world, run_dir, mixture, tape, plan, state, schedule, pretrained, max_samples)
+    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
+    saver = Saver(run_dir, world, settings.checkpoint, card)
+    job = Job(settings, world, run_dir, mixture, tape, plan, state, schedule, saver, max_samples)
     if world.is_main:
         log.info(mixture_table(mixture, plan, sum(p.numel() for p in policy.parameters())))
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -148,8 +159,8 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     root = Path(settings.paths.root).expanduser()
     run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
     if run_dir is None and settings.resume.checkpoint == "auto":
-        run_dir = checkpoint.newest_run(root, settings.name)
-    found = checkpoint.resolve(settings.resume.checkpoint, run_dir)
+        run_dir = commit.newest_run(root, settings.name)
+    found = commit.resolve(settings.resume.checkpoint, run_dir)
     if run_dir is None and found is not None:
         run_dir = found.parent.parent
     if run_dir is None:
@@ -157,9 +168,14 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     return run_dir.absolute(), found
 
 
-def _read_stats(path: Path) -> dict[str, HeadStats]:
-    tree = json.loads((path / "pretrained_model" / "stats.json").read_text())
-    return {head: HeadStats.from_json(found) for head, found in tree.items()}
+def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
+    """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
+    changes = drift.compare(read_card(found / FOLDER).config, tree)
+    resume = settings.resume
+    drift.check(changes, resume.force, restart=resume.data == "restart")
+    shown = drift.report(changes, resume.force, restart=resume.data == "restart")
+    if shown:
+        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
 
 
 def _resume(job: Job, found: Path) -> None:
@@ -219,24 +235,28 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
         quarantine=job.run_dir / "quarantine.jsonl",
     )
     code = _validate(job, sinks, stop) if job.owes_validation else 0
+    stop_at = state.step + (trainer.stop_after or trainer.steps)
     with closing(Patient(batches)) as patient:
         while state.step < trainer.steps and code == 0:
             job.place.enter("data wait", state.step + 1)
             with meter.waiting():
                 part = patient.next(stop)
+            asked = max(stop.poll(), int(state.step + 1 == stop_at < trainer.steps))
             lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
             result = train_step(
-                state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=stop.poll(), place=job.place
+                state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=asked, place=job.place
             )
             code = result.stop
             if result.taken:
                 _account(job, meter, sinks, result)
+            _report_save(job, job.saver.poll())
             if job.owes_validation and not code:
                 with meter.paused():
                     code = _validate(job, sinks, stop)
             if code or state.step == trainer.steps or _due(settings.checkpoint.every, state.step):
                 with meter.paused():
                     _save(job)
+    _report_save(job, job.saver.finish())
     return code
 
 
@@ -279,14 +299,10 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
 
 def _save(job: Job) -> None:
     job.place.enter("save")
-    path = checkpoint.save(
-        job.run_dir,
-        job.state,
-        job.world,
-        stream=save_state(job.tape, job.state.step),
-        counters=job.counters,
-        pretrained=job.pretrained,
-        keep_last=job.settings.checkpoint.keep_last,
-    )
-    if job.world.is_main:
+    stream = save_state(job.tape, job.state.step)
+    _report_save(job, job.saver.save(job.state, stream=stream, counters=job.counters))
+
+
+def _report_save(job: Job, path: Path | None) -> None:
+    if path is not None and job.world.is_main:
         log.info("saved %s", path)

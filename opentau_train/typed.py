@@ -22,13 +22,13 @@ TARGET = "_target_"
 def build(cls: type, tree: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from the mapping `tree`; `path` is the mapping's place in the config.
 
-    A field called `target` is read from the key `_target_`. Raises `UserError` for an unknown key, a missing
-    one, a wrong type, and whatever the class's own `check(path)` finds.
+    A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. Raises
+    `UserError` for an unknown key, a missing one, a wrong type, and whatever the class's own `check(path)` finds.
     """
     if not isinstance(tree, Mapping):
         raise _wrong(path or "the configuration", "a mapping of settings", tree)
     hints = typing.get_type_hints(cls)
-    fields = {TARGET if f.name == "target" else f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
     _refuse_unknown(tree, fields, path)
     values = {}
     for key, field in fields.items():

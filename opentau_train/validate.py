@@ -19,9 +19,10 @@ from opentau_train.data.mixture import Mixture
 from opentau_train.data.stream import Parts, loader
 from opentau_train.data.tape import Windows
 from opentau_train.data.windows import equal_spans, validation_windows
-from opentau_train.distributed import Replicas, World
+from opentau_train.distributed import World
 from opentau_train.metrics import Sums, validation_row
 from opentau_train.models.policy import Policy
+from opentau_train.parallel import Replicas
 from opentau_train.step import draw_noise
 from opentau_train.stopping import Patient, StopFlag, Stopped
 from opentau_train.types import Batch

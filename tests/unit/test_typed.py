@@ -35,7 +35,7 @@ class Inner:
 @dataclass(frozen=True)
 class Outer:
     inner: Inner
-    target: str = "a.b"
+    target: str = field(default="a.b", metadata={"key": "_target_"})
     inners: dict[str, Inner] = field(default_factory=dict)
     pair: tuple[int, int] = (1, 2)
     names: tuple[str, ...] = ()

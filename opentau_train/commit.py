@@ -1,0 +1,180 @@
+"""The commit protocol: a checkpoint is whole or absent, and the newest whole one is always found.
+
+    checkpoints/{step:08d}.tmp/   every rank writes, every rank acknowledges; then sealed: files.json, and all on disk
+    checkpoints/{step:08d}/       renamed: now it is a checkpoint
+    checkpoints/last -> {step}    moved after that; only then older ones are pruned
+
+Whatever is interrupted leaves a `.tmp` directory, which nothing ever reads. `files.json` names every file with its
+size, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from opentau_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "files.json"
+PARTIAL = ".tmp"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep_last` (None = all), every one whose step is a multiple of `keep_every`,
+    and those named in `protected` (e.g. the best one's)."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    protected: Collection[str] = ()
+
+    def obsolete(self, names: Collection[str]) -> list[str]:
+        """Those of the step-named checkpoints `names` that may go, oldest first."""
+        if self.keep_last is None:
+            return []
+        old = sorted(names, key=int)[: -self.keep_last]
+        return [n for n in old if n not in self.protected and not (self.keep_every and int(n) % self.keep_every == 0)]
+
+
+def seal(partial: Path) -> None:
+    """Write the manifest of a directory that all ranks have written, and flush it all to the disk: a rename must not
+    survive a power cut that its content did not."""
+    sizes = {p.relative_to(partial).as_posix(): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+    (partial / MANIFEST).write_text(json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+
+
+def publish(partial: Path, retention: Retention) -> Path:
+    """Make the sealed directory `{step}.tmp` the last checkpoint, then prune. Returns its final path.
+
+    A kill between any two of these operations leaves the former checkpoint, or the new one, whole and found.
+    """
+    folder, final = partial.parent, partial.with_suffix("")
+    if final.exists():  # torn by something else, or it would be resumed: see `resolve`
+        _remove(final)
+    partial.rename(final)
+    _flush(folder)
+    point(folder / "last", final.name)
+    for name in retention.obsolete([p.name for p in complete(folder)]):
+        _remove(folder / name)
+    for leftover in folder.glob(f"[0-9]*{PARTIAL}"):  # of kills, now that nothing is being written
+        shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def point(link: Path, target: str) -> None:
+    """Move the relative symlink `link` to its sibling `target` in one operation."""
+    fresh = link.with_name(link.name + PARTIAL)
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    os.replace(fresh, link)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: a kill in the middle of the deletion must not leave half a checkpoint with a good name."""
+    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- which one -------------------------------------------------------------------------------------------------------
+
+
+def flaw(path: Path) -> str | None:
+    """Why the directory `path` is no whole checkpoint; None when it is one."""
+    if path.name.endswith(PARTIAL):
+        return "its save did not finish"
+    try:
+        sizes = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable {MANIFEST} ({type(error).__name__})"
+    for name, size in sizes.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes of {size}"
+    return None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The whole checkpoints of a `checkpoints/` directory, oldest first."""
+    found = [p for p in folder.glob("[0-9]*") if p.name.isdigit() and flaw(p) is None]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a `checkpoints/` directory; what is newer and isn't whole is logged."""
+    found = complete(folder)
+    step = int(found[-1].name) if found else -1
+    for path in sorted(folder.glob("[0-9]*")):
+        number = path.name.split(".")[0]
+        if number.isdigit() and int(number) > step:
+            log.warning("skipped %s: %s", path, flaw(path))
+    return found[-1] if found else None
+
+
+def resolve(resume: str, run_dir: Path | None) -> Path | None:
+    """The checkpoint that `resume` names: never -> None, auto -> the newest whole one of `run_dir` (or None), else a
+    checkpoint's or a run's path.
+
+    Raises `UserError` where there is none at a given path, and where going on from it would write over newer ones: two
+    histories in one directory, of which resume=auto would take the wrong one.
+    """
+    if resume == "auto":
+        return newest(run_dir / "checkpoints") if run_dir is not None else None
+    found = None if resume == "never" else at(resume)
+    if run_dir is None and found is not None:
+        run_dir = found.parent.parent
+    existing = complete(run_dir / "checkpoints") if run_dir is not None else []
+    if existing and (found is None or existing[-1].resolve() != found):
+        raise UserError(
+            f"the run directory already has a checkpoint of step {int(existing[-1].name)}",
+            where=f"paths.run_dir={run_dir}",
+            remedy="add resume=auto to continue it, or choose another paths.run_dir",
+        )
+    return found
+
+
+def at(given: str) -> Path:
+    """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`."""
+    path = Path(given).expanduser().resolve()
+    if (path / "run.json").is_file():
+        if (found := flaw(path)) is not None:
+            raise UserError(
+                f"the checkpoint is not whole: {found}",
+                where=given,
+                remedy="give its run directory, whose newest whole one is taken",
+            )
+        return path
+    if (inside := newest(path / "checkpoints")) is not None:
+        return inside
+    raise UserError(
+        "no complete checkpoint there",
+        where=given,
+        remedy="give a run directory, a checkpoint directory RUN/checkpoints/STEP, auto or never",
+    )
+
+
+def newest_run(root: Path, name: str) -> Path | None:
+    """The run directory `root/name-*` with the most recently written checkpoint."""
+    runs = [(c[-1].stat().st_mtime, r) for r in root.glob(f"{name}-*") if (c := complete(r / "checkpoints"))]
+    return max(runs)[1] if runs else None

@@ -1,0 +1,167 @@
+"""What a resumed run may change: the settings that differ from the checkpoint's, each safe, warned or refused.
+
+- safe: changes no number of the training (paths, loggers, workers, layout of ranks, when to save or validate);
+- warned: changes the training from here on, as was perhaps meant (learning rate, schedule, weight decay, dropout);
+- refused: what was trained so far wouldn't fit any more (seed, global batch, mixture, shapes, normalisation), unless
+  `resume_force` names the key, or the start of it up to a dot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from opentau_train.config import Settings, SourceSettings
+from opentau_train.errors import UserError
+
+Kind = Literal["safe", "warned", "refused"]
+
+STREAM = ("seed", "trainer.global_batch_size", "data")
+"""Where a forced change means another order of the samples."""
+
+_STREAM_WHY = "the stream goes on at the same step of another order"
+_SHAPES_WHY = "the weights were trained for it; none can be loaded whose shape changes"
+
+RULES: tuple[tuple[str, Kind, str], ...] = (
+    ("name", "safe", ""),
+    ("resume*", "safe", ""),
+    ("paths.*", "safe", ""),
+    ("logger.*", "safe", ""),
+    ("checkpoint.*", "safe", ""),
+    ("parallelism.*", "safe", ""),
+    ("validation.every", "safe", ""),
+    ("validation.batch_size", "safe", ""),
+    ("validation.*", "warned", "validation numbers don't compare to those before"),
+    ("trainer.log_every", "safe", ""),
+    ("trainer.step_timeout", "safe", ""),
+    ("trainer.stop_after", "safe", ""),
+    ("trainer.max_skipped_steps", "safe", ""),
+    ("trainer.compile*", "safe", ""),
+    ("trainer.device", "safe", ""),
+    ("trainer.global_batch_size", "refused", _STREAM_WHY),
+    ("trainer.steps", "warned", "the schedule is stretched to the new length"),
+    ("trainer.*", "warned", "from here on"),
+    ("optimizer.*", "warned", "from here on"),
+    ("scheduler.*", "warned", "from here on"),
+    ("seed", "refused", _STREAM_WHY),
+    ("data.num_workers", "safe", ""),
+    ("data.prefetch_factor", "safe", ""),
+    ("data.max_samples_per_batch", "safe", ""),
+    ("data.bad_samples.*", "safe", ""),
+    ("data.sources.*.root", "safe", ""),  # what lies there is compared by the stream's hash of the blocks
+    ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
+    ("data.sources.*.tolerance_s", "safe", ""),
+    ("data.sources.*.prompt_*", "warned", "other prompts from here on"),
+    ("data.dropout.*", "warned", "from here on"),
+    ("data.blank_images", "warned", "from here on"),
+    ("data.lanes_per_sample", "refused", _STREAM_WHY),
+    ("data.phase_rows", "refused", _STREAM_WHY),
+    ("data.sources.*", "refused", _STREAM_WHY),
+    ("data.normalization", "refused", "the policy was trained on inputs normalised otherwise"),
+    ("data.*", "refused", _SHAPES_WHY),
+    ("model.*_weight", "warned", "the losses' weights from here on"),
+    ("model.num_flow_steps", "safe", ""),
+    ("model.*", "refused", _SHAPES_WHY),
+    ("*", "warned", "from here on"),
+)
+"""(pattern of the key, kind, what the change means); the first that fits decides."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that differs; None stands for a key that isn't there."""
+
+    key: str
+    old: Any
+    new: Any
+    kind: Kind
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}" + (f" ({self.why})" if self.why else "")
+
+    def forced_by(self, force: Collection[str]) -> bool:
+        return any(_inside(self.key, start) for start in force)
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The differences between the checkpoint's configuration tree and the run's, in the order of `now`.
+
+    A key that only one tree has counts with its default: a newer program may have settings that an older one hadn't.
+    """
+    old, new = (dict(_flat(_filled(Settings, tree))) for tree in (saved, now))
+    changes = []
+    sources = [set(tree.get("data", {}).get("sources", {})) for tree in (saved, now)]
+    for name in sorted(sources[0] ^ sources[1]):
+        there = ["present" if name in names else "absent" for names in sources]
+        changes.append(Change(f"data.sources.{name}", *there, "refused", _STREAM_WHY))
+    alone = tuple(f"{c.key}." for c in changes)
+    for key in [*new, *(k for k in old if k not in new)]:
+        before, after = old.get(key), new.get(key)
+        if before != after and not key.startswith(alone):
+            changes.append(Change(key, before, after, *_judge(key, before, after, new)))
+    return changes
+
+
+def check(changes: Sequence[Change], force: Collection[str]) -> None:
+    """Raises `UserError` with the refused changes that `force` doesn't name."""
+    refused = [c for c in changes if c.kind == "refused" and not c.forced_by(force)]
+    if refused:
+        raise UserError(
+            "settings differ from the checkpoint's: " + "; ".join(map(str, refused)),
+            where=", ".join(c.key for c in refused),
+            remedy="restore them, or add resume_force=[" + ",".join(dict.fromkeys([*force, *(c.key for c in refused)]))
+            + "], or start a new run",
+        )  # fmt: skip
+
+
+def forces_stream(force: Collection[str]) -> bool:
+    """Whether `resume_force` allows another order of the samples than the checkpoint's."""
+    return any(_inside(key, start) or _inside(start, key) for key in force for start in STREAM)
+
+
+def report(changes: Sequence[Change], force: Collection[str]) -> list[str]:
+    """A line a change, to be printed when a run is resumed."""
+    return [f"{'forced' if c.kind == 'refused' and c.forced_by(force) else c.kind:8}{c}" for c in changes]
+
+
+def _judge(key: str, old: Any, new: Any, now: Mapping[str, Any]) -> tuple[Kind, str]:
+    if key == "trainer.ema_decay" and (old is None or new is None):
+        return (
+            "refused",
+            "the average isn't in the checkpoint: it begins here" if old is None else "the average is lost",
+        )
+    if key == "trainer.steps" and str(now.get("scheduler._target_")).endswith(".Constant") and new > old:
+        return "safe", ""
+    return next((kind, why) for pattern, kind, why in RULES if fnmatchcase(key, pattern))
+
+
+def _inside(key: str, start: str) -> bool:
+    return key == start or key.startswith(f"{start}.")
+
+
+def _filled(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the defaults of the settings class `cls` where it has no key, and of the classes inside."""
+    filled, hints = dict(tree), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = field.metadata.get("key", field.name), hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            filled[key] = _filled(hint, tree.get(key) or {})
+        elif hint == dict[str, SourceSettings]:
+            filled[key] = {name: _filled(SourceSettings, source) for name, source in (tree.get(key) or {}).items()}
+        elif key not in tree and field.default is not dataclasses.MISSING:
+            filled[key] = field.default
+    return filled
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the leaves; lists are leaves, tuples read as lists."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", list(value) if isinstance(value, tuple) else value

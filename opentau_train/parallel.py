@@ -1,0 +1,125 @@
+"""A policy spread over the ranks: replicated (DDP), sharded (FSDP), or sharded in groups that are replicated (HSDP).
+
+    parallelism=ddp     replicate = ranks, shard = 1
+    parallelism=fsdp    replicate = 1, shard = ranks
+    parallelism=hsdp    replicate = nodes, shard = ranks of a node
+
+Gradients are averaged over all ranks in float32, whatever the layout; with trainer.precision=bf16 only the computation
+is in bfloat16, and what FSDP gathers for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from opentau_train.distributed import World
+from opentau_train.errors import UserError
+
+_REPLICATE, _SHARD = "parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"
+
+
+def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, int]:
+    """(replicate, shard) with -1 filled in, both -1 meaning all sharded. Raises `UserError`, with the arithmetic, where
+    the product isn't the world size."""
+    if replicate == -1 and shard == -1:
+        replicate = 1
+    for given, name, other in ((shard, _SHARD, replicate), (replicate, _REPLICATE, shard)):
+        if other == -1 and size % given:
+            fits = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
+            raise UserError(
+                f"{size} processes can't be divided by {name}={given}: "
+                f"{size} = {size // given} x {given} + {size % given}",
+                where=name,
+                remedy=f"set it to one of {fits}, or run {max(1, size // given) * given} processes",
+            )
+    replicate = size // shard if replicate == -1 else replicate
+    shard = size // replicate if shard == -1 else shard
+    if replicate * shard != size:
+        raise UserError(
+            f"replicate degree {replicate} x shard degree {shard} = {replicate * shard}, but {size} processes run",
+            where=f"{_REPLICATE} and {_SHARD}",
+            remedy=f"choose two degrees whose product is {size}, or leave one at -1",
+        )
+    return replicate, shard
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """A policy spread over the ranks: `model` is what the loop calls, `sharded` says that every forward is a
+    collective."""
+
+    model: nn.Module
+    sharded: bool
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch: gradients are reduced in the last one only. A sharded
+        policy gathers its parameters in every micro-batch: it holds them nowhere."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
+            yield
+
+
+def spread(
+    policy: nn.Module,
+    blocks: Sequence[nn.Module],
+    world: World,
+    replicate: int,
+    shard: int,
+    precision: str,
+    *,
+    activation_checkpointing: bool = False,
+    compile_backend: str | None = None,
+) -> Replicas:
+    """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
+
+    Activation checkpointing and compilation wrap the blocks' `forward`, in this order, inside of FSDP's hooks, which
+    belong to the module's call: a block's parameters are gathered before its compiled code runs, and are there when the
+    backward pass runs it again. Parameter names don't change. Accelerate's FSDP2 plugin refuses CPUs, torch's own does
+    not.
+    """
+    for block in blocks:
+        block.forward = _block_forward(block.forward, activation_checkpointing, compile_backend)
+    if shard == 1:
+        return Replicas(world.accelerator.prepare_model(policy), sharded=False)
+    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    policy.to(world.device)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed)
+    register_fsdp_forward_method(policy, "sample_actions")
+    return Replicas(policy, sharded=True)
+
+
+def _block_forward(forward: Callable, activation_checkpointing: bool, compile_backend: str | None) -> Callable:
+    if activation_checkpointing:
+        forward = partial(checkpoint, forward, use_reentrant=False)
+    return torch.compile(forward, backend=compile_backend) if compile_backend else forward
+
+
+def check_batch(global_batch_size: int, size: int) -> None:
+    """Raises `UserError` naming the nearest rank counts and batches that fit where R doesn't divide B."""
+    if global_batch_size % size == 0:
+        return
+    ranks = [r for r in range(1, global_batch_size + 1) if global_batch_size % r == 0]
+    below = max((r for r in ranks if r < size), default=1)
+    above = min((r for r in ranks if r > size), default=None)
+    near = f"{below} or {above}" if above else str(below)
+    low = global_batch_size // size * size
+    raise UserError(
+        f"a global batch of {global_batch_size} can't be shared by {size} ranks",
+        where="trainer.global_batch_size",
+        remedy=f"run {near} ranks, or set trainer.global_batch_size={max(low, size)} or {low + size}",
+    )
