@@ -95,7 +95,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """
     old, new = (dict(_flat(_filled(Settings, tree))) for tree in (saved, now))
     changes = []
-    sources = [set(tree.get("data", {}).get("sources", {})) for tree in (saved, now)]
+    sources = [set(_mapping(_mapping(tree.get("data")).get("sources"))) for tree in (saved, now)]
     for name in sorted(sources[0] ^ sources[1]):
         there = ["present" if name in names else "absent" for names in sources]
         changes.append(Change(f"data.sources.{name}", *there, "refused", _STREAM_WHY))
@@ -144,18 +144,23 @@ def _inside(key: str, start: str) -> bool:
     return key == start or key.startswith(f"{start}.")
 
 
-def _filled(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(cls: type, tree: Any) -> dict[str, Any]:
     """`tree` with the defaults of the settings class `cls` where it has no key, and of the classes inside."""
-    filled, hints = dict(tree), typing.get_type_hints(cls)
+    filled, hints = dict(_mapping(tree)), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, hint = field.metadata.get("key", field.name), hints[field.name]
         if dataclasses.is_dataclass(hint):
-            filled[key] = _filled(hint, tree.get(key) or {})
+            filled[key] = _filled(hint, filled.get(key))
         elif hint == dict[str, SourceSettings]:
-            filled[key] = {name: _filled(SourceSettings, source) for name, source in (tree.get(key) or {}).items()}
-        elif key not in tree and field.default is not dataclasses.MISSING:
+            filled[key] = {name: _filled(SourceSettings, source) for name, source in _mapping(filled.get(key)).items()}
+        elif key not in filled and field.default is not dataclasses.MISSING:
             filled[key] = field.default
     return filled
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A checkpoint of another version may hold anything at any place."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
