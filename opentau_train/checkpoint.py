@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from opentau_train.errors import UserError
 from opentau_train.step import TrainState
 
 VERSION = 1
+
+# A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def tensors_of(state: TrainState) -> dict[str, Any]:

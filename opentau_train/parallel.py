@@ -94,7 +94,10 @@ def spread(
     if shard == 1:
         return Replicas(world.accelerator.prepare_model(policy), sharded=False)
     mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    mesh = mesh["shard"] if replicate == 1 else mesh  # else FSDP would all-reduce in groups of one
+    # Inputs stay float32, as under autocast: a target rounded to bfloat16 falls into another of the 256 bins.
+    bf16 = torch.bfloat16 if precision == "bf16" else None
+    mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy.to(world.device)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed)

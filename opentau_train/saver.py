@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -24,9 +23,6 @@ from opentau_train.config import CheckpointSettings
 from opentau_train.distributed import World
 from opentau_train.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.step import TrainState
-
-# A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""One file of a trained policy: weights, settings, statistics and convention.
+
+    python -m opentau_train.tools.export checkpoint=runs/droid out=policy.safetensors
+    python -m opentau_train.tools.export checkpoint=runs/droid/checkpoints/00001000 weights=ema out=policy.safetensors
+
+`checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema),
+`format` is safetensors. The weights are read from the checkpoint's shards. After writing, the file is read back by
+`pretrained.load_policy` and must predict the same actions, bit for bit, for a golden batch: keyed random inputs with
+every kind of gap. Else it is removed and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from opentau_train.typed import build
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    checkpoint: str
+    out: str
+    format: Literal["safetensors"] = "safetensors"
+    weights: Literal["model", "ema"] = "model"
+
+    def check(self, path: str) -> None:
+        if Path(self.out).suffix != f".{self.format}":
+            raise UserError(f"out={self.out} doesn't end in .{self.format}", remedy=f"set out=policy.{self.format}")
+
+
+def export(settings: ExportSettings) -> Path:
+    """Write and verify the file; returns its path.
+
+    Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
+    """
+    from opentau_train import checkpoint, commit, pretrained  # they import torch: only once the settings hold
+
+    found = commit.at(settings.checkpoint)
+    card = pretrained.read_card(found / pretrained.FOLDER)
+    policy = pretrained.build(card).eval()
+    checkpoint.load_weights(found, policy, settings.weights)
+    out = Path(settings.out).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pretrained.write_file(out, dict(policy.state_dict()), card)
+    if predict(pretrained.load_policy(out).policy) != predict(policy):
+        out.unlink()
+        raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
+    return out
+
+
+def predict(policy: Any) -> bytes:
+    """The bits of the actions that `policy` predicts for its golden batch."""
+    batch, noise = golden_batch(policy.spec)
+    return policy.sample_actions(batch, noise).numpy().tobytes()
+
+
+def golden_batch(spec: Any, num: int = 4) -> tuple[Any, Any]:
+    """A `Batch` for `spec` and noise `[num, T, A]` f32, from keyed random numbers alone: the same everywhere, for ever.
+
+    Sample 1 lacks prompt, state and cameras, sample 2 the last dimension of state and actions.
+    """
+    import numpy as np
+    import torch
+
+    from opentau_train import rng
+    from opentau_train.types import Batch
+
+    def draw(name: str, *shape: int) -> np.ndarray:
+        return rng.normal(rng.key("golden", name), int(np.prod(shape))).reshape(shape)
+
+    place = np.arange(num)
+    state_dims = np.ones((num, spec.state_dim), bool)
+    action_dims = np.ones((num, spec.action_dim), bool)
+    state_dims[1:2] = state_dims[2:3, -1:] = False
+    action_dims[2:3, 1:][:, -1:] = False  # a policy of one dimension keeps it
+    frames = (num, spec.history + 1, 3, *spec.image_size)
+    index = torch.from_numpy(place)
+    batch = Batch(
+        images={c: torch.from_numpy((draw(c, *frames) * 64 + 128).clip(0, 255).astype(np.uint8)) for c in spec.cameras},
+        camera_mask={c: index != 1 for c in spec.cameras},
+        state=torch.from_numpy(draw("state", num, spec.state_dim) * state_dims),
+        state_dim_mask=torch.from_numpy(state_dims),
+        actions=torch.zeros(num, spec.chunk_length, spec.action_dim),
+        action_is_pad=torch.zeros(num, spec.chunk_length, dtype=torch.bool),
+        action_dim_mask=torch.from_numpy(action_dims),
+        prompt=["put the cup on the plate", "", "open the drawer", "wipe the table"][:num],
+        mode=["policy"] * num,
+        key=index,
+        group=index,
+        dataset_index=index,
+        episode_index=index,
+        frame_index=index,
+        pass_index=index,
+        norm_head=["golden"] * num,
+        weight=torch.ones(num),
+    )
+    return batch, torch.from_numpy(draw("noise", num, spec.chunk_length, spec.action_dim))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or {"-h", "--help"} & set(given):
+        print(__doc__.strip())
+        return EXIT_OK
+    try:
+        settings = build(ExportSettings, dict(_split(a) for a in given), "")
+        out = export(settings)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER
+    except RuntimeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAULT
+    size = out.stat().st_size / 1e6
+    print(f"{out}: {size:.1f} MB, {settings.weights} weights; it predicts the checkpoint's actions bit for bit")
+    return EXIT_OK
+
+
+def _split(argument: str) -> tuple[str, str]:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        names = ", ".join(f"{f.name}=..." for f in dataclasses.fields(ExportSettings))
+        raise UserError(f"'{argument}' is not of the form KEY=VALUE", remedy=f"give {names}")
+    return key, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
