@@ -285,8 +285,9 @@ def _point(link: Path, target: str) -> None:
 def _prune(folder: Path, keep_last: int | None, keep: str) -> None:
     if keep_last is None:
         return
+    named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for path in complete(folder)[:-keep_last]:
-        if path.name != keep:
+        if path.name != keep and path.name not in named:
             # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint with a good name.
             doomed = path.with_name(f"{path.name}.tmp")
             path.rename(doomed)
