@@ -14,10 +14,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +34,12 @@ _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
-    code = _main()
+    sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
+    end(answer(_compose_and_run))
+
+
+def end(code: int) -> None:
+    """End the process with `code`."""
     sys.stdout.flush()
     sys.stderr.flush()
     children = multiprocessing.active_children()
@@ -47,14 +53,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _main() -> int:
-    """The exit code, after the messages."""
+def answer(work: Callable[[], int]) -> int:
+    """The exit code of `work()`; what it raises is told in the form of `errors`, once."""
     full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
-    sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
     try:
-        _compose()
-        return _run(_composed.pop()) if _composed else EXIT_OK
+        return work()
     except _USER_ERRORS as error:
         if full_error:
             traceback.print_exc()
@@ -64,6 +68,11 @@ def _main() -> int:
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
+
+
+def _compose_and_run() -> int:
+    _compose()
+    return _run(_composed.pop()) if _composed else EXIT_OK
 
 
 def _compose() -> None:
@@ -99,6 +108,30 @@ def plain(composed) -> dict[str, Any]:
     tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(tree, dict), "the primary configuration is a mapping"
     return {str(key): value for key, value in tree.items()}
+
+
+def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collection[str]) -> dict[str, Any]:
+    """A run's composed configuration with the command line's `arguments` over it.
+
+    `data=NAME` takes the sources, and nothing else, of that file: the form of a window stays the run's. Top-level keys
+    in `fixed` can't be changed. Raises `UserError`.
+    """
+    overrides = OverridesParser.create().parse_overrides([a.lstrip("+") for a in arguments])
+    changed = OmegaConf.create(dict(tree))
+    for override in overrides:
+        key = override.key_or_group
+        if key.split(".")[0] in fixed:
+            raise UserError(
+                f"{key} is the checkpoint's and can't be changed", remedy=f"leave out {override.input_line}"
+            )
+        if key == "data":
+            with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
+                chosen = plain(hydra.compose("train", [f"data={override.value()}"]))["data"]
+            changed.data.sources, changed.data.builtin_sample = chosen["sources"], chosen["builtin_sample"]
+    for override in overrides:
+        if override.key_or_group != "data":
+            OmegaConf.update(changed, override.key_or_group, override.value(), force_add=True)
+    return plain(changed)
 
 
 def _compose_and_check(arguments: Sequence[str]) -> None:

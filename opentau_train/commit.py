@@ -63,8 +63,10 @@ def publish(partial: Path, retention: Retention) -> Path:
     partial.rename(final)
     _flush(folder)
     point(folder / "last", final.name)
+    named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for name in retention.obsolete([p.name for p in complete(folder)]):
-        _remove(folder / name)
+        if name not in named:
+            _remove(folder / name)
     for leftover in folder.glob(f"[0-9]*{PARTIAL}"):  # of kills, now that nothing is being written
         shutil.rmtree(leftover, ignore_errors=True)
     return final

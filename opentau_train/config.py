@@ -43,6 +43,9 @@ class SourceSettings:
     weight: float | None = None
     """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
     val_split_ratio: float = 0.0
+    """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
+    val_episodes: tuple[int, ...] | None = None
+    """The held-out episode numbers themselves, in place of `val_split_ratio`."""
     control_mode: str | None = None
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
@@ -78,9 +81,24 @@ class SourceSettings:
     success_column: str = "next.success"
     """Of the episodes' metadata, or of the rows, whose last one counts."""
 
+    @property
+    def validates_only(self) -> bool:
+        """Every episode is held out."""
+        return self.val_split_ratio == 1.0 and self.val_episodes is None
+
     def check(self, path: str) -> None:
         _positive(f"{path}.weight", self.weight)
-        _fraction(f"{path}.val_split_ratio", self.val_split_ratio)
+        if not 0.0 <= self.val_split_ratio <= 1.0:
+            raise UserError(
+                f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
+                remedy=f"set {path}.val_split_ratio to a fraction such as 0.1, or 1.0 for validation only",
+            )
+        if self.validates_only and self.weight is not None:
+            raise UserError(
+                f"{path} is for validation only (val_split_ratio=1.0) and has a weight, {self.weight:g}, to train with",
+                where=f"{path}.weight",
+                remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
+            )
         for name in ("chunk_length", "sample_stride", "fps", "tolerance_s"):
             _positive(f"{path}.{name}", getattr(self, name))
         _at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
@@ -237,11 +255,24 @@ class ValidationSettings:
     batch_size: int | None = None
     max_samples_per_group: int | None = None
     num_noise_draws: int = 1
+    metrics: tuple[Literal["action"], ...] = ()
+    """What else a pass measures: `action` = the open-loop error of sampled action chunks, in the data's units."""
+    max_action_samples: int = 32
+    """Windows a (dataset, control_mode) that `action` samples: a fixed systematic sample."""
+    num_action_plots: int = 4
+    """Windows of the whole mixture that `action` draws, predicted against true."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """A window that can't be read: end the run with its name, or leave it out, count and name it."""
+    best_margin: float | None = 2.0
+    """Standard errors of the paired difference by which a pass must beat the best one to become
+    `checkpoints/best`; null = no best checkpoint."""
 
     def check(self, path: str) -> None:
         _at_least(f"{path}.every", self.every, 0)
-        for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):
+        for name in ("batch_size", "max_samples_per_group", "num_noise_draws", "max_action_samples"):
             _positive(f"{path}.{name}", getattr(self, name))
+        _at_least(f"{path}.num_action_plots", self.num_action_plots, 0)
+        _at_least(f"{path}.best_margin", self.best_margin, 0)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from opentau_train.types import LossTerms
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the breakdown: the dataset's name, its control mode, the head its statistics belong to, and the
-    dataset's `share` of the mixture times the group's share of the dataset."""
+    """A row of the breakdown: the dataset's name, its control mode, the head its statistics belong to, and its `share`
+    of the mixture: the dataset's weight times the group's part of its training windows. Shares have no common scale;
+    0 is a group that isn't trained on."""
 
     dataset: str
     control_mode: str
@@ -29,6 +30,18 @@ class Group:
     @property
     def tag(self) -> str:
         return f"{self.dataset}/{self.control_mode}"
+
+
+QUANTUM = 2.0**-24
+
+
+def exact(terms: LossTerms) -> LossTerms:
+    """The terms with float64 sums rounded to multiples of 2^-24.
+
+    Float64 adds such numbers without error up to 2^29, so totals don't depend on the order of the additions: on ranks,
+    workers, or which other datasets share the batches. NaN and infinities stay.
+    """
+    return {name: (torch.round(sums.double() / QUANTUM) * QUANTUM, count) for name, (sums, count) in terms.items()}
 
 
 class Sums:
@@ -48,24 +61,50 @@ class Sums:
                 pair = torch.stack([t.detach().to("cpu", torch.float64) for t in terms[name]], dim=-1)
                 self.values[:, k].index_add_(0, item.cpu(), pair)
 
-    def clear(self) -> None:
-        self.values.zero_()
+
+@dataclass(frozen=True)
+class Means:
+    """Ratio means of clusters (episodes) by group and term, all [G, K] float64.
+
+    `total` and `count` of loss elements, `mean` their ratio (NaN without elements), `windows`, and `error` the
+    standard error of the mean, NaN with fewer than two episodes: one cluster says nothing about the spread between
+    clusters.
+    """
+
+    total: NDArray[np.float64]
+    count: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    windows: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+
+def group_means(episodes: NDArray, group_of: NDArray[np.int64], windows: NDArray[np.float64], num_groups: int) -> Means:
+    """`episodes` [E, K, 2] sums and counts, `group_of` [E], `windows` [E] windows seen -> means by group.
+
+    The standard error is the linearised ratio estimator's (Cochran, Sampling Techniques, 3rd ed., 6.13): residuals
+    `s_e - r n_e`, variance `E / (E - 1) * sum(residual^2) / N^2` over the group's E episodes with any element.
+    """
+
+    def by_group(values: NDArray) -> NDArray:  # [E, K] -> [G, K]
+        return np.stack([np.bincount(group_of, column, num_groups) for column in values.T.astype(float)], axis=1)
+
+    sums, counts = episodes[..., 0], episodes[..., 1]
+    seen = counts > 0
+    total, count, num = by_group(sums), by_group(counts), by_group(seen)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / count
+        residual = np.where(seen, sums - mean[group_of] * counts, 0.0)
+        error = np.sqrt(num / (num - 1) * by_group(np.square(residual))) / count
+    return Means(total, count, mean, by_group(seen * windows[:, None]), np.where(num >= 2, error, np.nan))
 
 
 def clustered_error(sums: NDArray, counts: NDArray) -> float | None:
-    """Standard error of the ratio mean sum/count whose observations come in clusters (episodes).
-
-    `sums`, `counts` [E] per episode. The linearised ratio estimator (Cochran, Sampling Techniques, 3rd ed., 6.13):
-    residuals `s_e - r n_e`, variance `E/(E-1) * sum(residual^2) / N^2`. None with fewer than two episodes: one
-    cluster says nothing about the spread between clusters.
-    """
-    seen = counts > 0
-    num = int(seen.sum())
-    if num < 2:
+    """Standard error of the ratio mean sum/count of one group, clustered by episode (see `group_means`); `sums`,
+    `counts` [E]. None with fewer than two episodes."""
+    episodes = np.stack([sums, counts], axis=-1)[:, None]
+    if (counts > 0).sum() < 2:
         return None
-    total = counts[seen].sum()
-    residual = sums[seen] - sums[seen].sum() / total * counts[seen]
-    return float(np.sqrt(num / (num - 1) * np.square(residual).sum()) / total)
+    return float(group_means(episodes, np.zeros(len(sums), np.int64), np.ones(len(sums)), 1).error[0, 0])
 
 
 def training_row(sums: NDArray, groups: Sequence[Group], terms: Sequence[str], weights: dict[str, float]) -> dict:
@@ -89,7 +128,7 @@ def training_row(sums: NDArray, groups: Sequence[Group], terms: Sequence[str], w
 def validation_row(
     episodes: NDArray,
     group_of: NDArray[np.int64],
-    windows: NDArray[np.int64],
+    windows: NDArray,
     groups: Sequence[Group],
     terms: Sequence[str],
     weights: dict[str, float],
@@ -98,31 +137,42 @@ def validation_row(
     """Tags of a reduced validation pass.
 
     `episodes` [E, K, 2] sums and counts, `group_of` [E] the episodes' groups, `windows` [E] windows seen. For each
-    group and term that has any supervision: the mean, `/N` (windows) and `/StdErr` (clustered by episode, absent
-    with fewer than two). `{prefix}/{TERM}` weights the groups that have the term by their share of the mixture;
-    `{prefix}/Loss` weights the terms as training does.
+    group, each norm head (its groups' episodes pooled) and each term that has any supervision there: the mean, `/N`
+    (windows) and `/StdErr` (clustered by episode, absent with fewer than two). `{prefix}/{TERM}` weights the groups
+    that have the term by their share of the mixture; `{prefix}/Loss` weights the terms as training does.
     """
-    row: dict[str, float] = {}
+    heads = sorted({group.norm_head for group in groups})
+    head_of = np.array([heads.index(group.norm_head) for group in groups], np.int64)
+    means = group_means(episodes, group_of, windows, len(groups))
+    row = _rows([group.tag for group in groups], terms, means, prefix)
+    row |= _rows(heads, terms, group_means(episodes, head_of[group_of], windows, len(heads)), prefix)
+    shares = aggregate_shares(means, groups)
     loss = 0.0
     for k, name in enumerate(terms):
-        tag, shares, means = name.upper(), [], []
-        for g, group in enumerate(groups):
-            mine = group_of == g
-            count = episodes[mine, k, 1].sum()
-            if not count > 0:
-                continue
-            mean = episodes[mine, k, 0].sum() / count
-            row[f"{prefix}/{group.tag}/{tag}"] = float(mean)
-            row[f"{prefix}/{group.tag}/{tag}/N"] = float(windows[mine & (episodes[:, k, 1] > 0)].sum())
-            error = clustered_error(episodes[mine, k, 0], episodes[mine, k, 1])
-            if error is not None:
-                row[f"{prefix}/{group.tag}/{tag}/StdErr"] = error
-            shares.append(group.share)
-            means.append(mean)
-        if shares:
-            overall = float(np.average(means, weights=shares))
-            row[f"{prefix}/{tag}"] = overall
+        has = means.count[:, k] > 0
+        if has.any():
+            overall = float(np.average(means.mean[has, k], weights=shares[has, k]))
+            row[f"{prefix}/{name.upper()}"] = overall
             loss += weights[name] * overall
     if row:
         row[f"{prefix}/Loss"] = loss
+    return row
+
+
+def aggregate_shares(means: Means, groups: Sequence[Group]) -> NDArray[np.float64]:
+    """[G, K] the groups' weights in each term's aggregate: their shares where they have the term; where no such group
+    is trained on, their windows."""
+    shares = np.array([group.share for group in groups])[:, None] * (means.count > 0)
+    return np.where(shares.sum(0) > 0, shares, means.windows)
+
+
+def _rows(names: Sequence[str], terms: Sequence[str], means: Means, prefix: str) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for k, term in enumerate(terms):
+        for g in np.flatnonzero(means.count[:, k] > 0).tolist():
+            tag = f"{prefix}/{names[g]}/{term.upper()}"
+            row[tag] = float(means.mean[g, k])
+            row[f"{tag}/N"] = float(means.windows[g, k])
+            if not np.isnan(means.error[g, k]):
+                row[f"{tag}/StdErr"] = float(means.error[g, k])
     return row

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +85,22 @@ class Ema:
     def update(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averages as its parameters; its own come back bit for bit."""
+        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._write(model, self.average)
+        try:
+            yield
+        finally:
+            self._write(model, own)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.average

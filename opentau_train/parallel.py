@@ -70,6 +70,13 @@ class Replicas:
         with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
             yield
 
+    def reshard(self) -> None:
+        """Give back what forwards without a backward left gathered (the root's parameters stay so by default)."""
+        if self.sharded:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
 
 def spread(
     policy: nn.Module,

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from opentau_train.data.mixture import Mixture
-from opentau_train.validate import ValidationPlan
+from opentau_train.evaluate import ValidationPlan
 
 ROOT = logging.getLogger("opentau_train")
 
@@ -60,15 +60,17 @@ def mixture_table(mixture: Mixture, plan: ValidationPlan, num_parameters: int) -
     rows: list[tuple[str, ...]] = [head]
     for dataset, drawn in zip(mixture.datasets, mixture.draws, strict=True):
         modes = sorted({mixture.groups[g].control_mode for g in np.unique(dataset.group_of)})
-        weight = dataset.settings.weight
+        weight = "validation" if drawn == 0 else "natural"
+        if dataset.settings.weight is not None:
+            weight = f"{dataset.settings.weight:g}"
         rows.append(
             (
                 dataset.name,
                 str(len(dataset.source.episodes)),
                 str(int(dataset.held_out.sum())),
                 str(dataset.train.num_windows),
-                "natural" if weight is None else f"{weight:g}",
-                f"{drawn / total:.1%}",
+                weight,
+                f"{drawn / max(total, 1):.1%}",
                 str(drawn),
                 ",".join(modes),
                 ",".join(dataset.source.cameras) or "none",

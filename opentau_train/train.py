@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from opentau_train import checkpoint, commit, drift, rng
+from opentau_train.best import Best
 from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
+from opentau_train.data.split import check_split, held_out_episodes
 from opentau_train.data.stream import training_batches
 from opentau_train.data.tape import Tape
 from opentau_train.data.tape_state import changed, resume_offset, save_state
@@ -31,6 +33,8 @@ from opentau_train.meter import Meter
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
 from opentau_train.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.passes import PICTURE, Plans, plan_passes, run_passes
+from opentau_train.plots import save_png
 from opentau_train.preflight import identity
 from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
@@ -39,7 +43,6 @@ from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
 from opentau_train.stopping import Patient, StopFlag, Stopped, mark_preempted, stop_signals
 from opentau_train.typed import bind, instantiate
-from opentau_train.validate import ValidationPlan, plan_validation, validate
 from opentau_train.watchdog import Place, watch
 
 log = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ class Job:
     run_dir: Path
     mixture: Mixture
     tape: Tape
-    plan: ValidationPlan
+    plans: Plans
+    best: Best | None
     state: TrainState
     schedule: Any
     saver: Saver
@@ -104,7 +108,12 @@ class Job:
         """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
-        return due and len(self.plan.windows) > 0 and self.counters["validated"] < step
+        return due and len(self.plans.loss.windows) > 0 and self.counters["validated"] < step
+
+    @property
+    def is_best(self) -> bool:
+        """The state's weights are the best that were validated."""
+        return self.best is not None and self.best.step == self.state.step
 
 
 def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
@@ -141,12 +150,14 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     state = TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
     share = trainer.global_batch_size // world.size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
-    plan = plan_validation(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    margin = settings.validation.best_margin
+    best = None if margin is None else Best(run_dir, plans.loss, policy.loss_weights, margin)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
     saver = Saver(run_dir, world, settings.checkpoint, card)
-    job = Job(settings, world, run_dir, mixture, tape, plan, state, schedule, saver, max_samples)
+    job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
     if world.is_main:
-        log.info(mixture_table(mixture, plan, sum(p.numel() for p in policy.parameters())))
+        log.info(mixture_table(mixture, plans.loss, sum(p.numel() for p in policy.parameters())))
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(as_yaml(tree))
     if found is not None:
@@ -179,11 +190,14 @@ def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
 
 
 def _resume(job: Job, found: Path) -> None:
-    saved = checkpoint.load(found, job.state, job.world)
     restart = job.settings.resume.data == "restart"
+    job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
+    saved = checkpoint.load(found, job.state, job.world)
     job.tape.offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.counters.update(saved["counters"])
     job.state.skipped = job.counters["skipped"]
+    if job.best is not None:
+        job.best.restore(job.world, job.state.step)
     if job.world.is_main:
         log.info("resumed from %s at step %d", found, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
@@ -198,6 +212,8 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
         "spec": asdict(mixture.spec),
         "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
         "fps": {d.name: d.source.fps for d in mixture.datasets},
+        "action_names": {d.name: list(d.source.action_names) for d in mixture.datasets},
+        "held_out": held_out_episodes(mixture),
     }
 
 
@@ -236,6 +252,7 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
     )
     code = _validate(job, sinks, stop) if job.owes_validation else 0
     stop_at = state.step + (trainer.stop_after or trainer.steps)
+    _point_to_best(job)
     with closing(Patient(batches)) as patient:
         while state.step < trainer.steps and code == 0:
             job.place.enter("data wait", state.step + 1)
@@ -253,7 +270,7 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
             if job.owes_validation and not code:
                 with meter.paused():
                     code = _validate(job, sinks, stop)
-            if code or state.step == trainer.steps or _due(settings.checkpoint.every, state.step):
+            if code or state.step == trainer.steps or job.is_best or _due(settings.checkpoint.every, state.step):
                 with meter.paused():
                     _save(job)
     _report_save(job, job.saver.finish())
@@ -283,17 +300,21 @@ def _check(job: Job, result: StepResult) -> None:
 
 
 def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
-    """A pass and its row; the stop code when it was left unfinished, which leaves no row."""
-    started = time.perf_counter()
-    state = job.state
+    """The passes and their row; the stop code when they were left unfinished, which leaves no row."""
+    started, state, step = time.perf_counter(), job.state, job.state.step
     try:
-        row = validate(
-            state.policy, state.replicas, job.plan, job.world, job.settings.validation, stop=stop, place=job.place
+        found = run_passes(
+            state.policy, state.replicas, state.ema, job.plans, job.world, job.settings.validation, stop, job.place
         )
     except Stopped as stopped:
         return stopped.code
-    job.counters["validated"] = state.step
-    sinks.write(state.step, {**row, "Timing/ValidationSeconds": time.perf_counter() - started})
+    job.counters["validated"] = step
+    sinks.write(step, {**found.row, "Timing/ValidationSeconds": time.perf_counter() - started})
+    if found.picture is not None and job.world.is_main:
+        save_png(job.run_dir / "plots" / f"actions_{step:08d}.png", found.picture)
+        sinks.image(step, PICTURE, found.picture)
+    if job.best is not None:
+        job.best.offer(job.world, step, found.scores)
     return 0
 
 
@@ -306,3 +327,9 @@ def _save(job: Job) -> None:
 def _report_save(job: Job, path: Path | None) -> None:
     if path is not None and job.world.is_main:
         log.info("saved %s", path)
+    _point_to_best(job)
+
+
+def _point_to_best(job: Job) -> None:
+    if job.best is not None and job.world.is_main:
+        job.best.point()

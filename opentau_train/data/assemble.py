@@ -91,7 +91,9 @@ def _open_dataset(
     chosen = dataclasses.replace(chosen, chunk_length=chunk_length, sample_stride=stride)
     source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
     table = source.episodes
-    held_out = windows.validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed)
+    held_out = windows.validation_split(
+        name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes
+    )
     blocks = source.get_shuffle_blocks()
     rows = windows.chunk_rows(chunk_length, windows.row_step(source.fps, chosen.fps))
     made_of = _made_of(source, chosen, data, settings.seed)
@@ -109,18 +111,20 @@ def _open_dataset(
         )
         for keep in (~held_out, held_out)
     ]
-    if sides[0].num_windows == 0:
+    if sides[0].num_windows == 0 and not chosen.validates_only:
         raise UserError(
             f"dataset '{name}' has no training window: {len(table)} episodes, longest {table.length.max(initial=0)} "
             f"frames, chunk_length {chosen.chunk_length}, drop_tail {data.drop_tail}",
             where=f"data.sources.{name}",
-            remedy="loosen its filters, chunk_length, drop_tail or val_split_ratio",
+            remedy="loosen its filters, chunk_length or drop_tail; for validation only set val_split_ratio=1.0",
         )
     group_of = np.zeros(len(table), np.int64)
     for code in np.unique(table.control_mode):
         mode = table.control_modes[code]
         group_of[table.control_mode == code] = len(groups)
         groups.append(Group(name, mode, f"{source.robot_type}::{mode}", share=0.0))
+    if not held_out.any() and chosen.val_split_ratio > 0:
+        log.warning("data.sources.%s has one episode, which is trained on: it has no validation", name)
     if not chosen.iterable_shuffle:
         log.warning(
             "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
@@ -151,6 +155,7 @@ def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: i
         "success_only",
         "success_column",
         "val_split_ratio",
+        "val_episodes",
         "chunk_length",
     )
     names += ("sample_stride", "fps", "iterable_shuffle", "use_filter_dict", "filter_key", "filter_rule")
@@ -177,16 +182,26 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
 
 
 def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int]) -> list[Group]:
-    """Groups with their share of the mixture: the dataset's draws, split by the group's training windows."""
+    """Groups with their weight in aggregates: the dataset's, split by the group's training windows.
+
+    The dataset's weight is what no other dataset changes, its windows or its configured weight, wherever either is
+    set throughout: normalised shares would round another way each time that a dataset joins. A group without training
+    windows has weight 0: an aggregate speaks of the mixture that is trained on.
+    """
+    trained = [d for d, drawn in zip(datasets, draws, strict=True) if drawn]
+    natural = all(d.settings.weight is None for d in trained)
+    weighted = all(d.settings.weight is not None for d in trained)
     share = np.zeros(len(groups))
     for dataset, drawn in zip(datasets, draws, strict=True):
-        by_group = np.bincount(
+        windows_of = np.bincount(
             dataset.group_of[dataset.train.episode], weights=dataset.train.length, minlength=len(groups)
         )
-        share += drawn / sum(draws) * by_group / by_group.sum()
-    # A group whose episodes are all held out has no training share; it still has a place in the aggregate.
-    floor = 1.0 / max(1, sum(draws))
-    return [dataclasses.replace(g, share=float(max(s, floor))) for g, s in zip(groups, share, strict=True)]
+        if drawn and natural:
+            share += windows_of
+        elif drawn:
+            weight = dataset.settings.weight if weighted else drawn
+            share += weight * (windows_of / windows_of.sum())
+    return [dataclasses.replace(g, share=float(s)) for g, s in zip(groups, share, strict=True)]
 
 
 def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:

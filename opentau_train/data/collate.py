@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from opentau_train.types import Batch, BatchSpec, Sample
+from opentau_train.types import Batch, BatchSpec, Provenance, Sample
 
 
 def collate(samples: Sequence[Sample], spec: BatchSpec) -> Batch:
@@ -66,3 +66,22 @@ def join(parts: Sequence[Batch], order: Sequence[int]) -> Batch:
         return tensors(name)
 
     return Batch(**{name: field(name) for name in Batch.__dataclass_fields__})
+
+
+def blank_batch(spec: BatchSpec) -> Batch:
+    """One sample of weight 0 in which nothing is present: for a rank that has none but must take part in a forward."""
+    provenance = Provenance(0, "", 0, "", 0, 0, 0)
+    sample = Sample(
+        images={},
+        state=np.zeros(spec.state_dim, np.float32),
+        actions=np.zeros((spec.chunk_length, spec.action_dim), np.float32),
+        state_dim_mask=np.zeros(spec.state_dim, bool),
+        action_is_pad=np.ones(spec.chunk_length, bool),
+        action_dim_mask=np.zeros(spec.action_dim, bool),
+        prompt="",
+        mode="policy",
+        key=0,
+        provenance=provenance,
+        weight=0.0,
+    )
+    return collate([sample], spec)

@@ -36,12 +36,14 @@ SUBSTITUTE_TRIES = 8
 class Part:
     """What one worker built of a step: the samples' numbers `t` [n] i64, their batch (None where n = 0), how many of
     them stand in for windows that couldn't be read, or the error that ended the worker (errors travel as values: one
-    raised on a single rank would leave the others in a collective)."""
+    raised on a single rank would leave the others in a collective). `left_out`: windows that couldn't be read and are
+    missing in `t` and `batch`."""
 
     t: np.ndarray
     batch: Batch | None
     num_substituted: int = 0
     error: UserError | None = None
+    left_out: tuple[BadSample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class RankBatch:
 
 
 class Parts(IterableDataset):
-    """`plan(worker, num_workers)` gives the windows that a worker builds, item by item; each becomes a `Part`."""
+    """`plan(worker, num_workers)` gives the windows that a worker builds, item by item; each becomes a `Part`.
+
+    A window that can't be read is substituted where `train`; else it ends the worker, or with `skip_bad` is left out.
+    """
 
     def __init__(
         self,
@@ -64,8 +69,10 @@ class Parts(IterableDataset):
         *,
         train: bool,
         quarantine: Path | None = None,
+        skip_bad: bool = False,
     ):
         self.mixture, self.plan, self.train, self.quarantine = mixture, plan, train, quarantine
+        self.skip_bad = skip_bad
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
@@ -80,7 +87,7 @@ class Parts(IterableDataset):
             builder.close()
 
     def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
-        samples, substituted = [], 0
+        samples, substituted, left_out = [], 0, {}
         for i in range(len(windows)):
             lane = int(windows.slot[i])
             address = tuple(int(c[i]) for c in (windows.dataset, windows.episode, windows.frame, windows.pass_index))
@@ -88,11 +95,14 @@ class Parts(IterableDataset):
                 samples.append(builder.build(lane, *address))
             except BadSample as error:
                 if not self.train:
-                    raise _unreadable(error) from error
+                    if not self.skip_bad:
+                        raise _unreadable(error) from error
+                    left_out[i] = error
+                    continue
                 samples.append(self._substitute(builder, lane, address, error))
                 substituted += 1
         batch = collate(samples, self.mixture.spec) if samples else None
-        return Part(windows.t, batch, substituted)
+        return Part(np.delete(windows.t, list(left_out)), batch, substituted, left_out=tuple(left_out.values()))
 
     def _substitute(self, builder: SampleBuilder, lane: int, address: tuple[int, ...], error: BadSample) -> Sample:
         """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
@@ -133,7 +143,8 @@ def _unreadable(error: BadSample) -> UserError:
     return UserError(
         f"a validation window can't be read: {error.cause}",
         where=f"dataset '{error.dataset}', episode {error.episode}, frame {error.frame}",
-        remedy=f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}]",
+        remedy=f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}] or "
+        "validation.on_bad_sample=skip",
     )
 
 

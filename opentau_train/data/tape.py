@@ -93,14 +93,14 @@ def draws_per_epoch(sizes: list[int], weights: list[float | None]) -> list[int]:
     """Windows an epoch draws from each dataset.
 
     No weight set: every window once. Else the epoch keeps the mixture's size and is shared by weight (a null weight
-    counts as the dataset's own share of the windows), by largest remainder, at least one a dataset.
+    counts as the dataset's own share of the windows), by largest remainder, at least one a dataset that has any.
     """
     if all(w is None for w in weights):
         return list(sizes)
     total = sum(sizes)
     shares = np.array([size / total if w is None else w for size, w in zip(sizes, weights, strict=True)])
     exact = shares / shares.sum() * total
-    draws = np.maximum(np.floor(exact).astype(np.int64), 1)
+    draws = np.maximum(np.floor(exact).astype(np.int64), np.minimum(sizes, 1))  # none of a validation-only dataset
     order = np.argsort(-(exact - np.floor(exact)), kind="stable")
     for place in order[: max(0, total - int(draws.sum()))]:
         draws[place] += 1
@@ -112,7 +112,8 @@ class Tape:
 
     `batch_size` B is the global batch, `lanes_per_sample` v, `phase_rows` about how many rows a phase has, `draws`
     n_d. Step s takes the B samples from `first_sample(s)` on: s * B, unless `offset` moves them (a run that was resumed
-    on changed data). Raises `UserError` for a dataset without windows.
+    on changed data). Raises `UserError` for a dataset without windows, unless others have some and none are drawn from
+    it.
     """
 
     def __init__(
@@ -126,8 +127,8 @@ class Tape:
         phase_rows: int = 512,
         offset: int = 0,
     ):
-        for blocks in datasets:
-            if blocks.num_windows == 0:
+        for blocks, drawn in zip(datasets, draws, strict=True):
+            if blocks.num_windows == 0 and (drawn or not sum(draws)):
                 raise UserError(
                     f"dataset '{blocks.name}' has no training window left",
                     where=f"data.sources.{blocks.name}",

@@ -10,18 +10,33 @@ from numpy.typing import NDArray
 
 from opentau_train import rng
 from opentau_train.data.tape import DatasetBlocks
+from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
 SNAP_ROWS = 1e-2
 """A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
 
 
-def validation_split(name: str, numbers: NDArray[np.int64], ratio: float, seed: int) -> NDArray[np.bool_]:
+def validation_split(
+    name: str, numbers: NDArray[np.int64], ratio: float, seed: int, chosen: tuple[int, ...] | None = None
+) -> NDArray[np.bool_]:
     """[E] True for held-out episodes: hash of (seed, dataset, episode number) below `ratio`.
 
     Each episode decides for itself: adding datasets or episodes moves none of the others. With `ratio` > 0 at least
-    one episode is held out (the one with the smallest hash) as long as one remains for training.
+    one episode is held out (the one with the smallest hash) as long as one remains for training; with 1.0 all are.
+    `chosen` names the held-out episodes instead. Raises `UserError` for one that isn't there.
     """
+    if chosen is not None:
+        missing = sorted(set(chosen) - set(numbers.tolist()))
+        if missing:
+            raise UserError(
+                f"episode {missing[0]} can't be held out: it is not among the {len(numbers)} episodes in use",
+                where=f"data.sources.{name}.val_episodes",
+                remedy="name episodes of the dataset that `episodes` and `exclude_episodes` leave in",
+            )
+        return np.isin(numbers, chosen)
+    if ratio == 1.0:
+        return np.ones(len(numbers), bool)
     if ratio <= 0 or len(numbers) < 2:
         return np.zeros(len(numbers), bool)
     draw = rng.uniform(rng.fold(rng.key(seed, "split", name), numbers))[:, 0]

@@ -1,0 +1,358 @@
+"""Validation's promises: a split that holds, groups that don't touch each other, training that doesn't notice."""
+
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opentau_train.data.tape import Tape, draws_per_epoch
+from opentau_train.data.windows import equal_spans, make_blocks, validation_split, validation_windows
+from opentau_train.errors import UserError
+from opentau_train.metrics import Sums, validation_row
+from opentau_train.types import EpisodeTable
+from tests.program import DATA, TOY, metrics, train_here
+
+# -- the split, over random mixtures -----------------------------------------------------------------------------------
+
+sources = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 30), min_size=1, max_size=12),  # episode lengths
+        st.sampled_from([0.0, 0.01, 0.3, 0.9, 1.0]),  # val_split_ratio
+        st.booleans(),  # explicit episodes instead
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def table_of(lengths):
+    num = len(lengths)
+    zeros = np.zeros(num, np.int64)
+    return EpisodeTable(
+        np.arange(num) * 3 + 5, np.array(lengths, np.int32), zeros.astype(np.int16), ("joint",), zeros, zeros, {}, {}
+    )
+
+
+def open_sources(found, seed, chunk, drop_tail):
+    """[(table, held out, training blocks, validation blocks)], as the mixture makes them."""
+    opened = []
+    for i, (lengths, ratio, explicit) in enumerate(found):
+        table = table_of(lengths)
+        chosen = tuple(table.episode_index[::2].tolist()) if explicit else None
+        held_out = validation_split(f"d{i}", table.episode_index, ratio, seed, chosen)
+        blocks = np.stack([np.arange(len(table)), np.zeros(len(table)), table.length], axis=1).astype(np.int32)
+        sides = [
+            make_blocks(f"d{i}", table, blocks, keep, rows=chunk, drop_tail=drop_tail, shuffle=True)
+            for keep in (~held_out, held_out)
+        ]
+        opened.append((table, held_out, *sides))
+    return opened
+
+
+@given(sources, st.integers(0, 5), st.integers(1, 8), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_no_training_window_shares_an_episode_with_a_validation_one(found, seed, chunk, drop_tail):
+    opened = open_sources(found, seed, chunk, drop_tail)
+    train, held_out = [o[2] for o in opened], [o[3] for o in opened]
+    validated = set(
+        zip(*validation_windows(held_out, [np.zeros(len(o[0]), int) for o in opened], None)[:2], strict=True)
+    )
+    draws = draws_per_epoch([b.num_windows for b in train], [None] * len(train))
+    if sum(draws) == 0:
+        return
+    tape = Tape(train, draws, seed=seed, batch_size=4, lanes_per_sample=2, phase_rows=4)
+    seen = tape.windows(np.arange(2 * tape.epoch_size))
+    assert not validated & set(zip(seen.dataset.tolist(), seen.episode.tolist(), strict=True))
+
+
+@given(sources, st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_share_holds_out_at_least_one_episode_leaves_one_and_all_of_it_is_all(found, seed):
+    for (lengths, ratio, explicit), (table, held_out, _, _) in zip(
+        found, open_sources(found, seed, 1, False), strict=True
+    ):
+        if explicit:
+            assert table.episode_index[held_out].tolist() == table.episode_index[::2].tolist()
+        elif ratio == 1.0:
+            assert held_out.all()
+        elif ratio > 0 and len(lengths) > 1:
+            assert 0 < held_out.sum() < len(lengths)
+        else:
+            assert not held_out.any()
+
+
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=12), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_the_split_of_an_episode_depends_on_no_other_episode(lengths, seed):
+    numbers = np.arange(len(lengths) + 50)
+    whole = validation_split("d", numbers, 0.3, seed)
+    fewer = validation_split("d", numbers[::-1][:30], 0.3, seed)[::-1]
+    np.testing.assert_array_equal(whole[-30:], fewer)
+
+
+def test_an_episode_that_is_not_there_can_not_be_held_out():
+    with pytest.raises(UserError, match="episode 7 can't be held out"):
+        validation_split("d", np.arange(5), 0.1, 0, (1, 7))
+
+
+@given(st.lists(st.floats(1, 40), max_size=200), st.integers(1, 9))
+def test_spans_are_contiguous_cover_all_and_are_even(cost, parts):
+    cost = np.array(cost)
+    bounds = equal_spans(cost, parts)
+    assert bounds[0] == 0 and bounds[-1] == len(cost) and (np.diff(bounds) >= 0).all()
+    for low, high in itertools.pairwise(bounds):
+        assert abs(cost[low:high].sum() - cost.sum() / parts) <= cost.max(initial=0) + 1e-9
+
+
+# -- grouping ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_mixed_batches_are_taken_apart_exactly(data):
+    """Against one pass a group: any order, any batches, the same bits."""
+    num = data.draw(st.integers(1, 60))
+    item = np.array(data.draw(st.lists(st.integers(0, 5), min_size=num, max_size=num)))
+    rng = np.random.default_rng(num)
+    total, count = np.round(rng.normal(size=num) * 2**20) / 2**20, rng.integers(0, 4, num).astype(float)
+    cuts = sorted(data.draw(st.lists(st.integers(0, num), max_size=5)))
+    sums = Sums(6, ["mse"])
+    for part in np.split(rng.permutation(num), cuts):
+        sums.add(torch.from_numpy(item[part]), {"mse": (torch.tensor(total[part]), torch.tensor(count[part]))})
+    for i in range(6):
+        assert sums.values[i, 0].tolist() == [total[item == i].sum(), count[item == i].sum()]
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+RUN = [*TOY, "trainer.steps=4", "validation.every=2", "checkpoint.every=2"]
+FROZEN = [*RUN, "trainer.steps=2", "optimizer.lr=1e-30", "optimizer.weight_decay=0"]
+
+
+def validation(row):
+    return {tag: value for tag, value in row.items() if tag.startswith("Validation")}
+
+
+def training(rows):
+    return {s: {t: v for t, v in row.items() if t.startswith("Training")} for s, row in rows.items()}
+
+
+def test_a_source_without_actions_leaves_the_robots_mse_unchanged_bit_for_bit(tmp_path):
+    """It supervises only the bins; placed before the robots, so that it moves every batch and every span."""
+    added = [
+        f"data.sources.aaa.root={DATA / 'lerobot_v21'}",
+        "data.sources.aaa.val_split_ratio=0.6",
+        "data.sources.aaa.mode=tokens",
+        "data.sources.aaa.robot_type=speaker",
+    ]
+    alone = metrics(train_here(FROZEN, tmp_path / "alone"))[2]
+    joined = metrics(train_here([*FROZEN, *added], tmp_path / "joined"))[2]
+    mse = {t: v for t, v in validation(alone).items() if "/MSE" in t}
+    assert len(mse) > 8 and mse == {t: v for t, v in validation(joined).items() if "/MSE" in t}
+    assert "Validation/aaa/default/CE" in joined and "Validation/speaker::default/CE" in joined
+    assert joined["Validation/CE"] != alone["Validation/CE"]
+
+
+def test_permuting_the_config_changes_no_key_and_no_value(tmp_path):
+    sources = [a for a in FROZEN if a.startswith("data.sources.")]
+    others = [a for a in FROZEN if not a.startswith(("data.sources.", "+recipe"))]
+    first = metrics(train_here(["+recipe=lerobot", *sources, *others], tmp_path / "a"))
+    second = metrics(train_here(["+recipe=lerobot", *others, *reversed(sources)], tmp_path / "b"))
+    assert first == second
+
+
+def test_validating_more_often_changes_no_training_number(tmp_path):
+    """With everything that a pass can do, and dropout in the data."""
+    run = [*TOY, "trainer.steps=6", "data.dropout.prompt=0.5", "trainer.ema_decay=0.9", "data.num_workers=1"]
+    more = ["validation.metrics=[action]", "validation.num_noise_draws=2"]
+    never = metrics(train_here([*run, "validation.every=0"], tmp_path / "never"))
+    often = metrics(train_here([*run, *more, "validation.every=1"], tmp_path / "often"))
+    assert training(never) == training(often) and len(never) == 6
+
+
+def test_ambient_random_states_and_modes_are_untouched_by_a_pass(tmp_path, monkeypatch):
+    import random
+
+    from opentau_train import train
+
+    states = []
+    run_passes = train.run_passes
+
+    def watched(policy, *arguments):
+        def now():
+            _, numpy_state, *rest = np.random.get_state()
+            weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
+            return torch.get_rng_state(), numpy_state, rest, random.getstate(), policy.training, weights
+
+        before = now()
+        found = run_passes(policy, *arguments)
+        states.append((before, now()))
+        return found
+
+    monkeypatch.setattr(train, "run_passes", watched)
+    train_here([*RUN, "trainer.ema_decay=0.5", "validation.metrics=[action]", "data.num_workers=1"], tmp_path / "run")
+    assert len(states) == 2
+    for before, after in states:
+        assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2:5] == after[2:5]
+        assert all(torch.equal(v, after[5][n]) for n, v in before[5].items())
+
+
+def test_frozen_weights_give_the_same_bits_again_and_after_a_restart(tmp_path):
+    frozen = [*FROZEN, "trainer.steps=4"]
+    rows = metrics(train_here(frozen, tmp_path / "whole"))
+    assert validation(rows[2]) == validation(rows[4])
+    train_here(FROZEN, tmp_path / "parts")
+    again = metrics(train_here([*frozen, "resume=auto"], tmp_path / "parts"))
+    assert validation(again[4]) == validation(rows[4])
+
+
+def test_more_noise_draws_change_the_mse_and_nothing_else(tmp_path):
+    one = metrics(train_here(FROZEN, tmp_path / "one"))[2]
+    four = metrics(train_here([*FROZEN, "validation.num_noise_draws=4"], tmp_path / "four"))[2]
+    assert one["Validation/MSE"] != four["Validation/MSE"]
+    assert one["Validation/MSE"] == pytest.approx(four["Validation/MSE"], rel=0.3)
+    assert one["Validation/CE"] == four["Validation/CE"]
+    assert one["Validation/main/default/MSE/N"] == four["Validation/main/default/MSE/N"]
+
+
+def test_a_source_for_validation_only_is_seen_in_no_batch_and_moves_no_aggregate(tmp_path):
+    only = [
+        f"data.sources.zoo.root={DATA / 'lerobot_v21'}",
+        "data.sources.zoo.val_split_ratio=1.0",
+        "data.sources.zoo.robot_type=toy6",
+    ]
+    alone = metrics(train_here(FROZEN, tmp_path / "alone"))
+    joined = metrics(train_here([*FROZEN, *only], tmp_path / "joined"))
+    assert joined[2]["Validation/zoo/default/MSE/N"] == 93
+    for tag in ("Validation/MSE", "Validation/CE", "Validation/Loss", "Validation/main/default/MSE"):
+        assert joined[2][tag] == alone[2][tag]
+    assert not any("/zoo/" in tag for row in joined.values() for tag in row if tag.startswith("Training"))
+    with pytest.raises(UserError, match="for validation only"):
+        train_here([*FROZEN, *only, "data.sources.zoo.weight=1.0"], tmp_path / "weighted")
+
+
+def test_a_mixture_for_validation_only_can_not_be_trained_on(tmp_path):
+    nothing = [f"data.sources.{n}.val_split_ratio=1.0" for n in ("main", "old")]
+    with pytest.raises(UserError, match="no training window"):
+        train_here([*FROZEN, *nothing], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("data.sources.main.val_episodes=[0,3]", "no longer held out: 1; newly held out: 3"),
+        ("data.sources.old.val_split_ratio=0", "no longer held out: 0"),
+    ],
+)
+def test_resuming_on_another_split_is_an_error_that_names_the_episodes(change, named, tmp_path):
+    train_here(FROZEN, tmp_path / "run")
+    with pytest.raises(UserError, match=named):
+        train_here([*FROZEN, "trainer.steps=3", "resume=auto", change], tmp_path / "run")
+
+
+def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resumed(tmp_path):
+    run = [*TOY, "trainer.steps=12", "validation.every=3", "checkpoint.every=2", "checkpoint.keep_last=1"]
+    run.append("validation.best_margin=0.5")
+    whole = train_here(run, tmp_path / "whole")
+    best = (whole / "checkpoints" / "best").resolve()
+    assert (best / "run.json").is_file() and int(best.name) % 3 == 0
+    losses = {s: row["Validation/Loss"] for s, row in metrics(whole).items() if "Validation/Loss" in row}
+    assert losses[int(best.name)] < losses[3]
+
+    class Stop(Exception):
+        """Ends the first half as a kill would."""
+
+    from opentau_train import train
+
+    take = train.train_step
+
+    def until_seven(state, *arguments, **options):
+        if state.step == 7:
+            raise Stop
+        return take(state, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "train_step", until_seven)
+        train_here(run, tmp_path / "halves")
+    resumed = train_here([*run, "resume=auto"], tmp_path / "halves")
+    assert (resumed / "checkpoints" / "best").resolve().name == best.name
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(tmp_path):
+    frozen = [*FROZEN, "trainer.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1"]
+    run = train_here(frozen, tmp_path / "run")
+    folder = run / "checkpoints"
+    assert (folder / "best").resolve().name == "00000002" and (folder / "last").resolve().name == "00000006"
+    assert sorted(p.name for p in folder.iterdir()) == ["00000002", "00000006", "best", "last"]
+    off = train_here([*frozen, "validation.best_margin=null"], tmp_path / "off")
+    assert not (off / "checkpoints" / "best").exists()
+
+
+# -- windows that can't be read ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """The toy mixture with the video of a held-out episode cut short."""
+    root = tmp_path / "damaged"
+    shutil.copytree(DATA / "lerobot_v21", root)
+    (video,) = root.rglob("episode_000001.mp4")
+    video.chmod(0o644)
+    video.write_bytes(video.read_bytes()[:200])
+    return [*FROZEN, f"data.sources.old.root={root}", "data.sources.old.val_episodes=[0,1]"]
+
+
+def test_a_corrupt_validation_window_fails_the_pass_with_its_name(damaged, tmp_path):
+    with pytest.raises(UserError, match="a validation window can't be read") as error:
+        train_here(damaged, tmp_path / "run")
+    assert error.value.where == "dataset 'old', episode 1, frame 0" and "on_bad_sample=skip" in error.value.remedy
+
+
+def test_skip_leaves_corrupt_windows_out_counts_and_names_them(damaged, tmp_path):
+    run = train_here([*damaged, "validation.on_bad_sample=skip"], tmp_path / "run")
+    row = metrics(run)[2]
+    lengths = [json.loads(x)["length"] for x in (DATA / "lerobot_v21/meta/episodes.jsonl").read_text().splitlines()]
+    assert row["Validation-LeftOut/Windows"] == lengths[1]
+    assert row["Validation/old/default/MSE/N"] == lengths[0]
+    assert "Validation/old/default/MSE/StdErr" not in row  # one readable episode is left
+    assert f"left out {lengths[1]} windows" in (run / "train.log").read_text()
+    assert "dataset old, episode 1, frame 0" in (run / "train.log").read_text()
+
+
+# -- conservation ------------------------------------------------------------------------------------------------------
+
+
+def test_lost_windows_and_miscounted_elements_end_the_pass_with_the_groups_name():
+    from opentau_train.evaluate import check_conservation
+    from opentau_train.metrics import Group
+
+    plan = SimpleNamespace(
+        num_windows=np.array([3, 2]),
+        group_of=np.array([0, 1]),
+        episodes=(("a", 7), ("b", 9)),
+        mixture=SimpleNamespace(groups=(Group("a", "joint", "r", 1.0), Group("b", "ee", "r", 1.0))),
+    )
+    values = np.ones((2, 1, 2))
+    check_conservation(plan, values, np.ones((2, 1)), np.array([3.0, 2.0]), ())
+    with pytest.raises(RuntimeError, match="1 windows in b/ee, 2 were planned; first in episode 9"):
+        check_conservation(plan, values, np.ones((2, 1)), np.array([3.0, 1.0]), ())
+    with pytest.raises(RuntimeError, match="1 loss elements in a/joint, 2 were planned"):
+        check_conservation(plan, values, np.array([[2.0], [1.0]]), np.array([3.0, 2.0]), ())
+
+
+def test_a_term_without_supervision_is_absent_and_zero_loss_is_not():
+    from opentau_train.metrics import Group
+
+    groups = [Group("a", "joint", "r::joint", 1.0), Group("b", "joint", "r::joint", 1.0)]
+    episodes = np.zeros((2, 2, 2))
+    episodes[0, 0], episodes[1, 1] = [0.0, 4.0], [2.0, 4.0]
+    row = validation_row(episodes, np.array([0, 1]), np.ones(2), groups, ["mse", "ce"], {"mse": 1.0, "ce": 1.0})
+    assert row["Validation/a/joint/MSE"] == 0.0 and "Validation/a/joint/CE" not in row
+    assert row["Validation/r::joint/MSE/N"] == 1.0 and row["Validation/MSE"] == 0.0 and row["Validation/CE"] == 0.5
