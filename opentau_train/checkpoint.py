@@ -81,7 +81,7 @@ def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
 
     Raises `UserError` where they don't fit or there is no average.
     """
-    mine = dict(policy.named_parameters()) if part == "ema" else get_model_state_dict(policy)
+    mine: dict[str, torch.Tensor] = dict(policy.named_parameters() if part == "ema" else policy.state_dict())
     tensors = {part: {name: torch.empty_like(value, dtype=torch.float32) for name, value in mine.items()}}
     _check_schema(path, tensors)
     dcp.load(tensors, checkpoint_id=path / "state", no_dist=True)

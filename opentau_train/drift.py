@@ -2,8 +2,9 @@
 
 - safe: changes no number of the training (paths, loggers, workers, layout of ranks, when to save or validate);
 - warned: changes the training from here on, as was perhaps meant (learning rate, schedule, weight decay, dropout);
-- refused: what was trained so far wouldn't fit any more (seed, global batch, mixture, shapes, normalisation), unless
-  `resume_force` names the key, or the start of it up to a dot.
+- refused: what was trained so far wouldn't fit any more. A changed data plan (seed, global batch, mixture) is forced
+  by `resume.data=restart`; others (shapes, normalisation) by `resume.force`, which lists keys or the start of them, up
+  to a dot.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from opentau_train.errors import UserError
 
 Kind = Literal["safe", "warned", "refused"]
 
-STREAM = ("seed", "trainer.global_batch_size", "data")
-"""Where a forced change means another order of the samples."""
-
-_STREAM_WHY = "the stream goes on at the same step of another order"
+_PLAN = "the data plan changes"
 _SHAPES_WHY = "the weights were trained for it; none can be loaded whose shape changes"
 
 RULES: tuple[tuple[str, Kind, str], ...] = (
     ("name", "safe", ""),
-    ("resume*", "safe", ""),
+    ("resume", "safe", ""),
+    ("resume.*", "safe", ""),
     ("paths.*", "safe", ""),
     ("logger.*", "safe", ""),
     ("checkpoint.*", "safe", ""),
@@ -42,25 +41,31 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     ("trainer.max_skipped_steps", "safe", ""),
     ("trainer.compile*", "safe", ""),
     ("trainer.device", "safe", ""),
-    ("trainer.global_batch_size", "refused", _STREAM_WHY),
+    ("trainer.global_batch_size", "refused", _PLAN),
     ("trainer.steps", "warned", "the schedule is stretched to the new length"),
     ("trainer.*", "warned", "from here on"),
     ("optimizer.*", "warned", "from here on"),
     ("scheduler.*", "warned", "from here on"),
-    ("seed", "refused", _STREAM_WHY),
+    ("seed", "refused", _PLAN),
     ("data.num_workers", "safe", ""),
     ("data.prefetch_factor", "safe", ""),
     ("data.max_samples_per_batch", "safe", ""),
     ("data.bad_samples.*", "safe", ""),
-    ("data.sources.*.root", "safe", ""),  # what lies there is compared by the stream's hash of the blocks
+    ("data.correlation.*", "safe", ""),
+    # What lies there is compared by itself, with the tape's state.
+    ("data.sources.*.root", "safe", ""),
+    ("data.sources.*.filter_dict_path", "safe", ""),
     ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
     ("data.sources.*.tolerance_s", "safe", ""),
     ("data.sources.*.prompt_*", "warned", "other prompts from here on"),
     ("data.dropout.*", "warned", "from here on"),
     ("data.blank_images", "warned", "from here on"),
-    ("data.lanes_per_sample", "refused", _STREAM_WHY),
-    ("data.phase_rows", "refused", _STREAM_WHY),
-    ("data.sources.*", "refused", _STREAM_WHY),
+    ("data.lanes_per_sample", "refused", _PLAN),
+    ("data.sample_stride", "refused", _PLAN),
+    ("data.drop_tail", "refused", _PLAN),
+    ("data.builtin_sample", "refused", _PLAN),
+    ("data.phase_rows", "refused", _PLAN),
+    ("data.sources.*", "refused", _PLAN),
     ("data.normalization", "refused", "the policy was trained on inputs normalised otherwise"),
     ("data.*", "refused", _SHAPES_WHY),
     ("model.*_weight", "warned", "the losses' weights from here on"),
@@ -84,8 +89,14 @@ class Change:
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}" + (f" ({self.why})" if self.why else "")
 
-    def forced_by(self, force: Collection[str]) -> bool:
-        return any(_inside(self.key, start) for start in force)
+    @property
+    def of_plan(self) -> bool:
+        """Whether the order of the samples depends on it."""
+        return self.why == _PLAN
+
+    def forced_by(self, force: Collection[str], restart: bool) -> bool:
+        """Whether `resume.force` or `resume.data=restart` allow it."""
+        return restart if self.of_plan else any(_inside(self.key, start) for start in force)
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -97,8 +108,8 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     changes = []
     sources = [set(_mapping(_mapping(tree.get("data")).get("sources"))) for tree in (saved, now)]
     for name in sorted(sources[0] ^ sources[1]):
-        there = ["present" if name in names else "absent" for names in sources]
-        changes.append(Change(f"data.sources.{name}", *there, "refused", _STREAM_WHY))
+        said = ["present" if name in names else "absent" for names in sources]
+        changes.append(Change(f"data.sources.{name}", said[0], said[1], "refused", _PLAN))
     alone = tuple(f"{c.key}." for c in changes)
     for key in [*new, *(k for k in old if k not in new)]:
         before, after = old.get(key), new.get(key)
@@ -107,26 +118,24 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return changes
 
 
-def check(changes: Sequence[Change], force: Collection[str]) -> None:
-    """Raises `UserError` with the refused changes that `force` doesn't name."""
-    refused = [c for c in changes if c.kind == "refused" and not c.forced_by(force)]
+def check(changes: Sequence[Change], force: Collection[str] = (), *, restart: bool = False) -> None:
+    """Raises `UserError` with the refused changes that neither `force` names nor `restart` allows, and with the
+    overrides that would."""
+    refused = [c for c in changes if c.kind == "refused" and not c.forced_by(force, restart)]
     if refused:
+        keys = [c.key for c in refused if not c.of_plan]
+        plan = ["resume.data=restart"] if any(c.of_plan for c in refused) else []
+        overrides = [*plan, *(["resume.force=[" + ",".join(dict.fromkeys([*force, *keys])) + "]"] if keys else [])]
         raise UserError(
             "settings differ from the checkpoint's: " + "; ".join(map(str, refused)),
             where=", ".join(c.key for c in refused),
-            remedy="restore them, or add resume_force=[" + ",".join(dict.fromkeys([*force, *(c.key for c in refused)]))
-            + "], or start a new run",
-        )  # fmt: skip
+            remedy=f"restore them, or go on regardless with {' '.join(overrides)}, or start a new run",
+        )
 
 
-def forces_stream(force: Collection[str]) -> bool:
-    """Whether `resume_force` allows another order of the samples than the checkpoint's."""
-    return any(_inside(key, start) or _inside(start, key) for key in force for start in STREAM)
-
-
-def report(changes: Sequence[Change], force: Collection[str]) -> list[str]:
+def report(changes: Sequence[Change], force: Collection[str] = (), *, restart: bool = False) -> list[str]:
     """A line a change, to be printed when a run is resumed."""
-    return [f"{'forced' if c.kind == 'refused' and c.forced_by(force) else c.kind:8}{c}" for c in changes]
+    return [f"{'forced' if c.kind == 'refused' and c.forced_by(force, restart) else c.kind:8}{c}" for c in changes]
 
 
 def _judge(key: str, old: Any, new: Any, now: Mapping[str, Any]) -> tuple[Kind, str]:
@@ -144,7 +153,7 @@ def _inside(key: str, start: str) -> bool:
     return key == start or key.startswith(f"{start}.")
 
 
-def _filled(cls: type, tree: Any) -> dict[str, Any]:
+def _filled(cls: Any, tree: Any) -> dict[str, Any]:
     """`tree` with the defaults of the settings class `cls` where it has no key, and of the classes inside."""
     filled, hints = dict(_mapping(tree)), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

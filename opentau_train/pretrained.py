@@ -91,8 +91,10 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise _unreadable(file, error) from error
     if folder is None and texts.get("format") != FORMAT:
         raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
-    card = Pretrained(*(json.loads(texts[n]) for n in ("config", "stats", "policy"))) if folder is None else None
-    card = card or read_card(folder)
+    if folder is None:
+        card = Pretrained(*(json.loads(texts[name]) for name in ("config", "stats", "policy")))
+    else:
+        card = read_card(folder)
     policy = build(card)
     try:
         policy.load_state_dict(weights)
@@ -111,7 +113,7 @@ def locate(path: Path) -> Path:
 
 def build(card: Pretrained) -> nn.Module:
     """The policy of the settings, untrained. Torch's random state stays as it is."""
-    spec = {k: tuple(v) if isinstance(v, list) else v for k, v in card.policy["spec"].items()}
+    spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.policy["spec"].items()}
     with torch.random.fork_rng(devices=[]):
         return typed.instantiate(card.config["model"], "model", spec=BatchSpec(**spec))
 

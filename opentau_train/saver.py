@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ class Saver:
     def _content(self, state: TrainState, stream: dict[str, Any], counters: dict[str, int]) -> _Content:
         tensors = tensors_of(state)
         if self.settings.asynchronous:
-            tensors = self._stager.stage(tensors)
+            tensors = cast(dict[str, Any], self._stager.stage(tensors))  # it copies before it returns
         weights = tensors["model"]
         if state.replicas.sharded:
             weights = get_model_state_dict(

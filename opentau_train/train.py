@@ -127,7 +127,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     degrees = data_parallel_degrees(
         settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
     )
-    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else None))
+    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
     if found is not None:
         world.agree(lambda: _compare(settings, tree, found))

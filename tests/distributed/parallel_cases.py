@@ -65,7 +65,7 @@ def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], toleran
 
 
 def main(replicate: int, shard: int) -> None:
-    with launch(device="cpu", precision="no", timeout=60) as world:
+    with launch(device="cpu", precision="no", timeout=60, identity={}) as world:
         batch = make_batch(num=NUM)
         noise = make_noise(batch)
         plain = make_policy()
@@ -74,7 +74,7 @@ def main(replicate: int, shard: int) -> None:
         expected = {name: p.grad.clone() for name, p in alone.named_parameters()}
 
         policy = make_policy()
-        replicas = spread(policy, world, replicate, shard, "no")
+        replicas = spread(policy, policy.blocks(), world, replicate, shard, "no")
         assert replicas.sharded == (shard > 1)
         assert get_model_state_dict(policy).keys() == plain.state_dict().keys()
 
@@ -110,7 +110,14 @@ def wrapped(world: World, replicate: int, shard: int, batch: Batch, noise: Noise
         runs = []
         policy.layers[0].mlp.up.register_forward_hook(lambda *_, seen=runs: seen.append(1))
         replicas = spread(
-            policy, world, replicate, shard, "no", activation_checkpointing=True, compile_backend=compile_backend
+            policy,
+            policy.blocks(),
+            world,
+            replicate,
+            shard,
+            "no",
+            activation_checkpointing=True,
+            compile_backend=compile_backend,
         )
         assert get_model_state_dict(policy).keys() == make_policy().state_dict().keys()
         step(replicas, world, batch, noise, num_micro=2)
@@ -125,7 +132,7 @@ def bf16(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, e
     policy = make_policy()
     seen = []
     policy.layers[0].mlp.up.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    replicas = spread(policy, world, replicate, shard, "bf16")
+    replicas = spread(policy, policy.blocks(), world, replicate, shard, "bf16")
     step(replicas, world, batch, noise, num_micro=1, precision="bf16")
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())

@@ -24,7 +24,7 @@ CARD = Pretrained({}, {}, {})
 
 @pytest.fixture
 def world():
-    with launch(device="cpu", precision="no", timeout=60) as world:
+    with launch(device="cpu", precision="no", timeout=60, identity={}) as world:
         yield world
 
 

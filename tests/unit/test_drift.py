@@ -45,7 +45,7 @@ EXPECTED = {
         "trainer__log_every": 3,
         "data__max_samples_per_batch": 2,
         "data__sources__main__root": "/elsewhere",
-        "resume": "auto",
+        "resume__checkpoint": "auto",
     },
     "warned": {
         "optimizer__lr": 1.0,
@@ -73,6 +73,16 @@ EXPECTED = {
 }
 
 
+OF_PLAN = (
+    "seed",
+    "trainer__global_batch_size",
+    "data__lanes_per_sample",
+    "data__sources__main__weight",
+    "data__sources__main__val_split_ratio",
+    "data__sources__second__root",
+)
+
+
 @pytest.mark.parametrize(("kind", "key"), [(k, key) for k, keys in EXPECTED.items() for key in keys])
 def test_each_change_has_its_kind_and_refused_ones_name_what_forces_them(kind, key, tree):
     value = EXPECTED[kind][key]
@@ -83,15 +93,22 @@ def test_each_change_has_its_kind_and_refused_ones_name_what_forces_them(kind, k
     changes = drift.compare(tree, new)
     assert changes and {c.kind for c in changes} == {kind}, changes
     if kind != "refused":
-        return drift.check(changes, [])
+        return drift.check(changes)
     with pytest.raises(UserError) as caught:
-        drift.check(changes, [])
+        drift.check(changes)
     names = [c.key for c in changes]
-    assert f"resume_force=[{','.join(names)}]" in caught.value.remedy
+    if key in OF_PLAN:
+        assert "resume.data=restart" in caught.value.remedy and "resume.force" not in caught.value.remedy
+        drift.check(changes, restart=True)
+        with pytest.raises(UserError):
+            drift.check(changes, names)
+        return
+    assert f"resume.force=[{','.join(names)}]" in caught.value.remedy
     drift.check(changes, names)
     drift.check(changes, [names[0].rsplit(".", 1)[0]])  # the start of the key, up to a dot
-    with pytest.raises(UserError):
-        drift.check(changes, [names[0] + "x", names[0][:-1]])
+    for force, restart in (([names[0] + "x", names[0][:-1]], False), ([], True)):
+        with pytest.raises(UserError):
+            drift.check(changes, force, restart=restart)
 
 
 def test_the_same_configuration_has_no_difference(tree):
@@ -100,7 +117,7 @@ def test_the_same_configuration_has_no_difference(tree):
 
 def test_a_setting_that_an_older_program_had_not_counts_with_its_default(tree):
     older = copy.deepcopy(tree)
-    del older["checkpoint"]["async"], older["trainer"]["ema_decay"], older["resume_force"], older["data"]["dropout"]
+    del older["checkpoint"]["async"], older["trainer"]["ema_decay"], older["resume"], older["data"]["dropout"]
     older["data"]["sources"]["main"]["mode"] = "policy"  # the default, said
     assert drift.compare(older, tree) == []
     assert kinds(older, changed(tree, trainer__ema_decay=0.9)) == {"trainer.ema_decay": "refused"}
@@ -114,22 +131,18 @@ def test_longer_training_is_safe_where_the_rate_does_not_depend_on_it(tree):
 
 
 def test_the_report_shows_old_and_new(tree):
-    changes = drift.compare(tree, changed(tree, optimizer__lr=1.0, seed=3, paths__root="r"))
-    text = "\n".join(drift.report(changes, ["seed"]))
+    changes = drift.compare(tree, changed(tree, optimizer__lr=1.0, seed=3, model__width=8, paths__root="r"))
+    text = "\n".join(drift.report(changes, ["model"], restart=True))
+    assert "forced  model.width: 128 -> 8" in text
     assert (
         "forced  seed: 0 -> 3" in text
         and "warned  optimizer.lr: 0.0005 -> 1.0" in text
         and "safe    paths.root" in text
     )
-    assert "refused seed" in "\n".join(drift.report(changes, []))
-
-
-@pytest.mark.parametrize(
-    ("force", "expected"),
-    [(["seed"], True), (["data"], True), (["data.sources.x.weight"], True), (["model"], False), ([], False)],
-)
-def test_only_forced_data_lets_the_stream_differ(force, expected):
-    assert drift.forces_stream(force) is expected
+    text = "\n".join(drift.report(changes))
+    assert "refused seed" in text and "refused model.width" in text
+    with pytest.raises(UserError, match=r"resume\.data=restart resume\.force=\[model\.width\]"):
+        drift.check(changes)
 
 
 def leaves(cls, path=""):
@@ -151,5 +164,5 @@ def test_any_two_values_of_any_key_compare(key, value):
     for part in path:
         at = at.setdefault(part, {})
     at[name] = value
-    drift.report(drift.compare(old, {}), [])
-    drift.report(drift.compare({}, old), [])
+    drift.report(drift.compare(old, {}))
+    drift.report(drift.compare({}, old))
