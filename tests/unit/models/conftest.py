@@ -1,7 +1,7 @@
 import pytest
-from flow_cases import make_policy
 
 from opentau_train.models.flow import FlowPolicy
+from tests.unit.models.flow_cases import make_policy
 
 
 @pytest.fixture

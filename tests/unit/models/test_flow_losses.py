@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from flow_cases import SPEC, make_batch, make_noise, make_policy, total
 
 from opentau_train.errors import UserError
 from opentau_train.types import Noise
+from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
 
 
 def assert_same_terms(got, want, atol=1e-6, rtol=1e-5):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from flow_cases import SPEC, make_batch, make_noise, make_policy, total
 
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.typed import instantiate
 from opentau_train.types import Noise
+from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
