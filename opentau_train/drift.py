@@ -55,6 +55,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     # What lies there is compared by itself, with the tape's state.
     ("data.sources.*.root", "safe", ""),
     ("data.sources.*.filter_dict_path", "safe", ""),
+    ("data.sources.*.filter_min_match", "safe", ""),
     ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
     ("data.sources.*.tolerance_s", "safe", ""),
     ("data.sources.*.prompt_*", "warned", "other prompts from here on"),

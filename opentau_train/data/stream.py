@@ -205,7 +205,7 @@ def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Pa
 
     The workers live until the generator is exhausted or closed. Raises RuntimeError for a worker that died.
     """
-    iterator: Any = iter(
+    iterator: Any = iter(  # whose workers torch offers no public way to end
         DataLoader(
             parts,
             batch_size=None,

@@ -58,6 +58,7 @@ def test_global_batch_is_the_same_for_all_ranks_and_workers(mixture, step, ranks
     parts = [[tape.owned(step, r, ranks, w, workers) for w in range(workers)] for r in range(ranks)]
     for rank in parts:
         assert sum(len(p) for p in rank) == 6 // ranks
+        assert max(map(len, rank)) - min(map(len, rank)) <= 2  # no worker builds what another could
     flat = [p for rank in parts for p in rank]
     order = np.argsort(np.concatenate([p.t for p in flat]))
     np.testing.assert_array_equal(np.concatenate([addresses(p) for p in flat])[order], addresses(whole))
