@@ -46,3 +46,12 @@ class Stuck(FlowPolicy):
             while RANK == 1 and self.steps == 3:
                 time.sleep(0.1)
         return super().forward(batch, noise)
+
+
+class SlowValidation(FlowPolicy):
+    """A validation batch takes a fifth of a second more: time to send a signal into the pass."""
+
+    def forward(self, batch, noise):
+        if not self.training:
+            time.sleep(0.2)
+        return super().forward(batch, noise)
