@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import TOY, metrics, train_here
+from tests.program import TOY, metrics, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -15,8 +15,9 @@ RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_sample
 
 
 def submit(cluster, sbatch, tmp_path: Path, steps: int, *options: str) -> tuple[str, Path]:
-    """The job and its run directory, named by the job's number."""
+    """The job and its run directory, named by the job's number. Its steps take a tenth of a second or more."""
     overrides = [*(o for o in RUN if not o.startswith("+recipe")), f"trainer.steps={steps}"]
+    overrides.append("model._target_=tests.odd_policies.Slow")
     extra = " ".join(shlex.quote(o) for o in overrides)
     job = cluster.submit(*options, sbatch, cwd=tmp_path, RECIPE="lerobot", EXTRA_TAIL_OVERRIDES=extra)
     return job, tmp_path / "runs" / f"slurm-{job}"
@@ -32,22 +33,19 @@ def finished(cluster, job: str, tmp_path: Path) -> str:
 
 
 def assert_equals_uninterrupted(run_dir: Path, steps: int, tmp_path: Path) -> None:
-    """The same batches in the same order, and losses that differ by no more than the order of a sum of two ranks."""
-    found = metrics(run_dir)
-    whole = metrics(train_here([*RUN, f"trainer.steps={steps}"], tmp_path / "whole"))
-    assert list(found) == list(whole) == list(range(1, steps + 1))
-    for step, row in whole.items():
-        assert found[step]["Training/BatchId"] == row["Training/BatchId"], step
-        assert found[step].keys() == row.keys(), step
-        for tag, value in row.items():
-            assert found[step][tag] == pytest.approx(value, abs=2e-4), (step, tag)
+    """The same batches, losses, gradients and validations, to the last bit, as two ranks that nothing stopped."""
+    done = run([*RUN, f"trainer.steps={steps}", f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    whole = metrics(tmp_path / "whole")
+    assert list(whole) == list(range(1, steps + 1)) and "Training/BatchId" in whole[1]
+    assert metrics(run_dir) == whole
 
 
 def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cluster, sbatch, tmp_path):
-    steps = 300
+    steps = 60
     job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=10")
     rows = run_dir / "metrics.jsonl"
-    cluster.wait(job, lambda s: rows.exists() and rows.read_text().count("\n") >= 20)
+    cluster.wait(job, lambda s: rows.exists() and rows.read_text().count("\n") >= 5)
     cluster.call("scontrol", "requeue", job)
     output = finished(cluster, job, tmp_path)
     # checkpoint.every=0: what it resumed from was saved on the way out
@@ -60,9 +58,9 @@ def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cl
 
 
 def test_before_the_time_limit_it_saves_and_queues_itself_again(cluster, sbatch, tmp_path):
-    steps = 1500
-    # SLURM sends the signal up to a minute early: at once here, perhaps before training begins.
-    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=2", "--signal=B:USR1@80")
+    steps = 400  # more than fit into the half minute in which SLURM looks at the limit again
+    # It sends the signal up to a minute early: at its first look here, which may be before training begins.
+    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=2", "--signal=B:USR1@110")
     cluster.wait(job, lambda s: int(s["Restarts"]) >= 1)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     output = finished(cluster, job, tmp_path)

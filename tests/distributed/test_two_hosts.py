@@ -1,0 +1,113 @@
+"""Two hosts for real: two network namespaces joined by a cable, each with its own loopback, running the launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.program import REPO, TINY_POLICY, environment, metrics, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+ADDRESSES = ("10.251.97.1", "10.251.97.2")
+RUN = [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=6", "trainer.log_every=1"]
+RUN += ["validation.every=3", "validation.max_samples_per_group=4", "checkpoint.every=3", "logger=none"]
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Names of two namespaces; the interface of each is named `cable` and has its address of `ADDRESSES`."""
+    if shutil.which("ip") is None:
+        pytest.skip("left out: no program `ip` to make network namespaces with")
+    names = tuple(f"host{i}-{os.getpid()}" for i in (0, 1))
+    made = []
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/30", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except OSError as error:
+        for name in made:
+            ip("netns", "delete", name)
+        pytest.skip(f"left out: no network namespaces can be made here: {error}")
+    try:
+        yield names
+    finally:
+        for name in made:
+            ip("netns", "delete", name)
+
+
+def start(name: str, rank: int, dataset: Path, cwd: Path, overrides: list[str], **extra: str) -> subprocess.Popen:
+    """The launcher on one host."""
+    env = environment(
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        DATASET_PATH=str(dataset),
+        NNODES="2",
+        NODE_RANK=str(rank),
+        NPROC_PER_NODE="1",
+        MASTER_ADDR=ADDRESSES[0],
+        MASTER_PORT="29444",
+        GLOO_SOCKET_IFNAME="cable",
+        RUN_DIR=str(cwd / "run"),
+        **extra,
+    )
+    command = ["ip", "netns", "exec", name, str(REPO / "launchers" / "train_droid_policy.sh"), *overrides]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """Their outputs, in order; ends what is left when one takes too long."""
+    try:
+        return [p.communicate(timeout=200)[0] for p in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+
+
+def test_two_hosts_train_as_two_processes_of_one_do(hosts, tmp_path):
+    from opentau_train.data.droid_sample import ensure_droid_sample
+
+    dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
+    overrides = [*RUN, "validation.batch_size=2"]
+    nodes = [start(name, rank, dataset, tmp_path, overrides) for rank, name in enumerate(hosts)]
+    outputs = finish(nodes)
+    assert [n.returncode for n in nodes] == [0, 0], "\n".join(outputs)
+    for rank in (0, 1):
+        log = (tmp_path / "logs" / f"train_droid_policy.node{rank}.log").read_text()
+        assert f"--nnodes 2 --node-rank {rank} --master-addr {ADDRESSES[0]}" in log
+    command = ["+recipe=droid_policy", *overrides, f"paths.run_dir={tmp_path / 'one'}"]
+    one = run(command, ranks=2, DROID_ROOT=str(dataset))
+    assert one.returncode == 0, one.stderr
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "one")
+
+
+def test_a_host_with_other_settings_is_named_before_training(hosts, tmp_path):
+    from opentau_train.data.droid_sample import ensure_droid_sample
+
+    dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
+    nodes = [
+        start(name, rank, dataset, tmp_path, [*RUN, f"optimizer.lr=0.00{rank + 1}"]) for rank, name in enumerate(hosts)
+    ]
+    outputs = finish(nodes)
+    assert all(n.returncode for n in nodes)
+    assert "error: rank 1 differs from rank 0 in: the configuration's 'optimizer'" in outputs[0], outputs[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

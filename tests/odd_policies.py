@@ -1,0 +1,57 @@
+"""Policies that misbehave on purpose, named by `model._target_`; their numbers are the plain policy's."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from opentau_train.models.flow import FlowPolicy
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Slow(FlowPolicy):
+    """A tenth of a second more a training step: time for a scheduler to act."""
+
+    def forward(self, batch, noise):
+        if self.training:
+            time.sleep(0.1)
+        return super().forward(batch, noise)
+
+
+class Poisoned(FlowPolicy):
+    """On rank 1 the gradient of the third step is not a number; the losses are."""
+
+    steps = 0
+
+    def forward(self, batch, noise):
+        terms = super().forward(batch, noise)
+        if self.training:
+            self.steps += 1
+            if RANK == 1 and self.steps == 3:
+                terms["mse"][0].register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+        return terms
+
+
+class Stuck(FlowPolicy):
+    """On rank 1 the third step never ends."""
+
+    steps = 0
+
+    def forward(self, batch, noise):
+        if self.training:
+            self.steps += 1
+            while RANK == 1 and self.steps == 3:
+                time.sleep(0.1)
+        return super().forward(batch, noise)
+
+
+class SlowValidation(FlowPolicy):
+    """A validation batch takes a fifth of a second more: time to send a signal into the pass."""
+
+    def forward(self, batch, noise):
+        if not self.training:
+            time.sleep(0.2)
+        return super().forward(batch, noise)
