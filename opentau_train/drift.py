@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     ("resume.*", "safe", ""),
     ("paths.*", "safe", ""),
     ("logger.*", "safe", ""),
+    ("flight_recorder", "safe", ""),
     ("checkpoint.*", "safe", ""),
     ("parallelism.*", "safe", ""),
     ("validation.every", "safe", ""),
@@ -55,6 +56,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     # What lies there is compared by itself, with the tape's state.
     ("data.sources.*.root", "safe", ""),
     ("data.sources.*.filter_dict_path", "safe", ""),
+    ("data.sources.*.root", "safe", ""),  # what lies there is compared by the stream's hash of the blocks
     ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
     ("data.sources.*.tolerance_s", "safe", ""),
     ("data.sources.*.prompt_*", "warned", "other prompts from here on"),
