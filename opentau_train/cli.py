@@ -79,7 +79,7 @@ def _compose() -> None:
     """Hydra's part. What it refuses with a plain ValueError is the user's mistake too."""
     try:
         if _flag(sys.argv[1:], "--cfg", "-c"):
-            _compose_and_check(sys.argv[1:])
+            config.load(compose(sys.argv[1:]))  # what a run would say of them: `--cfg` never reaches `_app`
         _app()
     except ValueError as error:
         if isinstance(error, _USER_ERRORS):
@@ -134,14 +134,15 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
     return plain(changed)
 
 
-def _compose_and_check(arguments: Sequence[str]) -> None:
-    """What a run would say of the settings, for `--cfg`, which never reaches `_app`."""
-    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
+def compose(arguments: Sequence[str]) -> dict[str, Any]:
+    """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for
+    tools. Raises what `answer` tells."""
+    overrides = [_settable(a) for a in arguments if not a.startswith("-") and "=" in a]
     folder = _flag(arguments, "--config-dir", "-cd")
     if folder:
         overrides.append(f"hydra.searchpath=[file://{os.path.abspath(folder)}]")
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        config.load(plain(hydra.compose("train", overrides)))
+        return plain(hydra.compose("train", overrides))
 
 
 def _settable(argument: str) -> str:

@@ -346,6 +346,8 @@ class Settings:
     name: str = "train"
     seed: int = 0
     resume: ResumeSettings = field(default_factory=ResumeSettings)
+    flight_recorder: bool = False
+    """true = every rank records each step's samples and their losses (`recorder.py`)."""
 
     def check(self, path: str) -> None:
         if not self.data.sources:

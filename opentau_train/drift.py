@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     ("resume.*", "safe", ""),
     ("paths.*", "safe", ""),
     ("logger.*", "safe", ""),
+    ("flight_recorder", "safe", ""),
     ("checkpoint.*", "safe", ""),
     ("parallelism.*", "safe", ""),
     ("validation.every", "safe", ""),

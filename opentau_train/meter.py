@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentau_train.data.mixture import Mixture
-from opentau_train.data.quality import batch_row
+from opentau_train.data.quality import ShuffleQuality
 from opentau_train.data.tape import Tape
 from opentau_train.distributed import World
 from opentau_train.metrics import Sums, training_row
@@ -19,9 +19,11 @@ class Meter:
 
     def __init__(self, mixture: Mixture, tape: Tape, state: TrainState, world: World):
         self.mixture, self.tape, self.state, self.world = mixture, tape, state, world
+        self.quality = ShuffleQuality(tape, mixture.settings.correlation)
         self.terms = tuple(state.policy.loss_weights)
         self.pending: list[StepResult] = []
         self.wait = 0.0
+        self.open_decoders = (0, 0)
         self.started = time.perf_counter()
 
     @contextmanager
@@ -59,8 +61,10 @@ class Meter:
             "Training/SubstitutedWindows": float(num_bad),
             "Training/StepTime": seconds,
             "Training/DataWait": self.wait / steps,
+            "Training/OpenDecoders": float(self.open_decoders[0]),
+            "Training/DecoderMemory": self.open_decoders[1] / 2**20,
             "Training/SamplesPerSecond": self.tape.batch_size / seconds,
-            **batch_row(self.tape, batch, self.state.step - 1, self.mixture.settings.correlation),
+            **self.quality.row(batch, self.state.step - 1),
             "Training/Epoch": self.tape.epoch_of(self.tape.first_sample(self.state.step)),
             # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
             # means the same batch in the same order.

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from opentau_train.passes import PICTURE, Plans, plan_passes, run_passes
 from opentau_train.plots import save_png
 from opentau_train.preflight import identity
 from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.recorder import FlightRecorder
 from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
 from opentau_train.saver import Saver
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
@@ -75,8 +76,10 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
         stack.enter_context(job.saver)
+        recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
+        stack.enter_context(nullcontext() if recorder is None else recorder)
         with watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout):
-            code = _loop(job, sinks, stop)
+            code = _loop(job, sinks, recorder, stop)
         if world.is_main:
             if code == 1:
                 mark_preempted(job.run_dir, job.state.step)
@@ -237,7 +240,7 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Iterator[Sinks]:
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
-def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
+def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> int:
     """Train until the last step or a stop; returns the stop code that all ranks agreed on."""
     settings, trainer, state, world = job.settings, job.settings.trainer, job.state, job.world
     meter = Meter(job.mixture, job.tape, state, world)
@@ -259,12 +262,15 @@ def _loop(job: Job, sinks: Sinks, stop: StopFlag) -> int:
             with meter.waiting():
                 part = patient.next(stop)
             asked = max(stop.poll(), int(state.step + 1 == stop_at < trainer.steps))
+            meter.open_decoders = part.open_decoders
             lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
             result = train_step(
                 state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=asked, place=job.place
             )
             code = result.stop
             if result.taken:
+                if recorder is not None:
+                    recorder.write(state, part.batch, result)
                 _account(job, meter, sinks, result)
             _report_save(job, job.saver.poll())
             if job.owes_validation and not code:

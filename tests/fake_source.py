@@ -43,6 +43,7 @@ class FakeSource:
     robot_type: str
     fingerprint: str
     fps: float = 10.0
+    frame_sizes: dict = dataclasses.field(default_factory=dict)
     cameras: tuple[str, ...] = ("eye",)
     state_names: tuple[str, ...] = ("episode", "frame")
     action_names: tuple[str, ...] = ("frame",)

@@ -42,12 +42,26 @@ def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] |
             make = partial(statistics.compute, settings, datasets, groups)
         stats = world.broadcast(world.agree(make))
     statistics.check(stats, datasets, groups)
-    data = settings.data
     if world.is_main:
         for head, found in stats.items():
-            flat = normalize.constant_dimensions(found, data.normalization)
+            flat = normalize.constant_dimensions(found, settings.data.normalization)
             if flat:
                 log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+    return _mixture(settings, datasets, groups, stats)
+
+
+def open_plan(settings: Settings, world: World) -> Mixture:
+    """The mixture as far as metadata tell it: it has a tape and its sources, but no statistics, so no samples.
+
+    Collective. Raises `UserError` on all ranks alike.
+    """
+    sources = resolve_sources(settings, world)
+    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
+    return _mixture(settings, datasets, groups, {})
+
+
+def _mixture(settings: Settings, datasets: list[Dataset], groups: list[Group], stats: dict[str, HeadStats]) -> Mixture:
+    data = settings.data
     affine = {
         head: (Affine.of(s.state, data.normalization), Affine.of(s.actions, data.normalization))
         for head, s in stats.items()

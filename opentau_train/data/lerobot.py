@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config import SourceSettings
-from opentau_train.data.lerobot_columns import choose_cameras, choose_numbers, choose_texts, dimension_names
+from opentau_train.data.lerobot_columns import (
+    choose_cameras,
+    choose_numbers,
+    choose_texts,
+    dimension_names,
+    frame_size,
+)
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
 from opentau_train.data.lerobot_meta import Episodes, FileTable, Info, read_episodes, read_info, read_tasks
 from opentau_train.data.lerobot_select import filter_blocks, kept_positions, wanted_columns
@@ -46,6 +52,7 @@ class LeRobotSource:
     fingerprint: str
     reading: Reading
     blocks: NDArray[np.int32]
+    frame_sizes: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, name: str, settings: SourceSettings, root: Path) -> LeRobotSource:
@@ -102,6 +109,7 @@ class LeRobotSource:
             _fingerprint(info, table, data_files),
             reading,
             blocks,
+            {camera: frame_size(features[column]) for camera, column in videos.items()},
         )
 
     @property

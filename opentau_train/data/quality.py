@@ -10,8 +10,10 @@ and one rho. Here samples of different episodes are uncorrelated; two of one epi
 
     rho(d) = episode + neighbours * exp(-d / frames)
 
-(`data.correlation`; `tools/vif.py` measures it on a checkpoint). Independent draws of many episodes give 1, a batch of
-B windows of one episode up to B.
+(`data.correlation`; `tools/vif.py` measures it on a checkpoint). In a mixture of few episodes any two windows are
+alike to some degree; what matters is how much more alike those of a batch are. So correlations count from `rho_0`, that
+of two windows drawn at random: rho becomes (rho - rho_0) / (1 - rho_0). Random draws then give 1 in any mixture, and a
+batch of B windows of one episode up to B.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ NEGLIGIBLE = 0.01
 """Share of the momentum's weight below which a past step is left out of its horizon."""
 
 
-def inflation(windows: Windows, rho: CorrelationSettings, weight: NDArray[np.float64] | None = None) -> float:
-    """The VIF of the weighted mean of the samples `windows`; `weight` [N] f64, by default equal. O(N log N)."""
+def inflation(
+    windows: Windows, rho: CorrelationSettings, weight: NDArray[np.float64] | None = None, background: float = 0.0
+) -> float:
+    """The VIF of the weighted mean of the samples `windows`; `weight` [N] f64, by default equal; `background` is rho_0.
+    O(N log N)."""
     if len(windows) == 0:
         raise ValueError("the variance inflation of no samples")
     weight = np.ones(len(windows)) if weight is None else weight
@@ -44,7 +49,9 @@ def inflation(windows: Windows, rho: CorrelationSettings, weight: NDArray[np.flo
     decay = np.exp(-np.diff(frame, prepend=0) / rho.frames)
     decay[first] = 0.0
     near = 2.0 * float(weight @ (_decayed_sums(decay, weight) - weight))
-    return 1.0 + (rho.episode * same_episode + rho.neighbours * near) / squares
+    pairs = rho.episode * same_episode + rho.neighbours * near
+    all_pairs = float(weight.sum()) ** 2 - squares
+    return 1.0 + (pairs - background * all_pairs) / (1.0 - background) / squares
 
 
 def _decayed_sums(decay: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,14 +65,19 @@ def _decayed_sums(decay: NDArray[np.float64], weight: NDArray[np.float64]) -> ND
     return total
 
 
-def momentum_inflation(tape: Tape, step: int, rho: CorrelationSettings, beta: float = MOMENTUM) -> float:
-    """The VIF of the exponential average of the gradients up to and with `step` (its first one is 0): step `step - a`
-    has the weight beta^a, down to `NEGLIGIBLE`."""
-    horizon = 1 if beta == 0 else math.ceil(math.log(NEGLIGIBLE) / math.log(beta))
-    first = max(0, step + 1 - horizon)
-    windows = tape.windows(np.arange(tape.first_sample(first), tape.first_sample(step + 1)))
-    age = step - first - np.arange(len(windows)) // tape.batch_size
-    return inflation(windows, rho, np.power(beta, age, dtype=np.float64))
+def background(tape: Tape, rho: CorrelationSettings) -> float:
+    """rho_0: the mean correlation of two windows drawn at random, each from a dataset by its share of the epoch."""
+    total = 0.0
+    share = tape.draws / tape.draws.sum()
+    for blocks, chance in zip(tape.datasets, share.tolist(), strict=True):
+        length = blocks.length.astype(np.float64)
+        episodes = np.bincount(blocks.episode, weights=length)
+        q = math.exp(-blocks.stride / rho.frames)
+        # The sum of q^|i - j| over all pairs of a block's n windows; blocks of one episode are far apart.
+        pairs = length + 2 * q * (length * (1 - q) - 1 + q**length) / (1 - q) ** 2
+        alike = rho.episode * np.square(episodes).sum() + rho.neighbours * pairs.sum()
+        total += chance**2 * float(alike / length.sum() ** 2)
+    return total
 
 
 def distinct_episodes(windows: Windows) -> int:
@@ -73,10 +85,30 @@ def distinct_episodes(windows: Windows) -> int:
     return len(np.unique(windows.dataset * (windows.episode.max() + 1) + windows.episode))
 
 
-def batch_row(tape: Tape, windows: Windows, step: int, rho: CorrelationSettings) -> dict[str, float]:
-    """The tags of the global batch `windows` of `step`."""
-    return {
-        "Training/DistinctEpisodes": float(distinct_episodes(windows)),
-        "Training/PredictedVIF": inflation(windows, rho),
-        "Training/PredictedVIFMomentum": momentum_inflation(tape, step, rho),
-    }
+class ShuffleQuality:
+    """The quality of a tape's batches; `rho` as in `data.correlation`."""
+
+    def __init__(self, tape: Tape, rho: CorrelationSettings):
+        self.tape, self.rho = tape, rho
+        self.background = background(tape, rho)
+
+    def of_batch(self, windows: Windows) -> float:
+        """The VIF of the global batch `windows`."""
+        return inflation(windows, self.rho, background=self.background)
+
+    def of_momentum(self, step: int, beta: float = MOMENTUM) -> float:
+        """The VIF of the exponential average of the gradients up to and with `step` (the first one is 0): step
+        `step - a` has the weight beta^a, down to `NEGLIGIBLE`."""
+        horizon = 1 if beta == 0 else math.ceil(math.log(NEGLIGIBLE) / math.log(beta))
+        first, tape = max(0, step + 1 - horizon), self.tape
+        windows = tape.windows(np.arange(tape.first_sample(first), tape.first_sample(step + 1)))
+        age = step - first - np.arange(len(windows)) // tape.batch_size
+        return inflation(windows, self.rho, np.power(beta, age, dtype=np.float64), self.background)
+
+    def row(self, windows: Windows, step: int) -> dict[str, float]:
+        """The tags of the global batch `windows` of `step`."""
+        return {
+            "Training/DistinctEpisodes": float(distinct_episodes(windows)),
+            "Training/PredictedVIF": self.of_batch(windows),
+            "Training/PredictedVIFMomentum": self.of_momentum(step),
+        }

@@ -10,6 +10,7 @@ import numpy as np
 from opentau_train import rng
 from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.source import Cursor, CursorFactory
+from opentau_train.data.video import decoder_bytes
 from opentau_train.types import Provenance, RawWindow, Sample, WindowSpec
 
 _INPUTS = rng.key("inputs") >> 1
@@ -34,6 +35,12 @@ class SampleBuilder:
         """The sample of the window at `frame` of the episode at position `episode`, read through `lane`'s cursor."""
         raw = self._cursor(lane, dataset).read(episode, frame)
         return self._finish(self.mixture.datasets[dataset], raw, episode, frame, pass_index)
+
+    @property
+    def open_decoders(self) -> tuple[int, int]:
+        """(decoders of all lanes' cursors, about the bytes they hold)."""
+        sizes = [self.mixture.datasets[d].source.frame_sizes.values() for d, _ in self._lanes.values()]
+        return sum(map(len, sizes)), sum(decoder_bytes(*size) for found in sizes for size in found)
 
     def close(self) -> None:
         for _, cursor in self._lanes.values():

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +35,8 @@ class Source(Protocol):
     robot_type: str
     fps: float
     cameras: tuple[str, ...]
+    frame_sizes: Mapping[str, tuple[int, int]]
+    """(H, W) in the files of each camera that is stored as video: what a lane's open decoders cost."""
     state_names: tuple[str, ...]
     """One name a state dimension, e.g. `observation.state.joint_position[0]`."""
     action_names: tuple[str, ...]

@@ -44,6 +44,8 @@ class Part:
     num_substituted: int = 0
     error: UserError | None = None
     left_out: tuple[BadSample, ...] = ()
+    open_decoders: tuple[int, int] = (0, 0)
+    """How many the worker has open, and about the bytes they hold."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class RankBatch:
     batch: Batch | None
     num_substituted: int = 0
     error: UserError | None = None
+    open_decoders: tuple[int, int] = (0, 0)
+    """How many all of the rank's workers have open, and about the bytes they hold."""
 
 
 class Parts(IterableDataset):
@@ -102,7 +106,8 @@ class Parts(IterableDataset):
                 samples.append(self._substitute(builder, lane, address, error))
                 substituted += 1
         batch = collate(samples, self.mixture.spec) if samples else None
-        return Part(np.delete(windows.t, list(left_out)), batch, substituted, left_out=tuple(left_out.values()))
+        t = np.delete(windows.t, list(left_out))
+        return Part(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
 
     def _substitute(self, builder: SampleBuilder, lane: int, address: tuple[int, ...], error: BadSample) -> Sample:
         """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
@@ -197,7 +202,8 @@ def training_batches(
 def _join(parts: list[Part]) -> RankBatch:
     t = np.concatenate([p.t for p in parts])
     batch = join([p.batch for p in parts if p.batch is not None], np.argsort(t, kind="stable").tolist())
-    return RankBatch(batch, sum(p.num_substituted for p in parts))
+    decoders = sum(p.open_decoders[0] for p in parts), sum(p.open_decoders[1] for p in parts)
+    return RankBatch(batch, sum(p.num_substituted for p in parts), open_decoders=decoders)
 
 
 def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:

@@ -26,6 +26,15 @@ ROUNDING_S = 1e-4
 Only saves decoding the frame after it; the nearest frame is returned in any case."""
 
 
+_DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
+
+
+def decoder_bytes(height: int, width: int) -> int:
+    """About what one cursor's decoder holds: a fixed part and some seven pictures. A straight line through what h264
+    without and with B-frames and AV1 took at 192x320 to 720x1280 (docs/benchmarks.md), 40 % off at most."""
+    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * height * width
+
+
 class VideoError(Exception):
     """A frame can't be had; the text names the file and the cause."""
 

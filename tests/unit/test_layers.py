@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "opentau_train"
 
 LAYERS = (
-    {"__main__", "validate"},
-    {"cli", "tools"},
+    {"__main__", "validate", "tools"},
+    {"cli"},
     {"train", "standalone"},
-    {"report", "meter"},
+    {"report", "meter", "recorder"},
     {"passes", "best", "saver"},
     {"actions"},
     {"evaluate", "checkpoint", "pretrained"},

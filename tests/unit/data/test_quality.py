@@ -73,33 +73,54 @@ def test_a_batch_of_one_window_repeated_is_as_noisy_as_its_correlation():
     assert quality.inflation(same, RHO) == pytest.approx(1 + 9 * 0.5)
 
 
+@pytest.mark.parametrize("num_episodes", [3, 40])
+def test_random_draws_have_no_inflation_however_few_the_episodes(num_episodes):
+    plan = tape(num_episodes=num_episodes)
+    rho_0, rng = quality.background(plan, RHO), np.random.default_rng(0)
+    draws = [rng.integers(0, num_episodes * 60, 256) for _ in range(400)]
+    found = [quality.inflation(windows(d * 0, d // 60, d % 60), RHO, background=rho_0) for d in draws]
+    assert np.mean(found) == pytest.approx(1.0, abs=4 * np.std(found) / 20)
+
+
+def test_background_is_the_mean_over_all_pairs():
+    plan = tape(num_episodes=3, length=9)
+    every = windows(np.zeros(27), np.repeat(np.arange(3), 9), np.tile(np.arange(9), 3))
+    own = 27 * (RHO.episode + RHO.neighbours)  # two draws of one window are not one sample
+    pairs = (over_all_pairs(every, np.ones(27)) - 1) * 27 + own
+    assert quality.background(plan, RHO) == pytest.approx(pairs / 27**2)
+
+
 def test_without_momentum_the_horizon_is_the_batch():
     plan = tape()
-    assert quality.momentum_inflation(plan, 20, RHO, beta=0.0) == quality.inflation(plan.batch(20), RHO)
+    shuffle = quality.ShuffleQuality(plan, RHO)
+    assert shuffle.of_momentum(20, beta=0.0) == shuffle.of_batch(plan.batch(20))
 
 
 def test_the_horizon_weighs_past_steps_by_the_momentum():
-    plan = tape(batch_size=4, lanes_per_sample=1)
+    plan = tape(num_episodes=4000, batch_size=4, lanes_per_sample=1)
     found = plan.windows(np.arange(4 * 31))
     weight = 0.8 ** (30 - found.t // 4)
-    assert quality.momentum_inflation(plan, 30, RHO, beta=0.8) == pytest.approx(over_all_pairs(found, weight), rel=0.02)
+    of_momentum = quality.ShuffleQuality(plan, RHO).of_momentum(30, beta=0.8)
+    assert of_momentum == pytest.approx(over_all_pairs(found, weight), rel=0.02)
 
 
 def test_more_lanes_decorrelate_more_and_reading_in_order_least():
-    at = [quality.momentum_inflation(tape(lanes_per_sample=v), 200, RHO) for v in (1, 2, 4, 8)]
+    plans = [quality.ShuffleQuality(tape(lanes_per_sample=v), RHO) for v in (1, 2, 4, 8)]
+    at = [plan.of_momentum(200) for plan in plans]
     assert at == sorted(at, reverse=True)
     assert at[-1] < 2.5
-    in_order = tape(shuffle=False)
-    assert quality.inflation(in_order.batch(50), RHO) > 5 * quality.inflation(tape().batch(50), RHO)
-    assert quality.momentum_inflation(in_order, 200, RHO) > 3 * at[2]
+    in_order = quality.ShuffleQuality(tape(shuffle=False), RHO)
+    assert in_order.of_batch(in_order.tape.batch(50)) > 5 * plans[2].of_batch(plans[2].tape.batch(50))
+    assert in_order.of_momentum(200) > 3 * at[2]
 
 
-def test_batch_row_counts_the_batch_of_the_step():
+def test_the_row_is_of_the_step_s_batch():
     plan = tape(shuffle=False, length=8)
-    row = quality.batch_row(plan, plan.batch(3), 3, RHO)
+    shuffle = quality.ShuffleQuality(plan, RHO)
+    row = shuffle.row(plan.batch(3), 3)
     assert row["Training/DistinctEpisodes"] == 4.0
-    assert row["Training/PredictedVIF"] == quality.inflation(plan.batch(3), RHO) > 1.0
-    assert row["Training/PredictedVIFMomentum"] == quality.momentum_inflation(plan, 3, RHO)
+    assert row["Training/PredictedVIF"] == shuffle.of_batch(plan.batch(3)) > 1.0
+    assert row["Training/PredictedVIFMomentum"] == shuffle.of_momentum(3)
 
 
 def test_no_samples_have_no_inflation():

@@ -1,0 +1,196 @@
+"""The flight recorder: which samples each step saw on each rank, and each one's losses. `tools/why.py` reads it.
+
+    RUN/flight/rank00000-000001.jsonl     one line a step; a new file every 16 MiB, the oldest of a rank go
+
+A line holds the step's numbers and one column a property of its samples, in slot order. Steps are counted as in
+metrics.jsonl: line N belongs to the step that made the policy of step N.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from opentau_train.data.mixture import Mixture
+from opentau_train.data.tape import Tape
+from opentau_train.distributed import World
+from opentau_train.errors import UserError
+from opentau_train.step import StepResult, TrainState
+from opentau_train.types import Batch
+
+FOLDER = "flight"
+MAX_BYTES = 16 * 2**20
+MAX_FILES = 64
+"""Files kept a rank: 1 GiB, some 70,000 steps of 256 samples."""
+_START = b'{"step":'
+
+
+class FlightRecorder:
+    """Writes one rank's lines into `run_dir/flight`. Each line is flushed, so that a killed run has all its steps."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tape: Tape,
+        mixture: Mixture,
+        world: World,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_files: int = MAX_FILES,
+    ):
+        self.folder, self.tape, self.rank, self.size = run_dir / FOLDER, tape, world.rank, world.size
+        self.datasets = [d.name for d in mixture.datasets]
+        self.max_bytes, self.max_files = max_bytes, max_files
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._open_next()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, state: TrainState, batch: Batch, result: StepResult) -> None:
+        """Record that the step which led to `state` trained on this rank's `batch`, with the losses of `result`."""
+        if self._file.tell() > self.max_bytes:
+            self._file.close()
+            self._open_next()
+        terms = result.losses[0][1]
+        pairs = {
+            name: [torch.cat([micro[name][i].detach().cpu() for _, micro in result.losses]) for i in range(2)]
+            for name in terms
+        }
+        line = {
+            "step": state.step,
+            "rank": self.rank,
+            "time": time.time(),
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "datasets": self.datasets,
+            "weights": state.policy.loss_weights,
+            "t": self.tape.owned(state.step - 1, self.rank, self.size, 0, 1).t.tolist(),
+            "dataset": batch.dataset_index.tolist(),
+            "episode": batch.episode_index.tolist(),
+            "frame": batch.frame_index.tolist(),
+            "pass": batch.pass_index.tolist(),
+            "weight": batch.weight.tolist(),
+            "sum": {name: _short(total) for name, (total, _) in pairs.items()},
+            "count": {name: _short(count) for name, (_, count) in pairs.items()},
+        }
+        self._file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+        self._file.flush()
+
+    def _open_next(self) -> None:
+        mine = _files(self.folder, self.rank)
+        for old in mine[: max(0, len(mine) + 1 - self.max_files)]:
+            old.unlink()
+        number = int(mine[-1].stem.rpartition("-")[2]) + 1 if mine else 1
+        path = self.folder / f"rank{self.rank:05d}-{number:06d}.jsonl"
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
+
+
+def _short(values: torch.Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _files(folder: Path, rank: int | None = None) -> list[Path]:
+    """The recorder's files, oldest first a rank."""
+    return sorted(folder.glob(f"rank{'*' if rank is None else f'{rank:05d}'}-*.jsonl"))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One sample of a recorded step. `loss` {term: its mean over the sample's supervised elements}; `share` of the
+    step's loss that is this sample's, 1 in all over the global batch."""
+
+    t: int
+    rank: int
+    dataset: str
+    episode: int
+    frame: int
+    pass_index: int
+    weight: float
+    loss: dict[str, float]
+    share: float
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A step as all ranks recorded it: its samples by their number t, and the gradient's norm before clipping."""
+
+    step: int
+    grad_norm: float
+    lr: float
+    loss: float
+    samples: list[Recorded]
+
+    def worst(self, num: int) -> list[Recorded]:
+        """The `num` samples with the largest share of the step's loss, worst first; ties by t."""
+        return sorted(self.samples, key=lambda s: (-s.share, s.t))[:num]
+
+
+def read_step(run_dir: Path, step: int) -> RecordedStep:
+    """What the recorder wrote of `step`; where a resumed run did the step again, its last time.
+
+    Raises `UserError` where nothing was recorded.
+    """
+    lines = _lines(run_dir, range(step, step + 1))
+    if not lines:
+        raise UserError(
+            f"step {step} is not in the flight recorder's files",
+            where=str(run_dir / FOLDER),
+            remedy=f"recorded: {_range(run_dir)}; train with flight_recorder=true to record",
+        )
+    rows: dict[int, tuple[dict[str, Any], int]] = {}
+    for line in lines:
+        rows.update({t: (line, place) for place, t in enumerate(line["t"])})
+    return _step(step, [rows[t] for t in sorted(rows)])
+
+
+def grad_norms(run_dir: Path, steps: range) -> dict[int, float]:
+    """{recorded step: the gradient's norm before clipping}."""
+    return {line["step"]: line["grad_norm"] for line in _lines(run_dir, steps)}
+
+
+def _lines(run_dir: Path, steps: range) -> list[dict[str, Any]]:
+    """The whole lines of `steps`, oldest first."""
+    found = []
+    for path in _files(run_dir / FOLDER):
+        with open(path, "rb") as file:
+            for line in file:
+                # The step stands first: most lines are passed over without being parsed. A killed run may end in a
+                # part of a line.
+                if line.endswith(b"\n") and int(line[len(_START) : line.index(b",")]) in steps:
+                    found.append(json.loads(line))
+    return sorted(found, key=lambda line: line["time"])
+
+
+def _step(step: int, rows: list[tuple[dict[str, Any], int]]) -> RecordedStep:
+    last = max((line for line, _ in rows), key=lambda line: line["time"])
+    weights = last["weights"]
+    totals = {k: sum(line["sum"][k][i] for line, i in rows) for k in weights}
+    counts = {k: sum(line["count"][k][i] for line, i in rows) for k in weights}
+    present = [k for k in weights if counts[k] > 0]
+    loss = sum(weights[k] * totals[k] / counts[k] for k in present)
+    samples = []
+    for line, i in rows:
+        mine = {k: line["sum"][k][i] / line["count"][k][i] for k in present if line["count"][k][i] > 0}
+        part = sum(weights[k] * line["sum"][k][i] / counts[k] for k in present)
+        address = (line["datasets"][line["dataset"][i]], line["episode"][i], line["frame"][i], line["pass"][i])
+        share = part / loss if loss else 0.0
+        samples.append(Recorded(line["t"][i], line["rank"], *address, line["weight"][i], mine, share))
+    return RecordedStep(step, last["grad_norm"], last["lr"], loss, samples)
+
+
+def _range(run_dir: Path) -> str:
+    """The first and last recorded step, in words."""
+    steps = list(grad_norms(run_dir, range(2**62)))
+    return f"steps {min(steps)} to {max(steps)}" if steps else "nothing"

@@ -1,0 +1,149 @@
+"""What a configuration would train on, before it does: shares, epochs, repeats, the shuffle's quality, decoders.
+
+    python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 8] [--batches 64]
+
+Takes the arguments of `python -m opentau_train`. Reads metadata only: no video is decoded and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opentau_train import cli, config
+from opentau_train.config import Settings
+from opentau_train.data import quality
+from opentau_train.data.assemble import open_plan
+from opentau_train.data.mixture import Mixture
+from opentau_train.data.tape import Tape
+from opentau_train.data.video import decoder_bytes
+from opentau_train.distributed import launch
+from opentau_train.errors import EXIT_OK
+from opentau_train.parallel import check_batch
+from opentau_train.report import align
+
+EPOCH_WARNING = 100
+
+
+@dataclass(frozen=True)
+class BatchQuality:
+    """Over the batches looked at: distinct episodes a batch (`mean_episodes`, `min_episodes`), the predicted variance
+    inflation of a batch (`vif`, `max_vif`) and over a momentum of 0.9 (`momentum_vif`)."""
+
+    num_batches: int
+    mean_episodes: float
+    min_episodes: int
+    vif: float
+    max_vif: float
+    momentum_vif: float
+
+
+def batch_quality(tape: Tape, steps: int, rho: config.CorrelationSettings, num_batches: int) -> BatchQuality:
+    """The quality of `num_batches` batches, evenly spread over `steps`."""
+    chosen = np.unique(np.linspace(0, steps - 1, num_batches).astype(np.int64)).tolist()
+    batches = [tape.batch(step) for step in chosen]
+    episodes = [quality.distinct_episodes(batch) for batch in batches]
+    shuffle = quality.ShuffleQuality(tape, rho)
+    inflation = [shuffle.of_batch(batch) for batch in batches]
+    momentum = [shuffle.of_momentum(step) for step in chosen]
+    numbers = float(np.mean(episodes)), min(episodes), float(np.mean(inflation)), max(inflation)
+    return BatchQuality(len(chosen), *numbers, float(np.mean(momentum)))
+
+
+def decoders_a_rank(mixture: Mixture, tape: Tape, size: int) -> tuple[int, int]:
+    """(open decoders, about the bytes they hold) of a rank once all its lanes are open, of the costliest datasets: a
+    phase gives each dataset its share of the lanes, and any rank may have the largest ones."""
+    lanes = tape.num_lanes // size
+    share = tape.draws / tape.draws.sum()
+    sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
+    num = sum(lanes * s * len(found) for s, found in zip(share, sizes, strict=True))
+    held = sum(lanes * s * decoder_bytes(*size) for s, found in zip(share, sizes, strict=True) for size in found)
+    return round(num), round(held)
+
+
+def describe(settings: Settings, mixture: Mixture, size: int, num_batches: int) -> str:
+    """The whole report for a launch of `size` ranks."""
+    trainer = settings.trainer
+    check_batch(trainer.global_batch_size, size)
+    tape = mixture.tape(trainer.global_batch_size)
+    samples = trainer.steps * tape.batch_size
+    epochs = tape.epoch_of(samples)
+    found = batch_quality(tape, trainer.steps, mixture.settings.correlation, num_batches)
+    num_decoders, held = decoders_a_rank(mixture, tape, size)
+    workers = max(1, mixture.settings.num_workers)
+    rho = mixture.settings.correlation
+    return "\n".join(
+        [
+            *align(_sources(mixture, tape, epochs)),
+            "",
+            f"training   {trainer.steps} steps x {tape.batch_size} = {samples} samples, {epochs:.2f} epochs of "
+            f"{tape.epoch_size} windows, {tape.num_phases} phase{'s' * (tape.num_phases > 1)} each",
+            f"batches    {found.mean_episodes:.1f} distinct episodes of {tape.batch_size} samples on average, at least "
+            f"{found.min_episodes} ({found.num_batches} batches looked at)",
+            f"VIF        {found.vif:.2f} a batch (at most {found.max_vif:.2f}), {found.momentum_vif:.2f} over a "
+            f"momentum of {quality.MOMENTUM}; 1 = drawn at random "
+            f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
+            f"decoders   {num_decoders} a rank ({tape.num_lanes // size} lanes of {tape.num_lanes}), about "
+            f"{held / 2**20:.0f} MB; {num_decoders // workers} in each of {workers} workers; {size} ranks",
+            *_warnings(mixture, tape, epochs, found),
+        ]
+    )
+
+
+def _sources(mixture: Mixture, tape: Tape, epochs: float) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("source", "episodes", "windows", "blocks", "weight", "share", "windows/epoch", "repeats")
+    ]
+    for dataset, drawn, size in zip(mixture.datasets, tape.draws.tolist(), tape.sizes.tolist(), strict=True):
+        weight = dataset.settings.weight
+        rows.append(
+            (
+                dataset.name,
+                str(len(np.unique(dataset.train.episode))),
+                str(size),
+                str(len(dataset.train.length)),
+                "natural" if weight is None else f"{weight:g}",
+                f"{drawn / tape.epoch_size:.1%}",
+                str(drawn),
+                f"{epochs * drawn / size:.2f}",
+            )
+        )
+    return rows
+
+
+def _warnings(mixture: Mixture, tape: Tape, epochs: float, found: BatchQuality) -> list[str]:
+    lines = []
+    for dataset, drawn, size in zip(mixture.datasets, tape.draws.tolist(), tape.sizes.tolist(), strict=True):
+        if epochs * drawn / size > EPOCH_WARNING:
+            lines.append(f"warning    '{dataset.name}' is repeated {epochs * drawn / size:.0f} times: lower its weight")
+    if tape.in_order:
+        lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
+    elif found.momentum_vif > 5:
+        lines.append("warning    the windows are correlated: raise data.lanes_per_sample, or add episodes")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m opentau_train.tools.plan", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="processes that will train (1)")
+    parser.add_argument("--batches", type=int, default=64, help="batches to look at, spread over the run (64)")
+    options, composed = parser.parse_known_args(arguments)
+
+    def work() -> int:
+        settings = config.load(cli.compose(composed))
+        with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
+            print(describe(settings, open_plan(settings, world), options.ranks, options.batches))
+        return EXIT_OK
+
+    return cli.answer(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

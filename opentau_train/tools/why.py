@@ -1,0 +1,143 @@
+"""Which samples were behind a step's loss or gradient? Needs a run with `flight_recorder=true`.
+
+    python -m opentau_train.tools.why RUN --step 120 [--top 16] [--out strip.png]
+
+Lists the step's samples, the largest share of its loss first, and writes their frames side by side as one PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from opentau_train import config
+from opentau_train.data.assemble import open_plan
+from opentau_train.data.mixture import Mixture
+from opentau_train.distributed import launch
+from opentau_train.errors import EXIT_OK, EXIT_USER, BadSample, UserError
+from opentau_train.recorder import Recorded, RecordedStep, grad_norms, read_step
+from opentau_train.report import align
+from opentau_train.types import WindowSpec
+
+TILE = (120, 160)
+"""(H, W) pixels of one camera's image in the strip."""
+CAPTION = 48
+NEIGHBOURS = 20
+"""Steps before and after, whose median gradient norm the step's is compared to."""
+
+
+def describe(found: RecordedStep, norms: dict[int, float], num: int) -> str:
+    """The step's numbers and its worst `num` samples as a table."""
+    others = [norm for step, norm in norms.items() if step != found.step]
+    around = f" (median of the {len(others)} steps around it: {np.median(others):.4g})" if others else ""
+    terms = sorted({term for sample in found.samples for term in sample.loss})
+    rows: list[tuple[str, ...]] = [("share", *terms, "dataset", "episode", "frame", "pass", "rank", "t")]
+    for s in found.worst(num):
+        losses = (f"{s.loss[term]:.4g}" if term in s.loss else "-" for term in terms)
+        rows.append(
+            (
+                f"{s.share:.1%}",
+                *losses,
+                s.dataset,
+                str(s.episode),
+                str(s.frame),
+                str(s.pass_index),
+                str(s.rank),
+                str(s.t),
+            )
+        )
+    shown = sum(s.share for s in found.worst(num))
+    return "\n".join(
+        [
+            f"step {found.step}: loss {found.loss:.5g}, gradient norm {found.grad_norm:.4g}{around}, lr {found.lr:.3g}",
+            f"{len(found.samples)} samples; {min(num, len(found.samples))} of them make {shown:.1%} of the loss:",
+            *align(rows),
+        ]
+    )
+
+
+def strip(mixture: Mixture, samples: Sequence[Recorded]) -> Image.Image:
+    """The samples' frames as one picture: a column each, worst first, its cameras below each other."""
+    columns = [_column(mixture, sample, place) for place, sample in enumerate(samples, start=1)]
+    height = max(len(column) for column in columns)
+    filled = [np.pad(column, ((0, height - len(column)), (0, 0), (0, 0))) for column in columns]
+    picture = Image.fromarray(np.concatenate(filled, axis=1))
+    draw = ImageDraw.Draw(picture)
+    for place, s in enumerate(samples):
+        text = f"{place + 1}: {s.share:.1%}\n{s.dataset[:22]}\nepisode {s.episode}, frame {s.frame}"
+        draw.multiline_text((place * TILE[1] + 4, 2), text, fill=(255, 255, 255), spacing=2)
+    return picture
+
+
+def _column(mixture: Mixture, sample: Recorded, place: int) -> NDArray[np.uint8]:
+    """[CAPTION + cameras * H, W, 3]: room for the caption, then the images; grey where a window can't be read."""
+    caption = np.zeros((CAPTION, TILE[1], 3), np.uint8)
+    try:
+        images = _images(mixture, sample)
+    except BadSample as error:
+        print(f"{place}: {error}", file=sys.stderr)
+        images = [np.full((*TILE, 3), 96, np.uint8)]
+    return np.concatenate([caption, *images])
+
+
+def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
+    """[H, W, 3] of every camera of the sample's frame. Raises `BadSample`, and `UserError` where the data has no such
+    episode any more."""
+    dataset = next((d for d in mixture.datasets if d.name == sample.dataset), None)
+    places = [] if dataset is None else np.flatnonzero(dataset.source.episodes.episode_index == sample.episode)
+    if dataset is None or not len(places):
+        raise UserError(
+            f"episode {sample.episode} of dataset '{sample.dataset}' is not in the data any more",
+            where="the run's config.yaml",
+            remedy="restore the dataset's files, or leave out --out",
+        )
+    files = dataset.source.cursors(WindowSpec(chunk_length=1, image_size=TILE))
+    try:
+        images = files.cursor().read(int(places[0]), sample.frame).images
+        return [image[-1] for _, image in sorted(images.items())]
+    finally:
+        files.close()
+
+
+def read_settings(run_dir: Path) -> config.Settings:
+    """The settings that the run recorded. Raises `UserError` where there are none."""
+    path = run_dir / "config.yaml"
+    try:
+        return config.load(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"not a run directory: {error}", where=str(path), remedy="give a run's directory") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.why", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
+    parser.add_argument("--top", type=int, default=16, help="samples to show (16)")
+    parser.add_argument("--out", type=Path, help="PNG file for their frames")
+    options = parser.parse_args(arguments)
+    try:
+        found = read_step(options.run, options.step)
+        around = range(options.step - NEIGHBOURS, options.step + NEIGHBOURS + 1)
+        print(describe(found, grad_norms(options.run, around), options.top))
+        if options.out is not None:
+            settings = read_settings(options.run)
+            with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
+                mixture = open_plan(settings, world)
+            strip(mixture, found.worst(options.top)).save(options.out)
+            print(f"frames: {options.out}")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

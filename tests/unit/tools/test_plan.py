@@ -1,0 +1,85 @@
+"""`tools.plan` prints what the run would do, from metadata alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opentau_train.errors import EXIT_OK, EXIT_USER
+from opentau_train.tools import plan
+from tests.program import DATA, TOY, metrics, train_here
+
+
+def arguments(tmp_path, *more: str) -> list[str]:
+    return [*TOY, f"paths.cache_dir={tmp_path / 'cache'}", *more]
+
+
+def report(tmp_path, capsys, *more: str) -> str:
+    assert plan.main(arguments(tmp_path, *more)) == EXIT_OK
+    return capsys.readouterr().out
+
+
+def test_numbers_are_those_of_the_run(tmp_path, capsys):
+    options = ["trainer.steps=6", "validation.every=0"]
+    text = report(tmp_path, capsys, *options, "--batches", "6")
+    rows = metrics(train_here([*TOY, *options], tmp_path / "run"))
+    mean = sum(row["Training/DistinctEpisodes"] for row in rows.values()) / 6
+    assert f"{mean:.1f} distinct episodes of 4 samples" in text
+    vif = sum(row["Training/PredictedVIF"] for row in rows.values()) / 6
+    assert re.search(rf"VIF +{vif:.2f} a batch", text)
+    assert f"{rows[6]['Training/Epoch']:.2f} epochs" in text
+    assert "6 steps x 4 = 24 samples" in text
+
+
+def test_needs_metadata_only(tmp_path, capsys):
+    root = shutil.copytree(DATA / "lerobot_v30", tmp_path / "set")
+    for kind in ("videos", "data"):
+        for path in filter(Path.is_file, (root / kind).rglob("*")):
+            path.write_bytes(b"")
+    changed = [f"data.sources.main.root={root}", "data.sources.main.control_mode=joint"]
+    assert "main" in report(tmp_path, capsys, *changed)
+    assert not (tmp_path / "cache" / "stats").exists()
+
+
+def test_shares_and_repeats_follow_the_weights(tmp_path, capsys):
+    weights = ["data.sources.main.weight=3", "data.sources.old.weight=1", "trainer.steps=100"]
+    text = report(tmp_path, capsys, *weights)
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[1:3]}
+    for name, share in (("main", 0.75), ("old", 0.25)):
+        assert float(rows[name][5].rstrip("%")) == pytest.approx(100 * share, abs=0.5)
+        assert float(rows[name][7]) == pytest.approx(400 * share / int(rows[name][2]), rel=0.03)
+
+
+def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
+    one = re.search(r"decoders +(\d+) a rank \((\d+) lanes of 16\), about (\d+) MB", report(tmp_path, capsys))
+    two = re.search(r"decoders +(\d+) a rank \((\d+) lanes", report(tmp_path, capsys, "--ranks", "2"))
+    assert int(one[2]) == 16 and int(two[2]) == 8
+    assert int(one[1]) == pytest.approx(2 * int(two[1]), abs=1)
+    assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
+
+
+def test_reading_in_order_is_warned_of(tmp_path, capsys):
+    options = [f"data.sources.{name}.iterable_shuffle=false" for name in ("main", "old")]
+    assert "for debugging only" in report(tmp_path, capsys, *options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("trainer.stepz=3", "did you mean 'steps'"),
+        ("+recipe=droid_polizy", "did you mean 'droid_policy'"),
+        ("data.sources.main.root=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_as_by_the_program(tmp_path, capsys, wrong, said):
+    given = [a for a in TOY if not a.startswith("+recipe")] if wrong.startswith("+recipe") else TOY
+    assert plan.main([*given, wrong]) == EXIT_USER
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_that_the_ranks_can_t_share_is_a_user_error(tmp_path, capsys):
+    assert plan.main(arguments(tmp_path, "--ranks", "3")) == EXIT_USER
+    assert "can't be shared by 3 ranks" in capsys.readouterr().err
