@@ -16,7 +16,7 @@ LAYERS = (
     {"__main__", "validate"},
     {"cli", "tools"},
     {"train", "standalone"},
-    {"report", "meter"},
+    {"report", "meter", "explain"},
     {"passes", "best", "saver"},
     {"actions"},
     {"evaluate", "checkpoint", "pretrained"},
