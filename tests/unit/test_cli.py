@@ -183,6 +183,12 @@ def test_two_ranks_say_it_once(tmp_path):
     assert done.stderr.count("unknown key 'trainer.stesp'") == 1, done.stderr
 
 
+def test_a_rank_that_fails_alone_says_so_after_a_while(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "HEAD_START_S", 0.1)
+    assert_clear(*in_process(monkeypatch, capsys, [DROID, "trainer.stesp=3"]), "'trainer.stesp'")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], [DROID, "--cfg", "job"], [DROID, "trainer.stesp=3"]], ids=str)
 def test_an_answer_without_training_needs_no_torch(arguments, tmp_path):
     code = (
