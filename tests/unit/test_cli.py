@@ -41,8 +41,8 @@ MISTAKES = {
     "mapping_expected": ([DROID, "data.sources=3"], ["data.sources must be a mapping, got 3"]),
     "bad_value": ([DROID, "optimizer.lr=-1"], ["optimizer.lr must be greater than 0", "set optimizer.lr"]),
     "bad_value_of_a_source": (
-        [DROID, "data.sources.droid.val_split_ratio=1.5"],
-        ["data.sources.droid.val_split_ratio must be in [0, 1), got 1.5"],
+        [DROID, "data.sources.droid.weight=-1.5"],
+        ["data.sources.droid.weight must be greater than 0, got -1.5"],
     ),
     "bad_choice": (
         [DROID, "data.normalization=meanstd"],
