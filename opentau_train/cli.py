@@ -9,27 +9,34 @@ gets the same answer in YAML and on the command line.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train import config
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_you_mean
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from opentau_train.explain import HELP, SECTIONS, explain, refused_override, refused_section
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
-_USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+HEAD_START_S = 20.0
+"""What rank 0 gets to report a mistake that all ranks found."""
+_USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
 
 
 def main() -> None:
@@ -62,7 +69,7 @@ def answer(work: Callable[[], int]) -> int:
     except _USER_ERRORS as error:
         if full_error:
             traceback.print_exc()
-        _print_once(_explain(error))
+        _print_once(str(explain(error)))
         return EXIT_USER
     except Exception as error:  # the last line of defence: say what failed below the traceback
         traceback.print_exc()
@@ -71,29 +78,67 @@ def answer(work: Callable[[], int]) -> int:
 
 
 def _compose_and_run() -> int:
-    _compose()
-    return _run(_composed.pop()) if _composed else EXIT_OK
+    tree = _compose(sys.argv[1:])
+    return EXIT_OK if tree is None else _run(tree)
 
 
-def _compose() -> None:
-    """Hydra's part. What it refuses with a plain ValueError is the user's mistake too."""
+def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """The configuration tree that Hydra composes; None where it only shows something (`--help`, `--cfg`). What it
+    refuses with a plain ValueError is the user's mistake too."""
+    _check_overrides([a for a in arguments if not a.startswith("-") and "=" in a])
+    if _flag(arguments, "--multirun", "-m") is not None:
+        raise UserError("sweeps are not run from one process", where="--multirun", remedy="start one process a setting")
     try:
-        if _flag(sys.argv[1:], "--cfg", "-c"):
-            config.load(compose(sys.argv[1:]))  # what a run would say of them: `--cfg` never reaches `_app`
-        _app()
+        if _flag(arguments, "--cfg", "-c"):
+            config.load(compose(arguments))  # what a run would say of them: `--cfg` never reaches `_app`
+        _quietly(_app)
+        composed, _composed[:] = list(_composed), []
+        return plain(composed[-1]) if composed else None
     except ValueError as error:
         if isinstance(error, _USER_ERRORS):
             raise
-        raise UserError(str(error), remedy="see python -m opentau_train --help") from error
+        raise UserError(str(error), remedy=HELP) from error
 
 
-_composed: list[dict[str, Any]] = []
+_composed: list[Any] = []
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PACKAGE, config_name="train")
-def _app(composed) -> None:
+def _app(composed: Any) -> None:
     """Only hand the tree out: Hydra would report an error of the run itself, on every rank."""
-    _composed.append(plain(composed))
+    _composed.append(composed)
+
+
+def _quietly(app: Callable[[], None]) -> None:
+    """Run Hydra's entry. A flag that it doesn't know becomes a `UserError` instead of a page of usage on every rank."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            app()
+    except SystemExit as end:
+        if end.code != EXIT_USER:
+            raise
+        raise UserError(said.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
+    sys.stderr.write(said.getvalue())
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Name the argument that isn't an override: Hydra's own errors don't."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parsed = parser.parse_override(override)
+        except HydraException as error:
+            raise refused_override(override.lstrip("+"), str(error).splitlines()[0]) from error
+        if not parsed.key_or_group:
+            raise refused_override(override, "it has no key")
+        if parsed.is_sweep_override():
+            raise UserError(
+                f"'{override.lstrip('+')}' is a sweep over several values, and a process trains one run",
+                remedy="start one process a value, or write a list in brackets: KEY=[A,B]",
+            )
+        if parsed.key_or_group in SECTIONS and not isinstance(parsed.value(), str | list) and not parsed.is_delete():
+            raise refused_section(parsed.key_or_group, override)
 
 
 def _run(tree: dict[str, Any]) -> int:
@@ -103,7 +148,7 @@ def _run(tree: dict[str, Any]) -> int:
     return train.run(settings, tree)
 
 
-def plain(composed) -> dict[str, Any]:
+def plain(composed: Any) -> dict[str, Any]:
     """The composed configuration as dicts, lists and scalars, interpolations resolved."""
     tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(tree, dict), "the primary configuration is a mapping"
@@ -164,47 +209,8 @@ def _flag(arguments: Sequence[str], *names: str) -> str | None:
 
 
 def _print_once(text: str) -> None:
-    """On rank 0 only: every rank composes the same settings and would say the same."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"error: {text}\n")
-
-
-def _explain(error: Exception) -> str:
-    """An error of ours, or of Hydra's, in our form and at most 8 lines."""
-    if isinstance(error, UserError):
-        return str(error)
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    text = "\n".join(str(link).strip() for link in chain)
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    missing = re.search(r"Could not find '([\w/]+)/([\w-]+)'", text) or re.search(
-        r"In '.*': Could not find '([\w/]+)/([\w-]+)'", text
-    )
-    if missing:
-        return _explain_missing_choice(missing.group(1), missing.group(2), text)
-    key = re.search(r"Key '([\w.]+)' is not in struct|Could not override '([\w./@]+)'", text)
-    if key:
-        name = key.group(2) or key.group(1)
-        name = name if not key.group(1) or key.group(2) else key.group(1)
-        return _explain_unknown_key(name)
-    return "\n".join([*lines[:6], "  remedy: see python -m opentau_train --help"])
-
-
-def _explain_missing_choice(group: str, choice: str, text: str) -> str:
-    options = re.search(rf"Available options in '{re.escape(group)}':\s*((?:\n\t.*)+)", text)
-    known = options.group(1).split() if options else []
-    return str(
-        UserError(
-            f"{group}={choice}: no such configuration{did_you_mean(choice, known)}",
-            remedy=f"{group} is one of: {', '.join(known)}" if known else "see python -m opentau_train --help",
-        )
-    )
-
-
-def _explain_unknown_key(name: str) -> str:
-    groups = ("recipe", "debug")
-    if name in groups:
-        return str(UserError(f"{name} is not in the defaults", remedy=f"write +{name}=NAME"))
-    known = [*config.Settings.__dataclass_fields__, *groups]
-    return str(UserError(f"unknown key '{name}'{did_you_mean(name, known)}", remedy=f"keys: {', '.join(known)}"))
+    """By rank 0, since every rank would say the same. The others wait before they end: torchrun kills all ranks as soon
+    as one has ended, and rank 0 may not have spoken yet. One that is left alone failed alone, and says so itself."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(HEAD_START_S)
+    sys.stderr.write(f"error: {text}\n")

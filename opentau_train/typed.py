@@ -151,7 +151,7 @@ def _refuse_unknown(tree: Mapping, known: Mapping, path: str) -> None:
             where = f"{path}.{key}" if path else str(key)
             raise UserError(
                 f"unknown key '{where}'{did_you_mean(str(key), known)}",
-                remedy=f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known))}",
+                remedy=f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known)) or '(it takes none)'}",
             )
 
 

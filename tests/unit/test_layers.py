@@ -16,7 +16,7 @@ LAYERS = (
     {"__main__", "validate", "tools"},
     {"cli"},
     {"train", "standalone"},
-    {"report", "meter", "recorder"},
+    {"report", "meter", "recorder", "explain"},
     {"passes", "best", "saver"},
     {"actions"},
     {"evaluate", "checkpoint", "pretrained"},
