@@ -102,14 +102,8 @@ class Best:
             return False
         if not np.isfinite(scores.row["Validation/Loss"]):
             return False
-        if self.sums is not None and (self.sums[..., 1] == scores.sums[..., 1]).all():
-            groups = self.plan.mixture.groups
-            delta, error = paired_difference(scores.sums, self.sums, self.plan.group_of, groups, self.weights)
-            improved = -delta > self.margin * error
-            verdict = "is the best so far" if improved else f"leaves step {self.step} the best"
-            log.info("validation: %+.5f ± %.5f against step %s: step %d %s", delta, error, self.step, step, verdict)
-            if not improved:
-                return False
+        if self.sums is not None and not self._improves(step, scores.sums, self.sums):
+            return False
         self.step, self.sums = step, scores.sums
         if world.is_main:
             path = self._folder / f"{step:08d}.npz"
@@ -141,6 +135,19 @@ class Best:
             os.replace(fresh, link)
         elif link.is_symlink():
             link.unlink()
+
+    def _improves(self, step: int, new: NDArray[np.float64], old: NDArray[np.float64]) -> bool:
+        """Over the episodes that both passes saw whole: windows that can't be read may be left out of either."""
+        both = (new[..., 1] == old[..., 1]).all(1)
+        if both.sum() < MIN_EPISODES:
+            log.warning("the pass at step %d has too few windows in common with step %s's to compare", step, self.step)
+            return False
+        plan = self.plan
+        delta, error = paired_difference(new[both], old[both], plan.group_of[both], plan.mixture.groups, self.weights)
+        improved = -delta > self.margin * error
+        verdict = "is the best so far" if improved else f"leaves step {self.step} the best"
+        log.info("validation: %+.5f ± %.5f against step %s: step %d %s", delta, error, self.step, step, verdict)
+        return improved
 
     @property
     def _folder(self) -> Path:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch import nn
 
 from opentau_train import cli, validate
 from opentau_train.actions import unit_of
-from opentau_train.best import paired_difference
+from opentau_train.best import Best, paired_difference
 from opentau_train.data.split import numbers, ranges
 from opentau_train.errors import EXIT_USER, UserError
+from opentau_train.evaluate import Scores
 from opentau_train.metrics import Group, exact, group_means
 from opentau_train.optim import Ema
 from opentau_train.plots import Panel, draw_panels
@@ -123,6 +125,61 @@ def test_groups_of_one_episode_make_the_noise_larger_never_zero():
         [1.0],
     )
     assert error == pytest.approx(0.25)  # the lone group's whole change, at its share
+
+
+def best_of(tmp_path, num_episodes=6):
+    plan = SimpleNamespace(
+        episodes=tuple(("a", n) for n in range(num_episodes)),
+        group_of=np.zeros(num_episodes, int),
+        mixture=SimpleNamespace(groups=tuple(GROUPS[:1])),
+    )
+    return Best(tmp_path, plan, {"mse": 1.0}, 2.0)
+
+
+def scores_of(means, counts=8.0):
+    counts = np.broadcast_to(np.asarray(counts, float), means.shape)
+    return Scores({"Validation/Loss": float(means.mean())}, sums_of(means, counts))
+
+
+def saved(tmp_path, step):
+    (tmp_path / "checkpoints" / f"{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / f"{step:08d}" / "run.json").write_text("{}")
+
+
+def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_its_step(tmp_path):
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
+    rng = np.random.default_rng(0)
+    start = rng.normal(5, 3, 6)
+    best = best_of(tmp_path)
+    assert best.offer(world, 10, scores_of(start))
+    assert not best.offer(world, 20, scores_of(start + rng.normal(-0.01, 0.1, 6)))
+    assert not best.offer(world, 25, scores_of(np.full(6, np.nan)))
+    assert best.offer(world, 30, scores_of(start - 0.5 + rng.normal(0, 0.05, 6)))
+    for step in (10, 30):
+        saved(tmp_path, step)
+    best.point()
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "00000030"
+
+    later, earlier = best_of(tmp_path), best_of(tmp_path)
+    later.restore(world, 35)
+    assert later.step == 30 and not later.offer(world, 40, scores_of(start - 0.5))
+    earlier.restore(world, 29)  # step 30 is still to come: what it left is forgotten
+    assert earlier.step == 10 and (tmp_path / "checkpoints" / "best").resolve().name == "00000010"
+    assert earlier.offer(world, 30, scores_of(start - 0.5))
+
+
+def test_other_windows_start_the_comparison_anew_and_left_out_ones_are_left_out_of_it(tmp_path):
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
+    start = np.linspace(1, 6, 6)
+    best = best_of(tmp_path)
+    best.offer(world, 10, scores_of(start))
+    fewer = np.array([8.0, 8.0, 8.0, 8.0, 8.0, 2.0])  # the hardest episode couldn't be read
+    assert not best.offer(world, 20, scores_of(start * np.array([1, 1, 1, 1, 1, 0]), fewer))
+    assert best.offer(world, 30, scores_of(start - np.linspace(0.9, 1.1, 6), fewer))
+    other = best_of(tmp_path, 5)
+    other.restore(world, 30)
+    assert other.step is None
+    assert not best_of(tmp_path / "one", 1).offer(world, 10, scores_of(np.ones(1)))
 
 
 # -- units, pictures, averages ----------------------------------------------------------------------------------------
