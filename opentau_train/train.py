@@ -262,14 +262,15 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
             with meter.waiting():
                 part = patient.next(stop)
             asked = max(stop.poll(), int(state.step + 1 == stop_at < trainer.steps))
-            meter.open_decoders = part.open_decoders
+            if part is not None:
+                meter.open_decoders = part.open_decoders
             lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
             result = train_step(
                 state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=asked, place=job.place
             )
             code = result.stop
             if result.taken:
-                if recorder is not None:
+                if recorder is not None and part is not None and part.batch is not None:
                     recorder.write(state, part.batch, result)
                 _account(job, meter, sinks, result)
             _report_save(job, job.saver.poll())

@@ -16,6 +16,7 @@ from opentau_train import cli, validate
 from opentau_train.actions import unit_of
 from opentau_train.best import Best, paired_difference
 from opentau_train.data.split import numbers, ranges
+from opentau_train.commit import seal
 from opentau_train.errors import EXIT_USER, UserError
 from opentau_train.evaluate import Scores
 from opentau_train.metrics import Group, exact, group_means
@@ -288,6 +289,7 @@ def test_a_checkpoint_without_statistics_or_convention_is_refused(trained, part,
     copy = tmp_path / "00000004"
     shutil.copytree(trained / "checkpoints" / "00000004", copy)
     (copy / "pretrained_model" / f"{part}.json").unlink()
+    seal(copy)  # whole by its manifest, as another program may have made it
     with pytest.raises(UserError, match="the checkpoint has no"):
         command(copy)
 
@@ -300,6 +302,7 @@ def test_other_names_of_the_same_dimensions_are_refused(trained, tmp_path):
     names = card["norm_heads"]["toy::default"]
     card["norm_heads"]["toy::default"], card["action_names"]["main"] = [*names[:-1], "action.gripper"], []
     path.write_text(json.dumps(card))
+    seal(copy)
     with pytest.raises(UserError, match=r"has 'action.gripper' as action dimension 6 of toy::default"):
         command(copy)
 
