@@ -1,6 +1,6 @@
 """One balanced validation pass against one prepared dataloader per dataset, on the same mixture, model and ranks.
 
-    python benchmarks/validation_pass.py [--ranks 1 2 4] [--repeats 5]
+    python benchmarks/validation_pass.py [--cases a b c] [--ranks 1 2 4] [--repeats 5]
 
 (a) 64 datasets of one window, (b) 60 of one to four windows and 4 of 128, (c) 4 of 192. Both sides read the same files
 through the same sample builder, in the main process of each rank, with batches of 8; their passes take turns in one
@@ -34,6 +34,7 @@ FPS, SIZE = 10, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -45,9 +46,9 @@ def main() -> None:
     print("| case | ranks | side | seconds | forwards a rank | busy | collectives | times faster |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
+        for case in arguments.cases:
             write_case(Path(folder) / case, CASES[case][1])
-        for case in CASES:
+        for case in arguments.cases:
             for ranks in arguments.ranks:
                 print_case(case, ranks, Path(folder), arguments.repeats)
     print(f"\ngrouping 1,000,000 samples into 3,240 groups: {time_grouping():.3f} s")

@@ -56,10 +56,12 @@ class Sums:
 
     def add(self, item: torch.Tensor, terms: LossTerms) -> None:
         """Add samples: `item` [B] i64 and each term's per-sample (sum [B], count [B])."""
+        pairs = torch.zeros(len(item), len(self.terms), 2, dtype=torch.float64)
         for k, name in enumerate(self.terms):
             if name in terms:
-                pair = torch.stack([t.detach().to("cpu", torch.float64) for t in terms[name]], dim=-1)
-                self.values[:, k].index_add_(0, item.cpu(), pair)
+                for column, values in enumerate(terms[name]):
+                    pairs[:, k, column] = values.detach()
+        self.values.index_add_(0, item.cpu(), pairs)
 
 
 @dataclass(frozen=True)
