@@ -46,7 +46,8 @@ class Retention:
 def seal(partial: Path) -> None:
     """Write the manifest of a directory that all ranks have written, and flush it all to the disk: a rename must not
     survive a power cut that its content did not."""
-    sizes = {p.relative_to(partial).as_posix(): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+    files = [p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST]
+    sizes = {p.relative_to(partial).as_posix(): p.stat().st_size for p in files}
     (partial / MANIFEST).write_text(json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
     for path in [*partial.rglob("*"), partial]:
         _flush(path)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from opentau_train import commit, typed
 from opentau_train.data.normalize import HeadStats
 from opentau_train.errors import UserError
+from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 
 FORMAT = "opentau_train.policy/1"
@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
     """`policy` in eval mode; `stats` {norm head: statistics}; `meta`: the convention (`actions`, `normalization`,
     `spec`, `norm_heads`, `fps`) and the run's settings under `config`."""
 
-    policy: nn.Module
+    policy: Policy
     stats: dict[str, HeadStats]
     meta: dict[str, Any]
 
@@ -111,7 +111,7 @@ def locate(path: Path) -> Path:
     return commit.at(str(path)) / FOLDER
 
 
-def build(card: Pretrained) -> nn.Module:
+def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained. Torch's random state stays as it is."""
     spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.policy["spec"].items()}
     with torch.random.fork_rng(devices=[]):

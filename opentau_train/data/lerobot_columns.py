@@ -107,9 +107,9 @@ def _require(features: Features, name: str, kinds: frozenset[str], kind: str, wh
     )
 
 
-def frame_size(feature: dict[str, Any]) -> tuple[int, int]:
+def frame_size(feature: Mapping[str, Any]) -> tuple[int, int]:
     """(H, W) of a camera's `shape`, channels first or last; (0, 0) where it doesn't say."""
-    shape = feature.get("shape") or ()
+    shape: list[int] = list(feature.get("shape") or [])
     if len(shape) != 3:
         return 0, 0
     height, width = shape[1:] if shape[0] in (1, 3) and shape[2] not in (1, 3) else shape[:2]

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.func import functional_call, grad
 
 from opentau_train import cli, rng
@@ -29,6 +28,7 @@ from opentau_train.data.stream import Parts
 from opentau_train.data.tape import Windows
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK
+from opentau_train.models.policy import Policy
 from opentau_train.pretrained import load_policy
 from opentau_train.report import align
 from opentau_train.step import draw_noise
@@ -45,7 +45,7 @@ class Sketcher:
     (count sketch, Charikar et al. 2002; inner products are kept without bias). A sample's loss is what the optimizer
     would see of it: each term's sum over `counts` {term: mean count a sample}, weighted."""
 
-    def __init__(self, policy: nn.Module, counts: dict[str, float], dims: int = SKETCH):
+    def __init__(self, policy: Policy, counts: dict[str, float], dims: int = SKETCH):
         self.policy, self.counts, self.dims = policy, counts, dims
         self.parameters = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
         bits = rng.fold(rng.key("sketch"), np.arange(sum(p.numel() for p in self.parameters.values())))
@@ -66,10 +66,11 @@ class Sketcher:
     def _loss(self, parameters: dict[str, torch.Tensor], single: Batch, noise: Noise) -> torch.Tensor:
         terms = functional_call(self.policy, parameters, (single, noise))
         weights = self.policy.loss_weights
-        return sum(weights[k] * terms[k][0].sum() / self.counts[k] for k in weights if self.counts[k] > 0)
+        parts = [weights[k] * terms[k][0].sum() / self.counts[k] for k in weights if self.counts[k] > 0]
+        return torch.stack(parts).sum()
 
 
-def mean_counts(policy: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+def mean_counts(policy: Policy, batches: Sequence[Batch]) -> dict[str, float]:
     """{term: mean count of its loss elements a sample}."""
     found = [policy.term_counts(batch) for batch in batches]
     return {k: float(torch.cat([torch.as_tensor(c[k]) for c in found]).double().mean()) for k in policy.loss_weights}
@@ -112,7 +113,8 @@ def fit(correlation: F64, pairs: NDArray[np.int64]) -> CorrelationSettings:
             found = np.linalg.lstsq(matrix * weight[:, None], rho * weight, rcond=None)[0]
             error = float(np.square((matrix @ found - rho) * weight).sum())
             if (found >= 0).all() and found.sum() < 1 and (best is None or error < best[0]):
-                best = error, CorrelationSettings(*(round(float(f), 4) for f in found), round(float(frames), 2))
+                episode, neighbours = (round(float(f), 4) for f in found)
+                best = error, CorrelationSettings(episode, neighbours, round(float(frames), 2))
     return best[1] if best is not None else CorrelationSettings(0.0, 0.0, 1.0)
 
 
@@ -146,9 +148,7 @@ def stretches(mixture: Mixture, num: int, length: int) -> Iterator[Windows]:
             yield Windows(np.arange(length), zeros, zeros + dataset, zeros, zeros + episode[1], frame)
 
 
-def measure(
-    policy: nn.Module, mixture: Mixture, batch_size: int, *, batches: int, episodes: int, frames: int
-) -> Measured:
+def measure(policy: Policy, mixture: Mixture, batch_size: int, *, batches: int, episodes: int, frames: int) -> Measured:
     """Measure over `batches` batches of the tape, spread over its first epoch, and `episodes` stretches of `frames`."""
     tape = mixture.tape(batch_size)
     steps = np.linspace(0, max(tape.epoch_size // batch_size - 1, batches - 1), batches).astype(int)
@@ -158,6 +158,7 @@ def measure(
     for part in parts:
         if part.error is not None:
             raise part.error
+        assert part.batch is not None, "a part of a plan without empty steps has a batch or an error"
         built.append(part.batch)
     sketch = Sketcher(policy, mean_counts(policy, built[:batches]))
     found = [sketch(batch) for batch in built]

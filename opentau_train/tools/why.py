@@ -91,7 +91,8 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
     """[H, W, 3] of every camera of the sample's frame. Raises `BadSample`, and `UserError` where the data has no such
     episode any more."""
     dataset = next((d for d in mixture.datasets if d.name == sample.dataset), None)
-    places = [] if dataset is None else np.flatnonzero(dataset.source.episodes.episode_index == sample.episode)
+    known = np.zeros(0, np.int64) if dataset is None else dataset.source.episodes.episode_index
+    places = np.flatnonzero(known == sample.episode)
     if dataset is None or not len(places):
         raise UserError(
             f"episode {sample.episode} of dataset '{sample.dataset}' is not in the data any more",

@@ -121,8 +121,15 @@ def node(tmp_path: Path) -> Node:
         "PYTHONPATH": str(REPO),
         "DATASET_PATH": str(make_dataset(tmp_path / "my droid")),
         "RECORD": str(made.record),
+        "CHECK_CONFIG": "0",  # most overrides here are made up; one test is about the check
     }
     return made
+
+
+def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
+    answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES="trainer.stps=5")
+    assert answer.returncode == 2 and "unknown key 'trainer.stps'" in answer.stderr
+    assert len(answer.stderr.splitlines()) <= 8 and not node.record.exists()
 
 
 def test_with_nothing_set_it_is_a_plain_single_node_start(node):

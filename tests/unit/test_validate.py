@@ -15,8 +15,8 @@ from torch import nn
 from opentau_train import cli, validate
 from opentau_train.actions import unit_of
 from opentau_train.best import Best, paired_difference
-from opentau_train.data.split import numbers, ranges
 from opentau_train.commit import seal
+from opentau_train.data.split import numbers, ranges
 from opentau_train.errors import EXIT_USER, UserError
 from opentau_train.evaluate import Scores
 from opentau_train.metrics import Group, exact, group_means
