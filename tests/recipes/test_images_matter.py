@@ -18,8 +18,8 @@ def test_held_out_action_error_is_at_least_thirty_percent_below_the_one_with_bla
     running = {}
     for name, extra in variants.items():
         arguments = [*recipe, *extra, f"paths.run_dir={tmp_path / name}"]
-        log = open(tmp_path / f"{name}.log", "w")
-        running[name] = subprocess.Popen(command(arguments), env=environment(), stdout=log, stderr=log)
+        with open(tmp_path / f"{name}.log", "w") as log:
+            running[name] = subprocess.Popen(command(arguments), env=environment(), stdout=log, stderr=log)
     for name, process in running.items():
         assert process.wait() == 0, (tmp_path / f"{name}.log").read_text()
     errors = {name: metrics(tmp_path / name)[400] for name in variants}

@@ -1,0 +1,84 @@
+"""Everything that ships composes; every recipe trains."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+from opentau_train import cli, config
+from opentau_train.data.droid_sample import SampleSpec, ensure_droid_sample
+from opentau_train.typed import bind, instantiate
+from opentau_train.types import BatchSpec
+from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
+
+CONF = REPO / "conf"
+SPEC = BatchSpec(("a", "b"), (48, 80), 0, 8, 8, 16)
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> config.Settings:
+    with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
+        return config.load(cli.plain(hydra.compose("train", [cli._settable(o) for o in overrides])))
+
+
+GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoint", "parallelism", "logger", "paths")
+
+
+@pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
+def test_every_choice_composes_and_fits_its_class(choice):
+    settings = composed("+recipe=droid_policy", choice)
+    bind(settings.model, "model", ["spec"])
+    bind(settings.scheduler, "scheduler", [])
+    for name, sink in settings.logger.items():
+        bind(sink, f"logger.{name}", ["context"])
+
+
+@pytest.mark.parametrize("recipe", options("recipe"))
+@pytest.mark.parametrize("debug", options("debug"))
+def test_every_recipe_composes_with_every_debug_option(recipe, debug):
+    assert composed(f"+recipe={recipe}", f"+debug={debug}").trainer.steps >= 2
+
+
+@pytest.mark.parametrize("source", options("data/source"))
+def test_every_source_composes_into_a_mixture(source):
+    assert "more" in composed("+recipe=lerobot", f"+data/source@data.sources.more={source}").data.sources
+
+
+@pytest.mark.parametrize("size", options("model"))
+def test_every_model_builds(size):
+    tree = composed("+recipe=droid_policy", f"model={size}").model
+    with torch.device("meta"):
+        assert sum(p.numel() for p in instantiate(tree, "model", spec=SPEC).parameters()) > 1e6
+
+
+@pytest.fixture(scope="module")
+def small_sample(tmp_path_factory) -> dict[str, Path]:
+    spec = SampleSpec(num_episodes=4, min_frames=60, max_frames=70, episodes_per_data_file=2, episodes_per_video_file=2)
+    return ensure_droid_sample(tmp_path_factory.mktemp("cache"), spec)
+
+
+def test_the_droid_recipe_trains_on_droid_root(small_sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("DROID_ROOT", str(small_sample["joint"]))
+    run = train_here(["+recipe=droid_policy", "+debug=smoke", *TINY_POLICY], tmp_path / "run")
+    rows = metrics(run)
+    assert sorted(rows) == [1, 2] and rows[2]["Validation/droid/joint/MSE/N"] == 4
+    assert (run / "config.yaml").is_file() and (run / "train.log").is_file() and list(run.glob("tensorboard/*"))
+
+
+def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp_path):
+    sources = ["data=droid", f"data.sources.droid.root={small_sample['joint']}"]
+    sources += ["+data/source@data.sources.droid_ee=droid_ee", f"data.sources.droid_ee.root={small_sample['ee']}"]
+    rows = metrics(train_here([*sources, "+debug=smoke", *TINY_POLICY], tmp_path / "run"))
+    assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
+
+
+def test_overfitting_a_handful_of_windows_drives_the_loss_down(tmp_path):
+    few = ["data.sources.main.episodes=[0,1]", "data.sources.old.episodes=[0,1]", "+debug=overfit"]
+    few += ["trainer.steps=60", "trainer.log_every=1", "optimizer.lr=3e-3", "trainer.global_batch_size=8", "validation.every=0"]
+    rows = metrics(train_here([*TOY, *few], tmp_path / "run"))
+    losses = [rows[step]["Training/Loss"] for step in range(1, 61)]
+    assert sum(losses[-15:]) < 0.75 * sum(losses[:15])
