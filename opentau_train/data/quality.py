@@ -70,6 +70,8 @@ def background(tape: Tape, rho: CorrelationSettings) -> float:
     total = 0.0
     share = tape.draws / tape.draws.sum()
     for blocks, chance in zip(tape.datasets, share.tolist(), strict=True):
+        if chance == 0:  # a source for validation only
+            continue
         length = blocks.length.astype(np.float64)
         episodes = np.bincount(blocks.episode, weights=length)
         q = math.exp(-blocks.stride / rho.frames)

@@ -230,6 +230,7 @@ def test_a_source_for_validation_only_is_seen_in_no_batch_and_moves_no_aggregate
     alone = metrics(train_here(FROZEN, tmp_path / "alone"))
     joined = metrics(train_here([*FROZEN, *only], tmp_path / "joined"))
     assert joined[2]["Validation/zoo/default/MSE/N"] == 93
+    assert all(np.isfinite(value) for row in joined.values() for value in row.values())
     for tag in ("Validation/MSE", "Validation/CE", "Validation/Loss", "Validation/main/default/MSE"):
         assert joined[2][tag] == alone[2][tag]
     assert not any("/zoo/" in tag for row in joined.values() for tag in row if tag.startswith("Training"))
