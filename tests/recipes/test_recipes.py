@@ -78,7 +78,13 @@ def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp
 
 def test_overfitting_a_handful_of_windows_drives_the_loss_down(tmp_path):
     few = ["data.sources.main.episodes=[0,1]", "data.sources.old.episodes=[0,1]", "+debug=overfit"]
-    few += ["trainer.steps=60", "trainer.log_every=1", "optimizer.lr=3e-3", "trainer.global_batch_size=8", "validation.every=0"]
+    few += [
+        "trainer.steps=60",
+        "trainer.log_every=1",
+        "optimizer.lr=3e-3",
+        "trainer.global_batch_size=8",
+        "validation.every=0",
+    ]
     rows = metrics(train_here([*TOY, *few], tmp_path / "run"))
     losses = [rows[step]["Training/Loss"] for step in range(1, 61)]
     assert sum(losses[-15:]) < 0.75 * sum(losses[:15])

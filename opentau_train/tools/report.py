@@ -1,0 +1,78 @@
+"""Draw a run's curves from its metrics.jsonl as one PNG:
+
+python -m opentau_train.tools.report RUN --out curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
+
+PANELS = (
+    ("loss", ("Training/MSE", "Training/CE")),
+    ("gradient norm", ("Training/GradNorm",)),
+    ("held-out loss", ("Validation/{group}/MSE",)),
+)
+"""(title, tags); `{group}` stands for every (dataset, control_mode)."""
+
+
+def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of a run directory. Raises `UserError` where it has no numbers."""
+    try:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"no numbers there: {error}", where=str(run), remedy="give a run directory") from error
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for tag, value in row.items():
+            if tag not in ("step", "time") and value is not None:
+                curves.setdefault(tag, []).append((row["step"], value))
+    return curves
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> Any:
+    """A matplotlib figure with a panel each of `PANELS`, side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed", remedy="pip install matplotlib") from error
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (name, patterns) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for pattern in patterns:
+            head, _, tail = pattern.partition("{group}")
+            group_tags = [
+                t for t in curves if t.startswith(head) and t.endswith(tail) and t.count("/") == 3 and "::" not in t
+            ]
+            for tag in group_tags if tail else [pattern]:
+                steps, values = zip(*curves.get(tag, [(0, float("nan"))]), strict=True)
+                axes.plot(steps, values, marker="o" if tail else None, label=tag.partition("/")[2])
+        axes.set(title=name, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.report", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    options = parser.parse_args(arguments)
+    try:
+        draw(read_curves(options.run), options.run.name).savefig(options.out, dpi=110)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER
+    print(options.out)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
