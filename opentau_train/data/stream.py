@@ -6,6 +6,7 @@ ordered global batch is the tape's, whatever the ranks, workers, prefetching or 
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
@@ -184,6 +185,7 @@ def training_batches(
     so. Close the generator to end the workers.
     """
     data = mixture.settings
+    tape.batch(first_step)  # orders the blocks here and now: forked workers then share the pages, 12 B a block
     plan = TrainPlan(tape, rank, size, first_step, last_step)
     width = max(1, data.num_workers)
     pending: list[Part] = []
@@ -218,7 +220,7 @@ def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Pa
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             collate_fn=_same,
-            worker_init_fn=_quiet_worker if num_workers else None,
+            worker_init_fn=_begin_worker if num_workers else None,
             # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
             # then change every later ambient draw of the training loop.
             generator=torch.Generator().manual_seed(0),
@@ -258,7 +260,9 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _quiet_worker(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.
+    gc.freeze()

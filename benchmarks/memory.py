@@ -1,0 +1,100 @@
+"""What a data worker holds: with 1,000 and with 1,000,000 episodes, and after 100 and 1,000 steps.
+
+    python benchmarks/memory.py [--steps 1000]
+
+The episodes are synthetic metadata over eight real ones of one camera 180x320. Each case is a new process with two
+workers, batches of 32, 4 lanes a sample (64 lanes a worker); USS (memory that only the process has) of the larger one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from support.datasets import write_dataset
+from support.program import machine, mixture_of, unique_bytes
+
+from opentau_train.data.lerobot import whole_episodes
+from opentau_train.data.mixture import Mixture
+from opentau_train.data.stream import training_batches
+from opentau_train.data.tape import DatasetBlocks
+
+BATCH = 32
+CASES = (1_000, 1_000_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(run(options.root, options.case, options.steps)))
+        return
+    print(f"{machine()}; USS of a worker in MB\n")
+    marks = [options.steps // 10, options.steps // 2, options.steps]
+    print(f"| episodes | {' | '.join(f'step {m}' for m in marks)} | growth | first batch |")
+    print("|---|" + "---|" * (len(marks) + 2))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_dataset(Path(folder) / "set", [60] * 8, cameras=1)
+        for num in CASES:
+            command = [sys.executable, __file__, "--case", str(num), "--root", str(root), "--steps", str(options.steps)]
+            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[num] = json.loads(done.stdout.splitlines()[-1])
+            sizes = [found[num]["bytes"][str(m)] / 2**20 for m in marks]
+            growth = sizes[-1] / sizes[0] - 1
+            cells = " | ".join(f"{size:.1f}" for size in sizes)
+            print(f"| {num:,} | {cells} | {growth:+.1%} | {found[num]['first']:.2f} s |", flush=True)
+    few, many = (found[num]["bytes"][str(marks[-1])] for num in CASES)
+    print(f"\na worker of {CASES[1]:,} episodes holds {many / few - 1:+.1%} against {CASES[0]:,}")
+
+
+def run(root: Path, num: int, steps: int) -> dict:
+    """Train-loop's view: USS of the larger worker by step, seconds to the first batch."""
+    mixture = with_episodes(mixture_of(root), num)
+    tape = mixture.tape(BATCH)
+    started, first, sizes = time.perf_counter(), 0.0, {}
+    batches = training_batches(
+        mixture, tape, rank=0, size=1, first_step=0, last_step=steps + 8, quarantine=root.parent / "quarantine.jsonl"
+    )
+    for step, _ in enumerate(batches, start=1):
+        first = first or time.perf_counter() - started
+        if step in (steps // 10, steps // 2, steps):
+            sizes[step] = max(unique_bytes(child.pid) for child in multiprocessing.active_children())
+    return {"bytes": sizes, "first": first}
+
+
+def with_episodes(mixture: Mixture, num: int) -> Mixture:
+    """The mixture as if its one dataset had `num` episodes: its own, again and again."""
+    (dataset,) = mixture.datasets
+    place = np.arange(num) % len(dataset.source.episodes)
+    table = dataset.source.episodes.select(place)
+    reading = dataclasses.replace(dataset.source.reading, episodes=table)
+    source = dataclasses.replace(dataset.source, reading=reading, blocks=whole_episodes(table.length))
+    position = np.arange(num, dtype=np.int32)
+    blocks = DatasetBlocks(dataset.name, position, np.zeros(num, np.int32), table.length, position.astype(np.int64))
+    changed = dataclasses.replace(
+        dataset,
+        source=source,
+        train=blocks,
+        held_out=np.zeros(num, bool),
+        group_of=np.zeros(num, np.int64),
+    )
+    return dataclasses.replace(mixture, datasets=(changed,), draws=(blocks.num_windows,))
+
+
+if __name__ == "__main__":
+    main()
