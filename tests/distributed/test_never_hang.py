@@ -143,7 +143,7 @@ def _rank_of(pid: int) -> str | None:
 
 
 def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_path):
-    stuck = ["model._target_=tests.odd_policies.Stuck", "trainer.step_timeout=8", f"paths.run_dir={tmp_path}"]
+    stuck = ["model._target_=tests.misbehaving.Stuck", "trainer.step_timeout=8", f"paths.run_dir={tmp_path}"]
     done = run([*ENDLESS, *stuck], ranks=2)
     assert done.returncode == EXIT_FAULT
     assert "error: the run stands still; where each rank was:" in done.stderr
@@ -152,7 +152,7 @@ def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_pat
     for rank in (0, 1):
         text = (tmp_path / "stacks" / f"rank{rank}.txt").read_text()
         assert "train.py" in text and "Current thread" in text
-    assert "odd_policies.py" in (tmp_path / "stacks" / "rank1.txt").read_text()
+    assert "misbehaving.py" in (tmp_path / "stacks" / "rank1.txt").read_text()
 
 
 def test_a_stopped_process_is_reported_as_silent(tmp_path):
@@ -169,7 +169,7 @@ def test_a_stopped_process_is_reported_as_silent(tmp_path):
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all(parallelism, tmp_path):
     degree = 2 if parallelism == "fsdp" else 1
-    poisoned = ["model._target_=tests.odd_policies.Poisoned", f"parallelism.data_parallel_shard_degree={degree}"]
+    poisoned = ["model._target_=tests.misbehaving.Poisoned", f"parallelism.data_parallel_shard_degree={degree}"]
     every = ["trainer.steps=4", "checkpoint.every=1", "checkpoint.keep_last=null", "trainer.ema_decay=0.9"]
     done = run([*RUN, *poisoned, *every, f"paths.run_dir={tmp_path}"], ranks=2)
     assert done.returncode == 0, done.stderr
@@ -209,13 +209,13 @@ def uninterrupted(tmp_path_factory):
     return metrics(train_here([*RUN, *VALIDATING], tmp_path_factory.mktemp("whole") / "run"))
 
 
-VALIDATING = ["validation.every=5", "validation.batch_size=1"]
+VALIDATING = ["validation.every=5", "validation.batch_size=3"]
 
 
 def test_the_file_stops_all_ranks_and_is_cleared_by_the_next_start(tmp_path):
     whole = run([*RUN, f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
     assert whole.returncode == 0, whole.stderr
-    slow = [*RUN, "model._target_=tests.odd_policies.Slow", f"paths.run_dir={tmp_path / 'run'}"]
+    slow = [*RUN, "model._target_=tests.misbehaving.Slow", f"paths.run_dir={tmp_path / 'run'}"]
     process = start([*slow, "trainer.steps=12"], ranks=2)
     wait_for(lambda: rows(tmp_path / "run") >= 1, process)
     (tmp_path / "run" / SENTINEL).touch()
@@ -232,7 +232,7 @@ def test_the_file_stops_all_ranks_and_is_cleared_by_the_next_start(tmp_path):
 def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(workers, uninterrupted, tmp_path):
     """The signal comes when the step's row is written, which is when the pass begins."""
     command = [*RUN, *VALIDATING, f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
-    command.append("model._target_=tests.odd_policies.SlowValidation")
+    command.append("model._target_=tests.misbehaving.SlowValidation")
     process = start(command)
     wait_for(lambda: rows(tmp_path) >= 5, process)
     process.send_signal(signal.SIGTERM)
@@ -247,7 +247,7 @@ def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(wo
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path):
     command = [*RUN, *VALIDATING, f"parallelism.data_parallel_shard_degree={2 if parallelism == 'fsdp' else 1}"]
-    command += ["model._target_=tests.odd_policies.SlowValidation", f"paths.run_dir={tmp_path}"]
+    command += ["model._target_=tests.misbehaving.SlowValidation", f"paths.run_dir={tmp_path}"]
     process = start(command, ranks=2)
     wait_for(lambda: rows(tmp_path) >= 5, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
@@ -257,22 +257,17 @@ def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path)
     assert "preempted at step 5" in output, output
 
 
-def test_a_stop_while_the_data_hangs_is_obeyed_by_all_ranks(tmp_path):
-    """A fifo in place of a file: reading it waits for ever."""
-    shutil.copytree(Path(TOY[1].partition("=")[2]), tmp_path / "data")
-    hanging = [o for o in RUN if "sources.old" not in o] + [f"data.sources.main.root={tmp_path / 'data'}"]
-    hanging += ["data.num_workers=1", "data.lanes_per_sample=1", f"paths.run_dir={tmp_path / 'run'}"]
-    for path in (tmp_path / "data" / "data").rglob("*.parquet"):
-        hang = path
-    train_here([*hanging, "data.num_workers=0", "trainer.steps=1"], tmp_path / "first")  # statistics are cached now
-    hang.unlink()
-    os.mkfifo(hang)
-    process = start([*hanging, f"paths.cache_dir={tmp_path / 'cache'}", f"resume={tmp_path / 'first'}"], ranks=2)
-    wait_for(lambda: (tmp_path / "run" / "stacks").exists(), process)
-    time.sleep(1)
-    (tmp_path / "run" / SENTINEL).touch()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_while_one_ranks_data_hangs_is_obeyed_by_all(workers, tmp_path):
+    hanging = [o for o in RUN if "sources.old" not in o] + [
+        "data.sources.main._target_=tests.misbehaving.HangingSource"
+    ]
+    hanging += [f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
+    process = start(hanging, ranks=2)
+    wait_for(lambda: rows(tmp_path) >= 3, process)
+    (tmp_path / SENTINEL).touch()
     output = process.communicate(timeout=60)[0]
-    assert "preempted at step 1" in output and (tmp_path / "run" / "checkpoints" / "00000001").is_dir(), output
+    assert "preempted at step 3" in output and (tmp_path / "checkpoints" / "00000003").is_dir(), output
 
 
 def test_an_iterator_that_hangs_is_given_up_only_when_a_stop_is_asked_for(tmp_path):
