@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.distributed.rendezvous import rendezvous
 
 from opentau_train.errors import UserError
 from opentau_train.preflight import check_in
@@ -107,6 +106,33 @@ class World:
         return result if self.local_rank == 0 else make()
 
 
+def _join_store(timeout: float) -> tuple[dist.Store, int, int]:
+    """The launch's key-value store, this process's rank and the world's size, from torchrun's variables.
+
+    As torch's own `env://`, but rank 0 doesn't wait for the others inside it: who is missing is for `check_in` to say.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is set, but not {', '.join(missing)}",
+            where="the environment",
+            remedy="start with torchrun, or unset WORLD_SIZE",
+        )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, and shared by its restarts
+    store: dist.Store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0 and not hosted,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
+    if hosted:
+        store = dist.PrefixStore(f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store, rank, size
+
+
 @contextmanager
 def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str, str]) -> Iterator[World]:
     """Join the launch that the environment describes (torchrun's variables, or a single process).
@@ -120,7 +146,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store, rank, size = _join_store(min(timeout, RENDEZVOUS_SECONDS))
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
         # Longer than a step may take: the watchdog, which says where every rank was, comes first.
         limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)

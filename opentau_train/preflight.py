@@ -13,11 +13,12 @@ import platform
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistStoreError, PrefixStore, Store
 
 from opentau_train.errors import UserError
 
@@ -76,7 +77,7 @@ def check_in(store: Store, rank: int, size: int, facts: Mapping[str, str], timeo
     At most 4 requests to the store a rank and 2 more a rank from rank 0. Raises `UserError` on every rank that is there
     when a rank is missing after `timeout` seconds, was started twice, or differs; RuntimeError when rank 0 is silent.
     """
-    store = PrefixStore(f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore("preflight", store)
     place = f"{socket.gethostname()}, process {os.getpid()}"
     number = store.add(f"count/{rank}", 1)
     store.set(f"card/{rank}/{number}", json.dumps({"size": size, "place": place, "facts": dict(facts)}))
@@ -89,10 +90,11 @@ def check_in(store: Store, rank: int, size: int, facts: Mapping[str, str], timeo
             _until(lambda: store.add("read", 0) >= store.add("arrived", 0) - 1, READ_SECONDS)
             raise problem
         return
-    if not _until(lambda: store.check(["verdict"]), timeout + READ_SECONDS):
-        raise RuntimeError(
-            f"rank 0 of {size} said nothing in {timeout:g} s, {arrived} ranks are there: look at its log"
-        )
+    try:
+        store.wait(["verdict"], timedelta(seconds=timeout + READ_SECONDS))
+    except DistStoreError as error:
+        text = f"rank 0 of {size} said nothing in {timeout:g} s, {arrived} ranks are there: look at its log"
+        raise RuntimeError(text) from error
     verdict = json.loads(store.get("verdict"))
     store.add("read", 1)
     if verdict is not None:

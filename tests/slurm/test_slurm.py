@@ -17,7 +17,7 @@ RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_sample
 def submit(cluster, sbatch, tmp_path: Path, steps: int, *options: str) -> tuple[str, Path]:
     """The job and its run directory, named by the job's number. Its steps take a tenth of a second or more."""
     overrides = [*(o for o in RUN if not o.startswith("+recipe")), f"trainer.steps={steps}"]
-    overrides.append("model._target_=tests.odd_policies.Slow")
+    overrides.append("model._target_=tests.misbehaving.Slow")
     extra = " ".join(shlex.quote(o) for o in overrides)
     job = cluster.submit(*options, sbatch, cwd=tmp_path, RECIPE="lerobot", EXTRA_TAIL_OVERRIDES=extra)
     return job, tmp_path / "runs" / f"slurm-{job}"

@@ -1,4 +1,4 @@
-"""Policies that misbehave on purpose, named by `model._target_`; their numbers are the plain policy's."""
+"""Policies and a source that misbehave on purpose, named by `_target_`; their numbers are the plain ones'."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.models.flow import FlowPolicy
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -55,3 +56,27 @@ class SlowValidation(FlowPolicy):
         if not self.training:
             time.sleep(0.2)
         return super().forward(batch, noise)
+
+
+class HangingSource(LeRobotSource):
+    """On rank 1 the seventh read of a worker never ends."""
+
+    def cursors(self, window):
+        factory, reads = super().cursors(window), [0]
+        make = factory.cursor
+
+        def cursor():
+            made = make()
+            read = made.read
+
+            def hang(*address):
+                reads[0] += 1
+                while RANK == 1 and reads[0] >= 7:
+                    time.sleep(0.1)
+                return read(*address)
+
+            made.read = hang
+            return made
+
+        factory.cursor = cursor
+        return factory

@@ -1,0 +1,298 @@
+"""Whatever goes wrong on one rank ends all of them, soon, with a message that says what and where."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED
+from opentau_train.stopping import MARKER, SENTINEL, Patient, StopFlag
+from tests.lerobot_writer import Dataset, write
+from tests.program import REPO, TOY, environment, metrics, run, start, train_here
+
+pytestmark = pytest.mark.distributed
+
+RUN = [*TOY, "trainer.steps=12", "validation.every=0", "checkpoint.every=0", "logger=none"]
+ENDLESS = [*RUN, "trainer.steps=1000000"]
+
+
+def wait_for(holds, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "it did not get there"
+        time.sleep(0.02)
+
+
+def rows(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def ranks_by_hand(commands: list[dict], size: int = 2) -> list[subprocess.Popen]:
+    """Processes without torchrun: {rank, arguments, and what else is to be different in the environment}."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for given in commands:
+        rank, arguments = given["rank"], given["arguments"]
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": given.get("size", size), "LOCAL_WORLD_SIZE": size}
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{k: str(v) for k, v in world.items()})
+        env |= given.get("env", {})
+        command = [sys.executable, "-m", "opentau_train", *arguments]
+        pipe = subprocess.PIPE
+        cwd = given.get("cwd")  # `python -m` imports from there first
+        started.append(subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT))
+    return started
+
+
+def refused(commands: list[dict], size: int = 2) -> str:
+    """Rank 0's output, when all ranks ended with 2."""
+    processes = ranks_by_hand(commands, size)
+    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [2] * len(processes), "\n".join(outputs)
+    assert "Traceback" not in outputs[0] and outputs[0].count("error:") == 1
+    return outputs[0]
+
+
+# -- preflight -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_with_another_configuration_is_named(tmp_path):
+    arguments = [*RUN, f"paths.run_dir={tmp_path / 'run'}"]
+    text = refused([{"rank": 0, "arguments": arguments}, {"rank": 1, "arguments": [*arguments, "trainer.steps=13"]}])
+    assert "rank 1 differs from rank 0 in: the configuration's 'trainer'" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_with_other_code_is_named(tmp_path):
+    copy = tmp_path / "checkout"
+    shutil.copytree(REPO / "opentau_train", copy / "opentau_train", ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "opentau_train" / "rng.py").open("a") as file:
+        file.write("\n# yesterday's\n")
+    other = {"env": {"PYTHONPATH": f"{copy}:{REPO}"}, "cwd": copy}
+    text = refused([{"rank": 0, "arguments": RUN}, {"rank": 1, "arguments": RUN, **other}])
+    assert "rank 1 differs from rank 0 in: opentau_train's source code" in text
+
+
+def test_a_rank_with_other_files_of_a_dataset_is_named_but_another_place_is_allowed(tmp_path):
+    for name, lengths in (("here", [20, 30]), ("there", [20, 31])):
+        write(tmp_path / name, Dataset(lengths=lengths))
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    base = [o for o in RUN if not o.startswith(("data.sources.", "trainer.steps"))] + ["trainer.steps=2"]
+
+    def command(rank: int, root: str) -> dict:
+        own = [f"data.sources.main.root={tmp_path / root}", f"paths.run_dir={tmp_path / 'run'}"]
+        return {"rank": rank, "arguments": [*base, *own]}
+
+    text = refused([command(0, "here"), command(1, "there")])
+    assert "rank 1 differs from rank 0 in: dataset 'main'" in text
+    processes = ranks_by_hand([command(0, "here"), command(1, "copy")])
+    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+
+
+def test_a_rank_started_twice_is_named_with_both_places():
+    text = refused([{"rank": r, "arguments": RUN} for r in (0, 1, 1)], size=3)
+    assert "rank 1 was started 2 times" in text and text.count("process ") >= 2
+
+
+def test_a_rank_of_another_world_size_is_named():
+    text = refused([{"rank": 0, "arguments": RUN}, {"rank": 1, "arguments": RUN, "size": 4}])
+    assert "rank 1 was started for a world of 4 ranks, rank 0 for 2" in text
+
+
+def test_ranks_that_never_come_are_named():
+    arguments = [*RUN, "trainer.step_timeout=10"]
+    text = refused([{"rank": r, "arguments": arguments} for r in (0, 2)], size=4)
+    assert "2 of 4 ranks did not arrive in 10 s: 1, 3" in text
+
+
+# -- a rank that dies, stands still or goes mad ----------------------------------------------------------------------
+
+
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(tmp_path):
+    process = start([*ENDLESS, "trainer.global_batch_size=6", f"paths.run_dir={tmp_path}"], ranks=3)
+    wait_for(lambda: rows(tmp_path) >= 3, process)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
+    os.kill(workers["2"], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert re.search(r"rank\s*: 2 .*\n.*exitcode\s*: -9", output), output
+    for pid in workers.values():
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def _rank_of(pid: int) -> str | None:
+    env = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return next((v.removeprefix("RANK=") for v in env if v.startswith("RANK=")), None)
+
+
+def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_path):
+    stuck = ["model._target_=tests.misbehaving.Stuck", "trainer.step_timeout=8", f"paths.run_dir={tmp_path}"]
+    done = run([*ENDLESS, *stuck], ranks=2)
+    assert done.returncode == EXIT_FAULT
+    assert "error: the run stands still; where each rank was:" in done.stderr
+    assert "rank 1: no progress for 8 s in: forward and backward, step 3" in done.stderr
+    assert re.search(r"rank 0: no progress for 8 s in: [a-z ]+, step 3", done.stderr), done.stderr
+    for rank in (0, 1):
+        text = (tmp_path / "stacks" / f"rank{rank}.txt").read_text()
+        assert "train.py" in text and "Current thread" in text
+    assert "misbehaving.py" in (tmp_path / "stacks" / "rank1.txt").read_text()
+
+
+def test_a_stopped_process_is_reported_as_silent(tmp_path):
+    process = start([*ENDLESS, "trainer.step_timeout=6", f"paths.run_dir={tmp_path}"], ranks=2)
+    wait_for(lambda: rows(tmp_path) >= 3, process)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
+    os.kill(workers["1"], signal.SIGSTOP)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "rank 1: no report" in output and "rank 0: no progress for 6 s in:" in output
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all(parallelism, tmp_path):
+    degree = 2 if parallelism == "fsdp" else 1
+    poisoned = ["model._target_=tests.misbehaving.Poisoned", f"parallelism.data_parallel_shard_degree={degree}"]
+    every = ["trainer.steps=4", "checkpoint.every=1", "checkpoint.keep_last=null", "trainer.ema_decay=0.9"]
+    done = run([*RUN, *poisoned, *every, f"paths.run_dir={tmp_path}"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    found = metrics(tmp_path)
+    assert [found[s]["Training/SkippedSteps"] for s in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    assert len({row["Training/BatchId"] for row in found.values()}) == 4
+    before, skipped, after = (_state(tmp_path, step) for step in (2, 3, 4))
+    assert before.keys() == skipped.keys() and any("exp_avg" in k for k in before)
+    for name, value in before.items():
+        assert torch.equal(value, skipped[name]), name
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def _state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by their names: parameters, moments, average."""
+    folder = run_dir / "checkpoints" / f"{step:08d}"
+    whole = folder / "whole.pt"
+    dcp_to_torch_save(folder / "state", whole)
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, tree) -> None:
+        if isinstance(tree, torch.Tensor):
+            flat[prefix] = tree
+        elif isinstance(tree, dict):
+            for key, value in tree.items():
+                walk(f"{prefix}.{key}", value)
+
+    walk("", torch.load(whole, weights_only=False))
+    return flat | load_file(folder / "pretrained_model" / "model.safetensors")
+
+
+# -- preemption ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return metrics(train_here([*RUN, *VALIDATING], tmp_path_factory.mktemp("whole") / "run"))
+
+
+VALIDATING = ["validation.every=5", "validation.batch_size=3"]
+
+
+def test_the_file_stops_all_ranks_and_is_cleared_by_the_next_start(tmp_path):
+    whole = run([*RUN, f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
+    assert whole.returncode == 0, whole.stderr
+    slow = [*RUN, "model._target_=tests.misbehaving.Slow", f"paths.run_dir={tmp_path / 'run'}"]
+    process = start([*slow, "trainer.steps=12"], ranks=2)
+    wait_for(lambda: rows(tmp_path / "run") >= 1, process)
+    (tmp_path / "run" / SENTINEL).touch()
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode != 0 and "preempted at step" in output and f"exitcode  : {EXIT_PREEMPTED}" in output
+    assert (tmp_path / "run" / MARKER).exists()
+    again = run([*slow, "resume=auto"], ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "run" / SENTINEL).exists() and not (tmp_path / "run" / MARKER).exists()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(workers, uninterrupted, tmp_path):
+    """The signal comes when the step's row is written, which is when the pass begins."""
+    command = [*RUN, *VALIDATING, f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
+    command.append("model._target_=tests.misbehaving.SlowValidation")
+    process = start(command)
+    wait_for(lambda: rows(tmp_path) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == EXIT_PREEMPTED and "preempted at step 5" in output, output
+    assert not any(k.startswith("Validation") for k in metrics(tmp_path)[5])
+    done = run([*command, "resume=auto"])
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path):
+    command = [*RUN, *VALIDATING, f"parallelism.data_parallel_shard_degree={2 if parallelism == 'fsdp' else 1}"]
+    command += ["model._target_=tests.misbehaving.SlowValidation", f"paths.run_dir={tmp_path}"]
+    process = start(command, ranks=2)
+    wait_for(lambda: rows(tmp_path) >= 5, process)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
+    os.kill(workers["1"], signal.SIGUSR1)
+    output = process.communicate(timeout=100)[0]
+    assert "preempted at step 5" in output, output
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_while_one_ranks_data_hangs_is_obeyed_by_all(workers, tmp_path):
+    hanging = [o for o in RUN if "sources.old" not in o] + [
+        "data.sources.main._target_=tests.misbehaving.HangingSource"
+    ]
+    hanging += [f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
+    process = start(hanging, ranks=2)
+    wait_for(lambda: rows(tmp_path) >= 3, process)
+    (tmp_path / SENTINEL).touch()
+    output = process.communicate(timeout=60)[0]
+    assert "preempted at step 3" in output and (tmp_path / "checkpoints" / "00000003").is_dir(), output
+
+
+def test_an_iterator_that_hangs_is_given_up_only_when_a_stop_is_asked_for(tmp_path):
+    def items():
+        yield 1
+        while True:
+            time.sleep(0.05)
+
+    patient, flag = Patient(items()), StopFlag()
+    assert patient.next(flag) == 1
+    flag.sentinel = tmp_path / SENTINEL
+    flag.sentinel.touch()
+    assert patient.next(flag) is None
+    patient.close()
+
+
+def test_an_iterators_error_and_its_end_come_through():
+    def items():
+        yield 1
+        raise KeyError("broken")
+
+    patient = Patient(items())
+    assert patient.next(StopFlag()) == 1
+    with pytest.raises(KeyError, match="broken"):
+        patient.next(StopFlag())
+    with pytest.raises(StopIteration):
+        patient.next(StopFlag())
+    patient.close()
