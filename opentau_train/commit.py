@@ -53,24 +53,29 @@ def seal(partial: Path) -> None:
         _flush(path)
 
 
-def publish(partial: Path, retention: Retention) -> Path:
-    """Make the sealed directory `{step}.tmp` the last checkpoint, then prune. Returns its final path.
+def publish(partial: Path, retention: Retention) -> list[Path]:
+    """Make the sealed directory `{step}.tmp` the last checkpoint, then retire those that `retention` doesn't keep.
 
-    A kill between any two of these operations leaves the former checkpoint, or the new one, whole and found.
+    Returns what is to be deleted, which `sweep` does: nothing reads it any more. A kill between any two of these
+    operations leaves the former checkpoint, or the new one, whole and found.
     """
     folder, final = partial.parent, partial.with_suffix("")
     if final.exists():  # torn by something else, or it would be resumed: see `resolve`
-        _remove(final)
+        _retire(final)
     partial.rename(final)
     _flush(folder)
     point(folder / "last", final.name)
     named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for name in retention.obsolete([p.name for p in complete(folder)]):
         if name not in named:
-            _remove(folder / name)
-    for leftover in folder.glob(f"[0-9]*{PARTIAL}"):  # of kills, now that nothing is being written
-        shutil.rmtree(leftover, ignore_errors=True)
-    return final
+            _retire(folder / name)
+    return list(folder.glob(f"[0-9]*{PARTIAL}"))  # of kills too, now that nothing is being written
+
+
+def sweep(paths: Collection[Path]) -> None:
+    """Delete what `publish` left over. It may take seconds for large files, and a thread may do it."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def point(link: Path, target: str) -> None:
@@ -81,12 +86,11 @@ def point(link: Path, target: str) -> None:
     os.replace(fresh, link)
 
 
-def _remove(path: Path) -> None:
-    """Renamed first: a kill in the middle of the deletion must not leave half a checkpoint with a good name."""
+def _retire(path: Path) -> None:
+    """A kill in the middle of the deletion must not leave half a checkpoint with a good name."""
     doomed = path.with_name(f"{path.name}.old{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -62,7 +62,7 @@ class Saver:
             partial, retention, written = self._pending
             wait([written])
             if written.exception() is None and self.world.is_main:
-                commit.publish(partial, retention)
+                commit.sweep(commit.publish(partial, retention))
             self._pending = None
         if self.settings.asynchronous:
             self._thread.shutdown()
@@ -133,7 +133,12 @@ class Saver:
         self._together(partial, lambda: commit.seal(partial), group, main_only=True)
 
     def _publish(self, partial: Path, retention: commit.Retention) -> Path:
-        self._together(partial, lambda: commit.publish(partial, retention), main_only=True)
+        leftovers: list[Path] = []
+        self._together(partial, lambda: leftovers.extend(commit.publish(partial, retention)), main_only=True)
+        if self.settings.asynchronous:
+            self._thread.submit(commit.sweep, leftovers)
+        else:
+            commit.sweep(leftovers)
         return partial.with_suffix("")
 
     def _together(

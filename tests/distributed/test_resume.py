@@ -4,9 +4,14 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from opentau_train import pretrained
+from opentau_train.checkpoint import load_weights
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from tests.program import TOY, assert_close, metrics, run, start, train_here
 
@@ -69,25 +74,62 @@ def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninter
     assert metrics(tmp_path) == uninterrupted
 
 
-def test_elastic_resume_on_other_numbers_of_ranks_and_workers(uninterrupted, tmp_path):
-    for steps, ranks, workers in ((8, 4, 0), (16, 2, 1), (24, 1, 3), (40, 2, 0)):
-        # the schedule is a function of (step, steps): stop early through a constant rate, not a shorter schedule
-        command = [
-            *RUN,
-            "scheduler=constant",
-            "scheduler.warmup_steps=2",
-            f"trainer.steps={steps}",
-            f"data.num_workers={workers}",
-        ]
+LEGS = (
+    (8, 4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2", "checkpoint.async=true"]),
+    (16, 2, ["parallelism=fsdp", "data.num_workers=1"]),
+    (24, 1, ["data.num_workers=3"]),
+    (40, 2, ["parallelism=ddp", "checkpoint.async=true"]),
+)
+"""(to which step, ranks, how): every leg reads what another layout has written."""
+
+
+def test_elastic_resume_on_other_numbers_of_ranks_layouts_and_workers(uninterrupted, tmp_path):
+    # the schedule is a function of (step, steps): stop early through a constant rate, not a shorter schedule
+    common = [
+        *RUN,
+        "scheduler=constant",
+        "scheduler.warmup_steps=2",
+        "trainer.ema_decay=0.9",
+        "checkpoint.keep_every=8",
+    ]
+    resumed_from = 0
+    for steps, ranks, how in LEGS:
+        command = [*common, f"trainer.steps={steps}", *how]
         done = run([*command, "resume=auto", f"paths.run_dir={tmp_path / 'elastic'}"], ranks)
         assert done.returncode == 0, done.stderr
-    whole = train_here([*RUN, "scheduler=constant", "scheduler.warmup_steps=2"], tmp_path / "whole")
+        if resumed_from:
+            assert f"safe    trainer.steps: {resumed_from} -> {steps}" in done.stderr
+        resumed_from = steps
+    whole = train_here(common, tmp_path / "whole")
     found = metrics(tmp_path / "elastic")
     expected = metrics(whole)
     for step in (8, 16, 24):  # the last step of each leg validates too
         found[step] = {k: v for k, v in found[step].items() if k in expected[step]}
     assert [r["Training/BatchId"] for r in found.values()] == [r["Training/BatchId"] for r in expected.values()]
     assert_close(found, expected, training=1e-4, validation=1e-4)
+    for part in ("model", "ema"):
+        ours, theirs = (weights(path / "checkpoints" / "last", part) for path in (tmp_path / "elastic", whole))
+        assert all((ours[name] - value).abs().max() <= 1e-4 for name, value in theirs.items())
+
+
+def weights(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    """The parameters, or their average, of a checkpoint's shards put together."""
+    policy = pretrained.build(pretrained.read_card(checkpoint / pretrained.FOLDER))
+    load_weights(checkpoint, policy, part)
+    return {name: value.detach() for name, value in policy.named_parameters()}
+
+
+def test_the_shards_of_any_layout_are_the_weights_beside_them_bit_for_bit(tmp_path):
+    command = [*TOY, "parallelism=fsdp", "trainer.steps=3", "validation.every=0", f"paths.run_dir={tmp_path / 'run'}"]
+    done = run([*command, "checkpoint.async=true", "trainer.precision=bf16"], 2)
+    assert done.returncode == 0, done.stderr
+    last = tmp_path / "run" / "checkpoints" / "last"
+    beside = load_file(last / "pretrained_model" / "model.safetensors")
+    shards = weights(last, "model")
+    assert beside.keys() == shards.keys() and all(torch.equal(beside[n], v) for n, v in shards.items())
+    assert len(list((last / "state").glob("*.distcp"))) == 2
+    more = [*TOY, "trainer.steps=3", "trainer.precision=bf16", "validation.every=0", f"resume={tmp_path / 'run'}"]
+    assert run([*more, f"paths.run_dir={tmp_path / 'run'}"]).returncode == 0  # nothing left to train
 
 
 def test_half_a_checkpoint_is_never_used(tmp_path):

@@ -18,8 +18,10 @@ VARIANTS = {
     "ddp_2": (2, ["data.num_workers=1"]),
     "ddp_4": (4, []),
     "ddp_2_x_2_micro_batches": (2, ["data.max_samples_per_batch=1"]),
-    "fsdp_2": (2, ["parallelism.data_parallel_shard_degree=2"]),
-    "hsdp_2x2": (4, ["parallelism.data_parallel_shard_degree=2", "validation.batch_size=2"]),
+    "1_x_4_micro_batches": (1, ["data.max_samples_per_batch=1"]),
+    "fsdp_2": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "checkpoint.async=true"]),
+    "fsdp_4": (4, ["parallelism=fsdp"]),
+    "hsdp_2x2": (4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2", "validation.batch_size=2"]),
 }
 
 

@@ -28,7 +28,8 @@ def write(folder: Path, step: int) -> Path:
 def save(folder: Path, step: int, retention: Retention = Retention()) -> Path:  # noqa: B008 (frozen)
     partial = write(folder, step)
     commit.seal(partial)
-    return commit.publish(partial, retention)
+    commit.sweep(commit.publish(partial, retention))
+    return partial.with_suffix("")
 
 
 def names(folder: Path) -> list[int]:

@@ -1,0 +1,106 @@
+"""How long a checkpoint stops the training: saved at once, and with checkpoint.async=true.
+
+    python benchmarks/async_checkpoint.py [--width 768 --depth 8 --pairs 5 --folder DIR]
+
+A policy of some 80 million parameters with AdamW's moments and an average: 1.3 GB a checkpoint, 0.3 GB of them the
+weights' own file. Saves alternate, at once and in the background, in one process; the stall of the latter is the call
+of `save` and the commit at the end, while the write itself goes on beside steps that keep one core busy. Prints
+medians and their ratio, which is to be at most 0.2; exit code 1 if it isn't. The first pair is left out: its background
+save also pays for fresh memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from opentau_train.config import CheckpointSettings, OptimizerSettings
+from opentau_train.distributed import launch
+from opentau_train.models.flow import FlowPolicy
+from opentau_train.optim import Ema, adamw
+from opentau_train.parallel import Replicas
+from opentau_train.pretrained import Pretrained
+from opentau_train.saver import Saver
+from opentau_train.step import TrainState
+from opentau_train.types import BatchSpec
+
+LIMIT = 0.2
+SPEC = BatchSpec(cameras=("left",), image_size=(64, 64), history=0, state_dim=8, action_dim=8, chunk_length=16)
+
+
+def make_state(width: int, depth: int) -> TrainState:
+    policy = FlowPolicy(SPEC, width=width, depth=depth, heads=8)
+    optimizer = adamw(policy, OptimizerSettings(lr=1e-4))
+    for parameter in policy.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()  # now there are moments
+    return TrainState(policy, Replicas(policy, False), optimizer, Ema(policy, 0.999))
+
+
+def timed_save(saver: Saver, state: TrainState) -> tuple[float, float, float]:
+    """(stall, the whole save, seconds of one step of work beside it)."""
+    state.step += 1
+    began = time.perf_counter()
+    done = saver.save(state, stream={}, counters={})
+    stall = time.perf_counter() - began
+    steps, busy = 0, time.perf_counter()
+    matrix = torch.randn(512, 512)
+    while done is None:
+        for _ in range(20):
+            matrix = torch.tanh(matrix @ matrix)
+        steps += 1
+        polled = time.perf_counter()
+        done = saver.poll()
+        stall += time.perf_counter() - polled
+    return stall, time.perf_counter() - began, (time.perf_counter() - busy) / max(steps, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; else the temporary directory")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the copy isn't faster on two, and far slower where other programs use them
+    stalls: dict[bool, list[float]] = {False: [], True: []}
+    wholes: dict[bool, list[float]] = {False: [], True: []}
+    folder = Path(tempfile.mkdtemp(prefix="async_checkpoint_", dir=options.folder))
+    try:
+        with launch(device="cpu", precision="no", timeout=600, identity={}) as world:
+            state = make_state(options.width, options.depth)
+            size = sum(p.numel() for p in state.policy.parameters())
+            savers = {
+                kind: Saver(folder / str(kind), world, CheckpointSettings(asynchronous=kind, keep_last=1), CARD)
+                for kind in (False, True)
+            }
+            with savers[False], savers[True]:
+                for pair in range(options.pairs + 1):
+                    for kind in (False, True):
+                        stall, whole, _ = timed_save(savers[kind], state)
+                        if pair:
+                            stalls[kind].append(stall)
+                            wholes[kind].append(whole)
+    finally:
+        shutil.rmtree(folder)
+    at_once, background = statistics.median(stalls[False]), statistics.median(stalls[True])
+    ratio = background / at_once
+    print(f"{size / 1e6:.0f} M parameters, {size * 20 / 1e9:.2f} GB a checkpoint, {options.pairs} pairs, medians")
+    print(f"  at once:        training stops for {at_once:.2f} s")
+    print(f"  in background:  training stops for {background:.2f} s; whole on disk after {median(wholes[True]):.2f} s")
+    print(f"  ratio {ratio:.3f} (limit {LIMIT}), pairs {', '.join(f'{b / a:.3f}' for a, b in zip(*stalls.values()))}")
+    return 0 if ratio <= LIMIT else 1
+
+
+CARD = Pretrained({}, {}, {})
+median = statistics.median
+
+if __name__ == "__main__":
+    sys.exit(main())
