@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-slow test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-slow test-slurm test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,13 +32,17 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-slow test-all: export OMP_NUM_THREADS := 1
+test test-slow test-slurm test-all: export OMP_NUM_THREADS := 1
 
 test: setup ## The fast tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(ARGS)
+	@echo "left out: the slow tests (make test-slow), the SLURM cluster (make test-slurm; it needs slurm-wlm and munge)"
 
 test-slow: setup ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
+
+test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 test-all: setup ## Every test
 	$(BIN)/python -m pytest $(ARGS)

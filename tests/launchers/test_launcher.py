@@ -309,6 +309,49 @@ def test_python_names_the_interpreter(node):
     )
 
 
+SLURM_STEP = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NODELIST": "n[7-10]",
+    "SLURM_NODEID": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURMD_NODENAME": "n9",
+}
+FAKE_SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+  "show hostnames n[7-10]") printf 'n%s\\n' 7 8 9 10 ;;
+  "show node n7 --oneliner") echo "NodeName=n7 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=n7" ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+def test_inside_a_slurm_step_the_topology_comes_from_it_unless_given(node):
+    scontrol = node.path / "bin" / "scontrol"
+    scontrol.write_text(FAKE_SCONTROL)
+    scontrol.chmod(0o755)
+    assert node.run(**SLURM_STEP).returncode == 0
+    topology = ["--nproc-per-node", "8", "--nnodes", "4", "--node-rank", "2", "--master-addr", "10.0.0.7"]
+    assert node.arguments == [*topology, "--master-port", "23456", *HEAD]
+    given = {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "node0", "MASTER_PORT": 5, "NPROC_PER_NODE": 3}
+    assert node.run(**SLURM_STEP, **given).returncode == 0
+    topology = ["--nproc-per-node", "3", "--nnodes", "2", "--node-rank", "1", "--master-addr", "node0"]
+    assert node.arguments == [*topology, "--master-port", "5", *HEAD]
+    # Logged in on a node of the job, but not in a step of it: a single node.
+    assert node.run(SLURM_JOB_ID=1, SLURM_NNODES=4).returncode == 0
+    assert node.arguments == HEAD
+
+
+def test_with_a_rendezvous_id_the_nodes_meet_by_c10d_and_the_first_one_hosts(node):
+    common = {"NNODES": 2, "MASTER_ADDR": "node0", "MASTER_PORT": 29400, "RDZV_ID": "7.1"}
+    for number in (0, 1):
+        assert node.run(**common, NODE_RANK=number, LOCAL_ADDR=f"node{number}").returncode == 0
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "7.1", "--rdzv-endpoint", "node0:29400"]
+        conf = ["--rdzv-conf", f"is_host={1 - number}", "--local-addr", f"node{number}"]
+        assert node.arguments == ["--nnodes", "2", *rendezvous, *conf, *HEAD]
+
+
 @pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_PORT"])
 @pytest.mark.parametrize("value", ["two", "-1", "1.5", "1 2", "08", "1:4", "$(id)", "9" * 30])
 def test_a_number_that_is_none_is_refused(node, name, value):
