@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,8 @@ def _train(overrides: Sequence[str], run_dir: Path, ranks: int, last_step: int) 
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
     command = [sys.executable, *launcher, *overrides, f"paths.run_dir={run_dir}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "HYDRA_FULL_ERROR": ""}  # with it a user's mistake would come with a traceback
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     saved = commit.newest(run_dir / "checkpoints")
     if saved is None or int(saved.name) != last_step:
         said = done.stderr.partition("error: ")[2]

@@ -45,6 +45,7 @@ EXPECTED = {
         "trainer__log_every": 3,
         "data__max_samples_per_batch": 2,
         "data__sources__main__root": "/elsewhere",
+        "data__sources__main__val_split_ratio": 0.4,  # what is held out is compared by itself
         "resume__checkpoint": "auto",
     },
     "warned": {
@@ -64,7 +65,6 @@ EXPECTED = {
         "data__lanes_per_sample": 2,
         "data__normalization": "quantiles",
         "data__sources__main__weight": 2.0,
-        "data__sources__main__val_split_ratio": 0.4,
         "data__sources__second__root": "/more",
         "data__image_size": [32, 32],
         "model__width": 64,
@@ -78,7 +78,6 @@ OF_PLAN = (
     "trainer__global_batch_size",
     "data__lanes_per_sample",
     "data__sources__main__weight",
-    "data__sources__main__val_split_ratio",
     "data__sources__second__root",
 )
 
