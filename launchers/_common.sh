@@ -44,8 +44,8 @@ launch_topology_from_slurm() {
   : "${NNODES:=${SLURM_STEP_NUM_NODES:-1}}" "${NODE_RANK:=${SLURM_NODEID:-0}}"
   if ((NNODES > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
     local first
-    first=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
-    MASTER_ADDR=$(launch_node_address "$first")
+    first=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
+    MASTER_ADDR=$(launch_node_address "${first%%$'\n'*}")
   fi
   if [[ -z ${LOCAL_ADDR:-} && -n ${SLURMD_NODENAME:-} ]]; then
     LOCAL_ADDR=$(launch_node_address "$SLURMD_NODENAME")
