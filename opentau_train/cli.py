@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train import config
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, UserError
 from opentau_train.explain import HELP, SECTIONS, explain, refused_override, refused_section
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
@@ -62,7 +62,8 @@ def end(code: int) -> None:
 
 def answer(work: Callable[[], int]) -> int:
     """The exit code of `work()`; what it raises is told in the form of `errors`, once."""
-    full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "") not in ("", "0")
+    asked = os.environ.get("HYDRA_FULL_ERROR", "")
+    full_error = asked not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
     try:
         return work()
@@ -71,10 +72,17 @@ def answer(work: Callable[[], int]) -> int:
             traceback.print_exc()
         _print_once(str(explain(error)))
         return EXIT_USER
+    except Fault as error:
+        if full_error:
+            traceback.print_exc()
+        _print_once(str(error))
+        return EXIT_FAULT
     except Exception as error:  # the last line of defence: say what failed below the traceback
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = asked
 
 
 def _compose_and_run() -> int:

@@ -1,7 +1,8 @@
 """The errors that users meet, and the exit codes that scripts see.
 
 A `UserError` is a mistake in configuration or data: it is printed once (by rank 0), without a
-traceback, and ends the program with `EXIT_USER`. Everything else is a fault and ends with `EXIT_FAULT`.
+traceback, and ends the program with `EXIT_USER`. Everything else is a fault and ends with `EXIT_FAULT`; a `Fault` is
+one that its message explains, printed in the same form.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint is saved, start again with resu
 EXIT_INTERRUPTED = 130  # Ctrl-C: a checkpoint is saved
 
 
-class UserError(ValueError):
+class Explained(Exception):
     """What is wrong, where, and the remedy, in at most three short lines.
 
     `what` names the thing, `where` the key, dataset, episode or file, `remedy` what to do about it.
@@ -35,9 +36,17 @@ class UserError(ValueError):
         return (_rebuild, (type(self), self.what, self.where, self.remedy))
 
 
-def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
+def _rebuild(cls: type[Explained], what: str, where: str, remedy: str) -> Explained:
     """Unpickle with keywords: errors cross process boundaries (loader workers, other ranks)."""
     return cls(what, where=where, remedy=remedy)
+
+
+class UserError(Explained, ValueError):
+    """A user's mistake, in configuration or data."""
+
+
+class Fault(Explained, RuntimeError):
+    """A fault of the surroundings that no line of the program explains (a full disk), raised on all ranks alike."""
 
 
 class BadSample(RuntimeError):

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from opentau_train.data.mixture import Mixture
+from opentau_train.errors import UserError
 from opentau_train.evaluate import ValidationPlan
 
 ROOT = logging.getLogger("opentau_train")
@@ -51,6 +52,19 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
         for handler in ROOT.handlers:
             handler.close()
         ROOT.handlers = []
+
+
+def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
+    """Make the run directory and write down what runs. Raises `UserError` where it can't be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(as_yaml(tree))
+    except OSError as error:
+        raise UserError(
+            f"the run directory can't be written: {error}",
+            where=str(run_dir),
+            remedy="set paths.run_dir, or paths.root, to a directory that you can write",
+        ) from error
 
 
 def mixture_table(mixture: Mixture, plan: ValidationPlan, num_parameters: int) -> str:

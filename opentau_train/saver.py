@@ -21,6 +21,7 @@ from opentau_train import commit
 from opentau_train.checkpoint import VERSION, ambient_random_state, tensors_of
 from opentau_train.config import CheckpointSettings
 from opentau_train.distributed import World
+from opentau_train.errors import Fault
 from opentau_train.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.step import TrainState
 
@@ -73,7 +74,7 @@ class Saver:
     ) -> Path | None:
         """Write the checkpoint of `state.step`. Returns its path once it is the last one, None while it is written.
 
-        `protected`: names of checkpoints (`00001000`) that pruning must leave. Raises RuntimeError on all ranks when
+        `protected`: names of checkpoints (`00001000`) that pruning must leave. Raises `Fault` on all ranks when
         any of them couldn't write; the checkpoints before stay as they were.
         """
         self.finish()
@@ -90,7 +91,7 @@ class Saver:
     def poll(self) -> Path | None:
         """At a step boundary: commit what every rank has finished writing and return its path, else None.
 
-        Raises RuntimeError on all ranks when any of them couldn't write.
+        Raises `Fault` on all ranks when any of them couldn't write.
         """
         if self._pending is None:
             return None
@@ -159,11 +160,18 @@ class Saver:
         if problems:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            last = self.folder / "last"
-            good = (
-                f"the last good checkpoint is {last.resolve()}" if last.exists() else "there is no earlier checkpoint"
-            )
-            raise RuntimeError(f"can't save {partial.with_suffix('')}: {problems[0]}; {good}")
+            raise _cannot_save(partial, problems[0])
+
+
+def _cannot_save(partial: Path, problem: str) -> Fault:
+    last = partial.with_name("last")
+    good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "there is no earlier checkpoint"
+    free = shutil.disk_usage(partial.parent).free if partial.parent.is_dir() else 0
+    return Fault(
+        f"can't save {partial.with_suffix('')}: {problem}; {good}",
+        where=f"{partial.parent}, with {free / 1e6:,.0f} MB free",
+        remedy="make room or raise the quota, then go on with the same command and resume=auto",
+    )
 
 
 def _prepare(partial: Path) -> None:

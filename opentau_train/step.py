@@ -18,7 +18,7 @@ from opentau_train import rng
 from opentau_train.config import TrainerSettings
 from opentau_train.data.stream import RankBatch
 from opentau_train.distributed import World
-from opentau_train.errors import UserError
+from opentau_train.errors import Fault, UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
 from opentau_train.parallel import Replicas
@@ -156,12 +156,13 @@ def check_health(
 ) -> None:
     """Stop a run that has gone wrong, on all ranks at the same step.
 
-    Raises RuntimeError after too many skipped steps in a row, `UserError` when too many windows can't be read.
+    Raises `Fault` after too many skipped steps in a row, `UserError` when too many windows can't be read.
     """
     if state.skipped_in_a_row >= settings.max_skipped_steps:
-        raise RuntimeError(
-            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row up to step {state.step}: "
-            "lower optimizer.lr, or look at the data of these steps"
+        raise Fault(
+            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row",
+            where=f"step {state.step}",
+            remedy="lower optimizer.lr, or look at the data of these steps",
         )
     if bad > grace and bad > max_fraction * seen:
         raise UserError(

@@ -38,7 +38,7 @@ from opentau_train.plots import save_png
 from opentau_train.preflight import identity
 from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.recorder import FlightRecorder
-from opentau_train.report import as_yaml, log_to, mixture_table, next_steps
+from opentau_train.report import begin_run, log_to, mixture_table, next_steps
 from opentau_train.saver import Saver
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, TrainState, check_health, train_step
@@ -161,8 +161,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
     if world.is_main:
         log.info(mixture_table(mixture, plans.loss, sum(p.numel() for p in policy.parameters())))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(as_yaml(tree))
+    world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if found is not None:
         _resume(job, found)
     return job

@@ -205,7 +205,7 @@ def _with_control_mode(
         modes = _modes_in_rows(table, column, data_files, info.where)
     elif column != CONTROL_MODE_COLUMN:
         raise UserError(
-            f"'{column}' is not in the dataset: {did_you_mean(column, info.features)}",
+            f"'{column}' is not in the dataset{did_you_mean(column, info.features)}",
             where=f"{info.where}.control_mode_column",
             remedy=f"name a column of the dataset, or set {info.where}.control_mode=NAME",
         )

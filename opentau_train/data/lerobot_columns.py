@@ -101,7 +101,7 @@ def _require(features: Features, name: str, kinds: frozenset[str], kind: str, wh
     there = _of_kind(features, kinds)
     what = f"is a {features[name].get('dtype')} column" if name in features else "is not in the dataset"
     raise UserError(
-        f"'{name}' {what}: {did_you_mean(name, there)}",
+        f"'{name}' {what}{did_you_mean(name, there)}",
         where=where,
         remedy=f"choose from the dataset's {kind} columns: {', '.join(there) or '(it has none)'}",
     )

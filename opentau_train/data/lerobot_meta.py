@@ -86,7 +86,8 @@ class Episodes:
 def read_info(root: Path, where: str) -> Info:
     """Read and check info.json. `where` is the source's config path. Raises `UserError`."""
     if not root.is_dir():
-        raise UserError(f"dataset directory {root} doesn't exist", where=where, remedy=f"set {where}.root=DIRECTORY")
+        problem = "is not a directory" if root.exists() else "doesn't exist"
+        raise UserError(f"dataset directory {root} {problem}", where=where, remedy=f"set {where}.root=DIRECTORY")
     path = root / "meta" / "info.json"
     try:
         raw = path.read_bytes()

@@ -177,10 +177,14 @@ def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
     if path.is_file():
         return HeadStats.from_json(json.loads(path.read_text()))
     stats = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(stats.to_json(), file)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(stats.to_json(), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        remedy = "set paths.cache_dir to a directory that you can write"
+        raise UserError(f"the statistics can't be stored: {error}", where=str(path.parent), remedy=remedy) from error
     return stats
 
 

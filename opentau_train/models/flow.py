@@ -210,7 +210,7 @@ def _in_mode(modes: list[str], term: str) -> Tensor:
     """`[B]` bool: the samples whose mode supervises `term`."""
     for mode in modes:
         if mode not in SUPERVISES:
-            raise UserError(f"sample mode '{mode}' is unknown: {did_you_mean(mode, SUPERVISES)}", where="data.sources")
+            raise UserError(f"sample mode '{mode}' is unknown{did_you_mean(mode, SUPERVISES)}", where="data.sources")
     return torch.tensor([term in SUPERVISES[mode] for mode in modes])
 
 
