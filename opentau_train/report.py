@@ -45,13 +45,15 @@ class Console:
 
 @contextmanager
 def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
+    before = ROOT.level, ROOT.propagate, ROOT.handlers
     console = Console(stream, is_main)
     try:
         yield console
     finally:
         for handler in ROOT.handlers:
             handler.close()
-        ROOT.handlers = []
+        level, ROOT.propagate, ROOT.handlers = before
+        ROOT.setLevel(level)
 
 
 def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:

@@ -1,10 +1,17 @@
 """Fixtures that several files share. Tests run on one thread a process: they share two cores."""
 
 import os
+import signal
 
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A suite that is started in the background without job control inherits ignored SIGINT and SIGQUIT, and so would every
+# process that it starts; bash can't even trap a signal that it found ignored.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # HYPOTHESIS_PROFILE=nightly searches for long; a property that starts processes takes a share of the profile's number.
 settings.register_profile("fast", max_examples=40, deadline=None)
