@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-slow test-slurm test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,11 +32,15 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-slow test-slurm test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-all: export OMP_NUM_THREADS := 1
 
 test: setup ## The fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(ARGS)
-	@echo "left out: the slow tests (make test-slow), the SLURM cluster (make test-slurm; it needs slurm-wlm and munge)"
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed" $(ARGS)
+	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
+	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge)"
+
+test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
+	$(BIN)/python -m pytest -m "distributed and not slow" $(ARGS)
 
 test-slow: setup ## The slow tests: real launches, several processes
 	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
