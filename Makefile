@@ -15,7 +15,7 @@ SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 .PHONY: help setup train smoke test test-distributed test-slow test-slurm test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they change)
 
