@@ -140,9 +140,12 @@ class LeRobotCursor:
             episode_index = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
         window, step = self._window, self._factory.step
-        seconds = None if step == 1.0 else rows.seconds
-        place = chunk_places(frame, window.chunk_length, step, seconds, window.fps)
-        actions, is_pad = rows_at(rows.actions, place, self._factory.held)
+        if step == 1.0:  # the rows themselves: nothing to place between them
+            place = np.arange(frame, frame + window.chunk_length)
+            actions, is_pad = rows.actions[np.minimum(place, length - 1)], place >= length
+        else:
+            between = chunk_places(frame, window.chunk_length, step, rows.seconds, window.fps)
+            actions, is_pad = rows_at(rows.actions, between, self._factory.held)
         return RawWindow(images, rows.state[frame].copy(), actions, is_pad, rows.prompts[rows.prompt_code[frame]])
 
     def close(self) -> None:
@@ -171,14 +174,17 @@ class LeRobotCursor:
         Where the history steps over frames they are kept too: the next window's history is made of them, and asking
         the decoder for them then would take it back.
         """
-        wanted = history_rows(frame, self._window.history, self._factory.step).tolist()
+        ring, history = self._rings[camera], self._window.history
+        if history == 0:
+            image = self._kept_image(camera, frame)
+            for old in [f for f in ring if f <= frame]:  # the image itself too: it is handed over, not copied
+                del ring[old]
+            return image[None]
+        wanted = history_rows(frame, history, self._factory.step).tolist()
         images = {f: self._kept_image(camera, f) for f in range(wanted[0], frame + 1)}
-        ring = self._rings[camera]
-        # Without a history the last image itself goes: it is handed over, not copied.
-        keep = wanted[0] if self._window.history else frame + 1
-        for old in [f for f in ring if f < keep]:
+        for old in [f for f in ring if f < wanted[0]]:
             del ring[old]
-        return np.stack([images[f] for f in wanted]) if self._window.history else images[frame][None]
+        return np.stack([images[f] for f in wanted])
 
     def _kept_image(self, camera: str, frame: int) -> NDArray[np.uint8]:
         """`_image`, from the ring where it is still there; else decoded, and the next ones where reading goes on."""
