@@ -121,8 +121,9 @@ def _agree(
     terms = list(policy.loss_weights)
     counts = {k: 0.0 for k in terms} if batch is None else policy.term_counts(batch)
     stops = [float(stop == code) for code in (1, 2)]
-    head = [torch.as_tensor(counts[k], dtype=torch.float64).sum().cpu() for k in terms]
-    flags = torch.tensor([part.num_substituted, part.error is not None, absent, *stops]).double()
+    # On the device: there NCCL reduces in a tree, while gloo's ring would take 2 (N - 1) hops in every step.
+    head = [torch.as_tensor(counts[k], dtype=torch.float64, device=world.device).sum() for k in terms]
+    flags = torch.tensor([part.num_substituted, part.error is not None, absent, *stops]).double().to(world.device)
     *valid, substituted, failed, absences, preempted, interrupted = world.sum(torch.stack([*head, *flags])).tolist()
     if failed:
         raise next(error for error in world.gather(part.error) if error is not None)

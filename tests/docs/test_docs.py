@@ -12,13 +12,17 @@ import pytest
 from tests.program import DATA, REPO, TINY_POLICY, environment, metrics, train_here
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
-GUIDES = [REPO / "README.md", REPO / "docs" / "quickstart.md"]
+GUIDES = [REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("quickstart", "multi-node", "scaling"))]
 
 RUN_ELSEWHERE = {
     "make train": "tests/recipes/test_images_matter.py runs what it runs; make itself is .ci/run's",
     "make test": ".ci/run",
     "make setup": ".ci/run",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
+    "sbatch ": "tests/slurm/test_slurm.py",
+    "scontrol ": "tests/slurm/test_slurm.py",
+    "srun --nodes=4 --ntasks-per-node=1 launchers/": "tests/launchers/test_launcher.py and tests/slurm/test_slurm.py",
+    "touch runs/": "tests/distributed/test_never_hang.py",
     ".venv/bin/tensorboard": "tests/unit/sinks reads the files back",
 }
 

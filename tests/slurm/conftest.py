@@ -44,6 +44,8 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
 JobRequeue=1
+# Jobs of two clusters on one machine must not derive the same port from their numbers.
+FirstJobId={first_job}
 MpiDefault=none
 KillWait=30
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=1 State=UNKNOWN
@@ -102,7 +104,8 @@ def cluster() -> Iterator[Cluster]:
 
 def _start(root: Path, started: list[subprocess.Popen]) -> Cluster:
     host = socket.gethostname().split(".")[0]
-    (root / "slurm.conf").write_text(CONF.format(host=host, root=root, ports=_three_free_ports()))
+    values = {"host": host, "root": root, "ports": _three_free_ports(), "first_job": os.getpid() % 9900 + 1}
+    (root / "slurm.conf").write_text(CONF.format(**values))
     (root / "munge.key").write_bytes(os.urandom(1024))
     (root / "munge.key").chmod(0o600)
     for name in ("state", "n1", "n2"):
