@@ -97,8 +97,7 @@ def make_order(name: str, mixture: Mixture, seed: int) -> Order:
         return mixture.tape(BATCH).batch
     if name == "in order":
         blocks = [dataclasses.replace(d.train, shuffle=False) for d in mixture.datasets]
-        plan = Tape(blocks, list(mixture.draws), seed=seed, batch_size=BATCH)
-        return lambda step: dataclasses.replace(plan.batch(step), slot=np.zeros(BATCH, np.int64))  # one reader
+        return Tape(blocks, list(mixture.draws), seed=seed, batch_size=BATCH).batch
     if name == "episode streams":
         return episode_streams(mixture, seed)
     return uniform(mixture, seed)

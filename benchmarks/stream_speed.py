@@ -2,8 +2,8 @@
 
     python benchmarks/stream_speed.py [--repeats 5]
 
-Writes datasets of 2 cameras 180x320 with grain (h264 with a keyframe every 2 and every 30 frames, AV1 every 2), reads
-them in one process and one thread. All sides read the same files in turns; CPU seconds, medians. `decode` decodes every
+Writes datasets of 2 cameras with grain (h264 with a keyframe every 2 and every 30 frames, AV1 every 2), reads them in
+one process and one thread. All sides read the same files in turns; CPU seconds, medians. `decode` decodes every
 file in order and throws the frames away; `decode, scale` also brings them to the stream's 96x96 RGB; `random` is a
 loader that seeks for every window (files stay open); `stream` is the program's own: 64 lanes, rows, images, batches.
 """
@@ -29,10 +29,12 @@ from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.stream import Parts, TrainPlan
 from opentau_train.data.tape import DatasetBlocks, Tape
 
+SMALL, LARGE = (180, 320), (480, 640)
 VARIANTS = {
-    "h264, GOP 2": ("libx264", 2, H264),
-    "h264, GOP 30": ("libx264", 30, H264),
-    "AV1, GOP 2": ("libsvtav1", 2, AV1),
+    "h264 180x320, GOP 2": ("libx264", 2, H264, SMALL),
+    "h264 180x320, GOP 30": ("libx264", 30, H264, SMALL),
+    "AV1 180x320, GOP 2": ("libsvtav1", 2, AV1, SMALL),
+    "h264 480x640, GOP 30": ("libx264", 30, H264, LARGE),
 }
 LENGTHS = [160] * 12
 BATCH, LANES_PER_SAMPLE = 32, 2
@@ -51,9 +53,9 @@ def main() -> None:
           "decoded a frame used |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, (codec, gop, tuning)) in enumerate(VARIANTS.items()):
+        for number, (name, (codec, gop, tuning, size)) in enumerate(VARIANTS.items()):
             root = (options.data or Path(folder)) / f"speed{number}"
-            write_dataset(root, LENGTHS, codec=codec, gop=gop, options=tuning)
+            write_dataset(root, LENGTHS, size=size, codec=codec, gop=gop, options=tuning)
             print_variant(name, root, repeats)
     print_plan()
 

@@ -66,8 +66,8 @@ class DatasetBlocks:
 
 @dataclass(frozen=True)
 class Windows:
-    """Samples of the tape, as columns of one length: `t`, `slot` (t mod V), `dataset` i64, `pass_index` i64,
-    `episode` (position in the dataset's table), `frame` i64."""
+    """Samples of the tape, as columns of one length: `t`, `slot` (t mod V; 0 when reading in order), `dataset` i64,
+    `pass_index` i64, `episode` (position in the dataset's table), `frame` i64."""
 
     t: I64
     slot: I64
@@ -165,7 +165,9 @@ class Tape:
             here = np.flatnonzero(counted == number)
             place = self._place_in_phase(p, within[here] - self._phase_start(p))
             self._fill(out, here, e, p, place)
-        return Windows(t=t, slot=t % self.num_lanes, **out)
+        # In order there is one lane: another reader for each slot would decode every frame again and again.
+        slot = np.zeros_like(t) if self.in_order else t % self.num_lanes
+        return Windows(t=t, slot=slot, **out)
 
     def first_sample(self, step: int) -> int:
         """The number t of the first sample of optimizer step `step` (the first one is 0)."""

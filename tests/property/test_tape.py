@@ -138,6 +138,8 @@ def test_in_order_reading_is_the_datasets_own_order():
     tape = Tape([blocks("a", [3, 2], shuffle=False)], [5], seed=0, batch_size=2)
     windows = tape.windows(np.arange(5))
     assert windows.episode.tolist() == [0, 0, 0, 1, 1] and windows.frame.tolist() == [0, 1, 2, 0, 1]
+    assert not windows.slot.any()  # one reader, or each of them would decode what lies between its windows
+    assert [len(tape.owned(0, 0, 1, worker, 2)) for worker in range(2)] == [1, 1]  # still shared by the workers
 
 
 def test_order_differs_between_seeds_and_passes():
