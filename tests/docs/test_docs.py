@@ -9,30 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import DATA, REPO, TINY_POLICY, environment, metrics, train_here
+from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
-GUIDES = [REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("quickstart", "multi-node", "scaling"))]
-
 RUN_ELSEWHERE = {
-    "make train": "tests/recipes/test_images_matter.py runs what it runs; make itself is .ci/run's",
-    "make test": ".ci/run",
-    "make setup": ".ci/run",
+    "make": ".ci/run",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
-    "sbatch ": "tests/slurm/test_slurm.py",
-    "scontrol ": "tests/slurm/test_slurm.py",
-    "srun --nodes=4 --ntasks-per-node=1 launchers/": "tests/launchers/test_launcher.py and tests/slurm/test_slurm.py",
-    "touch runs/": "tests/distributed/test_never_hang.py",
-    ".venv/bin/tensorboard": "tests/unit/sinks reads the files back",
+    "launchers/slurm/train.sbatch": "tests/slurm",
+    "sbatch": "tests/slurm",
+    "srun": "tests/slurm",
+    "scontrol": "tests/slurm",
+    "touch runs/slurm-1234/PREEMPT": "tests/distributed/test_never_hang.py",
+    ".venv/bin/tensorboard": "tests/unit/sinks",
+    "python -m opentau_train.tools.verify_resume": "tests/unit/tools/test_verify_resume.py",
 }
+"""Commands that the named tests run, because they need more than a moment, a second machine or a fresh one."""
+
+TOOLS = ("check", "export", "keep_ranges", "plan", "report", "vif", "why")
+"""Tools that run here, on a small run and a small dataset."""
 
 
 def commands() -> list[str]:
+    """Every command of the documents: the lines of their bash blocks, and what their prose shows between backticks."""
     found = []
-    for document in GUIDES:
-        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), flags=re.S):
-            found += [line for line in block.splitlines() if line.strip()]
-    return found
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.S | re.M):
+            found += [line.strip() for line in block.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
+        found += re.findall(r"`((?:python -m|torchrun|make|launchers/|sbatch|srun|scontrol)[ /][^`]*)`", prose)
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPO)))
@@ -42,30 +48,66 @@ def test_links_lead_to_files(document):
             assert (document.parent / target).exists(), target
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of two steps, where documents say RUN."""
+    short = ["trainer.steps=2", "validation.every=2", "validation.max_samples_per_group=4", "flight_recorder=true"]
+    return train_here([*TOY, *short], tmp_path_factory.mktemp("docs") / "RUN")
+
+
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_guides_is_run_by_a_test(line, tmp_path):
-    """Programs are asked for their configuration (`--cfg job`), which composes and checks every key of the line."""
-    words = shlex.split(line)
+def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_path):
+    """The training program is asked for its configuration, which composes and checks every key of the line; tools and
+    validations run; what can't is run by another test. A command of no known form fails."""
+    words = shlex.split(re.sub(r" *\[KEY=VALUE ...\]", "", line).replace("+recipe=NAME", "+recipe=lerobot"))
     while re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
-    if any(" ".join(words).startswith(known) for known in RUN_ELSEWHERE):
+    elsewhere = [place for known, place in RUN_ELSEWHERE.items() if " ".join(words).startswith(known)]
+    if elsewhere:
+        assert (REPO / elsewhere[0]).exists()
         return
-    if words[0].endswith("torchrun"):
-        words = [sys.executable, *words[words.index("-m") :]]
-    elif words[0].endswith("python"):
-        words[0] = sys.executable
-    if "opentau_train.tools.check" in words:
-        words[-1] = str(DATA / "lerobot_v30")
-    elif "--config-dir" in words:
-        (tmp_path / "my_configs" / "recipe").mkdir(parents=True)
-        (tmp_path / "my_configs" / "recipe" / "my_recipe.yaml").write_text(
-            "# @package _global_\ndefaults:\n  - override /data: lerobot\ntrainer: {steps: 3}\n"
-        )
-        words += ["--cfg", "job"]
-    elif "--cfg" not in words:
-        words += ["--cfg", "job"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert Path(words[0]).name in ("python", "torchrun") and "-m" in words, "a command of no known form"
+    _, module, *arguments = words[words.index("-m") :]
+    if not arguments:
+        arguments = ["--help"]
+    elif module == "opentau_train":
+        arguments = [*asked_for(arguments, tmp_path), *([] if "--cfg" in arguments else ["--cfg", "job"])]
+    else:
+        assert module in ("opentau_train.validate", *(f"opentau_train.tools.{tool}" for tool in TOOLS)), module
+        arguments = [filled_in(argument, finished, tmp_path) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=tmp_path,
+        env=environment(OPENTAU_CACHE=str(finished.parent / "cache")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
+
+
+def asked_for(arguments: list[str], folder: Path) -> list[str]:
+    """The arguments, with the configuration directory that they name made in `folder`."""
+    if "--config-dir" in arguments:
+        recipes = folder / arguments[arguments.index("--config-dir") + 1] / "recipe"
+        recipes.mkdir(parents=True)
+        text = "# @package _global_\ndefaults:\n  - override /data: lerobot\ntrainer: {steps: 3}\n"
+        (recipes / "my_recipe.yaml").write_text(text)
+    return arguments
+
+
+def filled_in(argument: str, run: Path, folder: Path) -> str:
+    """An argument of a tool with the documents' placeholders replaced by a real run, dataset and file."""
+    key, equals, value = argument.rpartition("=")
+    if value == "RUN" or value.startswith("RUN/"):
+        value = str(run / "checkpoints" / "last" if "checkpoints/" in value else run)
+    elif value in ("PATH", "/data/my_dataset"):
+        value = str(DATA / "lerobot_v30")
+    elif value == "STEP":
+        value = "2"
+    elif Path(value).suffix in (".json", ".png", ".safetensors"):
+        value = str(folder / value)
+    return f"{key}{equals}{value}"
 
 
 def blocks(kind: str) -> list[str]:
