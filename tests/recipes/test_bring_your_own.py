@@ -1,6 +1,10 @@
 """Any LeRobot dataset trains with no configuration but its place."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.lerobot_writer import AV1, HEVC_B, Camera, Dataset, vector, write
@@ -41,6 +45,24 @@ def test_trains_validates_and_saves_without_configuration(kind, tmp_path):
     assert all(np.isfinite(rows[step]["Training/Loss"]) for step in rows)
     assert np.isfinite(rows[2]["Validation/MSE"])
     assert (run / "checkpoints" / "last" / "pretrained_model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("texts", [["", ""], [None, None]], ids=["empty", "null"])
+def test_a_dataset_without_task_texts_trains(texts, tmp_path):
+    root = write(tmp_path / "data", KINDS["no images"])
+    tasks = pa.table({"task_index": [0, 1], "task": pa.array(texts, pa.string())})
+    pq.write_table(tasks, root / "meta" / "tasks.parquet")
+    rows = metrics(train_here(["+recipe=lerobot", f"data.sources.main.root={root}", *QUICK], tmp_path / "run"))
+    assert np.isfinite(rows[2]["Validation/MSE"])
+
+
+def test_a_dataset_whose_rows_name_no_task_trains(tmp_path):
+    root = write(tmp_path / "data", KINDS["no images"])
+    info = json.loads((root / "meta" / "info.json").read_text())
+    del info["features"]["task_index"]
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    rows = metrics(train_here(["+recipe=lerobot", f"data.sources.main.root={root}", *QUICK], tmp_path / "run"))
+    assert np.isfinite(rows[2]["Validation/MSE"])
 
 
 def test_a_mixture_of_two_different_datasets_trains(tmp_path):

@@ -1,5 +1,6 @@
 """Everything that ships composes; every recipe trains."""
 
+import shutil
 from pathlib import Path
 
 import hydra
@@ -67,6 +68,19 @@ def test_the_droid_recipe_trains_on_droid_root(small_sample, tmp_path, monkeypat
     rows = metrics(run)
     assert sorted(rows) == [1, 2] and rows[2]["Validation/droid/joint/MSE/N"] == 4
     assert (run / "config.yaml").is_file() and (run / "train.log").is_file() and list(run.glob("tensorboard/*"))
+
+
+def test_the_droid_recipe_without_droid_root_trains_on_the_sample_and_says_so(
+    small_sample, tmp_path, monkeypatch, capsys
+):
+    """The small sample stands at the place of the whole one, which takes longer to make."""
+    monkeypatch.delenv("DROID_ROOT", raising=False)
+    place = tmp_path / "cache" / f"droid_sample-{SampleSpec().stamp}"
+    shutil.copytree(small_sample["joint"].parent, place)
+    rows = metrics(train_here(["+recipe=droid_policy", "+debug=smoke", *TINY_POLICY], tmp_path / "run"))
+    assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
+    said = [line for line in capsys.readouterr().err.splitlines() if "BUILT-IN DROID SAMPLE" in line]
+    assert len(said) == 1 and "DROID_ROOT" in said[0]
 
 
 def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp_path):
