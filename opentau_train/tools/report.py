@@ -19,7 +19,7 @@ PANELS = (
     ("gradient norm", ("Training/GradNorm",)),
     ("held-out loss", ("Validation/{group}/MSE",)),
 )
-"""(title, tags); `{group}` stands for every (dataset, control_mode)."""
+"""(title, tags); `{group}` stands for every (dataset, control_mode). Bars are standard errors, where there are any."""
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -51,7 +51,9 @@ def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> Any:
             ]
             for tag in group_tags if tail else [pattern]:
                 steps, values = zip(*curves.get(tag, [(0, float("nan"))]), strict=True)
-                axes.plot(steps, values, marker="o" if tail else None, label=tag.partition("/")[2])
+                errors = dict(curves.get(f"{tag}/StdErr", []))
+                bars = [errors.get(step, 0.0) for step in steps] if errors else None
+                axes.errorbar(steps, values, bars, marker="o" if tail else None, label=tag.partition("/")[2])
         axes.set(title=name, xlabel="optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

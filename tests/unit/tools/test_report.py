@@ -8,6 +8,7 @@ from opentau_train.tools import report
 def test_curves_of_a_run_become_one_picture(tmp_path):
     rows = [{"step": s, "time": 0.0, "Training/MSE": 1.0 / s, "Training/GradNorm": None} for s in (1, 2, 3)]
     rows.append({"step": 3, "time": 0.0, "Validation/a/joint/MSE": 0.5, "Validation/r::joint/MSE": 0.5})
+    rows[-1]["Validation/a/joint/MSE/StdErr"] = 0.1
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert report.read_curves(tmp_path)["Training/MSE"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert report.main([str(tmp_path), "--out", str(tmp_path / "x.png")]) == 0
