@@ -2,7 +2,7 @@
 
     python benchmarks/async_checkpoint.py [--width 768 --depth 8 --pairs 5 --folder DIR]
 
-A policy of some 80 million parameters with AdamW's moments and an average: 1.3 GB a checkpoint, 0.3 GB of them the
+A policy of some 60 million parameters with AdamW's moments and an average: 1.21 GB a checkpoint, 0.3 GB of them the
 weights' own file. Saves alternate, at once and in the background, in one process; the stall of the latter is the call
 of `save` and the commit at the end, while the write itself goes on beside steps that keep one core busy. Prints
 medians and their ratio, which is to be at most 0.2; exit code 1 if it isn't. The first pair is left out: its background
