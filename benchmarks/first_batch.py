@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from support.datasets import write_dataset
+from support.datasets import Repeated, write_dataset
 from support.program import machine, mixture_of
 
 from opentau_train.data.stream import training_batches
@@ -59,16 +59,6 @@ def write(case: str, root: Path) -> Path:
     pictures = [rng.integers(0, 255, (480, 640, 3), np.uint8) for _ in range(8)]
     frames = Repeated(pictures, 360)
     return write_dataset(root, [90] * 16, size=(480, 640), cameras=1, options=LARGE, frames=frames)
-
-
-class Repeated:
-    """`num` pictures, the same few again and again; may be gone through many times."""
-
-    def __init__(self, pictures: list, num: int):
-        self.pictures, self.num = pictures, num
-
-    def __iter__(self):
-        return (self.pictures[i % len(self.pictures)] for i in range(self.num))
 
 
 def print_case(name: str, root: Path, repeats: int) -> None:

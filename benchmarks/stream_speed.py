@@ -1,11 +1,16 @@
-"""What a window of the stream costs: CPU against a bare decode and a random-access loader, and the plan itself.
+"""What a window of the stream costs: CPU against a bare decode and random-access loaders, and the plan itself.
 
     python benchmarks/stream_speed.py [--repeats 5]
 
-Writes datasets of 2 cameras with grain (h264 with a keyframe every 2 and every 30 frames, AV1 every 2), reads them in
-one process and one thread. All sides read the same files in turns; CPU seconds, medians. `decode` decodes every
-file in order and throws the frames away; `decode, scale` also brings them to the stream's 96x96 RGB; `random` is a
-loader that seeks for every window (files stay open); `stream` is the program's own: 64 lanes, rows, images, batches.
+Writes datasets of 2 cameras with natural pictures (h264 with a keyframe every 2 and every 30 frames, AV1 every 2) and
+reads them in one process and one thread. All sides read the same files in turns; CPU milliseconds a window, medians:
+
+- `decode`: every file in order, the frames thrown away;
+- `scaled`: the same, each frame brought to the stream's 96x96 RGB by libswscale;
+- `rgb`: the same, each frame an RGB array of its own size (`frame.to_ndarray(format="rgb24")`);
+- `stream`: the program's own: 64 lanes, rows, normalisation, images, batches;
+- `random`: windows in random order through the program's own reader, all files open: a seek for each window;
+- `reopened`: windows in random order, pictures only: open the file, seek, decode, `to_ndarray`, close.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from support.datasets import AV1, H264, write_dataset
+from support.datasets import AV1, H264, Repeated, write_dataset
 from support.program import machine, mixture_of
 
 from opentau_train.data.images import Letterbox
@@ -38,6 +43,7 @@ VARIANTS = {
 }
 LENGTHS = [160] * 12
 BATCH, LANES_PER_SAMPLE = 32, 2
+SIDES = ("decode", "scaled", "rgb", "stream", "random", "reopened")
 STEPS = 10
 """Batches of the stream a turn."""
 
@@ -49,45 +55,47 @@ def main() -> None:
     options = parser.parse_args()
     repeats = options.repeats
     print(f"{machine()}; one thread, medians of {repeats}\n")
-    print("| video | decode | decode, scale | stream | random | stream/decode | stream/scaled | random/stream | "
-          "decoded a frame used |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = ["video", "B a frame", *SIDES, "stream/decode", "stream/scaled", "stream/rgb", "random/stream"]
+    print(f"| {' | '.join([*heads, 'reopened/stream', 'decoded a frame used'])} |\n|{'---|' * (len(heads) + 2)}")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (codec, gop, tuning, size)) in enumerate(VARIANTS.items()):
             root = (options.data or Path(folder)) / f"speed{number}"
             write_dataset(root, LENGTHS, size=size, codec=codec, gop=gop, options=tuning)
             print_variant(name, root, repeats)
+        print_phase(options.data or Path(folder))
     print_plan()
 
 
 def print_variant(name: str, root: Path, repeats: int) -> None:
     mixture = mixture_of(root, f"data.lanes_per_sample={LANES_PER_SAMPLE}", "data.num_workers=0")
     files = sorted(root.rglob("*.mp4"))
-    stream, builder = open_stream(mixture)
+    stream, builder = open_stream(mixture, mixture.tape(BATCH))
     warm_up(stream)
     before, seen = builder[0].frames_decoded, 0
     sides: dict[str, Callable[[], float]] = {
-        "decode": lambda: decode(files[:4], None),
+        "decode": lambda: decode(files[:4]),
         "scaled": lambda: decode(files[:4], Letterbox(mixture.spec.image_size)),
+        "rgb": lambda: decode(files[:4], lambda frame: frame.to_ndarray(format="rgb24")),
         "stream": lambda: take(stream, STEPS),
         "random": lambda: random_access(mixture, 48),
+        "reopened": lambda: reopening(mixture, 48),
     }
-    times: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(repeats):
-        for side, run in sides.items():
-            times[side].append(run())
+        for side in SIDES:
+            times[side].append(sides[side]())
             seen += STEPS * BATCH * (side == "stream")
     decoded = (builder[0].frames_decoded - before) / (2 * seen)
     m = {side: statistics.median(found) for side, found in times.items()}
-    cells = [f"{m[s]:.3f} ms" for s in ("decode", "scaled", "stream", "random")]
-    ratios = [f"{m['stream'] / m['decode']:.2f}", f"{m['stream'] / m['scaled']:.2f}"]
-    ratios.append(f"{m['random'] / m['stream']:.1f}")
-    print(f"| {name} | {' | '.join([*cells, *ratios])} | {decoded:.3f} |", flush=True)
+    size = sum(path.stat().st_size for path in files) / (2 * sum(LENGTHS))
+    cells = [f"{size:.0f}", *(f"{m[side]:.3f}" for side in SIDES)]
+    cells += [f"{m['stream'] / m[side]:.2f}" for side in ("decode", "scaled", "rgb")]
+    cells += [f"{m[side] / m['stream']:.1f}" for side in ("random", "reopened")]
+    print(f"| {name} | {' | '.join(cells)} | {decoded:.3f} |", flush=True)
 
 
-def open_stream(mixture: Mixture) -> tuple[Iterator, list]:
+def open_stream(mixture: Mixture, tape: Tape) -> tuple[Iterator, list]:
     """The training stream in this process, and the list that its reader will be in."""
-    tape = mixture.tape(BATCH)
     readers: list = []
     source = mixture.datasets[0].source
     cursors = source.cursors
@@ -113,7 +121,7 @@ def take(stream: Iterator, steps: int) -> float:
     return 1e3 * (time.process_time() - started) / windows
 
 
-def decode(files: list[Path], scale: Letterbox | None) -> float:
+def decode(files: list[Path], convert: Callable[[av.VideoFrame], object] | None = None) -> float:
     """CPU milliseconds for as many frames as a window has (one a camera), read in order."""
     started, frames = time.process_time(), 0
     for path in files:
@@ -121,27 +129,67 @@ def decode(files: list[Path], scale: Letterbox | None) -> float:
             container.streams.video[0].thread_count = 1
             for frame in container.decode(video=0):
                 frames += 1
-                if scale is not None:
-                    scale(frame)
+                if convert is not None:
+                    convert(frame)
     return 1e3 * 2 * (time.process_time() - started) / frames
 
 
-def random_access(mixture: Mixture, num: int, seed: list[int] = [0]) -> float:  # noqa: B006 (counts the calls)
+def random_access(mixture: Mixture, num: int) -> float:
     """CPU milliseconds a window in random order; one open reader a video file."""
-    seed[0] += 1
-    rng = np.random.default_rng(seed[0])
     builder = SampleBuilder(mixture, train=True)
     table = mixture.datasets[0].source.episodes
     files = table.video_file[mixture.datasets[0].source.cameras[0]]
     for file in np.unique(files):  # open the files before the clock starts
         builder.build(int(file), 0, int(np.flatnonzero(files == file)[0]), 0, 0)
     started = time.process_time()
-    for _ in range(num):
-        episode = int(rng.integers(len(table)))
-        builder.build(int(files[episode]), 0, episode, int(rng.integers(table.length[episode])), 0)
+    for episode, frame in random_windows(table.length, num):
+        builder.build(int(files[episode]), 0, episode, frame, 0)
     spent = 1e3 * (time.process_time() - started) / num
     builder.close()
     return spent
+
+
+def reopening(mixture: Mixture, num: int) -> float:
+    """CPU milliseconds a window in random order; its pictures only, files opened for each."""
+    reading = mixture.datasets[0].source.reading
+    started = time.process_time()
+    for episode, frame in random_windows(reading.episodes.length, num):
+        for path, start in reading.places(episode).values():
+            with av.open(str(path)) as container:
+                video = container.streams.video[0]
+                video.thread_count = 1
+                wanted = round((start + frame / reading.fps) / video.time_base)
+                container.seek(wanted, stream=video)
+                next(f for f in container.decode(video) if f.pts >= wanted).to_ndarray(format="rgb24")
+    return 1e3 * (time.process_time() - started) / num
+
+
+_draws = np.random.default_rng(0)
+
+
+def random_windows(length: np.ndarray, num: int) -> list[tuple[int, int]]:
+    """`num` times (episode, frame), others at every call."""
+    episodes = _draws.integers(len(length), size=num)
+    return [(int(e), int(_draws.integers(length[e]))) for e in episodes]
+
+
+def print_phase(folder: Path, batch: int = 4, lanes_per_sample: int = 4) -> None:
+    """Frames decoded over whole phases, with the starts and the ends of all lanes."""
+    print("\n| keyframes every | rows of a phase | windows | frames decoded a frame used |\n|---|---|---|---|")
+    lengths = np.random.default_rng(0).integers(100, 400, 140).tolist()
+    for gop in (2, 30):
+        tiny = [np.full((64, 64, 3), 3 * i, np.uint8) for i in range(60)]
+        root = folder / f"phase{gop}"
+        # One file an episode: v3.0 files are episodes laid end to end, each of which starts with a keyframe, too.
+        write_dataset(root, lengths, size=(64, 64), cameras=1, gop=gop, episodes_per_file=1, frames=Repeated(tiny, 400))
+        for rows in (256, 512, 1024):
+            mixture = mixture_of(root, f"data.lanes_per_sample={lanes_per_sample}", "data.num_workers=0",
+                                 f"data.phase_rows={rows}")  # fmt: skip
+            tape = mixture.tape(batch)
+            stream, factories = open_stream(mixture, tape)
+            steps = tape.epoch_size // batch
+            used = sum(len(next(stream).t) for _ in range(steps))
+            print(f"| {gop} frames | {rows} | {used:,} | {factories[0].frames_decoded / used:.3f} |", flush=True)
 
 
 def print_plan(num: int = 1_000_000) -> None:

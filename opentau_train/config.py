@@ -171,7 +171,7 @@ class DataSettings:
     prefetch_factor: int = 2
     max_samples_per_batch: int | None = None
     lanes_per_sample: int = 4
-    phase_rows: int = 512
+    phase_rows: int = 1024
     blank_images: bool = False
     """true = every image black: the ablation that shows what the images are worth."""
     dropout: DropoutSettings = field(default_factory=DropoutSettings)

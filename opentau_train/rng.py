@@ -53,9 +53,9 @@ def fold_one(base: int, *columns: int) -> int:
     return out
 
 
-def uniform_one(key: int, num: int) -> list[float]:
-    """`uniform` of one key: `num` floats in [0, 1)."""
-    return [(fold_one(key, counter) >> 11) * 2.0**-53 for counter in range(num)]
+def uniform_at(key: int, counter: int) -> float:
+    """`uniform(key, counter + 1)[counter]`: one float in [0, 1)."""
+    return (fold_one(key, counter) >> 11) * 2.0**-53
 
 
 def _mix_one(x: int) -> int:

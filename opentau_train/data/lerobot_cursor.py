@@ -21,7 +21,7 @@ from opentau_train.data.windows import chunk_places, history_rows, row_step, row
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
-READ_AHEAD = 4
+READ_AHEAD = 8
 """Frames of a camera that are decoded at once where reading goes on: as many small images are kept a lane."""
 
 

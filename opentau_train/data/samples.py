@@ -73,17 +73,22 @@ class SampleBuilder:
         key = rng.fold_one(self._keys[dataset.index], number, frame, pass_index)
         state_affine, action_affine = self.mixture.affine[head]
 
-        # Draws in a fixed order: choice of prompt, drop prompt, drop state, then one a camera of the mixture.
-        draws = rng.uniform_one(rng.fold_one(key, _INPUTS), 3 + len(spec.cameras))
-        prompt = raw.prompts[int(draws[0] * len(raw.prompts))] if raw.prompts else ""
+        # Draws have fixed numbers: choice of prompt, drop prompt, drop state, then one a camera of the mixture.
+        draws = rng.fold_one(key, _INPUTS)
+        prompt = raw.prompts[0] if raw.prompts else ""
+        if len(raw.prompts) > 1:
+            prompt = raw.prompts[int(rng.uniform_at(draws, 0) * len(raw.prompts))]
         images = raw.images
         state = _pad(state_affine.normalize(raw.state), spec.state_dim)
         state_mask = self._dims(spec.state_dim, len(raw.state))
         if self.train:
-            prompt = "" if draws[1] < dropout.prompt else prompt
-            if draws[2] < dropout.state:
+            if dropout.prompt and rng.uniform_at(draws, 1) < dropout.prompt:
+                prompt = ""
+            if dropout.state and rng.uniform_at(draws, 2) < dropout.state:
                 state, state_mask = np.zeros_like(state), np.zeros_like(state_mask)
-            images = {c: v for c, v in images.items() if draws[3 + spec.cameras.index(c)] >= dropout.camera}
+            if dropout.camera:
+                number_of = spec.cameras.index
+                images = {c: v for c, v in images.items() if rng.uniform_at(draws, 3 + number_of(c)) >= dropout.camera}
         if self.mixture.settings.blank_images:
             images = {c: np.zeros_like(v) for c, v in images.items()}
 

@@ -124,7 +124,7 @@ class Tape:
         seed: int,
         batch_size: int,
         lanes_per_sample: int = 4,
-        phase_rows: int = 512,
+        phase_rows: int = 1024,
         offset: int = 0,
     ):
         for blocks, drawn in zip(datasets, draws, strict=True):

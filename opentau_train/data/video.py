@@ -15,7 +15,7 @@ from pathlib import Path
 
 import av
 
-PACKETS_PER_READ = 16
+PACKETS_PER_READ = 32
 """Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file."""
 
 MIN_SKIPPED = 4

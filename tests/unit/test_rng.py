@@ -54,4 +54,4 @@ def test_normal_rows_depend_on_their_own_key_only():
 @given(st.integers(0, 2**64 - 1), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4))
 def test_the_hash_of_one_row_equals_the_hash_of_many(base, columns):
     assert rng.fold_one(base, *columns) == int(rng.fold(base, *columns))
-    assert rng.uniform_one(base, 5) == rng.uniform(base, 5).tolist()
+    assert [rng.uniform_at(base, i) for i in range(5)] == rng.uniform(base, 5).tolist()
