@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import TOY, metrics, run
+from tests.program import TOY, assert_close, metrics, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -32,13 +32,13 @@ def finished(cluster, job: str, tmp_path: Path) -> str:
     return output
 
 
-def assert_equals_uninterrupted(run_dir: Path, steps: int, tmp_path: Path) -> None:
-    """The same batches, losses, gradients and validations, to the last bit, as two ranks that nothing stopped."""
+def uninterrupted(steps: int, tmp_path: Path) -> dict[int, dict[str, float]]:
+    """The numbers of two ranks that nothing stopped."""
     done = run([*RUN, f"trainer.steps={steps}", f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
     assert done.returncode == 0, done.stderr
     whole = metrics(tmp_path / "whole")
     assert list(whole) == list(range(1, steps + 1)) and "Training/BatchId" in whole[1]
-    assert metrics(run_dir) == whole
+    return whole
 
 
 def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cluster, sbatch, tmp_path):
@@ -50,11 +50,25 @@ def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cl
     output = finished(cluster, job, tmp_path)
     # checkpoint.every=0: what it resumed from was saved on the way out
     assert output.count("preempted at step") == 1 and output.count("resumed from") == 1
-    assert_equals_uninterrupted(run_dir, steps, tmp_path)
+    assert metrics(run_dir) == uninterrupted(steps, tmp_path)  # to the last bit: losses, gradients, validations
     logs = {p.name for p in (run_dir / "logs").iterdir()}
     assert logs == {f"node{n}.restart{k}.log" for n in (0, 1) for k in (0, 1)}
     for name in logs:
         assert "torchrun --nnodes 2 --rdzv-backend c10d" in (run_dir / "logs" / name).read_text()
+
+
+def test_requeued_it_goes_on_with_fewer_nodes_and_the_same_samples(cluster, sbatch, tmp_path):
+    steps = 40
+    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=10")
+    rows = run_dir / "metrics.jsonl"
+    cluster.wait(job, lambda s: rows.exists() and rows.read_text().count("\n") >= 5)
+    cluster.call("scontrol", "requeue", job)
+    cluster.wait(job, lambda s: s["JobState"] == "PENDING")
+    cluster.call("scontrol", "update", f"JobId={job}", "NumNodes=1")
+    finished(cluster, job, tmp_path)
+    found, whole = metrics(run_dir), uninterrupted(steps, tmp_path)
+    assert [r["Training/BatchId"] for r in found.values()] == [r["Training/BatchId"] for r in whole.values()]
+    assert_close(found, whole, training=1e-4, validation=1e-4)
 
 
 def test_before_the_time_limit_it_saves_and_queues_itself_again(cluster, sbatch, tmp_path):
@@ -65,7 +79,7 @@ def test_before_the_time_limit_it_saves_and_queues_itself_again(cluster, sbatch,
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     output = finished(cluster, job, tmp_path)
     assert "preempted by the time limit" in output and "preempted at step" in output
-    assert_equals_uninterrupted(run_dir, steps, tmp_path)
+    assert metrics(run_dir) == uninterrupted(steps, tmp_path)  # to the last bit: losses, gradients, validations
 
 
 def test_a_mistake_ends_the_job_with_2_and_without_a_restart(cluster, sbatch, tmp_path):
