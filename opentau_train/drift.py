@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from opentau_train.config import Settings, SourceSettings
+from opentau_train.config import Settings
+from opentau_train.config_data import SourceSettings
 from opentau_train.errors import UserError
 
 Kind = Literal["safe", "warned", "refused"]

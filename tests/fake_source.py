@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from opentau_train import cli, config, rng
-from opentau_train.config import Settings, SourceSettings
+from opentau_train.config import Settings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.lerobot import whole_episodes
 from opentau_train.data.mixture import Mixture

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opentau_train.config import DataSettings, Settings, SourceSettings
+from opentau_train.config import Settings
+from opentau_train.config_data import DataSettings, SourceSettings
 from opentau_train.data import keep_ranges, normalize, statistics, windows
 from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.normalize import Affine, HeadStats

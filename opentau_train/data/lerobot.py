@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot_columns import (
     choose_cameras,
     choose_numbers,

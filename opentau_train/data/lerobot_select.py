@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data import keep_ranges
 from opentau_train.data.lerobot_meta import Episodes, FileTable, Info
 from opentau_train.data.rows import RowError, RowReader, one_array

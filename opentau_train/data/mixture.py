@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config import DataSettings, SourceSettings
+from opentau_train.config_data import DataSettings, SourceSettings
 from opentau_train.data.normalize import Affine, HeadStats
 from opentau_train.data.source import Source
 from opentau_train.data.tape import DatasetBlocks, Tape

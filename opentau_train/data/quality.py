@@ -23,7 +23,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config import CorrelationSettings
+from opentau_train.config_data import CorrelationSettings
 from opentau_train.data.tape import Tape, Windows
 
 MOMENTUM = 0.9

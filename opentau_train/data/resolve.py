@@ -7,7 +7,8 @@ import logging
 import os
 from pathlib import Path
 
-from opentau_train.config import Settings, SourceSettings
+from opentau_train.config import Settings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.droid_sample import ensure_droid_sample
 from opentau_train.distributed import World
 from opentau_train.errors import UserError

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.keep_ranges import Ranges, nonidle_ranges
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError

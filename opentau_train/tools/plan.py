@@ -16,6 +16,7 @@ import numpy as np
 
 from opentau_train import cli, config
 from opentau_train.config import Settings
+from opentau_train.config_data import CorrelationSettings
 from opentau_train.data import quality
 from opentau_train.data.assemble import open_plan
 from opentau_train.data.mixture import Mixture
@@ -42,7 +43,7 @@ class BatchQuality:
     momentum_vif: float
 
 
-def batch_quality(tape: Tape, steps: int, rho: config.CorrelationSettings, num_batches: int) -> BatchQuality:
+def batch_quality(tape: Tape, steps: int, rho: CorrelationSettings, num_batches: int) -> BatchQuality:
     """The quality of `num_batches` batches, evenly spread over `steps`."""
     chosen = np.unique(np.linspace(0, steps - 1, num_batches).astype(np.int64)).tolist()
     batches = [tape.batch(step) for step in chosen]

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch.func import functional_call, grad
 
 from opentau_train import cli, rng
-from opentau_train.config import CorrelationSettings, load
+from opentau_train.config import load
+from opentau_train.config_data import CorrelationSettings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.quality import ShuffleQuality

@@ -26,7 +26,8 @@ LAYERS = (
     {"parallel"},
     {"distributed", "drift"},
     {"config"},
-    {"typed", "rng"},
+    {"config_data"},
+    {"typed", "bounds", "rng"},
     {"types", "stopping", "preflight", "watchdog"},
     {"errors"},
     {"__init__"},  # the version only: importing the package imports nothing else

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data import keep_ranges
 from opentau_train.data.keep_ranges import nonidle_ranges
 from opentau_train.data.lerobot import LeRobotSource

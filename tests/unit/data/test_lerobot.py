@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import WindowSpec

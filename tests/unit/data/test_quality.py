@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opentau_train.config import CorrelationSettings
+from opentau_train.config_data import CorrelationSettings
 from opentau_train.data import quality
 from opentau_train.data.tape import DatasetBlocks, Tape, Windows
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opentau_train.config import SourceSettings
+from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import UserError
 from opentau_train.types import WindowSpec
