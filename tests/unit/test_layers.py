@@ -16,6 +16,7 @@ LAYERS = (
     {"__main__", "validate", "tools"},
     {"cli"},
     {"train", "standalone"},
+    {"job"},
     {"report", "meter", "recorder", "explain"},
     {"passes", "best", "saver"},
     {"actions"},

@@ -1,0 +1,183 @@
+"""All that a run trains with, on one rank: built from the settings, and put back to where a checkpoint left it.
+
+`prepare` is collective: ranks agree after each part that can fail on one of them only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opentau_train import checkpoint, commit, drift, rng
+from opentau_train.best import Best
+from opentau_train.config import Settings
+from opentau_train.data.assemble import open_mixture
+from opentau_train.data.mixture import Mixture
+from opentau_train.data.split import check_split, held_out_episodes
+from opentau_train.data.tape import Tape
+from opentau_train.data.tape_state import changed, resume_offset, save_state
+from opentau_train.distributed import World
+from opentau_train.models.policy import Policy
+from opentau_train.optim import Ema, adamw
+from opentau_train.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.passes import Plans, plan_passes
+from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.report import begin_run, mixture_table
+from opentau_train.saver import Saver
+from opentau_train.step import TrainState
+from opentau_train.typed import bind, instantiate
+from opentau_train.watchdog import Place
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `skipped` steps, and the last
+    step that was `validated`."""
+
+    settings: Settings
+    world: World
+    run_dir: Path
+    mixture: Mixture
+    tape: Tape
+    plans: Plans
+    best: Best | None
+    state: TrainState
+    schedule: Any
+    saver: Saver
+    max_samples: int
+    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
+    place: Place = field(default_factory=Place)
+
+    @property
+    def owes_validation(self) -> bool:
+        """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
+        every, step = self.settings.validation.every, self.state.step
+        due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
+        return due and len(self.plans.loss.windows) > 0 and self.counters["validated"] < step
+
+    @property
+    def is_best(self) -> bool:
+        """The state's weights are the best that were validated."""
+        return self.best is not None and self.best.step == self.state.step
+
+
+def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
+    """Open the data, build the policy and its optimizer, and load the checkpoint that `resume` names.
+
+    Raises `UserError` for mistakes in configuration or data, on all ranks alike.
+    """
+    trainer = settings.trainer
+    check_batch(trainer.global_batch_size, world.size)
+    _check_targets(settings)
+    degrees = data_parallel_degrees(
+        settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
+    )
+    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
+    stats = None
+    if found is not None:
+        world.agree(lambda: _compare(settings, tree, found))
+        stats = world.agree(lambda: read_stats(found))
+    mixture = open_mixture(settings, world, stats)
+    tape = mixture.tape(trainer.global_batch_size)
+    torch.manual_seed(rng.key(settings.seed, "init") >> 1)
+    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
+    state = _train_state(policy, settings, world, degrees)
+    share = trainer.global_batch_size // world.size
+    max_samples = min(settings.data.max_samples_per_batch or share, share)
+    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    margin = settings.validation.best_margin
+    best = None if margin is None else Best(run_dir, plans.loss, policy.loss_weights, margin)
+    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
+    saver = Saver(run_dir, world, settings.checkpoint, card)
+    job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
+    if world.is_main:
+        log.info(mixture_table(mixture, plans.loss, sum(p.numel() for p in policy.parameters())))
+    world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
+    if found is not None:
+        _resume(job, found)
+    return job
+
+
+def _check_targets(settings: Settings) -> None:
+    """A mistake in the keys of what `_target_` names ends the run now, not after minutes of opening data."""
+    bind(settings.model, "model", ["spec"])
+    bind(settings.scheduler, "scheduler", [])
+    for name, options in settings.logger.items():
+        bind(options, f"logger.{name}", ["context"])
+
+
+def _where(settings: Settings) -> tuple[Path, Path | None]:
+    """(run directory, checkpoint to start from or None)."""
+    root = Path(settings.paths.root).expanduser()
+    run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
+    if run_dir is None and settings.resume.checkpoint == "auto":
+        run_dir = commit.newest_run(root, settings.name)
+    found = commit.resolve(settings.resume.checkpoint, run_dir)
+    if run_dir is None and found is not None:
+        run_dir = found.parent.parent
+    if run_dir is None:
+        run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return run_dir.absolute(), found
+
+
+def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
+    """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
+    changes = drift.compare(read_card(found / FOLDER).config, tree)
+    resume = settings.resume
+    drift.check(changes, resume.force, restart=resume.data == "restart")
+    shown = drift.report(changes, resume.force, restart=resume.data == "restart")
+    if shown:
+        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
+
+
+def _train_state(policy: Policy, settings: Settings, world: World, degrees: tuple[int, int]) -> TrainState:
+    """The policy spread over the ranks, with a new optimizer; `degrees`: (replicate, shard)."""
+    trainer = settings.trainer
+    replicas = spread(
+        policy,
+        policy.blocks(),
+        world,
+        *degrees,
+        trainer.precision,
+        activation_checkpointing=settings.parallelism.activation_checkpointing,
+        compile_backend=trainer.compile_backend if trainer.compile else None,
+    )
+    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    return TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
+
+
+def _convention(mixture: Mixture) -> dict[str, Any]:
+    """What a user of the weights must know of inputs and outputs."""
+    return {
+        "actions": "as the dataset's action columns, normalised by the norm head's statistics",
+        "normalization": mixture.settings.normalization,
+        "spec": asdict(mixture.spec),
+        "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
+        "fps": {d.name: d.source.fps for d in mixture.datasets},
+        "action_names": {d.name: list(d.source.action_names) for d in mixture.datasets},
+        "held_out": held_out_episodes(mixture),
+    }
+
+
+def _resume(job: Job, found: Path) -> None:
+    """Put the new job back to where the checkpoint `found` left its run."""
+    restart = job.settings.resume.data == "restart"
+    job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
+    saved = checkpoint.load(found, job.state, job.world)
+    job.tape.offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
+    job.counters.update(saved["counters"])
+    job.state.skipped = job.counters["skipped"]
+    if job.best is not None:
+        job.best.restore(job.world, job.state.step)
+    if job.world.is_main:
+        log.info("resumed from %s at step %d", found, job.state.step)
+        for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
+            log.warning("the data plan has changed: %s; its next epoch begins", change)
