@@ -16,7 +16,8 @@ from opentau_train.data.images import ImageError, Letterbox, decode_image
 from opentau_train.data.lerobot_columns import Column
 from opentau_train.data.lerobot_meta import FileTable
 from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
-from opentau_train.data.video import FrameCursor, VideoError, VideoPool
+from opentau_train.data.video import FrameCursor, VideoPool
+from opentau_train.data.video_file import VideoError
 from opentau_train.data.windows import chunk_places, history_rows, row_step, rows_at
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec

@@ -3,8 +3,9 @@
 A frame is found by its presentation time, never by `index / fps`: files hold many episodes, may have a variable
 frame rate, B-frames (presentation order differs from storage order), edit lists, and any distance of keyframes.
 
-`VideoPool` keeps one demuxer a file; each `FrameCursor` has its own decoder and a few packets ahead, and takes the
-demuxer back to its own place when another cursor has moved it. Nothing here may be pickled or used after a fork.
+`VideoPool` keeps one demuxer a file (`video_file.py`); each `FrameCursor` has its own decoder and a few packets ahead,
+and takes the demuxer back to its own place when another cursor has moved it. Nothing here may be pickled or used after
+a fork.
 """
 
 from __future__ import annotations
@@ -15,16 +16,11 @@ from pathlib import Path
 
 import av
 
-PACKETS_PER_READ = 32
-"""Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file."""
-
-MIN_SKIPPED = 4
-"""Packets that a jump to a later keyframe must save, else decoding on is cheaper than flushing the decoder."""
+from opentau_train.data.video_file import VideoError, VideoFile
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
 Only saves decoding the frame after it; the nearest frame is returned in any case."""
-
 
 _DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
 
@@ -33,99 +29,6 @@ def decoder_bytes(height: int, width: int) -> int:
     """About what one cursor's decoder holds: a fixed part and some seven pictures. A straight line through what h264
     without and with B-frames and AV1 took at 192x320 to 720x1280 (docs/benchmarks.md), 40 % off at most."""
     return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * height * width
-
-
-class VideoError(Exception):
-    """A frame can't be had; the text names the file and the cause."""
-
-
-class VideoFile:
-    """One open demuxer. Times are in ticks of `time_base` seconds."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._container = av.open(str(path), metadata_errors="replace")
-        streams = self._container.streams.video
-        time_base = streams[0].time_base if streams and streams[0].codec_context is not None else None
-        if time_base is None:
-            self._container.close()
-            raise VideoError(f"{path} has no video stream that can be decoded")
-        self._stream = streams[0]
-        self.time_base = float(time_base)
-        self._index = self._stream.index_entries
-        self._last_dts: int | None = None
-
-    def close(self) -> None:
-        self._container.close()
-
-    def new_decoder(self) -> av.VideoCodecContext:
-        """A decoder of this stream, independent of the demuxer; one thread, because workers are the parallelism."""
-        theirs = self._stream.codec_context
-        decoder = av.CodecContext.create(theirs.name, "r")
-        assert isinstance(decoder, av.VideoCodecContext)
-        decoder.extradata = theirs.extradata
-        decoder.width, decoder.height = theirs.width, theirs.height
-        # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
-        decoder.color_range, decoder.colorspace = theirs.color_range, theirs.colorspace
-        decoder.color_primaries, decoder.color_trc = theirs.color_primaries, theirs.color_trc
-        decoder.thread_count = 1
-        return decoder
-
-    def packets_from_keyframe(self, ticks: int) -> list[av.Packet]:
-        """The next packets from the last keyframe that is shown at `ticks` or before; else from the first."""
-        limit, first_dts = ticks, None
-        while True:
-            self._container.seek(limit, stream=self._stream)
-            packets = self._read()
-            if not packets or packets[0].pts is None or packets[0].pts <= ticks or packets[0].dts == first_dts:
-                return packets
-            # Pictures before an open GOP's keyframe in presentation order need the GOP before.
-            first_dts = packets[0].dts
-            assert first_dts is not None, "_read gives no packet without a decode time"
-            limit = first_dts - 1
-
-    def packets_after(self, dts: int) -> list[av.Packet]:
-        """The packets that follow the one of `dts` in storage order; none at the end of the file."""
-        if self._last_dts == dts:
-            return self._read()
-        # A seek to any frame lands on `dts` or, by the reorder delay, a little before it: skip to the exact place.
-        self._container.seek(dts, stream=self._stream, any_frame=True)
-        if self._skip_to(dts):
-            return self._read()
-        self._container.seek(dts, stream=self._stream)
-        if self._skip_to(dts):
-            return self._read()
-        raise VideoError(f"{self.path}: the demuxer doesn't find its place at dts {dts} again")
-
-    def skips_packets(self, fed_dts: int, ticks: float) -> bool:
-        """Whether the keyframe at `ticks` (decode time) lies far enough behind the packet of `fed_dts`."""
-        key = self._index.search_timestamp(math.floor(ticks))
-        if key < 0:
-            return False
-        return key - self._index.search_timestamp(fed_dts, any_frame=True) > MIN_SKIPPED
-
-    def _skip_to(self, dts: int) -> bool:
-        for packet in self._container.demux(self._stream):
-            if packet.dts is None or packet.dts > dts:
-                return False
-            if packet.dts == dts:
-                return True
-        return False
-
-    def _read(self) -> list[av.Packet]:
-        packets: list[av.Packet] = []
-        self._last_dts = None
-        for packet in self._container.demux(self._stream):
-            if packet.dts is None:
-                if packet.size:
-                    raise VideoError(f"{self.path}: a packet has no decode time")
-                return packets  # the end of the file
-            packets.append(packet)
-            if len(packets) == PACKETS_PER_READ:
-                break
-        if packets:
-            self._last_dts = packets[-1].dts
-        return packets
 
 
 class VideoPool:

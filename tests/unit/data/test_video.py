@@ -1,4 +1,4 @@
-"""`video.py` against a reference that decodes each file from its start: the same pixels in any order of reading."""
+"""`video.py` and `video_file.py` against a decoding of each whole file: the same pixels in any order of reading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opentau_train.data.images import ImageError, Letterbox, decode_image, fit
-from opentau_train.data.video import VideoError, VideoPool
+from opentau_train.data.video import VideoPool
+from opentau_train.data.video_file import VideoError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
 
 FRAMES = 70
