@@ -1,12 +1,13 @@
 """How long a checkpoint stops the training: saved at once, and with checkpoint.async=true.
 
     python benchmarks/async_checkpoint.py [--width 768 --depth 8 --pairs 5 --folder DIR]
+    torchrun --nproc-per-node 2 benchmarks/async_checkpoint.py        # the policy sharded over the ranks
 
 A policy of some 60 million parameters with AdamW's moments and an average: 1.21 GB a checkpoint, 0.3 GB of them the
-weights' own file. Saves alternate, at once and in the background, in one process; the stall of the latter is the call
-of `save` and the commit at the end, while the write itself goes on beside steps that keep one core busy. Prints
-medians and their ratio, which is to be at most 0.2; exit code 1 if it isn't. The first pair is left out: its background
-save also pays for fresh memory.
+weights' own file. Saves alternate, at once and in the background; the stall of the latter is the call of `save` and the
+commit at the end, while the write itself goes on beside steps that keep one core a rank busy. Prints rank 0's medians
+and their ratio, which is to be at most 0.2; exit code 1 if it isn't. The first pair is left out: its background save
+also pays for fresh memory.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from opentau_train.cli import end
 from opentau_train.config import CheckpointSettings, OptimizerSettings
-from opentau_train.distributed import launch
+from opentau_train.distributed import World, launch
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import Ema, adamw
-from opentau_train.parallel import Replicas
+from opentau_train.parallel import spread
 from opentau_train.pretrained import Pretrained
 from opentau_train.saver import Saver
 from opentau_train.step import TrainState
@@ -35,18 +36,20 @@ LIMIT = 0.2
 SPEC = BatchSpec(cameras=("left",), image_size=(64, 64), history=0, state_dim=8, action_dim=8, chunk_length=16)
 
 
-def make_state(width: int, depth: int) -> TrainState:
+def make_state(width: int, depth: int, world: World) -> TrainState:
     policy = FlowPolicy(SPEC, width=width, depth=depth, heads=8)
+    replicas = spread(policy, policy.blocks(), world, 1, world.size, "no")
     optimizer = adamw(policy, OptimizerSettings(lr=1e-4))
     for parameter in policy.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()  # now there are moments
-    return TrainState(policy, Replicas(policy, False), optimizer, Ema(policy, 0.999))
+    return TrainState(policy, replicas, optimizer, Ema(policy, 0.999))
 
 
-def timed_save(saver: Saver, state: TrainState) -> tuple[float, float, float]:
+def timed_save(saver: Saver, state: TrainState, world: World) -> tuple[float, float, float]:
     """(stall, the whole save, seconds of one step of work beside it)."""
     state.step += 1
+    world.barrier()
     began = time.perf_counter()
     done = saver.save(state, stream={}, counters={})
     stall = time.perf_counter() - began
@@ -56,6 +59,7 @@ def timed_save(saver: Saver, state: TrainState) -> tuple[float, float, float]:
         for _ in range(20):
             matrix = torch.tanh(matrix @ matrix)
         steps += 1
+        world.barrier()  # ranks meet in every step: to wait for a slower one isn't the save's doing
         polled = time.perf_counter()
         done = saver.poll()
         stall += time.perf_counter() - polled
@@ -72,10 +76,10 @@ def main() -> int:
     torch.set_num_threads(1)  # the copy isn't faster on two, and far slower where other programs use them
     stalls: dict[bool, list[float]] = {False: [], True: []}
     wholes: dict[bool, list[float]] = {False: [], True: []}
-    folder = Path(tempfile.mkdtemp(prefix="async_checkpoint_", dir=options.folder))
-    try:
-        with launch(device="cpu", precision="no", timeout=600, identity={}) as world:
-            state = make_state(options.width, options.depth)
+    with launch(device="cpu", precision="no", timeout=600, identity={}) as world:
+        folder = Path(world.broadcast(tempfile.mkdtemp(prefix="async_checkpoint_", dir=options.folder)))
+        try:
+            state = make_state(options.width, options.depth, world)
             size = sum(p.numel() for p in state.policy.parameters())
             savers = {
                 kind: Saver(folder / str(kind), world, CheckpointSettings(asynchronous=kind, keep_last=1), CARD)
@@ -84,15 +88,21 @@ def main() -> int:
             with savers[False], savers[True]:
                 for pair in range(options.pairs + 1):
                     for kind in (False, True):
-                        stall, whole, _ = timed_save(savers[kind], state)
+                        stall, whole, _ = timed_save(savers[kind], state, world)
                         if pair:
                             stalls[kind].append(stall)
                             wholes[kind].append(whole)
-    finally:
-        shutil.rmtree(folder)
+        finally:
+            world.barrier()
+            shutil.rmtree(folder, ignore_errors=True)
+    if not world.is_main:
+        return 0
     at_once, background = statistics.median(stalls[False]), statistics.median(stalls[True])
     ratio = background / at_once
-    print(f"{size / 1e6:.0f} M parameters, {size * 20 / 1e9:.2f} GB a checkpoint, {options.pairs} pairs, medians")
+    gigabytes = size * 20 / 1e9
+    print(
+        f"{world.size} processes, {size / 1e6:.0f} M parameters, {gigabytes:.2f} GB a checkpoint, {options.pairs} pairs"
+    )
     print(f"  at once:        training stops for {at_once:.2f} s")
     print(f"  in background:  training stops for {background:.2f} s; whole on disk after {median(wholes[True]):.2f} s")
     print(f"  ratio {ratio:.3f} (limit {LIMIT}), pairs {', '.join(f'{b / a:.3f}' for a, b in zip(*stalls.values()))}")
@@ -103,4 +113,4 @@ CARD = Pretrained({}, {}, {})
 median = statistics.median
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

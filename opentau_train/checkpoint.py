@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -88,6 +89,14 @@ def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
     with torch.no_grad():
         for name, value in mine.items():
             value.copy_(tensors[part][name])
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole policy's parameters and buffers, on the CPU, from the shards of all ranks. Not collective."""
+    kinds = {k: v for k, v in _saved(path).items() if isinstance(v, TensorStorageMetadata) and k.startswith("model.")}
+    empty = {k: torch.empty(kind.size, dtype=kind.properties.dtype) for k, kind in kinds.items()}
+    dcp.load(empty, checkpoint_id=path / "state", no_dist=True)
+    return {name.removeprefix("model."): value for name, value in empty.items()}
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def answer(work: Callable[[], int]) -> int:
     except Fault as error:
         if full_error:
             traceback.print_exc()
-        _print_once(str(error))
+        if error.told_here is None:
+            _print_once(str(error))
+        elif error.told_here:
+            sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     except Exception as error:  # the last line of defence: say what failed below the traceback
         traceback.print_exc()

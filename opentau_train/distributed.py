@@ -18,8 +18,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from opentau_train.errors import UserError
+from opentau_train.errors import Explained, UserError
 from opentau_train.preflight import check_in
+from opentau_train.rollcall import RollCall
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class World:
     local_size: int
     device: torch.device
     accelerator: Accelerator = field(repr=False)
+    roll: RollCall | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +76,23 @@ class World:
     def background_group(self) -> dist.ProcessGroup | None:
         """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix."""
         return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    @contextmanager
+    def roll_call(self) -> Iterator[None]:
+        """Inside, a collective that breaks because a rank is gone becomes a `Fault` that names it.
+
+        Belongs inside `stopping.stop_signals`: torchrun sends the ranks of a node SIGTERM when one of them has ended,
+        and they must live to tell.
+        """
+        try:
+            yield
+        except Explained:
+            raise
+        except Exception as error:
+            told = None if self.roll is None else self.roll.explain(error)
+            if told is None:
+                raise
+            raise told from error
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -141,6 +160,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
     `UserError` on all ranks when one of them is missing, there twice, or not what `identity` says (see `preflight`).
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
+    roll = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Before Accelerate does it: its own choice on CUDA is NCCL alone, which can't reduce the CPU's float64 sums.
         if not cpu:
@@ -148,6 +168,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
         store, rank, size = _join_store(min(timeout, RENDEZVOUS_SECONDS))
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
+        roll = RollCall(store, rank, size)
         # Longer than a step may take: the watchdog, which says where every rank was, comes first.
         limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -164,6 +185,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         device=accelerator.device,
         accelerator=accelerator,
+        roll=roll,
     )
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.

@@ -46,7 +46,12 @@ class UserError(Explained, ValueError):
 
 
 class Fault(Explained, RuntimeError):
-    """A fault of the surroundings that no line of the program explains (a full disk), raised on all ranks alike."""
+    """A fault of the surroundings that no line of the program explains (a full disk), raised on all ranks alike.
+
+    `told_here`: None = rank 0 prints it; else whether this rank does, at once, while the others end in silence.
+    """
+
+    told_here: bool | None = None
 
 
 class BadSample(RuntimeError):

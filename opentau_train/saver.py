@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from opentau_train import commit
-from opentau_train.checkpoint import VERSION, ambient_random_state, tensors_of
+from opentau_train.checkpoint import VERSION, ambient_random_state, read_weights, tensors_of
 from opentau_train.config import CheckpointSettings
 from opentau_train.distributed import World
 from opentau_train.errors import Fault
@@ -28,10 +27,10 @@ from opentau_train.step import TrainState
 
 @dataclass(frozen=True)
 class _Content:
-    """A checkpoint in memory. `weights`: the whole policy, on rank 0."""
+    """A checkpoint in memory: this rank's parts. `sharded`: the policy's own are not the whole of it."""
 
     tensors: dict[str, Any] = field(repr=False)
-    weights: dict[str, torch.Tensor] = field(repr=False)
+    sharded: bool
     rng: dict[str, Any] = field(repr=False)
     run: dict[str, Any]
 
@@ -95,7 +94,8 @@ class Saver:
         """
         if self._pending is None:
             return None
-        done = torch.tensor([float(self._pending[2].done())], dtype=torch.float64)
+        # On the device, as the counts of a step (`step._agree`): gloo would take 2 (N - 1) hops.
+        done = torch.tensor([float(self._pending[2].done())], dtype=torch.float64, device=self.world.device)
         return self.finish() if self.world.sum(done).item() == self.world.size else None
 
     def finish(self) -> Path | None:
@@ -110,13 +110,8 @@ class Saver:
         tensors = tensors_of(state)
         if self.settings.asynchronous:
             tensors = cast(dict[str, Any], self._stager.stage(tensors))  # it copies before it returns
-        weights = tensors["model"]
-        if state.replicas.sharded:
-            weights = get_model_state_dict(
-                state.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )
         run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
-        return _Content(tensors, weights, ambient_random_state(), run)
+        return _Content(tensors, state.replicas.sharded, ambient_random_state(), run)
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
         def shards() -> None:
@@ -127,7 +122,9 @@ class Saver:
             torch.save(content.rng, partial / "rng" / f"{self.world.rank}.pt")
             if self.world.is_main:
                 (partial / "run.json").write_text(json.dumps(content.run, indent=1) + "\n")
-                write_folder(partial / FOLDER, content.weights, self.card)
+                # From the files just written: to gather the shards would be a collective that training waits for.
+                weights = read_weights(partial) if content.sharded else content.tensors["model"]
+                write_folder(partial / FOLDER, weights, self.card)
 
         self._together(partial, shards, group)
         self._together(partial, own, group)

@@ -56,7 +56,8 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         world = stack.enter_context(entered)
         console = stack.enter_context(log_to(sys.stderr, world.is_main))
         stop = stack.enter_context(stop_signals())
-        job = prepare(settings, tree, world)
+        with world.roll_call():
+            job = prepare(settings, tree, world)
         stop.watch(job.run_dir, clear=world.is_main)
         console.also_to(job.run_dir / "train.log")
         if job.state.step >= trainer.steps and not job.owes_validation:
@@ -66,7 +67,8 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
-        with watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout):
+        watchdog = watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
+        with watchdog, world.roll_call():
             code = _loop(job, sinks, recorder, stop)
         if world.is_main:
             if code == 1:

@@ -36,6 +36,19 @@ class Poisoned(FlowPolicy):
         return terms
 
 
+class Broken(FlowPolicy):
+    """On rank 1 the third step raises."""
+
+    steps = 0
+
+    def forward(self, batch, noise):
+        if self.training:
+            self.steps += 1
+            if RANK == 1 and self.steps == 3:
+                raise ZeroDivisionError("division by a broken part")
+        return super().forward(batch, noise)
+
+
 class Stuck(FlowPolicy):
     """On rank 1 the third step never ends."""
 

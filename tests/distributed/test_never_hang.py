@@ -124,17 +124,28 @@ def test_ranks_that_never_come_are_named():
 # -- a rank that dies, stands still or goes mad ----------------------------------------------------------------------
 
 
-def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(tmp_path):
+@pytest.mark.parametrize("killed", ["2", "0"])
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(killed, tmp_path):
     process = start([*ENDLESS, "trainer.global_batch_size=6", f"paths.run_dir={tmp_path}"], ranks=3)
     wait_for(lambda: rows(tmp_path) >= 3, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
-    os.kill(workers["2"], signal.SIGKILL)
+    os.kill(workers[killed], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
-    assert re.search(r"rank\s*: 2 .*\n.*exitcode\s*: -9", output), output
+    assert f"error: rank {killed} is gone" in output and f"process {workers[killed]}" in output, output
+    assert re.search(rf"rank\s*: {killed} .*\n.*exitcode\s*: -9", output), output
     for pid in workers.values():
         assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_error_on_one_rank_is_what_the_others_tell(tmp_path):
+    broken = [*ENDLESS, "model._target_=tests.misbehaving.Broken", f"paths.run_dir={tmp_path}"]
+    processes = ranks_by_hand([{"rank": r, "arguments": broken} for r in (0, 1)])
+    outputs = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [EXIT_FAULT] * 2
+    assert "Traceback" in outputs[1] and "ZeroDivisionError: division by a broken part" in outputs[1]
+    assert "error: rank 1 failed: ZeroDivisionError: division by a broken part" in outputs[0], outputs[0]
 
 
 def _rank_of(pid: int) -> str | None:

@@ -29,7 +29,7 @@ LAYERS = (
     {"config"},
     {"config_data"},
     {"typed", "bounds", "rng"},
-    {"types", "stopping", "preflight", "watchdog"},
+    {"types", "stopping", "preflight", "rollcall", "watchdog"},
     {"errors"},
     {"__init__"},  # the version only: importing the package imports nothing else
 )
