@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +69,9 @@ def start(name: str, rank: int, dataset: Path, cwd: Path, overrides: list[str], 
         RUN_DIR=str(cwd / "run"),
         **extra,
     )
-    command = ["ip", "netns", "exec", name, str(REPO / "launchers" / "train_droid_policy.sh"), *overrides]
+    # A name of its own too: the hosts would know each other's processes else.
+    own_name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
+    command = ["ip", "netns", "exec", name, *own_name, str(REPO / "launchers" / "train_droid_policy.sh"), *overrides]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT)
 
@@ -111,3 +115,29 @@ def test_a_host_with_other_settings_is_named_before_training(hosts, tmp_path):
     assert all(n.returncode for n in nodes)
     assert "error: rank 1 differs from rank 0 in: the configuration's 'optimizer'" in outputs[0], outputs[0]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_rank_killed_on_one_host_is_named_on_the_other(hosts, tmp_path):
+    from opentau_train.data.droid_sample import ensure_droid_sample
+
+    dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
+    endless = [*RUN, "trainer.steps=1000000", "validation.every=0", "checkpoint.every=0"]
+    nodes = [start(name, rank, dataset, tmp_path, endless) for rank, name in enumerate(hosts)]
+    rows, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+    while not rows.exists() or rows.read_text().count("\n") < 3:
+        assert time.monotonic() < end and all(n.poll() is None for n in nodes), finish(nodes)
+        time.sleep(0.1)
+    victim = next(pid for pid in descendants(nodes[1].pid) if b"RANK=1" in environ(pid))
+    os.kill(victim, signal.SIGKILL)
+    outputs = finish(nodes)
+    assert all(n.returncode for n in nodes)
+    assert "error: rank 1 is gone" in outputs[0] and f"{hosts[1]}, process {victim}" in outputs[0], outputs[0]
+
+
+def descendants(pid: int) -> list[int]:
+    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [deeper for child in found for deeper in descendants(child)]
+
+
+def environ(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
