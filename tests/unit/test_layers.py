@@ -24,7 +24,7 @@ LAYERS = (
     {"data", "models", "sinks", "optim", "plots"},
     {"metrics"},
     {"parallel"},
-    {"distributed", "drift"},
+    {"distributed", "drift", "compiling"},
     {"config"},
     {"typed", "rng"},
     {"types", "stopping", "preflight", "watchdog"},
