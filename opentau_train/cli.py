@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opentau_train import config
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, UserError
 from opentau_train.explain import HELP, SECTIONS, explain, refused_override, refused_section
+from opentau_train.sinks.background import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
@@ -52,7 +54,8 @@ def end(code: int) -> None:
     children = multiprocessing.active_children()
     for child in children:  # loader workers, left only where a read hangs: they would be waited for
         child.kill()
-    if children or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    hangs = any(thread.name.startswith(THREAD) for thread in threading.enumerate())  # a tracker waits for its server
+    if children or hangs or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Everything is closed and on disk. An ordinary exit would now run the destructors of DDP and of gloo's process
         # group, which joins a thread while holding the interpreter's lock that this thread may wait for: it hung in
         # one of three runs of four ranks on a busy machine (docs/decisions/0002-exit.md).

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from opentau_train.compiling import compiled
 from opentau_train.distributed import World
 from opentau_train.errors import UserError
 
@@ -116,7 +117,7 @@ def spread(
 def _block_forward(forward: Callable, activation_checkpointing: bool, compile_backend: str | None) -> Callable:
     if activation_checkpointing:
         forward = partial(checkpoint, forward, use_reentrant=False)
-    return torch.compile(forward, backend=compile_backend) if compile_backend else forward
+    return compiled(forward, compile_backend) if compile_backend else forward
 
 
 def check_batch(global_batch_size: int, size: int) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
                     code = _validate(job, sinks, stop)
             if code or state.step == trainer.steps or job.is_best or _due(settings.checkpoint.every, state.step):
                 with meter.paused():
-                    _save(job)
+                    _save(job, sinks)
     _report_save(job, job.saver.finish())
     return code
 
@@ -162,8 +161,9 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
     return 0
 
 
-def _save(job: Job) -> None:
+def _save(job: Job, sinks: Sinks) -> None:
     job.place.enter("save")
+    sinks.flush()
     stream = save_state(job.tape, job.state.step)
     _report_save(job, job.saver.save(job.state, stream=stream, counters=job.counters))
 
@@ -179,12 +179,8 @@ def _point_to_best(job: Job) -> None:
         job.best.point()
 
 
-@contextmanager
-def _open_sinks(job: Job, tree: dict[str, Any]) -> Iterator[Sinks]:
-    """Rank 0 writes; the other ranks have no sink."""
-    if not job.world.is_main:
-        yield Sinks([])
-        return
+def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
+    """Rank 0 writes; the other ranks have no sink. Raises `UserError` on all ranks where one can't be opened."""
     context = SinkContext(
         run_dir=job.run_dir,
         run_name=job.run_dir.name,
@@ -192,5 +188,4 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Iterator[Sinks]:
         start_step=job.state.step,
         config=tree,
     )
-    with open_sinks(job.settings.logger, context) as sinks:
-        yield sinks
+    return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))

@@ -46,6 +46,10 @@ class Sink(Protocol):
     def text(self, tag: str, text: str) -> None:
         """A text that belongs to the run as a whole, Markdown."""
 
+    def flush(self) -> None:
+        """What was written so far must survive a kill: a checkpoint follows, and a run resumed from it sends the steps
+        up to it no second time."""
+
     def close(self) -> None:
         """Everything is on disk or sent when this returns. Called once."""
 
@@ -73,6 +77,10 @@ class Sinks(Sink):
     def text(self, tag: str, text: str) -> None:
         for sink in self.sinks:
             sink.text(tag, text)
+
+    def flush(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
         self._closing.close()

@@ -34,5 +34,8 @@ class TensorBoardSink(Sink):
     def text(self, tag: str, text: str) -> None:
         self._writer.add_text(tag, text, self._start_step)
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()

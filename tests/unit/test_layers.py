@@ -25,7 +25,7 @@ LAYERS = (
     {"data", "models", "sinks", "optim", "plots"},
     {"metrics"},
     {"parallel"},
-    {"distributed", "drift"},
+    {"distributed", "drift", "compiling"},
     {"config"},
     {"config_data"},
     {"typed", "bounds", "rng"},

@@ -1,0 +1,94 @@
+"""Calls into other people's code that training must not wait for, nor die of."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+THREAD = "tracker "
+"""How the threads' names begin. One that is there after `close` hangs: the program then ends without waiting for it."""
+
+LIMIT = 10_000
+"""Calls that may wait. More are left out, so that a tracker that hangs fills no memory."""
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """Makes the calls that it is given on one thread, in their order.
+
+    The first one that fails is told in a warning, and those after it are left out: `lost` says what that means.
+    """
+
+    def __init__(self, name: str, lost: str):
+        self.name, self.lost = name, lost
+        self.failed = False
+        self._left_out = 0
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=THREAD + name, daemon=True)
+        self._thread.start()
+
+    def ask(self, call: Callable[[], T], seconds: float) -> T:
+        """The result of `call()`. Raises what it raises, and TimeoutError after `seconds`."""
+        answer: Future[T] = Future()
+
+        def make() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # it is raised where `ask` was called
+                answer.set_exception(error)
+
+        self._calls.put(make)
+        try:
+            return answer.result(seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer in {seconds:g} s") from error
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Make `call` when the ones before it are done; returns at once."""
+        if self.failed or self._calls.qsize() >= LIMIT:
+            self._left_out += 1
+        else:
+            self._calls.put(call)
+
+    def close(self, seconds: float) -> bool:
+        """Whether all calls were made, and the thread has ended, within `seconds`. Warns where not."""
+        self._calls.put(None)
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._thread.join(0.1)  # in short turns: a second Ctrl-C must come through
+        if self._thread.is_alive():
+            log.warning("%s is not done after %g s and is left behind: %s", self.name, seconds, self.lost)
+        elif self._left_out:
+            log.warning("%s: %d rows were left out: %s", self.name, self._left_out, self.lost)
+        return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Make no more calls, and wait for none."""
+        self.failed = True
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if self.failed:
+                self._left_out += 1
+                continue
+            try:
+                call()
+            except Exception as error:  # a tracker may raise anything, and none of it is worth the training
+                self.failed = True
+                log.warning(
+                    "%s has failed and is left out from here on: %s; %s", self.name, first_line(error), self.lost
+                )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
