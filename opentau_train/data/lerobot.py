@@ -7,7 +7,7 @@ process that uses them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,15 @@ from opentau_train.data.lerobot_columns import (
     frame_size,
 )
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
-from opentau_train.data.lerobot_meta import Episodes, FileTable, Info, read_episodes, read_info, read_tasks
+from opentau_train.data.lerobot_meta import (
+    Episodes,
+    FileTable,
+    Info,
+    file_sizes,
+    read_episodes,
+    read_info,
+    read_tasks,
+)
 from opentau_train.data.lerobot_select import filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.rows import RowError, RowReader, texts
 from opentau_train.errors import UserError, did_you_mean
@@ -106,7 +114,7 @@ class LeRobotSource:
             fps,
             dimension_names(features, state),
             dimension_names(features, actions),
-            _fingerprint(info, table, data_files),
+            _fingerprint(info, table, data_files, video_files),
             reading,
             blocks,
             {camera: frame_size(features[column]) for camera, column in videos.items()},
@@ -236,17 +244,17 @@ def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, wher
     return modes
 
 
-def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable) -> str:
+def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]) -> str:
+    """A hash of the metadata, of the episodes, and of the sizes of their files: one that was recorded or encoded again
+    has another."""
     digest = hashlib.blake2b(info.raw, digest_size=16)
     for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
         digest.update(np.ascontiguousarray(column).tobytes())
     for camera, start in table.video_start.items():
         digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
-    for number in np.unique(table.data_file).tolist():
-        relative = data_files.relative(number)
-        try:
-            size = (info.root / relative).stat().st_size
-        except OSError:
-            size = -1  # its episodes are bad samples, found when they are read
-        digest.update(f"{relative}\x1f{size}\x1e".encode())
+    relative = [data_files.relative(number) for number in np.unique(table.data_file).tolist()]
+    for camera, files in video_files.items():
+        relative += [files.relative(number) for number in np.unique(table.video_file[camera]).tolist()]
+    for name, size in zip(relative, file_sizes([f"{info.root}/{name}" for name in relative]), strict=True):
+        digest.update(f"{name}\x1f{size}\x1e".encode())
     return digest.hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from opentau_train.data.rows import UNREADABLE
 from opentau_train.errors import UserError
 
 VERSIONS = ("v3.0", "v2.1")
+STATS_A_TURN = 500
+"""Files that a thread asks the sizes of at once."""
 _RESTORE = "restore the file (download or export the dataset again)"
 
 
@@ -41,6 +45,30 @@ class FileTable:
 
     def path(self, number: int) -> Path:
         return self.root / self.relative(number)
+
+
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Bytes of each file; -1 of one that can't be had: its episodes are bad samples, found when they are read.
+
+    Asked for on several threads: a dataset of a file an episode has hundreds of thousands, and a file server answers
+    each in its own time.
+    """
+
+    def sizes(part: Sequence[str]) -> list[int]:
+        return [_size(path) for path in part]
+
+    parts = [paths[i : i + STATS_A_TURN] for i in range(0, len(paths), STATS_A_TURN)]
+    if len(parts) <= 1:
+        return sizes(paths)
+    with ThreadPoolExecutor(16) as threads:
+        return [size for found in threads.map(sizes, parts) for size in found]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 @dataclass(frozen=True)

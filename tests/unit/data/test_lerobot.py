@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.data.lerobot_meta import file_sizes
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import (
@@ -251,6 +252,26 @@ def test_fingerprint_follows_content_and_choice(written, tmp_path):
     pq.write_table(pq.read_table(path), path, compression="none")
     prints.add(open_source(root).fingerprint)
     assert len(prints) == 3
+
+
+def test_fingerprint_sees_a_video_encoded_again(written, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(FIXTURES / "lerobot_v30", root)
+    before = open_source(root).fingerprint
+    assert open_source(FIXTURES / "lerobot_v30").fingerprint == before
+    path = next(root.rglob("*.mp4"))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\x08free")  # an empty box: the same frames in a longer file
+    longer = open_source(root).fingerprint
+    path.unlink()
+    assert len({before, longer, open_source(root).fingerprint}) == 3
+
+
+def test_sizes_of_many_files_come_in_their_order(tmp_path):
+    paths = [str(tmp_path / f"{i}") for i in range(1300)]
+    for i in range(0, 1300, 2):
+        Path(paths[i]).write_bytes(b"x" * (i % 7))
+    assert file_sizes(paths) == [i % 7 if i % 2 == 0 else -1 for i in range(1300)]
 
 
 def small(tmp_path: Path, **changes) -> Path:
