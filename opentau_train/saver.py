@@ -87,16 +87,18 @@ class Saver:
         self._write(partial, content, None)
         return self._publish(partial, retention)
 
-    def poll(self) -> Path | None:
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written, or failed to write, its part of the save that is under way."""
+        return self._pending is not None and self._pending[2].done()
+
+    def poll(self, all_written: bool) -> Path | None:
         """At a step boundary: commit what every rank has finished writing and return its path, else None.
 
-        Raises `Fault` on all ranks when any of them couldn't write.
+        `all_written`: `written` on every rank, as the step's own all-reduce found it; one more a step would cost more
+        than the commit. Raises `Fault` on all ranks when any of them couldn't write.
         """
-        if self._pending is None:
-            return None
-        # On the device, as the counts of a step (`step._agree`): gloo would take 2 (N - 1) hops.
-        done = torch.tensor([float(self._pending[2].done())], dtype=torch.float64, device=self.world.device)
-        return self.finish() if self.world.sum(done).item() == self.world.size else None
+        return self.finish() if all_written else None
 
     def finish(self) -> Path | None:
         """Wait for the save that is under way, if any, and commit it. Raises as `poll` does."""

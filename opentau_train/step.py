@@ -56,14 +56,16 @@ class TrainState:
 @dataclass(frozen=True)
 class StepResult:
     """`losses`: (group [B], terms) of this rank's micro-batches, still on the device; `grad_norm` before clipping;
-    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on); `taken` is False
-    where a stop was asked for while a rank still waited for its data: nothing has changed."""
+    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on); `written`: every
+    rank has said so; `taken` is False where a stop was asked for while a rank still waited for its data: nothing has
+    changed."""
 
     losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
     grad_norm: float
     lr: float
     num_substituted: int
     stop: int
+    written: bool = False
     taken: bool = True
 
 
@@ -77,11 +79,13 @@ def train_step(
     max_samples: int,
     stop: int,
     place: Place,
+    written: bool = False,
 ) -> StepResult:
     """Take one optimizer step on this rank's `part` of the global batch; every rank must call it.
 
     None as the `part`, with a `stop` code, says that this rank gave up waiting for its data: then no rank takes the
-    step. `place` is told what goes on, for the watchdog.
+    step. `place` is told what goes on, for the watchdog. `written` says that this rank has written what it had to of a
+    checkpoint in the background, and travels with the counts.
 
     A gradient norm that isn't finite, which all ranks see alike, skips the update: parameters, moments and average
     stay as they are while the data moves on. Raises on all ranks what any rank's stream raised.
@@ -89,9 +93,9 @@ def train_step(
     weights = state.policy.loss_weights
     batch = None if part is None or part.batch is None else part.batch.to(world.device)
     place.enter("all-reduce of the counts")
-    denominators, substituted, stop, taken = _agree(state.policy, batch, part, world, stop)
+    denominators, substituted, stop, all_written, taken = _agree(state.policy, batch, part, world, stop, written)
     if not taken:
-        return StepResult([], float("nan"), lr, 0, stop, taken=False)
+        return StepResult([], float("nan"), lr, 0, stop, all_written, taken=False)
     assert batch is not None, "a part has a batch or an error, and _agree raises errors"
     micro_batches = list(batch.split(max_samples))
     place.enter("forward and backward")
@@ -108,14 +112,14 @@ def train_step(
     place.enter("gradient norm and update")
     grad_norm = _clip(state.policy, settings.grad_clip)
     _update(state, grad_norm, lr)
-    return StepResult(losses, grad_norm, lr, substituted, stop)
+    return StepResult(losses, grad_norm, lr, substituted, stop, all_written)
 
 
 def _agree(
-    policy: Policy, batch: Batch | None, part: RankBatch | None, world: World, stop: int
-) -> tuple[dict[str, float], int, int, bool]:
+    policy: Policy, batch: Batch | None, part: RankBatch | None, world: World, stop: int, written: bool
+) -> tuple[dict[str, float], int, int, bool, bool]:
     """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes, ranks
-    without a part."""
+    that have written, ranks without a part."""
     absent = part is None
     part = part or RankBatch(None)
     terms = list(policy.loss_weights)
@@ -123,12 +127,16 @@ def _agree(
     stops = [float(stop == code) for code in (1, 2)]
     # On the device: there NCCL reduces in a tree, while gloo's ring would take 2 (N - 1) hops in every step.
     head = [torch.as_tensor(counts[k], dtype=torch.float64, device=world.device).sum() for k in terms]
-    flags = torch.tensor([part.num_substituted, part.error is not None, absent, *stops]).double().to(world.device)
-    *valid, substituted, failed, absences, preempted, interrupted = world.sum(torch.stack([*head, *flags])).tolist()
+    flags = (
+        torch.tensor([part.num_substituted, part.error is not None, absent, written, *stops]).double().to(world.device)
+    )
+    *valid, substituted, failed, absences, writers, preempted, interrupted = world.sum(
+        torch.stack([*head, *flags])
+    ).tolist()
     if failed:
         raise next(error for error in world.gather(part.error) if error is not None)
     stop = 2 if interrupted else int(preempted > 0)
-    return dict(zip(terms, valid, strict=True)), int(substituted), stop, not absences
+    return dict(zip(terms, valid, strict=True)), int(substituted), stop, writers == world.size, not absences
 
 
 def _clip(policy: nn.Module, limit: float | None) -> float:

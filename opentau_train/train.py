@@ -102,14 +102,22 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
                 meter.open_decoders = part.open_decoders
             lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
             result = train_step(
-                state, part, world, trainer, lr=lr, max_samples=job.max_samples, stop=asked, place=job.place
+                state,
+                part,
+                world,
+                trainer,
+                lr=lr,
+                max_samples=job.max_samples,
+                stop=asked,
+                place=job.place,
+                written=job.saver.written,
             )
             code = result.stop
             if result.taken:
                 if recorder is not None and part is not None and part.batch is not None:
                     recorder.write(state, part.batch, result)
                 _account(job, meter, sinks, result)
-            _report_save(job, job.saver.poll())
+            _report_save(job, job.saver.poll(result.written))
             if job.owes_validation and not code:
                 with meter.paused():
                     code = _validate(job, sinks, stop)

@@ -84,12 +84,12 @@ def test_what_trains_on_during_a_background_save_is_not_in_it(world, tmp_path):
     before, hold = everything(state), threading.Event()
     with Saver(tmp_path, world, CheckpointSettings(asynchronous=True), CARD) as saver:
         saver._thread.submit(hold.wait)
-        assert save(saver, state) is None and saver.poll() is None
+        assert save(saver, state) is None and saver.poll(saver.written) is None
         train(state, 2)
-        assert saver.poll() is None and commit.complete(tmp_path / "checkpoints") == []
+        assert saver.poll(saver.written) is None and commit.complete(tmp_path / "checkpoints") == []
         hold.set()
         path = saver.finish()
-        assert saver.finish() is None and saver.poll() is None
+        assert saver.finish() is None and saver.poll(saver.written) is None
     other = make_state(seed=7)
     checkpoint.load(path, other, world)
     assert path.name == "00000002" and other.step == 2 and same(everything(other), before)
