@@ -69,6 +69,8 @@ class ParallelismSettings:
     data_parallel_shard_degree: int = 1
     activation_checkpointing: bool = False
     """true = each block keeps only its input and computes its inside again in the backward pass."""
+    gather_once: bool = False
+    """true = a sharded policy is gathered once a step, not twice a micro-batch, and held whole for that long."""
 
     def check(self, path: str) -> None:
         for name in ("data_parallel_replicate_degree", "data_parallel_shard_degree"):

@@ -148,6 +148,7 @@ def _train_state(policy: Policy, settings: Settings, world: World, degrees: tupl
         *degrees,
         trainer.precision,
         activation_checkpointing=settings.parallelism.activation_checkpointing,
+        gather_once=settings.parallelism.gather_once,
         compile_backend=trainer.compile_backend if trainer.compile else None,
     )
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None

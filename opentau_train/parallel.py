@@ -57,17 +57,19 @@ def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, i
 @dataclass(frozen=True)
 class Replicas:
     """A policy spread over the ranks: `model` is what the loop calls, `sharded` says that every forward is a
-    collective."""
+    collective; `gather_once`: it keeps its parameters gathered from a step's first micro-batch to its last."""
 
     model: nn.Module
     sharded: bool
+    gather_once: bool = False
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
         """Around the forward and backward of a micro-batch: gradients are reduced in the last one only. A sharded
-        policy gathers its parameters in every micro-batch: it holds them nowhere."""
+        policy gathers its parameters in every micro-batch, because it holds them nowhere, unless `gather_once`."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last or not self.gather_once)
         with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext():
             yield
 
@@ -88,6 +90,7 @@ def spread(
     precision: str,
     *,
     activation_checkpointing: bool = False,
+    gather_once: bool = False,
     compile_backend: str | None = None,
 ) -> Replicas:
     """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
@@ -108,10 +111,10 @@ def spread(
     mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy.to(world.device)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed)
+        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not gather_once)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
     register_fsdp_forward_method(policy, "sample_actions")
-    return Replicas(policy, sharded=True)
+    return Replicas(policy, sharded=True, gather_once=gather_once)
 
 
 def _block_forward(forward: Callable, activation_checkpointing: bool, compile_backend: str | None) -> Callable:

@@ -20,6 +20,7 @@ from opentau_train.step import _clip
 from opentau_train.types import Batch, Noise
 from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
 
+GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
 REDUCTIONS = ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
 NUM = 8
 
@@ -43,9 +44,17 @@ def part_of(batch: Batch, noise: Noise, world: World, micro: int, num_micro: int
     return batch.map(lambda t: t[rows], lambda s: s[rows]), Noise(noise.noise[rows], noise.time[rows])
 
 
-def step(replicas: Replicas, world: World, batch: Batch, noise: Noise, num_micro: int, precision: str = "no"):
+def step(
+    replicas: Replicas,
+    world: World,
+    batch: Batch,
+    noise: Noise,
+    num_micro: int,
+    precision: str = "no",
+    counted: tuple[str, ...] = REDUCTIONS,
+) -> list[int]:
     """Gradients of the global batch in `num_micro` micro-batches a rank, and the number of reductions in each."""
-    reductions = []
+    numbers = []
     for micro in range(num_micro):
         own = part_of(batch, noise, world, micro, num_micro)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -53,8 +62,8 @@ def step(replicas: Replicas, world: World, batch: Batch, noise: Noise, num_micro
             with replicas.accumulate(last=micro == num_micro - 1), autocast:
                 value = world.size * loss(replicas.model, *own)
             value.backward()
-        reductions.append(sum(event.name in REDUCTIONS for event in seen.events()))
-    return reductions
+        numbers.append(sum(event.name in counted for event in seen.events()))
+    return numbers
 
 
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -99,8 +108,24 @@ def main(replicate: int, shard: int) -> None:
         ema.update(policy)
         close({n: whole(v) for n, v in ema.average.items()}, dict(plain.named_parameters()), 1e-6)
 
+        if shard > 1:
+            gathered_once(world, replicate, shard, batch, noise, eager)
         wrapped(world, replicate, shard, batch, noise, eager)
         bf16(world, replicate, shard, batch, noise, eager)
+
+
+def gathered_once(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, eager: dict) -> None:
+    """By default every micro-batch gathers; with `gather_once` only the first one of a step, to the same gradients."""
+    for once in (False, True):
+        policy = make_policy()
+        replicas = spread(policy, policy.blocks(), world, replicate, shard, "no", gather_once=once)
+        for _ in range(2):  # two steps: the first one's last micro-batch lets go of the parameters
+            policy.zero_grad()
+            first, *others = step(replicas, world, batch, noise, num_micro=NUM // world.size, counted=GATHERS)
+            assert first > 0 and all((n == 0) == once for n in others), (once, first, others)
+        wholes = [p for p in policy.parameters() if not isinstance(p, DTensor)]
+        assert not wholes, "the parameters are sharded again after a step"
+    close(gradients(policy), eager, 1e-5)
 
 
 def wrapped(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, eager: dict) -> None:

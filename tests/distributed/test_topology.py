@@ -21,6 +21,10 @@ VARIANTS = {
     "1_x_4_micro_batches": (1, ["data.max_samples_per_batch=1"]),
     "fsdp_2": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "checkpoint.async=true"]),
     "fsdp_4": (4, ["parallelism=fsdp"]),
+    "fsdp_2_x_2_gathered_once": (
+        2,
+        ["parallelism=fsdp", "parallelism.gather_once=true", "data.max_samples_per_batch=1"],
+    ),
     "hsdp_2x2": (4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2", "validation.batch_size=2"]),
 }
 
