@@ -19,11 +19,11 @@ import argparse
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from support.orders import BATCH, NAMES, Order, all_windows, make_order
 from support.program import machine, settings_of
 
 from opentau_train import rng
@@ -34,7 +34,7 @@ from opentau_train.data.collate import collate
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.stream import RankBatch
-from opentau_train.data.tape import Tape, Windows
+from opentau_train.data.tape import Windows
 from opentau_train.data.windows import validation_windows
 from opentau_train.distributed import World, launch
 from opentau_train.models.flow import FlowPolicy
@@ -45,8 +45,6 @@ from opentau_train.tools import vif
 from opentau_train.types import Batch, WindowSpec
 from opentau_train.watchdog import Place
 
-BATCH, RANKS, WORKERS = 32, 2, 2
-NAMES = ("in order", "episode streams", "lanes", "random")
 ARGUMENTS = [
     "+recipe=droid_policy",
     "data.image_size=[32,32]",
@@ -54,9 +52,6 @@ ARGUMENTS = [
     "data.num_workers=0",
 ]
 MEASURED_BATCHES = 12
-
-Order = Callable[[int], Windows]
-"""The windows of a step's global batch; `slot` names the reader that gives each."""
 
 
 def main() -> None:
@@ -87,67 +82,6 @@ def main() -> None:
     if options.png is not None:
         draw(runs, options.png)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
-
-
-# -- the orders ------------------------------------------------------------------------------------------------------
-
-
-def make_order(name: str, mixture: Mixture, seed: int) -> Order:
-    if name == "lanes":
-        return mixture.tape(BATCH).batch
-    if name == "in order":
-        blocks = [dataclasses.replace(d.train, shuffle=False) for d in mixture.datasets]
-        return Tape(blocks, list(mixture.draws), seed=seed, batch_size=BATCH).batch
-    if name == "episode streams":
-        return episode_streams(mixture, seed)
-    return uniform(mixture, seed)
-
-
-def all_windows(mixture: Mixture) -> np.ndarray:
-    """[N, 3] (dataset, episode, frame) of the training windows."""
-    rows = []
-    for d in mixture.datasets:
-        for episode, start, length in zip(d.train.episode, d.train.start, d.train.length, strict=True):
-            frame = start + np.arange(length)
-            rows.append(np.stack([np.full(length, d.index), np.full(length, episode), frame], axis=1))
-    return np.concatenate(rows)
-
-
-def uniform(mixture: Mixture, seed: int) -> Order:
-    every = all_windows(mixture)
-
-    def batch(step: int) -> Windows:
-        t = np.arange(step * BATCH, (step + 1) * BATCH)
-        passes, place = np.divmod(t, len(every))
-        chosen = np.empty((BATCH, 3), np.int64)
-        for p in np.unique(passes):
-            shuffled = np.argsort(rng.fold(rng.key(seed, "uniform", int(p)), np.arange(len(every))))
-            chosen[passes == p] = every[shuffled[place[passes == p]]]
-        return Windows(t, 0 * t, chosen[:, 0], passes, chosen[:, 1], chosen[:, 2])
-
-    return batch
-
-
-def episode_streams(mixture: Mixture, seed: int) -> Order:
-    every = all_windows(mixture)
-    episodes = np.unique(every[:, :2], axis=0)
-    shards: list[list[np.ndarray]] = [[] for _ in range(RANKS * WORKERS)]
-    for p in range(8):  # more passes than any run takes
-        shuffled = np.argsort(rng.fold(rng.key(seed, "streams", p), np.arange(len(episodes))))
-        for place, e in enumerate(shuffled.tolist()):
-            mine = every[(every[:, :2] == episodes[e]).all(1)]
-            shards[place % len(shards)].append(np.concatenate([mine, np.full((len(mine), 1), p)], axis=1))
-    lines = [np.concatenate(shard) for shard in shards]
-    share = BATCH // RANKS
-
-    def batch(step: int) -> Windows:
-        turn, worker = divmod(step, WORKERS)
-        slots = [rank * WORKERS + worker for rank in range(RANKS)]
-        rows = np.concatenate([lines[slot][turn * share : (turn + 1) * share] for slot in slots])
-        t = np.arange(step * BATCH, (step + 1) * BATCH)
-        return Windows(t, np.repeat(slots, share), rows[:, 0], rows[:, 3], rows[:, 1], rows[:, 2])
-
-    return batch
 
 
 # -- the data --------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
             identity=identity(tree),
         ) as world,
         log_to(sys.stderr, world.is_main),
+        world.roll_call(),
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card["stats"].items()}
         mixture = fit(open_mixture(settings, world, stats), card["policy"])

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.program import TOY, assert_close, metrics, run
+from tests.unit.sinks.curves import check_curves, parts
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 
-RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_samples_per_group=4", "logger=none"]
+RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_samples_per_group=4"]
+WANDB = importlib.util.find_spec("wandb") is not None
 
 
-def submit(cluster, sbatch, tmp_path: Path, steps: int, *options: str) -> tuple[str, Path]:
+def submit(
+    cluster, sbatch, tmp_path: Path, steps: int, *options: str, logger: str = "none", **extra_env: str
+) -> tuple[str, Path]:
     """The job and its run directory, named by the job's number. Its steps take a tenth of a second or more."""
     overrides = [*(o for o in RUN if not o.startswith("+recipe")), f"trainer.steps={steps}"]
-    overrides.append("model._target_=tests.misbehaving.Slow")
+    overrides += ["model._target_=tests.misbehaving.Slow", f"logger={logger}"]
     extra = " ".join(shlex.quote(o) for o in overrides)
-    job = cluster.submit(*options, sbatch, cwd=tmp_path, RECIPE="lerobot", EXTRA_TAIL_OVERRIDES=extra)
+    job = cluster.submit(*options, sbatch, cwd=tmp_path, RECIPE="lerobot", EXTRA_TAIL_OVERRIDES=extra, **extra_env)
     return job, tmp_path / "runs" / f"slurm-{job}"
 
 
@@ -34,7 +39,7 @@ def finished(cluster, job: str, tmp_path: Path) -> str:
 
 def uninterrupted(steps: int, tmp_path: Path) -> dict[int, dict[str, float]]:
     """The numbers of two ranks that nothing stopped."""
-    done = run([*RUN, f"trainer.steps={steps}", f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
+    done = run([*RUN, "logger=none", f"trainer.steps={steps}", f"paths.run_dir={tmp_path / 'whole'}"], ranks=2)
     assert done.returncode == 0, done.stderr
     whole = metrics(tmp_path / "whole")
     assert list(whole) == list(range(1, steps + 1)) and "Training/BatchId" in whole[1]
@@ -43,7 +48,8 @@ def uninterrupted(steps: int, tmp_path: Path) -> dict[int, dict[str, float]]:
 
 def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cluster, sbatch, tmp_path):
     steps = 60
-    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=10")
+    trackers = {"logger": f"[tensorboard{',wandb' * WANDB}]", "WANDB_MODE": "offline"}
+    job, run_dir = submit(cluster, sbatch, tmp_path, steps, "--time=10", **trackers)
     rows = run_dir / "metrics.jsonl"
     cluster.wait(job, lambda s: rows.exists() and rows.read_text().count("\n") >= 5)
     cluster.call("scontrol", "requeue", job)
@@ -51,6 +57,10 @@ def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cl
     # checkpoint.every=0: what it resumed from was saved on the way out
     assert output.count("preempted at step") == 1 and output.count("resumed from") == 1
     assert metrics(run_dir) == uninterrupted(steps, tmp_path)  # to the last bit: losses, gradients, validations
+    check_curves(run_dir, range(1, steps + 1))  # one run in TensorBoard, and one in W&B
+    if WANDB:
+        (one, before), (other, after) = parts(run_dir)
+        assert one == other and [*before, *after] == [*range(1, steps + 1)]
     logs = {p.name for p in (run_dir / "logs").iterdir()}
     assert logs == {f"node{n}.restart{k}.log" for n in (0, 1) for k in (0, 1)}
     for name in logs:

@@ -2,77 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import struct
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opentau_train.errors import UserError
 from opentau_train.sinks.accelerate import TrackerSink, run_id
 from opentau_train.sinks.jsonl import JsonlSink
 from tests.program import TOY, metrics, run, start
+from tests.unit.sinks.curves import check_curves, parts
 from tests.unit.sinks.wandb_server import serving
 
 wandb = pytest.importorskip("wandb", reason="the W&B tests are left out: the package wandb is not installed")
-from wandb.proto import wandb_internal_pb2  # noqa: E402
 
 PROGRAM = [*TOY, "logger=[console,wandb,tensorboard]", "model.width=16"]
-BLOCK, HEADER = 32768, 7
-
-
-def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The whole records of a `.wandb` file: LevelDB's log format after seven bytes of W&B's own."""
-    data, at, part = path.read_bytes(), HEADER, b""
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        part += data[at + HEADER : at + HEADER + size]
-        at += HEADER + size
-        if kind in (1, 4) and at <= len(data):  # the only part, or the last one
-            yield wandb_internal_pb2.Record.FromString(part)
-            part = b""
-
-
-def parts(run_dir: Path) -> list[tuple[str, dict[int, dict[str, float]]]]:
-    """(run id, {step: its numbers}) of each file that the attempts left, oldest first."""
-    found = []
-    for path in sorted((run_dir / "wandb").glob("*run-*/*.wandb")):
-        identity, rows = "", {}
-        for record in records(path):
-            if record.HasField("run"):
-                identity = record.run.run_id
-            if record.HasField("history"):
-                row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-                assert row["_step"] not in rows
-                rows[row["_step"]] = row
-        found.append((identity, rows))
-    return found
-
-
-def tensorboard_steps(run_dir: Path) -> dict[str, list[int]]:
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def check_curves(run_dir: Path, steps: range) -> None:
-    """TensorBoard shows what `metrics.jsonl` has, each step once in every tag."""
-    expected: dict[str, list[int]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for tag in row.keys() - {"step", "time"}:
-            expected.setdefault(tag, []).append(row["step"])
-    assert expected["Training/Loss"] == list(steps)
-    assert tensorboard_steps(run_dir) == expected
 
 
 def test_a_preempted_run_is_one_run_in_wandb_and_tensorboard(tmp_path):
