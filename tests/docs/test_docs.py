@@ -37,7 +37,9 @@ def commands() -> list[str]:
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.S | re.M):
             found += [line.strip() for line in block.splitlines() if line.strip() and not line.lstrip().startswith("#")]
         prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
-        found += re.findall(r"`((?:python -m|torchrun|make|launchers/|sbatch|srun|scontrol)[ /][^`]*)`", prose)
+        found += re.findall(
+            r"`((?:python -m|python benchmarks|torchrun|make|launchers/|sbatch|srun|scontrol)[ /][^`]*)`", prose
+        )
     return list(dict.fromkeys(found))
 
 
@@ -58,13 +60,17 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_path):
     """The training program is asked for its configuration, which composes and checks every key of the line; tools and
-    validations run; what can't is run by another test. A command of no known form fails."""
+    validations run; benchmarks, which take minutes, say whether they know the line's options; what can't is run by
+    another test. A command of no known form fails."""
     words = shlex.split(re.sub(r" *\[KEY=VALUE ...\]", "", line).replace("+recipe=NAME", "+recipe=lerobot"))
     while re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
     elsewhere = [place for known, place in RUN_ELSEWHERE.items() if " ".join(words).startswith(known)]
     if elsewhere:
         assert (REPO / elsewhere[0]).exists()
+        return
+    if any(word.startswith("benchmarks/") for word in words):
+        knows_its_options(words)
         return
     assert Path(words[0]).name in ("python", "torchrun") and "-m" in words, "a command of no known form"
     _, module, *arguments = words[words.index("-m") :]
@@ -84,6 +90,15 @@ def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_pat
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def knows_its_options(words: list[str]) -> None:
+    place = next(i for i, word in enumerate(words) if word.startswith("benchmarks/"))
+    command = [sys.executable, str(REPO / words[place]), "--help"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for option in (word for word in words[place + 1 :] if word.startswith("--")):
+        assert option in done.stdout, f"{words[place]} has no option {option}"
 
 
 def asked_for(arguments: list[str], folder: Path) -> list[str]:
