@@ -40,9 +40,9 @@ class TrackerSink(Sink):
 
     A resumed run continues the same tracker run. The steps between its checkpoint and the kill are sent again: MLflow
     and trackio keep both, W&B keeps the first, and as a resume is exact the two are equal. Online, W&B is also sent
-    what it lacks of the steps before; offline, each start leaves a part with the same run id, and the repeated steps
-    are in two. Images go to W&B and SwanLab; the configuration is stored as the run's parameters, with dotted keys.
-    MLflow's names are `mlflow_name`'s.
+    what it lacks of the steps before; offline, each start leaves a part with the same run id, and a part that W&B could
+    not finish (its own process was killed too) is repeated in the next one. Images go to W&B and SwanLab; the
+    configuration is stored as the run's parameters, with dotted keys. MLflow's names are `mlflow_name`'s.
 
     Training never waits for the tracker: the calls are made on a thread, the first one that fails is told in a warning
     and ends them, and at the end they have `close_seconds`. `metrics.jsonl` has every row all the same.
@@ -63,6 +63,7 @@ class TrackerSink(Sink):
     ):
         self._kind, self._project, self._context = tracker, project, context
         self._close_seconds = close_seconds
+        self._last_step = context.start_step
         self._remedy = f"{REMEDY.get(tracker, 'look at its server')}, or leave it out of logger=[...]"
         if tracker not in {str(name.value) for name in get_available_trackers()}:
             raise UserError(
@@ -84,8 +85,8 @@ class TrackerSink(Sink):
                 if number > 1:
                     calls.ask(_stop_wandb, START_SECONDS)
                 calls.ask(partial(self._start, attempt), START_SECONDS)
-                if self._steps is not None and self._steps.online:
-                    calls.post(self._catch_up)
+                if self._steps is not None and context.start_step > 0:
+                    calls.post(partial(self._catch_up, 0 if self._steps.online else self._kept_step()))
             except Exception as error:  # a tracker may raise anything
                 calls.abandon()
                 self._cannot_start(error, last=number == len(attempts))
@@ -95,6 +96,7 @@ class TrackerSink(Sink):
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         values = {self._name(tag): float(value) for tag, value in row.items()}
+        self._last_step = step
         self._post(lambda: self._log(step, values))
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
@@ -104,7 +106,8 @@ class TrackerSink(Sink):
     def close(self) -> None:
         if self._calls is not None:
             self._calls.post(lambda: self._tracker.finish())
-            self._calls.close(self._close_seconds)
+            if self._calls.close(self._close_seconds) and not self._calls.failed and self._kind == "wandb":
+                _wandb_kept(self._context.run_dir).write_text(f"{self._last_step}\n")
 
     def _post(self, call: Callable[[], object]) -> None:
         if self._calls is not None:
@@ -140,14 +143,19 @@ class TrackerSink(Sink):
         if place is not None:
             self._tracker.log_images({tag: [array]}, step=place)
 
-    def _catch_up(self) -> None:
-        """Send the rows before this run's first step that W&B lacks: its client sends them some 15 seconds late, and a
-        kill, or a server that wasn't reached, leaves them out."""
+    def _catch_up(self, after: int) -> None:
+        """Send the rows from step `after` to this run's first that W&B may lack: its own process keeps rows back for
+        some 15 seconds, and a kill, a scheduler's signal to it, or a server that wasn't reached leaves them out."""
         path = self._context.run_dir / "metrics.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             row = json.loads(line)
-            if (step := row.pop("step")) <= self._context.start_step:
+            if after < (step := row.pop("step")) <= self._context.start_step:
                 self._log(step, {k: float("nan") if v is None else v for k, v in row.items() if k != "time"})
+
+    def _kept_step(self) -> int:
+        """The last step of a part that W&B finished writing; offline nobody else can tell."""
+        path = _wandb_kept(self._context.run_dir)
+        return int(path.read_text()) if path.exists() else 0
 
     def _cannot_start(self, error: Exception, *, last: bool) -> None:
         what = f"the tracker '{self._kind}' can't be started: {first_line(error)}"
@@ -224,3 +232,7 @@ def _make(tracker: str, project: str, options: dict[str, Any], context: SinkCont
 def _mlflow_id(run_dir: Path) -> Path:
     """MLflow gives out its run ids itself: this file keeps ours."""
     return run_dir / "mlflow_run_id"
+
+
+def _wandb_kept(run_dir: Path) -> Path:
+    return run_dir / "wandb_kept_step"

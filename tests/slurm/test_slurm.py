@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opentau_train.sinks.accelerate import run_id
 from tests.program import TOY, assert_close, metrics, run
 from tests.unit.sinks.curves import check_curves, parts
 
@@ -60,7 +61,9 @@ def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cl
     check_curves(run_dir, range(1, steps + 1))  # one run in TensorBoard, and one in W&B
     if WANDB:
         (one, before), (other, after) = parts(run_dir)
-        assert one == other and [*before, *after] == [*range(1, steps + 1)]
+        # SLURM's signal ends W&B's own process at once: what it held back is in the part of the resumed run.
+        assert other == run_id(run_dir) and one in ("", other)
+        assert {**before, **after}.keys() == {*range(1, steps + 1)}
     logs = {p.name for p in (run_dir / "logs").iterdir()}
     assert logs == {f"node{n}.restart{k}.log" for n in (0, 1) for k in (0, 1)}
     for name in logs:

@@ -52,9 +52,9 @@ def test_a_killed_run_goes_on_from_an_older_checkpoint_as_the_same_run(tmp_path)
     ended = run([*command, "resume=auto"], WANDB_MODE="offline")
     assert ended.returncode == 0, ended.stderr
     (one, before), (other, after) = parts(run_dir)
-    assert one == other and min(after) == 21
-    # W&B's process writes its file late: what it held is lost with it, and offline nothing is sent a second time.
-    assert [*before] == [*range(1, len(before) + 1)] and [*after] == [*range(21, 61)]
+    assert one in ("", other) and other == run_id(run_dir)
+    # W&B's process writes its file late: what it held is lost with it, and stands in the next part.
+    assert [*before] == [*range(1, len(before) + 1)] and [*after] == [*range(1, 61)]
     assert all(before[s]["Training/Loss"] == after[s]["Training/Loss"] for s in before.keys() & after.keys())
     check_curves(run_dir, range(1, 61))
 
