@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,74 +29,98 @@ def is_broken_collective(error: BaseException) -> bool:
 
 
 class RollCall:
-    """This rank's name in the launch's store, and the question for the others. Makes 1 request when it is built."""
+    """This rank's name in the launch's store, and the question for the others. Makes 3 requests when it is built.
+
+    One rank of a node asks, in a few requests a second and some 12 for each rank that it must find among thousands.
+    """
 
     def __init__(self, store: Store, rank: int, size: int):
         self._store, self._rank, self._size = PrefixStore("rollcall", store), rank, size
-        self._store.set(f"place/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        self._host, pid = socket.gethostname(), os.getpid()
+        self._store.set(f"place/{rank}", f"{self._host}, process {pid}")
+        number = self._store.add(f"ranks/{self._host}", 1)
+        self._store.set(f"host/{self._host}/{number}", f"{rank}:{pid}")
 
     def explain(self, error: BaseException) -> Fault | None:
         """What is behind `error`, on the rank that raised it; None where it speaks for itself, or nothing is known.
 
-        Not collective: each rank that failed asks for itself, and every other one that lives soon fails too. The first
-        one of a node tells it.
+        Not collective: each rank that failed answers for itself, and every other one that lives soon fails too. The
+        first one of a node finds out and tells.
         """
         broken = is_broken_collective(error)
-        said = "" if broken else f"{type(error).__name__}: {error}".partition("\n")[0]
         try:
-            self._store.set(f"answer/{self._rank}", said or " ")
-            fault = self._judge() if broken else None
+            if not broken and self._store.add("failures", 1) == 1:
+                said = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._store.set("failed", json.dumps([self._rank, said]))
+            self._store.set(f"answer/{self._rank}", "here")
+            self._store.add("answers", 1)
+            if not broken:
+                return None
+            first = self._store.add(f"told/{self._host}", 1) == 1
+            fault = self._judge() if first else Fault("a collective broke; another rank of this node tells why")
             if fault is not None:
-                fault.told_here = self._store.add(f"told/{socket.gethostname()}", 1) == 1
+                fault.told_here = first
             return fault
         except (dist.DistError, RuntimeError):  # the store's process is gone: it is on rank 0's node
             return Fault(
                 "the connection to rank 0's node is lost: it, or the launcher on it, is gone",
-                where=f"seen by rank {self._rank} on {socket.gethostname()}",
+                where=f"seen by rank {self._rank} on {self._host}",
                 remedy="look at that node's log; start again with resume=auto",
             )
 
     def _judge(self) -> Fault | None:
-        end, missing = time.monotonic() + ANSWER_SECONDS, self._missing()
-        while missing and time.monotonic() < end and not any(self._is_dead(rank) for rank in missing):
+        end = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < end and not self._settled():
             time.sleep(0.2)
-            missing = self._missing()
-        answers = {r: self._get(f"answer/{r}").strip() for r in range(self._size) if r not in missing}
-        failed = next((r for r, said in answers.items() if said), None)
-        if failed is not None:
+        if self._store.check(["failed"]):
+            rank, said = json.loads(self._get("failed"))
             return Fault(
-                f"rank {failed} failed: {answers[failed]}",
-                where=self._place(failed),
+                f"rank {rank} failed: {said}",
+                where=self._get(f"place/{rank}"),
                 remedy="look at its traceback; once that is mended, go on with resume=auto",
             )
-        gone = [r for r in missing if self._is_dead(r)] or missing
+        # A process of this machine that lives and is silent is in something else: that is the watchdog's business.
+        gone = self._dead_here() or [r for r in self._missing(0, self._size) if r not in self._here()]
         if not gone:
             return None
         more = f" (and {len(gone) - 1} more: {', '.join(map(str, gone[1:8]))})" if len(gone) > 1 else ""
         return Fault(
             f"rank {gone[0]}{more} is gone: killed, crashed, or its node is down; the other ranks end",
-            where=self._place(gone[0]),
+            where=self._get(f"place/{gone[0]}"),
             remedy="look at its log, and at dmesg for memory that ran out; go on with the same command and resume=auto",
         )
 
-    def _missing(self) -> Sequence[int]:
-        return [r for r in range(self._size) if not self._store.check([f"answer/{r}"])]
+    def _settled(self) -> bool:
+        """Whether nothing more is to be learned by waiting."""
+        return self._store.check(["failed"]) or self._store.add("answers", 0) >= self._size or bool(self._dead_here())
+
+    def _here(self) -> dict[int, int]:
+        """{rank: process} of this machine."""
+        known = range(1, self._store.add(f"ranks/{self._host}", 0) + 1)
+        pairs = (self._get(f"host/{self._host}/{number}").split(":") for number in known)
+        return {int(rank): int(pid) for rank, pid in pairs}
+
+    def _dead_here(self) -> list[int]:
+        """Ranks of this machine that ended without an answer."""
+        dead = [rank for rank, pid in self._here().items() if _is_dead(pid)]
+        return [rank for rank in dead if not self._store.check([f"answer/{rank}"])]
+
+    def _missing(self, first: int, end: int) -> list[int]:
+        """The ranks of `first` .. `end` - 1 without an answer, by halving."""
+        if self._store.check([f"answer/{rank}" for rank in range(first, end)]):
+            return []
+        middle = (first + end) // 2
+        return [first] if end - first == 1 else self._missing(first, middle) + self._missing(middle, end)
 
     def _get(self, key: str) -> str:
         self._store.wait([key], timedelta(seconds=ANSWER_SECONDS))
         return self._store.get(key).decode()
 
-    def _place(self, rank: int) -> str:
-        host, pid = json.loads(self._get(f"place/{rank}"))
-        return f"{host}, process {pid}"
 
-    def _is_dead(self, rank: int) -> bool:
-        """Whether that is certain: a process of this machine that is no more."""
-        host, pid = json.loads(self._get(f"place/{rank}"))
-        if host != socket.gethostname():
-            return False
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return Path("/proc/self").exists()  # where there is no /proc, nothing is certain
-        return state in "ZX"
+def _is_dead(pid: int) -> bool:
+    """Whether that is certain of a process of this machine."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return Path("/proc/self").exists()  # where there is no /proc, nothing is certain
+    return state in "ZX"

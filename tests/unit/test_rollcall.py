@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import socket
+import os
 import subprocess
 
 import pytest
@@ -20,8 +19,13 @@ def store():
     return dist.HashStore()
 
 
-def ranks(store: dist.Store, size: int) -> list[RollCall]:
-    return [RollCall(store, rank, size) for rank in range(size)]
+def ranks(store: dist.Store, hosts: list[str], monkeypatch) -> list[RollCall]:
+    """One rank on each of `hosts`."""
+    calls = []
+    for rank, host in enumerate(hosts):
+        monkeypatch.setattr(rollcall.socket, "gethostname", lambda host=host: host)
+        calls.append(RollCall(store, rank, len(hosts)))
+    return calls
 
 
 def ended_process() -> int:
@@ -30,42 +34,49 @@ def ended_process() -> int:
     return process.pid
 
 
-def move(store: dist.Store, rank: int, host: str, pid: int) -> None:
-    store.set(f"rollcall/place/{rank}", json.dumps([host, pid]))
-
-
 def test_an_ended_process_is_named_at_once_and_told_once_a_host(store, monkeypatch):
     monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 1000.0)
-    first, second, _ = ranks(store, 3)
     pid = ended_process()
-    move(store, 2, socket.gethostname(), pid)
-    faults = [first.explain(CLOSED), second.explain(CLOSED)]
-    for fault in faults:
-        assert fault is not None and fault.what.startswith("rank 2 is gone")
-        assert fault.where == f"{socket.gethostname()}, process {pid}" and "resume=auto" in fault.remedy
-    assert [fault.told_here for fault in faults] == [True, False]
+    first, second = ranks(store, ["a", "a", "a"], monkeypatch)[:2]
+    store.set("rollcall/host/a/3", f"2:{pid}")
+    store.set("rollcall/place/2", f"a, process {pid}")
+    told, silent = first.explain(CLOSED), second.explain(CLOSED)
+    assert told is not None and told.what.startswith("rank 2 is gone") and told.told_here is True
+    assert told.where == f"a, process {pid}" and "resume=auto" in told.remedy
+    assert silent is not None and silent.told_here is False
 
 
-def test_a_silent_rank_of_another_host_is_named_after_a_while(store, monkeypatch):
+@pytest.mark.parametrize("lost", [[1], [3, 4, 9]])
+def test_silent_ranks_of_other_hosts_are_named_after_a_while(lost, store, monkeypatch):
     monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 0.3)
-    first, _ = ranks(store, 2)
-    move(store, 1, "elsewhere", 1)
-    fault = first.explain(CLOSED)
-    assert fault is not None and fault.what.startswith("rank 1 is gone") and fault.where == "elsewhere, process 1"
+    calls = ranks(store, [f"host{rank}" for rank in range(12)], monkeypatch)
+    for rank in set(range(1, 12)) - set(lost):
+        store.set(f"rollcall/answer/{rank}", "here")
+    fault = calls[0].explain(CLOSED)
+    assert fault is not None and f"rank {lost[0]}" in fault.what and "is gone" in fault.what and fault.told_here
+    assert fault.where == f"host{lost[0]}, process {os.getpid()}"
+    assert all(str(rank) in fault.what for rank in lost)
 
 
-def test_an_error_of_one_rank_is_its_own_and_what_the_others_tell(store):
-    first, second = ranks(store, 2)
+def test_a_living_process_of_this_machine_is_not_accused(store, monkeypatch):
+    monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 0.3)
+    assert ranks(store, ["a", "a"], monkeypatch)[0].explain(CLOSED) is None
+
+
+def test_an_error_of_one_rank_is_its_own_and_what_the_others_tell(store, monkeypatch):
+    first, second, third = ranks(store, ["a", "b", "c"], monkeypatch)
     assert second.explain(ValueError("no such camera\nand more")) is None
+    assert third.explain(KeyError("a later one")) is None
     fault = first.explain(CLOSED)
     assert fault is not None and fault.what == "rank 1 failed: ValueError: no such camera"
 
 
-def test_ranks_that_are_all_there_have_nothing_to_tell(store):
-    first, second = ranks(store, 2)
-    store.set("rollcall/answer/1", " ")
-    assert first.explain(CLOSED) is None
-    assert second.explain(CLOSED) is None
+def test_ranks_that_are_all_there_have_nothing_to_tell(store, monkeypatch):
+    monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 1000.0)
+    first, second = ranks(store, ["a", "b"], monkeypatch)
+    store.set("rollcall/answer/1", "here")
+    store.add("rollcall/answers", 1)
+    assert first.explain(CLOSED) is None and second.explain(CLOSED) is None
 
 
 def test_a_lost_store_means_rank_0s_node():
