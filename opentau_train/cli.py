@@ -83,7 +83,9 @@ def answer(work: Callable[[], int]) -> int:
         elif error.told_here:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
-    except Exception as error:  # the last line of defence: say what failed below the traceback
+    except Exception as error:
+        # Broad because it is the last one: whatever was not foreseen ends with its traceback and the code of a fault,
+        # instead of the code that Python would choose, and torchrun's ranks still end through `end`.
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT

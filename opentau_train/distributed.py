@@ -89,6 +89,7 @@ class World:
         except Explained:
             raise
         except Exception as error:
+            # Broad because any error of one rank is what the others must be told; it goes on as it came.
             told = None if self.roll is None else self.roll.explain(error)
             if told is None:
                 raise

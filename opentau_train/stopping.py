@@ -140,7 +140,8 @@ class Patient(Generic[T]):
         while self._asked.get():
             try:
                 answer = next(self._iterator), None
-            except BaseException as error:  # it is raised where `next` was called
+            except BaseException as error:
+                # Broad because nothing is handled here: it is raised again where `next` was called.
                 answer = None, error
             self._answers.put(answer)
         if isinstance(self._iterator, Generator):

@@ -36,8 +36,8 @@ class Poisoned(FlowPolicy):
         return terms
 
 
-class Broken(FlowPolicy):
-    """On rank 1 the third step raises."""
+class _ThirdStep(FlowPolicy):
+    """On rank 1 the third step does what `happen` does."""
 
     steps = 0
 
@@ -45,21 +45,23 @@ class Broken(FlowPolicy):
         if self.training:
             self.steps += 1
             if RANK == 1 and self.steps == 3:
-                raise ZeroDivisionError("division by a broken part")
+                self.happen()
         return super().forward(batch, noise)
 
 
-class Stuck(FlowPolicy):
+class Broken(_ThirdStep):
+    """On rank 1 the third step raises."""
+
+    def happen(self):
+        raise ZeroDivisionError("division by a broken part")
+
+
+class Stuck(_ThirdStep):
     """On rank 1 the third step never ends."""
 
-    steps = 0
-
-    def forward(self, batch, noise):
-        if self.training:
-            self.steps += 1
-            while RANK == 1 and self.steps == 3:
-                time.sleep(0.1)
-        return super().forward(batch, noise)
+    def happen(self):
+        while True:
+            time.sleep(0.1)
 
 
 class SlowValidation(FlowPolicy):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.config import Settings
 from opentau_train.config_data import DataSettings, SourceSettings
@@ -126,26 +127,7 @@ def _open_dataset(
         )
         for keep in (~held_out, held_out)
     ]
-    if sides[0].num_windows == 0 and not chosen.validates_only:
-        raise UserError(
-            f"dataset '{name}' has no training window: {len(table)} episodes, longest {table.length.max(initial=0)} "
-            f"frames, chunk_length {chosen.chunk_length}, drop_tail {data.drop_tail}",
-            where=f"data.sources.{name}",
-            remedy="loosen its filters, chunk_length or drop_tail; for validation only set val_split_ratio=1.0",
-        )
-    group_of = np.zeros(len(table), np.int64)
-    for code in np.unique(table.control_mode):
-        mode = table.control_modes[code]
-        group_of[table.control_mode == code] = len(groups)
-        groups.append(Group(name, mode, f"{source.robot_type}::{mode}", share=0.0))
-    if not held_out.any() and chosen.val_split_ratio > 0:
-        log.warning("data.sources.%s has one episode, which is trained on: it has no validation", name)
-    if not chosen.iterable_shuffle:
-        log.warning(
-            "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
-            "gradients are correlated and their norm unstable; for debugging only",
-            name,
-        )
+    _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
     repo_id = chosen.repo_id or Path(chosen.root or name).name
     twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
     return Dataset(
@@ -158,8 +140,41 @@ def _open_dataset(
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
-        group_of=group_of,
+        group_of=_add_groups(source, groups),
     )
+
+
+def _check_usable(
+    source: Source, chosen: SourceSettings, num_windows: int, held_out: NDArray[np.bool_], drop_tail: bool
+) -> None:
+    """Raises `UserError` where nothing is left to train on; warns of what trains or validates badly."""
+    name, length = source.name, source.episodes.length
+    if num_windows == 0 and not chosen.validates_only:
+        raise UserError(
+            f"dataset '{name}' has no training window: {len(length)} episodes, longest {length.max(initial=0)} "
+            f"frames, chunk_length {chosen.chunk_length}, drop_tail {drop_tail}",
+            where=f"data.sources.{name}",
+            remedy="loosen its filters, chunk_length or drop_tail; for validation only set val_split_ratio=1.0",
+        )
+    if not held_out.any() and chosen.val_split_ratio > 0:
+        log.warning("data.sources.%s has one episode, which is trained on: it has no validation", name)
+    if not chosen.iterable_shuffle:
+        log.warning(
+            "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
+            "gradients are correlated and their norm unstable; for debugging only",
+            name,
+        )
+
+
+def _add_groups(source: Source, groups: list[Group]) -> NDArray[np.int64]:
+    """[E] i64: the group of each episode; the source's control modes are appended to `groups`."""
+    table = source.episodes
+    group_of = np.zeros(len(table), np.int64)
+    for code in np.unique(table.control_mode):
+        mode = table.control_modes[code]
+        group_of[table.control_mode == code] = len(groups)
+        groups.append(Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0))
+    return group_of
 
 
 def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:

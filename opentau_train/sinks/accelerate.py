@@ -87,7 +87,8 @@ class TrackerSink(Sink):
                 calls.ask(partial(self._start, attempt), START_SECONDS)
                 if self._steps is not None and context.start_step > 0:
                     calls.post(partial(self._catch_up, 0 if self._steps.online else self._kept_step()))
-            except Exception as error:  # a tracker may raise anything
+            except Exception as error:
+                # Broad because each tracker has classes of its own, which aren't imported where it isn't installed.
                 calls.abandon()
                 self._cannot_start(error, last=number == len(attempts))
             else:

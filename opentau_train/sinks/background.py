@@ -42,7 +42,8 @@ class Background:
         def make() -> None:
             try:
                 answer.set_result(call())
-            except BaseException as error:  # it is raised where `ask` was called
+            except BaseException as error:
+                # Broad because nothing is handled here: it is raised again where `ask` was called.
                 answer.set_exception(error)
 
         self._calls.put(make)
@@ -82,7 +83,8 @@ class Background:
                 continue
             try:
                 call()
-            except Exception as error:  # a tracker may raise anything, and none of it is worth the training
+            except Exception as error:
+                # Broad because a tracker may raise anything, and none of it is worth the training.
                 self.failed = True
                 log.warning(
                     "%s has failed and is left out from here on: %s; %s", self.name, first_line(error), self.lost
