@@ -62,6 +62,8 @@ class RollCall:
                 fault.told_here = first
             return fault
         except (dist.DistError, RuntimeError):  # the store's process is gone: it is on rank 0's node
+            if not broken:
+                return None  # an error of this rank's own is told, whoever hears it
             return Fault(
                 "the connection to rank 0's node is lost: it, or the launcher on it, is gone",
                 where=f"seen by rank {self._rank} on {self._host}",

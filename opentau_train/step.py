@@ -127,12 +127,9 @@ def _agree(
     stops = [float(stop == code) for code in (1, 2)]
     # On the device: there NCCL reduces in a tree, while gloo's ring would take 2 (N - 1) hops in every step.
     head = [torch.as_tensor(counts[k], dtype=torch.float64, device=world.device).sum() for k in terms]
-    flags = (
-        torch.tensor([part.num_substituted, part.error is not None, absent, written, *stops]).double().to(world.device)
-    )
-    *valid, substituted, failed, absences, writers, preempted, interrupted = world.sum(
-        torch.stack([*head, *flags])
-    ).tolist()
+    flags = torch.tensor([part.num_substituted, part.error is not None, absent, written, *stops]).double()
+    sums = world.sum(torch.stack([*head, *flags.to(world.device)])).tolist()
+    *valid, substituted, failed, absences, writers, preempted, interrupted = sums
     if failed:
         raise next(error for error in world.gather(part.error) if error is not None)
     stop = 2 if interrupted else int(preempted > 0)

@@ -86,6 +86,7 @@ def test_a_lost_store_means_rank_0s_node():
     del server
     fault = caller.explain(CLOSED)
     assert fault is not None and "rank 0's node is lost" in fault.what
+    assert caller.explain(ValueError("its own")) is None
 
 
 @pytest.mark.parametrize(
