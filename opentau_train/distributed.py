@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from opentau_train.errors import Explained, UserError
+from opentau_train.errors import UserError
 from opentau_train.preflight import check_in
 from opentau_train.rollcall import RollCall
 
@@ -86,8 +86,6 @@ class World:
         """
         try:
             yield
-        except Explained:
-            raise
         except Exception as error:
             # Broad because any error of one rank is what the others must be told; it goes on as it came.
             told = None if self.roll is None else self.roll.explain(error)
