@@ -28,7 +28,7 @@ import numpy as np
 from support.datasets import AV1, H264, Repeated, write_dataset
 from support.program import machine, mixture_of
 
-from opentau_train.data.images import Letterbox
+from opentau_train.data.images import Resizer
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.stream import Parts, TrainPlan
@@ -74,7 +74,7 @@ def print_variant(name: str, root: Path, repeats: int) -> None:
     before, seen = builder[0].frames_decoded, 0
     sides: dict[str, Callable[[], float]] = {
         "decode": lambda: decode(files[:4]),
-        "scaled": lambda: decode(files[:4], Letterbox(mixture.spec.image_size)),
+        "scaled": lambda: decode(files[:4], Resizer(mixture.spec.image_size)),
         "rgb": lambda: decode(files[:4], lambda frame: frame.to_ndarray(format="rgb24")),
         "stream": lambda: take(stream, STEPS),
         "random": lambda: random_access(mixture, 48),

@@ -20,7 +20,7 @@ from opentau_train.config import ValidationSettings
 from opentau_train.data.collate import blank_batch
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.stream import Parts, loader
-from opentau_train.data.tape import Windows
+from opentau_train.data.tape import Windows, frames_ahead
 from opentau_train.data.windows import equal_spans, validation_windows
 from opentau_train.distributed import World
 from opentau_train.errors import BadSample, UserError
@@ -96,7 +96,9 @@ def plan_validation(
     zeros = np.zeros(len(dataset), np.int64)
     return ValidationPlan(
         mixture=mixture,
-        windows=Windows(np.arange(len(dataset)), zeros, dataset, zeros, episode, frame),
+        windows=Windows(
+            np.arange(len(dataset)), zeros, dataset, zeros, episode, frame, frames_ahead(dataset, episode, frame)
+        ),
         item=np.cumsum(first) - 1,
         group_of=np.array([d.group_of[e] for d, e in rows], np.int64),
         episodes=tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e in rows),

@@ -64,6 +64,7 @@ class FlightRecorder:
             self._file.close()
             self._open_next()
         terms = result.losses[0][1]
+        (windows,) = self.tape.owned(range(state.step - 1, state.step), self.rank, self.size, 0, 1)
         pairs = {
             name: [torch.cat([micro[name][i].detach().cpu() for _, micro in result.losses]) for i in range(2)]
             for name in terms
@@ -76,7 +77,7 @@ class FlightRecorder:
             "lr": result.lr,
             "datasets": self.datasets,
             "weights": state.policy.loss_weights,
-            "t": self.tape.owned(state.step - 1, self.rank, self.size, 0, 1).t.tolist(),
+            "t": windows.t.tolist(),
             "dataset": batch.dataset_index.tolist(),
             "episode": batch.episode_index.tolist(),
             "frame": batch.frame_index.tolist(),

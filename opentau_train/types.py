@@ -55,7 +55,7 @@ class EpisodeTable:
 class WindowSpec:
     """What one training window holds: `chunk_length` T actions from its frame on, and the frame's image with
     `history` h earlier ones, both at `fps` steps a second (None: the dataset's own rate). `image_size` is (H, W)
-    after resizing; None keeps the file's size."""
+    of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size."""
 
     chunk_length: int
     history: int = 0
@@ -67,7 +67,7 @@ class WindowSpec:
 class RawWindow:
     """One window as the dataset has it, before normalisation.
 
-    `images` {camera: [h+1, H, W, 3] uint8 RGB}, oldest first, the last one being the frame's own (frames before
+    `images` {camera: [h+1, H', W', 3] uint8 RGB}, oldest first, the last one being the frame's own (frames before
     the episode's start repeat its first); `state` [S] f32; `actions` [T, A] f32 in the dataset's units, steps
     past the episode's end repeating its last row and marked in `is_pad` [T] bool; `prompts`, the texts to choose
     from (may be empty).
@@ -102,9 +102,10 @@ class Provenance:
 class Sample:
     """One normalised, padded training sample.
 
-    `images` {camera: [h+1, H, W, 3] uint8}, absent cameras left out; `state` [S] f32 and `actions` [T, A] f32,
-    normalised, zero where padded; `state_dim_mask` [S], `action_is_pad` [T] and `action_dim_mask` [A] bool;
-    `key`: the sample's 64-bit random key; `weight`: 0.0 for a filler that only keeps ranks in step.
+    `images` {camera: [h+1, H', W', 3] uint8}, at most as large as the batch's, absent cameras left out; `state` [S]
+    f32 and `actions` [T, A] f32, normalised, zero where padded; `state_dim_mask` [S], `action_is_pad` [T] and
+    `action_dim_mask` [A] bool; `key`: the sample's 64-bit random key; `weight`: 0.0 for a filler that only keeps ranks
+    in step.
     """
 
     images: dict[str, NDArray[np.uint8]]

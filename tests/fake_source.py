@@ -92,7 +92,7 @@ class FakeCursors:
     def cursor(self) -> FakeCursors:
         return self
 
-    def read(self, episode: int, frame: int) -> RawWindow:
+    def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
         source = self.source
         READS.append((source.name, episode, frame))
         if source.slow:

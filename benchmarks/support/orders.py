@@ -49,7 +49,7 @@ def uniform(mixture: Mixture, seed: int) -> Order:
         for p in np.unique(passes):
             shuffled = np.argsort(rng.fold(rng.key(seed, "uniform", int(p)), np.arange(len(every))))
             chosen[passes == p] = every[shuffled[place[passes == p]]]
-        return Windows(t, 0 * t, chosen[:, 0], passes, chosen[:, 1], chosen[:, 2])
+        return Windows(t, 0 * t, chosen[:, 0], passes, chosen[:, 1], chosen[:, 2], 0 * t)
 
     return batch
 

@@ -22,8 +22,8 @@ def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     return min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
 
 
-class Letterbox:
-    """Brings frames to `size` (H, W) as RGB: aspect ratio kept, centred, padded with black. None keeps the size.
+class Resizer:
+    """Brings frames to the largest RGB picture inside `size` (H, W) that keeps their aspect ratio, or their own size.
 
     Holds libswscale's context, whose set-up costs more than scaling a small frame: keep one a camera.
     """
@@ -34,27 +34,21 @@ class Letterbox:
         self._source = self._fitted = (0, 0)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """[H, W, 3] uint8 RGB."""
+        """[H', W', 3] uint8 RGB."""
         source = frame.height, frame.width
-        if self.size is None or self.size == source:
-            return self._rgb(frame, *source)
         if source != self._source:
-            self._source, self._fitted = source, fit(*source, self.size)
-        height, width = self._fitted
-        scaled = self._rgb(frame, height, width)
-        if (height, width) == self.size:
-            return scaled
-        out = np.zeros((*self.size, 3), np.uint8)
-        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
-        out[top : top + height, left : left + width] = scaled
-        return out
-
-    def _rgb(self, frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
+            self._source, self._fitted = source, source if self.size is None else fit(*source, self.size)
         # threads=1: libswscale would start a pool of its own in every worker.
         scaled = self._reformatter.reformat(
-            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
+            frame, self._fitted[1], self._fitted[0], "rgb24", interpolation=Interpolation.BILINEAR, threads=1
         )
         return np.asarray(scaled.to_ndarray(), np.uint8)
+
+
+def centred(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The view [..., `height`, `width`, 3] of the middle of `out` [..., H, W, 3]: where a smaller picture goes."""
+    top, left = (out.shape[-3] - height) // 2, (out.shape[-2] - width) // 2
+    return out[..., top : top + height, left : left + width, :]
 
 
 def decode_image(encoded: bytes) -> NDArray[np.uint8]:

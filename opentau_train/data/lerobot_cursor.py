@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opentau_train.data.images import ImageError, Letterbox, decode_image
+from opentau_train.data.images import ImageError, Resizer, decode_image
 from opentau_train.data.lerobot_columns import Column
 from opentau_train.data.lerobot_meta import FileTable
 from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
 from opentau_train.data.video import FrameCursor, VideoPool
 from opentau_train.data.video_file import VideoError
-from opentau_train.data.windows import chunk_places, history_rows, row_step, rows_at
+from opentau_train.data.windows import chunk_places, history_rows, next_rows, row_step, rows_at
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
-READ_AHEAD = 8
+BURST = 16
 """Frames of a camera that are decoded at once where reading goes on: as many small images are kept a lane."""
 
 
@@ -96,7 +96,7 @@ class LeRobotCursorFactory:
         self.reading, self.window = reading, window
         self.pool = VideoPool()
         self.rows = RowReader(reading.data_files.path, reading.columns)
-        self.letterboxes = {camera: Letterbox(window.image_size) for camera in reading.cameras}
+        self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
         self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
         self.num_cursors = 0
@@ -129,21 +129,20 @@ class LeRobotCursor:
         # Lanes advance together: their numbers keep them from reading ahead all in the same step.
         self._number = factory.num_cursors
 
-    def read(self, episode: int, frame: int) -> RawWindow:
+    def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
         """See `opentau_train.data.source.Cursor`. The arrays belong to the caller."""
         length = int(self._reading.episodes.length[episode])
         if not 0 <= frame < length:
             raise IndexError(f"frame {frame} of an episode of {length}")
         try:
             rows = self._enter(episode)
-            images = {camera: self._images(camera, frame) for camera in self._reading.cameras}
+            images = {camera: self._images(camera, frame, ahead) for camera in self._reading.cameras}
         except (RowError, VideoError, ImageError) as error:
             episode_index = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
         window, step = self._window, self._factory.step
         if step == 1.0:  # the rows themselves: nothing to place between them
-            place = np.arange(frame, frame + window.chunk_length)
-            actions, is_pad = rows.actions[np.minimum(place, length - 1)], place >= length
+            actions, is_pad = next_rows(rows.actions, frame, window.chunk_length)
         else:
             between = chunk_places(frame, window.chunk_length, step, rows.seconds, window.fps)
             actions, is_pad = rows_at(rows.actions, between, self._factory.held)
@@ -169,62 +168,64 @@ class LeRobotCursor:
             self._episode = episode
         return self._rows
 
-    def _images(self, camera: str, frame: int) -> NDArray[np.uint8]:
-        """[h+1, H, W, 3] uint8 of the window at `frame` of the present episode; the caller's own.
+    def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:
+        """[h+1, H', W', 3] uint8 of the window at `frame` of the present episode; the caller's own.
 
         Where the history steps over frames they are kept too: the next window's history is made of them, and asking
         the decoder for them then would take it back.
         """
         ring, history = self._rings[camera], self._window.history
         if history == 0:
-            image = self._kept_image(camera, frame)
-            for old in [f for f in ring if f <= frame]:  # the image itself too: it is handed over, not copied
-                del ring[old]
-            return image[None]
+            self._fill(camera, frame, ahead)
+            return ring.pop(frame)[None]  # handed over, not copied
         wanted = history_rows(frame, history, self._factory.step).tolist()
-        images = {f: self._kept_image(camera, f) for f in range(wanted[0], frame + 1)}
+        for f in range(wanted[0], frame + 1):
+            self._fill(camera, f, ahead + frame - f)
         for old in [f for f in ring if f < wanted[0]]:
             del ring[old]
-        return np.stack([images[f] for f in wanted])
+        return np.stack([ring[f] for f in wanted])
 
-    def _kept_image(self, camera: str, frame: int) -> NDArray[np.uint8]:
-        """`_image`, from the ring where it is still there; else decoded, and the next ones where reading goes on."""
+    def _fill(self, camera: str, frame: int, ahead: int) -> None:
+        """Bring `frame` into the camera's ring, and where reading goes on up to `ahead` of the next ones.
+
+        A few at once, while the decoder's state is in the processor's cache: with hundreds of lanes taking turns it
+        leaves it between two frames, which costs up to half of their decoding again.
+        """
         ring = self._rings[camera]
         if frame in ring:
-            return ring[frame]
-        image = self._image(camera, frame)
-        goes_on, self._due[camera] = frame == self._due.get(camera), frame + 1
-        if not goes_on:
+            return
+        if self._window.history == 0:
+            ring.clear()  # of what was skipped
+        if frame != self._due.get(camera):
             for later in [f for f in ring if f > frame]:
                 del ring[later]
-        elif camera in self._videos:
-            self._read_ahead(camera, frame)
-        ring[frame] = image
-        return image
+            ahead = 0
+        self._due[camera] = frame + 1
+        if camera not in self._videos:
+            ring[frame] = self._factory.resizers[camera](self._still(camera, frame))
+            return
+        count = 1 + min(ahead, BURST - 1 - (frame + self._number) % BURST)
+        for f, image in enumerate(self._decoded(camera, frame, count), start=frame):
+            ring[f] = image
+            self._due[camera] = f + 1
 
-    def _read_ahead(self, camera: str, frame: int) -> None:
-        """A few frames at once while the decoder's state is in the processor's cache: with hundreds of lanes taking
-        turns it leaves it between two frames, which costs up to half of their decoding again."""
-        ring = self._rings[camera]
-        count = READ_AHEAD - (frame + self._number) % READ_AHEAD
-        for ahead in range(frame + 1, min(frame + count, int(self._reading.episodes.length[self._episode]))):
-            try:
-                ring[ahead] = self._image(camera, ahead)
-            except VideoError:
-                break  # a later window's problem: its own read finds it
-            self._due[camera] = ahead + 1
+    def _decoded(self, camera: str, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
+        """[H', W', 3] uint8 of frames `first`.. of the present episode; fewer than `count` where a later one can't be
+        had, which its own window's reading will find."""
+        rows, (path, start), resizer = self._rows, self._places[camera], self._factory.resizers[camera]
+        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
+        seconds = (start + rows.seconds[first : first + count]).tolist()
+        frames = self._videos[camera].read_all(path, seconds, self._reading.tolerance_s)
+        yield resizer(next(frames))
+        try:
+            yield from map(resizer, frames)
+        except VideoError:
+            return
 
-    def _image(self, camera: str, frame: int) -> NDArray[np.uint8]:
-        """[H, W, 3] uint8 of one frame of the present episode."""
-        return self._factory.letterboxes[camera](self._frame(camera, frame))
-
-    def _frame(self, camera: str, frame: int) -> av.VideoFrame:
+    def _still(self, camera: str, frame: int) -> av.VideoFrame:
+        """One frame of the present episode that is stored as an image."""
         reading, rows = self._reading, self._rows
         assert rows is not None, "an image belongs to the episode entered before"
-        if camera in self._videos:
-            assert rows.seconds is not None, "rows of a source with videos have timestamps"
-            path, start = self._places[camera]
-            return self._videos[camera].read(path, start + float(rows.seconds[frame]), reading.tolerance_s)
         try:
             pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
         except (ImageError, OSError) as error:

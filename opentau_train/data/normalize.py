@@ -74,9 +74,10 @@ class Affine:
         scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
         return cls(offset.astype(np.float32), scale.astype(np.float32))
 
-    def normalize(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[..., D] in the dataset's units -> normalised float32."""
-        return (x.astype(np.float32) - self.offset) * self.scale
+    def normalize(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """[..., D] in the dataset's units -> normalised float32, in `out` where that is given."""
+        out = np.subtract(x, self.offset, out=out, dtype=np.float32, casting="same_kind")
+        return np.multiply(out, self.scale, out=out)
 
     def denormalize(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., >=D] normalised -> [..., D] in the dataset's units."""

@@ -31,9 +31,10 @@ class SampleBuilder:
         self._factories: dict[int, CursorFactory] = {}
         self._lanes: dict[int, tuple[int, Cursor]] = {}
 
-    def build(self, lane: int, dataset: int, episode: int, frame: int, pass_index: int) -> Sample:
-        """The sample of the window at `frame` of the episode at position `episode`, read through `lane`'s cursor."""
-        raw = self._cursor(lane, dataset).read(episode, frame)
+    def build(self, lane: int, dataset: int, episode: int, frame: int, pass_index: int, *, ahead: int = 0) -> Sample:
+        """The sample of the window at `frame` of the episode at position `episode`, read through `lane`'s cursor, which
+        will be asked for the `ahead` windows that follow it."""
+        raw = self._cursor(lane, dataset).read(episode, frame, ahead)
         return self._finish(self.mixture.datasets[dataset], raw, episode, frame, pass_index)
 
     @property
@@ -74,27 +75,27 @@ class SampleBuilder:
         state_affine, action_affine = self.mixture.affine[head]
 
         # Draws have fixed numbers: choice of prompt, drop prompt, drop state, then one a camera of the mixture.
-        draws = rng.fold_one(key, _INPUTS)
         prompt = raw.prompts[0] if raw.prompts else ""
         if len(raw.prompts) > 1:
-            prompt = raw.prompts[int(rng.uniform_at(draws, 0) * len(raw.prompts))]
+            prompt = raw.prompts[int(_draw(key, 0) * len(raw.prompts))]
         images = raw.images
-        state = _pad(state_affine.normalize(raw.state), spec.state_dim)
+        state = np.zeros(spec.state_dim, np.float32)
+        state_affine.normalize(raw.state, out=state[: len(raw.state)])
         state_mask = self._dims(spec.state_dim, len(raw.state))
         if self.train:
-            if dropout.prompt and rng.uniform_at(draws, 1) < dropout.prompt:
+            if dropout.prompt and _draw(key, 1) < dropout.prompt:
                 prompt = ""
-            if dropout.state and rng.uniform_at(draws, 2) < dropout.state:
+            if dropout.state and _draw(key, 2) < dropout.state:
                 state, state_mask = np.zeros_like(state), np.zeros_like(state_mask)
             if dropout.camera:
                 number_of = spec.cameras.index
-                images = {c: v for c, v in images.items() if rng.uniform_at(draws, 3 + number_of(c)) >= dropout.camera}
+                images = {c: v for c, v in images.items() if _draw(key, 3 + number_of(c)) >= dropout.camera}
         if self.mixture.settings.blank_images:
             images = {c: np.zeros_like(v) for c, v in images.items()}
 
         steps, dims = raw.actions.shape
         actions = np.zeros((spec.chunk_length, spec.action_dim), np.float32)
-        actions[:steps, :dims] = action_affine.normalize(raw.actions)
+        action_affine.normalize(raw.actions, out=actions[:steps, :dims])
         is_pad = raw.is_pad
         if steps < spec.chunk_length:
             is_pad = np.append(is_pad, np.ones(spec.chunk_length - steps, bool))
@@ -119,7 +120,6 @@ class SampleBuilder:
         return mask
 
 
-def _pad(vector: np.ndarray, size: int) -> np.ndarray:
-    out = np.zeros(size, np.float32)
-    out[: len(vector)] = vector
-    return out
+def _draw(key: int, number: int) -> float:
+    """In [0, 1): a sample's draw of that number."""
+    return rng.uniform_at(rng.fold_one(key, _INPUTS), number)

@@ -17,8 +17,9 @@ from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 class Cursor(Protocol):
     """One reader that moves forward: each lane has its own. Reading backwards or jumping works and costs a seek."""
 
-    def read(self, episode: int, frame: int) -> RawWindow:
-        """The window at `frame` of the episode at position `episode` of the table.
+    def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
+        """The window at `frame` of the episode at position `episode` of the table. The `ahead` frames after it will be
+        asked for next, one by one: what that is good for is the cursor's own matter.
 
         Raises `BadSample` where the file can't give it.
         """

@@ -31,6 +31,8 @@ from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Batch, Sample
 
 SUBSTITUTE_TRIES = 8
+STEPS_AT_ONCE = 16
+"""Steps whose windows are looked up together: most of what that costs doesn't depend on their number."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,10 @@ class Parts(IterableDataset):
 
     def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
         samples, substituted, left_out = [], 0, {}
-        for i in range(len(windows)):
-            lane = int(windows.slot[i])
-            address = tuple(int(c[i]) for c in (windows.dataset, windows.episode, windows.frame, windows.pass_index))
+        columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
+        for i, (lane, ahead, *address) in enumerate(zip(*(c.tolist() for c in columns))):
             try:
-                samples.append(builder.build(lane, *address))
+                samples.append(builder.build(lane, *address, ahead=ahead))
             except BadSample as error:
                 if not self.train:
                     if not self.skip_bad:
@@ -110,7 +111,7 @@ class Parts(IterableDataset):
         t = np.delete(windows.t, list(left_out))
         return Part(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
 
-    def _substitute(self, builder: SampleBuilder, lane: int, address: tuple[int, ...], error: BadSample) -> Sample:
+    def _substitute(self, builder: SampleBuilder, lane: int, address: list[int], error: BadSample) -> Sample:
         """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
         dataset, episode, frame, pass_index = address
         blocks = self.mixture.datasets[dataset].train
@@ -165,8 +166,9 @@ class TrainPlan:
     last: int
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Windows]:
-        for step in range(self.first, self.last):
-            yield self.tape.owned(step, self.rank, self.size, worker, num_workers)
+        for first in range(self.first, self.last, STEPS_AT_ONCE):
+            steps = range(first, min(first + STEPS_AT_ONCE, self.last))
+            yield from self.tape.owned(steps, self.rank, self.size, worker, num_workers)
 
 
 def training_batches(

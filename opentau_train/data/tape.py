@@ -67,7 +67,8 @@ class DatasetBlocks:
 @dataclass(frozen=True)
 class Windows:
     """Samples of the tape, as columns of one length: `t`, `slot` (t mod V; 0 when reading in order), `dataset` i64,
-    `pass_index` i64, `episode` (position in the dataset's table), `frame` i64."""
+    `pass_index` i64, `episode` (position in the dataset's table), `frame` i64; `ahead` i64, how many of the frames that
+    follow the slot is going to read next, one by one."""
 
     t: I64
     slot: I64
@@ -75,6 +76,7 @@ class Windows:
     pass_index: I64
     episode: I64
     frame: I64
+    ahead: I64
 
     def __len__(self) -> int:
         return len(self.t)
@@ -84,9 +86,17 @@ class Windows:
         rows = np.stack([self.dataset, self.pass_index, self.episode, self.frame], axis=1)
         return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=8).digest(), "little")
 
-    def select(self, keep: NDArray) -> Windows:
+    def select(self, keep: NDArray | slice) -> Windows:
         """The rows at the places (or under the mask) `keep`."""
         return Windows(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
+
+
+def frames_ahead(dataset: I64, episode: I64, frame: I64) -> I64:
+    """[N] i64: for windows that one reader takes in this order, how many follow each frame by frame."""
+    goes_on = (np.diff(dataset) == 0) & (np.diff(episode) == 0) & (np.diff(frame) == 1)
+    ends = np.append(np.flatnonzero(~goes_on), len(frame) - 1)
+    places = np.arange(len(frame))
+    return ends[np.searchsorted(ends, places)] - places
 
 
 def draws_per_epoch(sizes: list[int], weights: list[float | None]) -> list[int]:
@@ -156,14 +166,14 @@ class Tape:
     def windows(self, t: I64) -> Windows:
         """The windows of the global sample numbers `t` [N] i64, in their order."""
         t = np.asarray(t, np.int64)
-        out = {n: np.zeros(len(t), np.int64) for n in ("dataset", "pass_index", "episode", "frame")}
+        out = {n: np.zeros(len(t), np.int64) for n in ("dataset", "pass_index", "episode", "frame", "ahead")}
         epoch, within = t // self.epoch_size, t % self.epoch_size
         phase = self._phase_of(within)
         counted = epoch * self.num_phases + phase
         for number in np.unique(counted).tolist():
             e, p = divmod(number, self.num_phases)
             here = np.flatnonzero(counted == number)
-            place = self._place_in_phase(p, within[here] - self._phase_start(p))
+            place, out["ahead"][here] = self._place_in_phase(p, within[here] - self._phase_start(p))
             self._fill(out, here, e, p, place)
         # In order there is one lane: another reader for each slot would decode every frame again and again.
         slot = np.zeros_like(t) if self.in_order else t % self.num_lanes
@@ -177,14 +187,16 @@ class Tape:
         """The global batch of optimizer step `step`, in its order."""
         return self.windows(np.arange(self.first_sample(step), self.first_sample(step + 1)))
 
-    def owned(self, step: int, rank: int, size: int, worker: int, num_workers: int) -> Windows:
-        """The part of a step's batch that one worker of one rank builds.
+    def owned(self, steps: range, rank: int, size: int, worker: int, num_workers: int) -> list[Windows]:
+        """The parts of the batches of consecutive `steps` that one worker of one rank builds, step by step.
 
         Slot j belongs to rank `j mod R` and to its worker `(j div R) mod W`; R must divide B.
         """
-        t = np.arange(self.first_sample(step), self.first_sample(step + 1))
+        t = np.arange(self.first_sample(steps.start), self.first_sample(steps.stop))
         slot = t % self.num_lanes
-        return self.windows(t[(slot % size == rank) & ((slot // size) % num_workers == worker)])
+        windows = self.windows(t[(slot % size == rank) & ((slot // size) % num_workers == worker)])
+        ends = np.searchsorted(windows.t, [self.first_sample(step + 1) for step in steps])
+        return [windows.select(slice(low, high)) for low, high in zip([0, *ends[:-1]], ends)]
 
     def epoch_of(self, t: int) -> float:
         """How many epochs lie before sample t."""
@@ -205,44 +217,48 @@ class Tape:
             phase = phase - behind
         return phase
 
-    def _place_in_phase(self, phase: int, u: I64) -> I64:
-        """Window of the phase that sample u of it reads: slot, lane, row."""
-        if self.in_order:
-            return u
+    def _place_in_phase(self, phase: int, u: I64) -> tuple[I64, I64]:
+        """Window of the phase that sample u of it reads (slot, lane, row), and how many its lane has left then."""
         length = int(self._phase_start(phase + 1) - self._phase_start(phase))
+        if self.in_order:
+            return u, length - 1 - u
         rows, longer = divmod(length, self.num_lanes)
         lane_length = np.empty(self.num_lanes, np.int64)
         lane_length[self._lane_of_slot] = rows + (np.arange(self.num_lanes) < longer)
         lane_start = np.cumsum(lane_length) - lane_length
         row, slot = np.divmod(u, self.num_lanes)
-        return lane_start[self._lane_of_slot[slot]] + row
+        lane = self._lane_of_slot[slot]
+        return lane_start[lane] + row, lane_length[lane] - 1 - row
 
     def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64) -> None:
-        """Resolve places of a phase (datasets one after another) to windows, into `out[...][here]`."""
+        """Resolve places of a phase (datasets one after another) to windows, into `out[...][here]`; `ahead` there holds
+        what the lanes have left, and is cut at the ends of datasets and blocks."""
         low = phase * self.draws // self.num_phases
         share = (phase + 1) * self.draws // self.num_phases - low
         ends = np.cumsum(share)
         dataset = np.searchsorted(ends, place, side="right")
         line = epoch * self.draws[dataset] + low[dataset] + place - (ends - share)[dataset]
         out["dataset"][here] = dataset
+        left = np.minimum(out["ahead"][here], ends[dataset] - 1 - place)
         for d in np.unique(dataset):
             mine = dataset == d
             pass_index, offset = np.divmod(line[mine], self.sizes[d])
             out["pass_index"][here[mine]] = pass_index
             for k in np.unique(pass_index):
-                chosen = here[mine][pass_index == k]
-                out["episode"][chosen], out["frame"][chosen] = self._block_window(
-                    int(d), int(k), offset[pass_index == k]
-                )
+                now = pass_index == k
+                chosen = here[mine][now]
+                out["episode"][chosen], out["frame"][chosen], in_block = self._block_window(int(d), int(k), offset[now])
+                out["ahead"][chosen] = np.minimum(left[mine][now], in_block)
 
-    def _block_window(self, d: int, k: int, offset: I64) -> tuple[I64, I64]:
-        """(episode, frame) of the windows at `offset` of pass k of dataset d."""
+    def _block_window(self, d: int, k: int, offset: I64) -> tuple[I64, I64, I64]:
+        """(episode, frame, frames of the block that follow one by one) of the windows at `offset` of pass k of d."""
         order, ends = self._pass(d, k)
         blocks = self.datasets[d]
         place = np.searchsorted(ends, offset, side="right")
         block = order[place]
         inside = offset - (ends[place] - blocks.length[block])
-        return blocks.episode[block].astype(np.int64), blocks.frames(block, inside)
+        ahead = ends[place] - 1 - offset if blocks.stride == 1 else np.zeros_like(offset)
+        return blocks.episode[block].astype(np.int64), blocks.frames(block, inside), ahead
 
     def _pass(self, d: int, k: int) -> tuple[NDArray[np.int32], I64]:
         """Order of the blocks in pass k of dataset d and their cumulative ends. The last few are kept."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import av
 
-from opentau_train.data.video_file import VideoError, VideoFile
+from opentau_train.data.video_file import Coding, VideoError, VideoFile, new_decoder
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
@@ -82,12 +83,17 @@ class VideoPool:
 
 
 class FrameCursor:
-    """Reads frames of one camera, mostly forward; going back or far ahead seeks to a keyframe."""
+    """Reads frames of one camera, mostly forward; going back or far ahead seeks to a keyframe.
+
+    The decoder stays when the cursor goes on in another file of the same coding: opening one costs as much as decoding
+    several frames, and a heap in which they come and go without end grows by the gaps they leave.
+    """
 
     def __init__(self, pool: VideoPool):
         self._pool = pool
         self._path: Path | None = None
         self._decoder: av.VideoCodecContext | None = None
+        self._coding: Coding | None = None  # what the decoder was made from; None where it can't be trusted any more
         self._forget()
 
     def read(self, path: Path, seconds: float, tolerance_s: float) -> av.VideoFrame:
@@ -96,27 +102,30 @@ class FrameCursor:
         Raises `VideoError` where none lies within `tolerance_s`, and where the file can't be read or decoded; the
         cursor can be used again after that.
         """
-        try:
-            if path is not self._path and path != self._path:
-                self._decoder, self._path = self._pool.get(path).new_decoder(), path
-                self._forget()
-            file = self._pool.get(path)
-            frame = self._nearest(file, seconds / file.time_base, ROUNDING_S / file.time_base)
-        except (av.FFmpegError, OSError, VideoError) as error:
-            self._path = None
-            self._pool.drop(path)
-            if isinstance(error, VideoError):
-                raise
-            raise VideoError(f"{path}: {error.strerror or error}") from error
-        found = _ticks(frame) * file.time_base
-        if abs(found - seconds) > tolerance_s:
-            raise VideoError(
-                f"{path} has no frame within {tolerance_s:g} s of {seconds:.6f} s: the nearest is at {found:.6f} s"
-            )
-        return frame
+        return next(self.read_all(path, (seconds,), tolerance_s))
+
+    def read_all(self, path: Path, seconds: Iterable[float], tolerance_s: float) -> Iterator[av.VideoFrame]:
+        """`read` for each of `seconds`, one after another; no other cursor may be used before it has ended."""
+        file = None
+        for wanted in seconds:
+            try:
+                file = file or self._enter(path)
+                frame = self._nearest(file, wanted / file.time_base, ROUNDING_S / file.time_base)
+            except (av.FFmpegError, OSError, VideoError) as error:
+                self._path = self._coding = None
+                self._pool.drop(path)
+                if isinstance(error, VideoError):
+                    raise
+                raise VideoError(f"{path}: {error.strerror or error}") from error
+            found = _ticks(frame) * file.time_base
+            if abs(found - wanted) > tolerance_s:
+                raise VideoError(
+                    f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {found:.6f} s"
+                )
+            yield frame
 
     def close(self) -> None:
-        self._path = self._decoder = None
+        self._path = self._decoder = self._coding = None
         self._forget()
         self._pool.release()
 
@@ -124,6 +133,15 @@ class FrameCursor:
     def _opened(self) -> av.VideoCodecContext:
         assert self._decoder is not None, "read() makes the decoder"
         return self._decoder
+
+    def _enter(self, path: Path) -> VideoFile:
+        file = self._pool.get(path)
+        if path is not self._path and path != self._path:
+            if self._coding != file.coding:
+                self._decoder, self._coding = new_decoder(file.coding), file.coding
+            self._path = path
+            self._forget()
+        return file
 
     def _forget(self) -> None:
         self._packets: deque[av.Packet] = deque()
@@ -194,8 +212,11 @@ class FrameCursor:
 
     def _feed(self, packet: av.Packet) -> None:
         self._fed_dts = packet.dts
-        if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
-            self._key_delay = packet.pts - packet.dts
+        if packet.is_keyframe:
+            if packet.pts is not None and packet.dts is not None:
+                self._key_delay = packet.pts - packet.dts
+            if packet.has_sidedata("new_extradata"):
+                self._coding = None  # the file changes its coding on the way: no decoder for another file
         self._pool.frames_decoded += 1
         self._frames.extend(self._opened.decode(packet))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 
-PACKETS_PER_READ = 32
+PACKETS_PER_READ = 64
 """Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file."""
 
 MIN_SKIPPED = 4
@@ -22,8 +22,23 @@ class VideoError(Exception):
     """A frame can't be had; the text names the file and the cause."""
 
 
+Coding = tuple[str, bytes | None, int, int, int, int, int, int]
+"""What a decoder is made from: codec, its extradata, width, height, colour range, space, primaries, transfer."""
+
+
+def new_decoder(coding: Coding) -> av.VideoCodecContext:
+    """A decoder independent of any demuxer; one thread, because workers are the parallelism."""
+    decoder = av.CodecContext.create(coding[0], "r")
+    assert isinstance(decoder, av.VideoCodecContext)
+    decoder.extradata = coding[1]
+    decoder.width, decoder.height = coding[2:4]
+    decoder.color_range, decoder.colorspace, decoder.color_primaries, decoder.color_trc = coding[4:]
+    decoder.thread_count = 1
+    return decoder
+
+
 class VideoFile:
-    """One open demuxer. Times are in ticks of `time_base` seconds."""
+    """One open demuxer. Times are in ticks of `time_base` seconds; `coding` is what its packets are decoded with."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,24 +50,15 @@ class VideoFile:
             raise VideoError(f"{path} has no video stream that can be decoded")
         self._stream = streams[0]
         self.time_base = float(time_base)
+        theirs = self._stream.codec_context
+        # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
+        colours = theirs.color_range, theirs.colorspace, theirs.color_primaries, theirs.color_trc
+        self.coding: Coding = (theirs.name, theirs.extradata, theirs.width, theirs.height, *colours)
         self._index = self._stream.index_entries
         self._last_dts: int | None = None
 
     def close(self) -> None:
         self._container.close()
-
-    def new_decoder(self) -> av.VideoCodecContext:
-        """A decoder of this stream, independent of the demuxer; one thread, because workers are the parallelism."""
-        theirs = self._stream.codec_context
-        decoder = av.CodecContext.create(theirs.name, "r")
-        assert isinstance(decoder, av.VideoCodecContext)
-        decoder.extradata = theirs.extradata
-        decoder.width, decoder.height = theirs.width, theirs.height
-        # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
-        decoder.color_range, decoder.colorspace = theirs.color_range, theirs.colorspace
-        decoder.color_primaries, decoder.color_trc = theirs.color_primaries, theirs.color_trc
-        decoder.thread_count = 1
-        return decoder
 
     def packets_from_keyframe(self, ticks: int) -> list[av.Packet]:
         """The next packets from the last keyframe that is shown at `ticks` or before; else from the first."""

@@ -95,6 +95,14 @@ def rows_at(
     return values[low] * (1 - share) + values[np.minimum(low + 1, last)] * share, is_pad
 
 
+def next_rows(values: NDArray[np.float32], row: int, num: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """`rows_at` for the `num` T rows of `values` [L, A] from `row` on: (a copy [T, A] f32, is_pad [T])."""
+    found = values[row : row + num]
+    if len(found) == num:
+        return found.copy(), np.zeros(num, bool)
+    return np.concatenate([found, np.repeat(found[-1:], num - len(found), axis=0)]), np.arange(num) >= len(found)
+
+
 def history_rows(frame: int, history: int, step: float = 1.0) -> NDArray[np.int64]:
     """[h+1] rows of the images of the window at `frame`, oldest first: the nearest to `step` rows apart, never before
     the episode's start."""

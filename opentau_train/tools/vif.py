@@ -26,7 +26,7 @@ from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.quality import ShuffleQuality
 from opentau_train.data.stream import Parts
-from opentau_train.data.tape import Windows
+from opentau_train.data.tape import Windows, frames_ahead
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK
 from opentau_train.models.policy import Policy
@@ -146,7 +146,8 @@ def stretches(mixture: Mixture, num: int, length: int) -> Iterator[Windows]:
             inside = (int(blocks.length[block]) - length) // 2 + np.arange(length)
             frame = blocks.frames(np.full(length, block), inside)
             zeros = np.zeros(length, np.int64)
-            yield Windows(np.arange(length), zeros, zeros + dataset, zeros, zeros + episode[1], frame)
+            ahead = frames_ahead(zeros, zeros, frame)
+            yield Windows(np.arange(length), zeros, zeros + dataset, zeros, zeros + episode[1], frame, ahead)
 
 
 def measure(policy: Policy, mixture: Mixture, batch_size: int, *, batches: int, episodes: int, frames: int) -> Measured:

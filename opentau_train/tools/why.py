@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from opentau_train import config
 from opentau_train.data.assemble import open_plan
+from opentau_train.data.images import centred
 from opentau_train.data.mixture import Mixture
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK, EXIT_USER, BadSample, UserError
@@ -102,7 +103,10 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
     files = dataset.source.cursors(WindowSpec(chunk_length=1, image_size=TILE))
     try:
         images = files.cursor().read(int(places[0]), sample.frame).images
-        return [image[-1] for _, image in sorted(images.items())]
+        tiles = [np.zeros((*TILE, 3), np.uint8) for _ in images]
+        for tile, (_, image) in zip(tiles, sorted(images.items()), strict=True):
+            centred(tile, *image.shape[1:3])[:] = image[-1]
+        return tiles
     finally:
         files.close()
 

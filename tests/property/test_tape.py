@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.tape import DatasetBlocks, Tape, draws_per_epoch
+from opentau_train.data.tape import DatasetBlocks, Tape, draws_per_epoch, frames_ahead
 from opentau_train.data.tape_state import resume_offset, save_state
 from opentau_train.errors import UserError
 from tests.golden import sample_ids
@@ -38,6 +38,12 @@ def tape_of(mixture, weights=None, **options) -> Tape:
     return Tape(datasets, draws, **{"seed": 7, "batch_size": 4, "lanes_per_sample": 2, "phase_rows": 3, **options})
 
 
+def owned(tape: Tape, step: int, *whose: int):
+    """A worker's part of one step: (rank, ranks, worker, workers)."""
+    (part,) = tape.owned(range(step, step + 1), *whose)
+    return part
+
+
 def addresses(windows) -> np.ndarray:
     return np.stack([windows.dataset, windows.pass_index, windows.episode, windows.frame], axis=1)
 
@@ -55,7 +61,7 @@ def test_every_window_of_a_natural_epoch_exactly_once(mixture, batch, lanes, row
 def test_global_batch_is_the_same_for_all_ranks_and_workers(mixture, step, ranks, workers):
     tape = tape_of(mixture, batch_size=6)
     whole = tape.batch(step)
-    parts = [[tape.owned(step, r, ranks, w, workers) for w in range(workers)] for r in range(ranks)]
+    parts = [[owned(tape, step, r, ranks, w, workers) for w in range(workers)] for r in range(ranks)]
     for rank in parts:
         assert sum(len(p) for p in rank) == 6 // ranks
         assert max(map(len, rank)) - min(map(len, rank)) <= 2  # no worker builds what another could
@@ -128,6 +134,34 @@ def test_lanes_read_forward_without_gaps_inside_an_episode(mixture):
                     assert after[3] == 0
 
 
+@given(mixtures, st.integers(1, 20), st.sampled_from([1, 2]), st.booleans())
+def test_ahead_counts_the_frames_that_a_lane_reads_next(mixture, rows, stride, shuffle):
+    """Neither one too many, which would be decoded in vain, nor one too few inside a block and a phase."""
+    datasets = [dataclasses.replace(blocks(f"d{i}", n, shuffle), stride=stride) for i, n in enumerate(mixture)]
+    tape = Tape(datasets, [d.num_windows for d in datasets], seed=7, batch_size=3, lanes_per_sample=2, phase_rows=rows)
+    windows = tape.windows(np.arange(tape.epoch_size))
+    phase, next_one = tape._phase_of(windows.t), 1 if tape.in_order else tape.num_lanes
+    rows_of = addresses(windows)
+    for t in range(tape.epoch_size):
+        ahead = 0
+        while (later := t + (ahead + 1) * next_one) < tape.epoch_size and phase[later] == phase[t]:
+            if rows_of[later].tolist() != [*rows_of[t][:3].tolist(), rows_of[t][3] + ahead + 1]:
+                break
+            ahead += 1
+        assert windows.ahead[t] == ahead
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 1)] * 2, st.integers(0, 5)), min_size=0, max_size=30))
+def test_frames_ahead_of_a_list_are_those_that_follow_in_it(rows):
+    columns = np.array(rows, np.int64).reshape(-1, 3)
+    found = frames_ahead(*columns.T)
+    for i in range(len(rows)):
+        n = int(found[i])
+        run = columns[i : i + n + 1] - columns[i]
+        assert (run[:, :2] == 0).all() and run[:, 2].tolist() == list(range(n + 1))
+        assert i + n + 1 == len(rows) or (columns[i + n + 1] - columns[i]).tolist() != [0, 0, n + 1]
+
+
 def test_fewer_windows_than_lanes_or_ranks_still_fill_every_batch():
     tape = tape_of([[1]], batch_size=8)
     assert [len(tape.batch(s)) for s in range(3)] == [8, 8, 8]
@@ -139,7 +173,7 @@ def test_in_order_reading_is_the_datasets_own_order():
     windows = tape.windows(np.arange(5))
     assert windows.episode.tolist() == [0, 0, 0, 1, 1] and windows.frame.tolist() == [0, 1, 2, 0, 1]
     assert not windows.slot.any()  # one reader, or each of them would decode what lies between its windows
-    assert [len(tape.owned(0, 0, 1, worker, 2)) for worker in range(2)] == [1, 1]  # still shared by the workers
+    assert [len(owned(tape, 0, 0, 1, worker, 2)) for worker in range(2)] == [1, 1]  # still shared by the workers
 
 
 def test_order_differs_between_seeds_and_passes():

@@ -15,7 +15,7 @@ RHO = CorrelationSettings(episode=0.1, neighbours=0.4, frames=8.0)
 def windows(dataset, episode, frame) -> Windows:
     columns = [np.asarray(c, np.int64) for c in (dataset, episode, frame)]
     zeros = np.zeros(len(columns[0]), np.int64)
-    return Windows(np.arange(len(zeros)), zeros, columns[0], zeros, columns[1], columns[2])
+    return Windows(np.arange(len(zeros)), zeros, columns[0], zeros, columns[1], columns[2], zeros)
 
 
 def tape(num_episodes=400, length=60, shuffle=True, **options) -> Tape:

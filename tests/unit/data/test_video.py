@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentau_train.data.images import ImageError, Letterbox, decode_image, fit
+from opentau_train.data.images import ImageError, Resizer, decode_image, fit
 from opentau_train.data.video import VideoPool
 from opentau_train.data.video_file import VideoError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
@@ -76,7 +77,7 @@ def _remux(source: Path, target: Path, *, cut: bool) -> None:
 
 
 def rgb(frame: av.VideoFrame) -> np.ndarray:
-    return Letterbox(None)(frame)
+    return Resizer(None)(frame)
 
 
 @pytest.mark.parametrize("name", [*FILES, *REMUXED])
@@ -161,6 +162,46 @@ def test_the_nearest_frame_is_given_or_named_when_out_of_tolerance(video, data):
     pool.close()
 
 
+def test_a_cursor_that_changes_files_gives_each_file_s_frames(video):
+    """Files of one coding share a decoder, which may hold delayed pictures of the last file; others get their own."""
+    names = ["h264_b_frames", "h264_one_gop", "h264_cut_by_edit_list", "h264_full_range", "hevc_open_gop", "av1_gop2"]
+    pool = VideoPool()
+    cursor = pool.cursor()
+    places = [3, 40, 41, 0, 59]
+    for first, second in itertools.permutations(names, 2):
+        for name in (first, second):
+            path, times, frames = video(name)
+            for i in places:
+                np.testing.assert_array_equal(rgb(cursor.read(path, times[i], 1e-4)), frames[i])
+    pool.close()
+
+
+def test_a_decoder_goes_on_in_the_next_file_of_its_coding_and_not_after_damage(video, folder):
+    (one, times, _), (other, _, frames) = video("h264_b_frames"), video("h264_one_gop")
+    (folder / "half.mp4").write_bytes(one.read_bytes()[:-2000])
+    pool = VideoPool()
+    cursor = pool.cursor()
+    cursor.read(one, times[0], 1e-4)
+    decoder = cursor._decoder
+    np.testing.assert_array_equal(rgb(cursor.read(other, times[9], 1e-4)), frames[9])
+    assert cursor._decoder is decoder
+    with pytest.raises(VideoError):
+        cursor.read(folder / "half.mp4", times[0], 1e-4)
+    np.testing.assert_array_equal(rgb(cursor.read(other, times[9], 1e-4)), frames[9])
+    assert cursor._decoder is not decoder
+    pool.close()
+
+
+def test_a_run_of_times_gives_the_frames_of_each(video):
+    path, times, frames = video("h264_b_frames")
+    pool = VideoPool()
+    found = [rgb(f) for f in pool.cursor().read_all(path, times[7:31].tolist(), 1e-4)]
+    np.testing.assert_array_equal(found, frames[7:31])
+    with pytest.raises(VideoError, match="no frame within"):
+        list(pool.cursor().read_all(path, [times[2], times[-1] + 1.0], 1e-4))
+    pool.close()
+
+
 def test_a_broken_file_is_named_and_leaves_the_pool_usable(video, folder):
     path, times, frames = video("h264_b_frames")
     whole = path.read_bytes()
@@ -232,18 +273,15 @@ def test_no_more_files_are_open_than_cursors_and_none_after_close(video):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 40), (32, 48), (64, 96), (200, 100)])
-def test_resized_frames_keep_their_aspect_ratio_between_black_bars(video, size):
+def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size):
     path, times, _ = video("h264_b_frames")
     frame = decode_all(path)[1][7]
     height, width = fit(frame.height, frame.width, size)
     assert height == size[0] or width == size[1]
     assert abs(height / width - frame.height / frame.width) <= 1 / min(height, width)
-    expected = np.zeros((*size, 3), np.uint8)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    scaled = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
-    expected[top : top + height, left : left + width] = scaled
+    expected = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
     pool = VideoPool()
-    np.testing.assert_array_equal(Letterbox(size)(pool.cursor().read(path, times[7], 1e-4)), expected)
+    np.testing.assert_array_equal(Resizer(size)(pool.cursor().read(path, times[7], 1e-4)), expected)
     pool.close()
 
 

@@ -12,6 +12,7 @@ from opentau_train.data.windows import (
     equal_spans,
     history_rows,
     make_blocks,
+    next_rows,
     rows_at,
     validation_split,
     validation_windows,
@@ -132,6 +133,16 @@ def test_history_steps_back_in_time_and_never_before_the_episode():
     assert history_rows(9, 3).tolist() == [6, 7, 8, 9]
     assert history_rows(9, 3, 2.5).tolist() == [1, 4, 7, 9]  # 7.5 back, 5 back, 2.5 back: the even one at a tie
     assert history_rows(1, 2, 3.0).tolist() == [0, 0, 1]
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.data())
+def test_the_next_rows_are_those_at_their_places(length, num, data):
+    row = data.draw(st.integers(0, length - 1))
+    values = np.random.default_rng(length).normal(size=(length, 2)).astype(np.float32)
+    for one, other in zip(next_rows(values, row, num), rows_at(values, chunk_places(row, num, 1.0)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    next_rows(values, row, num)[0][:] = 9.0
+    assert not (values == 9.0).any()  # a copy
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 7), st.booleans(), st.integers(1, 9))
