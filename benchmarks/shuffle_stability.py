@@ -211,15 +211,14 @@ def decoding(mixture: Mixture, order: Order, steps: int) -> tuple[int, float, in
     readers, started = {}, time.process_time()
     for step in range(steps):
         windows = order(step)
-        for slot, d, e, f in zip(
-            *(c.tolist() for c in (windows.slot, windows.dataset, windows.episode, windows.frame))
-        ):
+        columns = windows.slot, windows.dataset, windows.episode, windows.frame, windows.ahead
+        for slot, d, e, f, ahead in zip(*(c.tolist() for c in columns)):
             held = readers.get(slot)
             if held is None or held[0] != d:
                 if held is not None:
                     held[1].close()
                 held = readers[slot] = d, factories[d].cursor()
-            held[1].read(e, f)
+            held[1].read(e, f, ahead)
     seconds, frames = time.process_time() - started, [f.frames_decoded for f in factories]
     sizes = [next(iter(d.source.frame_sizes.values())) for d in mixture.datasets]
     for factory in factories:

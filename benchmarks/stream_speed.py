@@ -1,6 +1,6 @@
 """What a window of the stream costs: CPU against a bare decode and random-access loaders, and the plan itself.
 
-    python benchmarks/stream_speed.py [--repeats 5]
+    python benchmarks/stream_speed.py [--repeats 5] [--lerobot PYTHON]
 
 Writes datasets of 2 cameras with natural pictures (h264 with a keyframe every 2 and every 30 frames, AV1 every 2) and
 reads them in one process and one thread. All sides read the same files in turns; CPU milliseconds a window, medians:
@@ -8,27 +8,32 @@ reads them in one process and one thread. All sides read the same files in turns
 - `decode`: every file in order, the frames thrown away;
 - `scaled`: the same, each frame brought to the stream's 96x96 RGB by libswscale;
 - `rgb`: the same, each frame an RGB array of its own size (`frame.to_ndarray(format="rgb24")`);
-- `stream`: the program's own: 64 lanes, rows, normalisation, images, batches;
+- `stream`: the program's own: 64 lanes of 240 windows, rows, normalisation, images, batches;
 - `random`: windows in random order through the program's own reader, all files open: a seek for each window;
-- `reopened`: windows in random order, pictures only: open the file, seek, decode, `to_ndarray`, close.
+- `reopened`: windows in random order, pictures only: open the file, seek, decode, `to_ndarray`, close;
+- `lerobot`: samples in random order of LeRobot's own dataset class in the environment of PYTHON, all files open.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 from support.datasets import AV1, H264, Repeated, write_dataset
-from support.program import machine, mixture_of
+from support.program import machine, mixture_of, with_episodes
 
-from opentau_train.data.images import Resizer
+from opentau_train.data.images import fit
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.stream import Parts, TrainPlan
@@ -43,7 +48,9 @@ VARIANTS = {
 }
 LENGTHS = [160] * 12
 BATCH, LANES_PER_SAMPLE = 32, 2
-SIDES = ("decode", "scaled", "rgb", "stream", "random", "reopened")
+EPISODES = 96
+"""Those of the dataset again and again: lanes must be long against what is read ahead, as in real datasets."""
+BASES, LOADERS = ("decode", "scaled", "rgb"), ("random", "reopened", "lerobot")
 STEPS = 10
 """Batches of the stream a turn."""
 
@@ -52,46 +59,86 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--data", type=Path, help="keep the datasets there, and use them again")
+    parser.add_argument("--lerobot", metavar="PYTHON", help="of an environment with LeRobot, to measure that too")
     options = parser.parse_args()
     repeats = options.repeats
+    loaders = LOADERS if options.lerobot else LOADERS[:-1]
     print(f"{machine()}; one thread, medians of {repeats}\n")
-    heads = ["video", "B a frame", *SIDES, "stream/decode", "stream/scaled", "stream/rgb", "random/stream"]
-    print(f"| {' | '.join([*heads, 'reopened/stream', 'decoded a frame used'])} |\n|{'---|' * (len(heads) + 2)}")
+    print_head("video", "B a frame", *BASES, "stream", *loaders, "decoded a frame used")
+    ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (codec, gop, tuning, size)) in enumerate(VARIANTS.items()):
             root = (options.data or Path(folder)) / f"speed{number}"
             write_dataset(root, LENGTHS, size=size, codec=codec, gop=gop, options=tuning)
-            print_variant(name, root, repeats)
+            ratios.append(print_variant(name, root, repeats, loaders, options.lerobot))
+        print()
+        print_head("video", *(f"stream / {side}" for side in BASES), *(f"{side} / stream" for side in loaders))
+        for cells in ratios:
+            print(f"| {' | '.join(cells)} |")
         print_phase(options.data or Path(folder))
     print_plan()
 
 
-def print_variant(name: str, root: Path, repeats: int) -> None:
+def print_head(*names: str) -> None:
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
+
+
+def print_variant(name: str, root: Path, repeats: int, loaders: Sequence[str], python: str | None) -> list[str]:
+    """Print the row of times, and give that of ratios."""
     mixture = mixture_of(root, f"data.lanes_per_sample={LANES_PER_SAMPLE}", "data.num_workers=0")
     files = sorted(root.rglob("*.mp4"))
+    mixture = with_episodes(mixture, EPISODES)
     stream, builder = open_stream(mixture, mixture.tape(BATCH))
     warm_up(stream)
     before, seen = builder[0].frames_decoded, 0
     sides: dict[str, Callable[[], float]] = {
         "decode": lambda: decode(files[:4]),
-        "scaled": lambda: decode(files[:4], Resizer(mixture.spec.image_size)),
+        "scaled": lambda: decode(files[:4], scaling(mixture.spec.image_size)),
         "rgb": lambda: decode(files[:4], lambda frame: frame.to_ndarray(format="rgb24")),
         "stream": lambda: take(stream, STEPS),
         "random": lambda: random_access(mixture, 48),
         "reopened": lambda: reopening(mixture, 48),
     }
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        for side in SIDES:
-            times[side].append(sides[side]())
-            seen += STEPS * BATCH * (side == "stream")
+    times: dict[str, list[float]] = {side: [] for side in (*BASES, "stream", *loaders)}
+    with ExitStack() as stack:
+        if python is not None:
+            sides["lerobot"] = stack.enter_context(lerobot(python, root, mixture))
+        for _ in range(repeats):
+            for side, found in times.items():
+                found.append(sides[side]())
+                seen += STEPS * BATCH * (side == "stream")
     decoded = (builder[0].frames_decoded - before) / (2 * seen)
     m = {side: statistics.median(found) for side, found in times.items()}
     size = sum(path.stat().st_size for path in files) / (2 * sum(LENGTHS))
-    cells = [f"{size:.0f}", *(f"{m[side]:.3f}" for side in SIDES)]
-    cells += [f"{m['stream'] / m[side]:.2f}" for side in ("decode", "scaled", "rgb")]
-    cells += [f"{m[side] / m['stream']:.1f}" for side in ("random", "reopened")]
-    print(f"| {name} | {' | '.join(cells)} | {decoded:.3f} |", flush=True)
+    cells = [name, f"{size:.0f}", *(f"{median:.3f}" for median in m.values()), f"{decoded:.3f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    ratios = [f"{m['stream'] / m[side]:.2f}" for side in BASES]
+    return [name, *ratios, *(f"{m[side] / m['stream']:.1f}" for side in loaders)]
+
+
+@contextmanager
+def lerobot(python: str, root: Path, mixture: Mixture, num: int = 48) -> Iterator[Callable[[], float]]:
+    """What measures `num` random samples of LeRobot's dataset, in a process of the interpreter `python`."""
+    script = Path(__file__).parent / "baselines" / "lerobot_loader.py"
+    fps = mixture.datasets[0].source.fps
+    command = [python, str(script), str(root), str(mixture.spec.chunk_length), str(fps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None and process.stdout is not None
+    requests, answers = process.stdin, process.stdout
+    if not answers.readline():
+        raise SystemExit(f"{python} can't read {root} with LeRobot: see above")
+
+    def measure() -> float:
+        requests.write(f"{num}\n")
+        requests.flush()
+        return float(answers.readline())
+
+    try:
+        yield measure
+    finally:
+        requests.close()
+        process.wait()
 
 
 def open_stream(mixture: Mixture, tape: Tape) -> tuple[Iterator, list]:
@@ -132,6 +179,18 @@ def decode(files: list[Path], convert: Callable[[av.VideoFrame], object] | None 
                 if convert is not None:
                     convert(frame)
     return 1e3 * 2 * (time.process_time() - started) / frames
+
+
+def scaling(size: tuple[int, int]) -> Callable[[av.VideoFrame], np.ndarray]:
+    """Frames as RGB arrays of the largest size inside `size` (H, W), with one context of libswscale and one thread."""
+    reformatter = VideoReformatter()
+
+    def scaled(frame: av.VideoFrame) -> np.ndarray:
+        height, width = fit(frame.height, frame.width, size)
+        small = reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+        return small.to_ndarray()
+
+    return scaled
 
 
 def random_access(mixture: Mixture, num: int) -> float:
@@ -175,7 +234,8 @@ def random_windows(length: np.ndarray, num: int) -> list[tuple[int, int]]:
 
 def print_phase(folder: Path, batch: int = 4, lanes_per_sample: int = 4) -> None:
     """Frames decoded over whole phases, with the starts and the ends of all lanes."""
-    print("\n| keyframes every | rows of a phase | windows | frames decoded a frame used |\n|---|---|---|---|")
+    print()
+    print_head("keyframes every", "rows of a phase", "windows", "frames decoded a frame used")
     lengths = np.random.default_rng(0).integers(100, 400, 140).tolist()
     for gop in (2, 30):
         tiny = [np.full((64, 64, 3), 3 * i, np.uint8) for i in range(60)]

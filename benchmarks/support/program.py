@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from opentau_train import cli, config
 from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
+from opentau_train.data.lerobot import whole_episodes
 from opentau_train.data.mixture import Mixture
+from opentau_train.data.tape import DatasetBlocks
 from opentau_train.distributed import launch
 
 
@@ -38,3 +43,22 @@ def unique_bytes(pid: int) -> int:
 def machine() -> str:
     load = os.getloadavg()[0]
     return f"{os.cpu_count()} cores, no accelerator, load {load:.1f}"
+
+
+def with_episodes(mixture: Mixture, num: int) -> Mixture:
+    """The mixture as if its one dataset had `num` episodes: its own, again and again."""
+    (dataset,) = mixture.datasets
+    place = np.arange(num) % len(dataset.source.episodes)
+    table = dataset.source.episodes.select(place)
+    reading = dataclasses.replace(dataset.source.reading, episodes=table)
+    source = dataclasses.replace(dataset.source, reading=reading, blocks=whole_episodes(table.length))
+    position = np.arange(num, dtype=np.int32)
+    blocks = DatasetBlocks(dataset.name, position, np.zeros(num, np.int32), table.length, position.astype(np.int64))
+    changed = dataclasses.replace(
+        dataset,
+        source=source,
+        train=blocks,
+        held_out=np.zeros(num, bool),
+        group_of=np.zeros(num, np.int64),
+    )
+    return dataclasses.replace(mixture, datasets=(changed,), draws=(blocks.num_windows,))

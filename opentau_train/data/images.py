@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -35,14 +36,31 @@ class Resizer:
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """[H', W', 3] uint8 RGB."""
+        return next(self.all(iter([frame]), 1))
+
+    def all(self, frames: Iterator[av.VideoFrame], num: int) -> Iterator[NDArray[np.uint8]]:
+        """Each of `num` frames or fewer. They share one block of memory, which lives as long as any of them: pictures
+        that are allocated between the decoder's own buffers leave gaps that a heap doesn't fill again."""
+        block = np.empty((0, 0, 0, 3), np.uint8)
+        for left, frame in zip(range(num, 0, -1), frames):
+            height, width = self._fit(frame)
+            if not len(block) or block.shape[1:3] != (height, width):
+                block = np.empty((left, height, width, 3), np.uint8)
+            # threads=1: libswscale would start a pool of its own in every worker.
+            scaled = self._reformatter.reformat(
+                frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
+            )
+            plane: Any = scaled.planes[0]  # a buffer, which its stub doesn't say
+            rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+            block[0].reshape(height, 3 * width)[:] = rows[:, : 3 * width]
+            yield block[0]
+            block = block[1:]
+
+    def _fit(self, frame: av.VideoFrame) -> tuple[int, int]:
         source = frame.height, frame.width
         if source != self._source:
             self._source, self._fitted = source, source if self.size is None else fit(*source, self.size)
-        # threads=1: libswscale would start a pool of its own in every worker.
-        scaled = self._reformatter.reformat(
-            frame, self._fitted[1], self._fitted[0], "rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        )
-        return np.asarray(scaled.to_ndarray(), np.uint8)
+        return self._fitted
 
 
 def centred(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

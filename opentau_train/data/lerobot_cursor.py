@@ -215,10 +215,10 @@ class LeRobotCursor:
         rows, (path, start), resizer = self._rows, self._places[camera], self._factory.resizers[camera]
         assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
         seconds = (start + rows.seconds[first : first + count]).tolist()
-        frames = self._videos[camera].read_all(path, seconds, self._reading.tolerance_s)
-        yield resizer(next(frames))
+        images = resizer.all(self._videos[camera].read_all(path, seconds, self._reading.tolerance_s), count)
+        yield next(images)
         try:
-            yield from map(resizer, frames)
+            yield from images
         except VideoError:
             return
 

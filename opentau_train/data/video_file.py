@@ -11,8 +11,9 @@ from pathlib import Path
 
 import av
 
-PACKETS_PER_READ = 64
-"""Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file."""
+PACKETS_PER_READ, BYTES_PER_READ = 64, 256 * 2**10
+"""Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file. The bytes bound
+what hundreds of cursors hold where a packet is large (and reading it dwarfs a seek)."""
 
 MIN_SKIPPED = 4
 """Packets that a jump to a later keyframe must save, else decoding on is cheaper than flushing the decoder."""
@@ -103,6 +104,7 @@ class VideoFile:
 
     def _read(self) -> list[av.Packet]:
         packets: list[av.Packet] = []
+        size = 0
         self._last_dts = None
         for packet in self._container.demux(self._stream):
             if packet.dts is None:
@@ -110,7 +112,8 @@ class VideoFile:
                     raise VideoError(f"{self.path}: a packet has no decode time")
                 return packets  # the end of the file
             packets.append(packet)
-            if len(packets) == PACKETS_PER_READ:
+            size += packet.size
+            if len(packets) == PACKETS_PER_READ or size >= BYTES_PER_READ:
                 break
         if packets:
             self._last_dts = packets[-1].dts

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opentau_train.data import video_file
 from opentau_train.data.images import ImageError, Resizer, decode_image, fit
 from opentau_train.data.video import VideoPool
 from opentau_train.data.video_file import VideoError
@@ -105,8 +106,11 @@ def test_any_order_of_reading_gives_the_same_frames(video, name, data):
     pool.close()
 
 
+@pytest.mark.parametrize("most_bytes", [1, 3000, video_file.BYTES_PER_READ])
 @pytest.mark.parametrize("name", ["h264_b_frames", "h264_cut_by_edit_list", "hevc_open_gop", "av1_gop2"])
-def test_cursors_that_alternate_on_one_file_do_not_disturb_each_other(video, name):
+def test_cursors_that_alternate_on_one_file_do_not_disturb_each_other(video, name, most_bytes, monkeypatch):
+    """However many packets are taken at once: each alone, a few, or as many as there are."""
+    monkeypatch.setattr(video_file, "BYTES_PER_READ", most_bytes)
     path, times, frames = video(name)
     pool = VideoPool()
     starts = [0, 3, 17, 18, 40, 59]
@@ -283,6 +287,22 @@ def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size):
     pool = VideoPool()
     np.testing.assert_array_equal(Resizer(size)(pool.cursor().read(path, times[7], 1e-4)), expected)
     pool.close()
+
+
+def test_pictures_of_one_block_belong_to_whoever_has_them(video):
+    """Also where the size changes on the way, as from one file to another."""
+    some = [video(name)[0] for name in ("h264_b_frames", "h264_grey")]
+    frames = [f for path in some for f in decode_all(path)[1][:5]]
+    small = av.VideoFrame.from_ndarray(picture(0, 0, "x", (30, 50)), "rgb24")
+    given = [*frames[:3], small, small, *frames[3:]]
+    resizer = Resizer((32, 40))
+    alone = [Resizer((32, 40))(frame).copy() for frame in given]
+    found = list(resizer.all(iter(given), len(given) + 2))
+    for i, picture_of_it in enumerate(found):
+        np.testing.assert_array_equal(picture_of_it, alone[i])
+        picture_of_it[:] = 255 - i
+    assert [p.max() for p in found] == [255 - i for i in range(len(found))]
+    assert list(resizer.all(iter([]), 4)) == []
 
 
 def test_still_images_of_any_depth_become_rgb():
