@@ -1,6 +1,6 @@
 """What a data worker holds: with 1,000 and with 1,000,000 episodes, and over 1,000 steps.
 
-    python benchmarks/memory.py [--steps 1000]
+    python benchmarks/memory.py [--steps 1000] [--repeats 3]
 
 The episodes are synthetic metadata over eight real ones of one camera 180x320. Each case is a new process with two
 workers, batches of 32, 4 lanes a sample (64 lanes a worker); USS (memory that only the process has) of the larger one.
@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,31 +35,38 @@ WARM = 500
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case is not None:
         print(json.dumps(run(options.root, options.case, options.steps)))
         return
-    print(f"{machine()}; USS of a worker in MB\n")
+    print(f"{machine()}; USS of a worker in MB, medians of {options.repeats} runs\n")
     marks = marks_of(options.steps)
     print(f"| episodes | {' | '.join(f'step {m}' for m in marks)} | growth from {WARM} on | first batch |")
     print("|---|" + "---|" * (len(marks) + 2))
-    found = {}
+    found: dict[int, list[dict]] = {num: [] for num in CASES}
     with tempfile.TemporaryDirectory() as folder:
         root = write_dataset(Path(folder) / "set", [60] * 8, cameras=1)
-        for num in CASES:
-            command = [sys.executable, __file__, "--case", str(num), "--root", str(root), "--steps", str(options.steps)]
-            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            found[num] = json.loads(done.stdout.splitlines()[-1])
-            sizes = [found[num]["bytes"][str(m)] / 2**20 for m in marks]
-            growth = sizes[-1] / sizes[marks.index(WARM)] - 1
-            cells = " | ".join(f"{size:.1f}" for size in sizes)
-            print(f"| {num:,} | {cells} | {growth:+.1%} | {found[num]['first']:.2f} s |", flush=True)
-    few, many = (found[num]["bytes"][str(marks[-1])] for num in CASES)
+        for _ in range(options.repeats):
+            for num in CASES:
+                found[num].append(in_own_process(root, num, options.steps))
+    for num, runs in found.items():
+        sizes = [statistics.median(run["bytes"][str(m)] for run in runs) / 2**20 for m in marks]
+        growth = statistics.median(run["bytes"][str(marks[-1])] / run["bytes"][str(WARM)] for run in runs) - 1
+        cells = " | ".join(f"{size:.1f}" for size in sizes)
+        print(f"| {num:,} | {cells} | {growth:+.1%} | {statistics.median(run['first'] for run in runs):.2f} s |")
+    few, many = (statistics.median(run["bytes"][str(marks[-1])] for run in found[num]) for num in CASES)
     print(f"\na worker of {CASES[1]:,} episodes holds {many / few - 1:+.1%} against {CASES[0]:,}")
+
+
+def in_own_process(root: Path, num: int, steps: int) -> dict:
+    command = [sys.executable, __file__, "--case", str(num), "--root", str(root), "--steps", str(steps)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def marks_of(steps: int) -> list[int]:
