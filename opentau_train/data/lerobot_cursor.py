@@ -16,14 +16,11 @@ from opentau_train.data.images import ImageError, Resizer, decode_image
 from opentau_train.data.lerobot_columns import Column
 from opentau_train.data.lerobot_meta import FileTable
 from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
-from opentau_train.data.video import FrameCursor, VideoPool
+from opentau_train.data.video import BURST, FrameCursor, VideoPool
 from opentau_train.data.video_file import VideoError
 from opentau_train.data.windows import chunk_places, history_rows, next_rows, row_step, rows_at
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
-
-BURST = 16
-"""Frames of a camera that are decoded at once where reading goes on: as many small images are kept a lane."""
 
 
 @dataclass(frozen=True)

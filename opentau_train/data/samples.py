@@ -10,7 +10,7 @@ import numpy as np
 from opentau_train import rng
 from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.source import Cursor, CursorFactory
-from opentau_train.data.video import decoder_bytes
+from opentau_train.data.video import reader_bytes
 from opentau_train.types import Provenance, RawWindow, Sample, WindowSpec
 
 _INPUTS = rng.key("inputs") >> 1
@@ -39,9 +39,10 @@ class SampleBuilder:
 
     @property
     def open_decoders(self) -> tuple[int, int]:
-        """(decoders of all lanes' cursors, about the bytes they hold)."""
+        """(decoders of all lanes' cursors, about the bytes that are held to read them)."""
+        image = self.mixture.spec.image_size
         sizes = [self.mixture.datasets[d].source.frame_sizes.values() for d, _ in self._lanes.values()]
-        return sum(map(len, sizes)), sum(decoder_bytes(*size) for found in sizes for size in found)
+        return sum(map(len, sizes)), sum(reader_bytes(size, image) for found in sizes for size in found)
 
     def close(self) -> None:
         for _, cursor in self._lanes.values():

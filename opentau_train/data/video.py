@@ -17,19 +17,25 @@ from pathlib import Path
 
 import av
 
+from opentau_train.data.images import fit
 from opentau_train.data.video_file import Coding, VideoError, VideoFile, new_decoder
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
 Only saves decoding the frame after it; the nearest frame is returned in any case."""
 
+BURST = 16
+"""Frames of a camera that a lane decodes at once where reading goes on: as many small pictures are kept."""
+
 _DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
 
 
-def decoder_bytes(height: int, width: int) -> int:
-    """About what one cursor's decoder holds: a fixed part and some seven pictures. A straight line through what h264
-    without and with B-frames and AV1 took at 192x320 to 720x1280 (docs/benchmarks.md), 40 % off at most."""
-    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * height * width
+def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
+    """About what a lane holds to read one camera, (H, W) in the file and of the batch's images: a decoder (a fixed part
+    and some seven pictures: a straight line through what h264 without and with B-frames and AV1 took at 192x320 to
+    720x1280, 40 % off at most) and the pictures of a burst."""
+    height, width = fit(*frame, image)
+    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + BURST * height * width * 3
 
 
 class VideoPool:

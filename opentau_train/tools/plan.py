@@ -21,7 +21,7 @@ from opentau_train.data import quality
 from opentau_train.data.assemble import open_plan
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.tape import Tape
-from opentau_train.data.video import decoder_bytes
+from opentau_train.data.video import reader_bytes
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK
 from opentau_train.parallel import check_batch
@@ -62,7 +62,8 @@ def decoders_a_rank(mixture: Mixture, tape: Tape, size: int) -> tuple[int, int]:
     share = tape.draws / tape.draws.sum()
     sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
     num = sum(lanes * s * len(found) for s, found in zip(share, sizes, strict=True))
-    held = sum(lanes * s * decoder_bytes(*size) for s, found in zip(share, sizes, strict=True) for size in found)
+    image = mixture.spec.image_size
+    held = sum(lanes * s * reader_bytes(size, image) for s, found in zip(share, sizes, strict=True) for size in found)
     return round(num), round(held)
 
 

@@ -37,7 +37,11 @@ FILES = {
     "mpeg4_colour_in_container": (Camera("mpeg4", gop=12, ticks=30, colour=(2, 1)), EVEN),
     "mpeg4": (Camera("mpeg4", gop=12, ticks=30), EVEN),
 }
-REMUXED = ("h264_no_edit_list", "h264_cut_by_edit_list")
+REMUXED = {
+    "h264_no_edit_list": {"use_editlist": "0"},  # the first frame is then shown late
+    "h264_cut_by_edit_list": {},  # hides the start
+    "h264_other_clock": {"video_track_timescale": "30000"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def video(folder):
     def make(name: str) -> tuple[Path, np.ndarray, list[np.ndarray]]:
         path = folder / f"{name}.mp4"
         if name in REMUXED:
-            _remux(make("h264_b_frames")[0], path, cut=name == "h264_cut_by_edit_list")
+            _remux(make("h264_b_frames")[0], path, REMUXED[name], cut=name == "h264_cut_by_edit_list")
         else:
             camera, seconds = FILES[name]
             write_video(path, camera, [(s, picture(0, i, name, camera.size)) for i, s in enumerate(seconds)])
@@ -63,9 +67,8 @@ def video(folder):
     return make
 
 
-def _remux(source: Path, target: Path, *, cut: bool) -> None:
-    """Copy packets: without an edit list (the first frame is then shown late), or with one that hides the start."""
-    options = {} if cut else {"use_editlist": "0"}
+def _remux(source: Path, target: Path, options: dict[str, str], *, cut: bool) -> None:
+    """Copy packets with the muxer's `options`; `cut`: those before 0.3 s are before the start."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         offset = round(0.3 / old.streams.video[0].time_base) if cut else 0
@@ -168,7 +171,8 @@ def test_the_nearest_frame_is_given_or_named_when_out_of_tolerance(video, data):
 
 def test_a_cursor_that_changes_files_gives_each_file_s_frames(video):
     """Files of one coding share a decoder, which may hold delayed pictures of the last file; others get their own."""
-    names = ["h264_b_frames", "h264_one_gop", "h264_cut_by_edit_list", "h264_full_range", "hevc_open_gop", "av1_gop2"]
+    names = ["h264_b_frames", "h264_one_gop", "h264_cut_by_edit_list", "h264_other_clock", "h264_full_range"]
+    names += ["hevc_open_gop", "av1_gop2"]
     pool = VideoPool()
     cursor = pool.cursor()
     places = [3, 40, 41, 0, 59]
