@@ -71,6 +71,6 @@ def episode_streams(mixture: Mixture, seed: int) -> Order:
         slots = [rank * WORKERS + worker for rank in range(RANKS)]
         rows = np.concatenate([lines[slot][turn * share : (turn + 1) * share] for slot in slots])
         t = np.arange(step * BATCH, (step + 1) * BATCH)
-        return Windows(t, np.repeat(slots, share), rows[:, 0], rows[:, 3], rows[:, 1], rows[:, 2])
+        return Windows(t, np.repeat(slots, share), rows[:, 0], rows[:, 3], rows[:, 1], rows[:, 2], 0 * t)
 
     return batch
