@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Batch, Sample
 
 SUBSTITUTE_TRIES = 8
+GONE_S = 2.0
+"""Seconds that a worker whose connection broke may take to be gone."""
 STEPS_AT_ONCE = 16
 """Steps whose windows are looked up together: most of what that costs doesn't depend on their number."""
 
@@ -232,8 +235,8 @@ def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Pa
     workers: list[BaseProcess] = iterator._workers if num_workers else []
     try:
         yield from iterator
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _tells_of_death(error, workers):
             raise
         raise _worker_death(workers) from error
     finally:
@@ -241,6 +244,17 @@ def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Pa
         # which then sends the workers a SIGTERM, which they ignore, and waits for them for ever.
         if num_workers:
             iterator._shutdown_workers()
+
+
+def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
+    """Whether the loader failed because a worker ended without an exception of its own."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    try:
+        # One may die while its batch is handed over: the connection breaks before the system calls it dead.
+        return bool(workers) and bool(wait([w.sentinel for w in workers], timeout=GONE_S))
+    except RuntimeError as told:  # by torch's handler of SIGCHLD, in the middle of waiting
+        return str(told).startswith("DataLoader worker")
 
 
 def _worker_death(workers: list[BaseProcess]) -> RuntimeError:
