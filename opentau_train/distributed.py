@@ -87,7 +87,8 @@ class World:
         try:
             yield
         except Exception as error:
-            # Broad because any error of one rank is what the others must be told; it goes on as it came.
+            # Broad, and not to be split: any error of one rank leaves the others in a collective; they must be told.
+            # Nothing is swallowed: it goes on as it came, or as the cause of the fault that names the lost rank.
             told = None if self.roll is None else self.roll.explain(error)
             if told is None:
                 raise

@@ -16,10 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
+
+from opentau_train.handover import outcome
 
 T = TypeVar("T")
 
@@ -105,7 +109,7 @@ class Patient(Generic[T]):
     def __init__(self, iterator: Iterator[T]):
         self._iterator: Iterator[T] | None = iterator
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
         self._given_up = False
         self._thread = threading.Thread(target=self._serve, name="data", daemon=True)
         self._thread.start()
@@ -118,15 +122,13 @@ class Patient(Generic[T]):
         self._asked.put(True)
         while True:
             try:
-                item, error = self._answers.get(timeout=0.2)
+                answer = self._answers.get(timeout=0.2)
             except queue.Empty:
                 if stop.poll():
                     self._given_up = True
                     return None
                 continue
-            if error is not None:
-                raise error
-            return item
+            return answer.result()
 
     def close(self) -> None:
         """End the iterator and its thread; one that was given up is left to the end of the process."""
@@ -136,14 +138,8 @@ class Patient(Generic[T]):
 
     def _serve(self) -> None:
         assert self._iterator is not None, "one thread serves, once"
-        answer: tuple[T | None, BaseException | None]
         while self._asked.get():
-            try:
-                answer = next(self._iterator), None
-            except BaseException as error:
-                # Broad because nothing is handled here: it is raised again where `next` was called.
-                answer = None, error
-            self._answers.put(answer)
+            self._answers.put(outcome(partial(next, self._iterator)))
         if isinstance(self._iterator, Generator):
             self._iterator.close()
         self._iterator = None

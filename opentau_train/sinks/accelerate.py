@@ -88,7 +88,8 @@ class TrackerSink(Sink):
                 if self._steps is not None and context.start_step > 0:
                     calls.post(partial(self._catch_up, 0 if self._steps.online else self._kept_step()))
             except Exception as error:
-                # Broad because each tracker has classes of its own, which aren't imported where it isn't installed.
+                # Broad, and not to be split: each tracker raises classes of its own, which can't be imported where it
+                # isn't installed. None is swallowed: a first start ends with it, a resumed one warns of it.
                 calls.abandon()
                 self._cannot_start(error, last=number == len(attempts))
             else:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from opentau_train.handover import outcome
+
 T = TypeVar("T")
 
 THREAD = "tracker "
@@ -37,20 +39,13 @@ class Background:
 
     def ask(self, call: Callable[[], T], seconds: float) -> T:
         """The result of `call()`. Raises what it raises, and TimeoutError after `seconds`."""
-        answer: Future[T] = Future()
-
-        def make() -> None:
-            try:
-                answer.set_result(call())
-            except BaseException as error:
-                # Broad because nothing is handled here: it is raised again where `ask` was called.
-                answer.set_exception(error)
-
-        self._calls.put(make)
+        answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+        self._calls.put(lambda: answers.put(outcome(call)))
         try:
-            return answer.result(seconds)
-        except TimeoutError as error:
+            answer = answers.get(timeout=seconds)
+        except queue.Empty as error:
             raise TimeoutError(f"no answer in {seconds:g} s") from error
+        return answer.result()
 
     def post(self, call: Callable[[], object]) -> None:
         """Make `call` when the ones before it are done; returns at once."""
@@ -84,7 +79,8 @@ class Background:
             try:
                 call()
             except Exception as error:
-                # Broad because a tracker may raise anything, and none of it is worth the training.
+                # Broad, and not to be split: a tracker's library may raise anything, each kind is answered by the same
+                # warning, and none is worth the training. The numbers are in metrics.jsonl.
                 self.failed = True
                 log.warning(
                     "%s has failed and is left out from here on: %s; %s", self.name, first_line(error), self.lost

@@ -30,7 +30,7 @@ LAYERS = (
     {"config_data"},
     {"typed", "bounds", "rng"},
     {"types", "stopping", "preflight", "rollcall", "watchdog"},
-    {"errors"},
+    {"errors", "handover"},
     {"__init__"},  # the version only: importing the package imports nothing else
 )
 """From the top down. A module or package imports from itself and from lower layers, never from its own."""
