@@ -91,8 +91,8 @@ class VideoPool:
 class FrameCursor:
     """Reads frames of one camera, mostly forward; going back or far ahead seeks to a keyframe.
 
-    The decoder stays when the cursor goes on in another file of the same coding: opening one costs as much as decoding
-    several frames, and a heap in which they come and go without end grows by the gaps they leave.
+    The decoder stays when the cursor goes on in another file of the same coding: a heap in which decoders come and go
+    without end grows by the gaps they leave (docs/decisions/0008).
     """
 
     def __init__(self, pool: VideoPool):
