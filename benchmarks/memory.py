@@ -4,8 +4,8 @@
 
 The episodes are synthetic metadata over eight real ones of one camera 180x320. Each case is a new process with two
 workers, batches of 32, 4 lanes a sample (64 lanes a worker); USS (memory that only the process has) of the larger one.
-The growth counts from step 500 on: till then the lanes come to the end of their first episodes, and their decoders to
-as many pictures as they will ever hold.
+The growth counts from step 2,500 on: at step 1,875 the smaller case ends its first epoch and all its lanes change
+episodes at once, the most that a worker holds at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from opentau_train.data.stream import training_batches
 
 BATCH = 32
 CASES = (1_000, 1_000_000)
-WARM = 500
-"""Steps after which every lane has gone through several episodes (of 60 frames, half a row a step)."""
+WARM = 2500
+"""Steps after which a worker has held the most that it ever holds at a time, see above."""
 
 
 def main() -> None:
