@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import commit
 from opentau_train.distributed import World
 from opentau_train.evaluate import Scores, ValidationPlan
 from opentau_train.metrics import Group, aggregate_shares, group_means
@@ -83,7 +84,7 @@ class Best:
             for later in [s for s in records if s > step]:
                 records.pop(later).unlink()
             if records:
-                self._check_and_point()
+                self._move_link()
                 with np.load(records[max(records)]) as saved:
                     found = max(records), [str(n) for n in saved["episodes"]], saved["sums"]
         found = world.broadcast(found)
@@ -96,7 +97,7 @@ class Best:
 
     def offer(self, world: World, step: int, scores: Scores) -> bool:
         """Whether the pass at `step` is the best so far; then its sums are kept, and the step's checkpoint is to be
-        saved and `point`ed to."""
+        saved; `point` after that."""
         if len(scores.sums) < MIN_EPISODES:
             log.info("no best checkpoint is kept: the noise of one validation episode can't be told")
             return False
@@ -115,7 +116,10 @@ class Best:
 
     def point(self) -> None:
         """Let `checkpoints/best` name the best pass's checkpoint once that is whole. Rank 0 only."""
-        self._check_and_point()
+        self._move_link()
+        self._forget_old_records()
+
+    def _forget_old_records(self) -> None:
         kept = {p.name for p in (self.run_dir / "checkpoints").glob("[0-9]*")}
         records = self._records()
         # A resume from an older checkpoint needs the record of then: the newest one not after that checkpoint.
@@ -124,15 +128,12 @@ class Best:
         for stale in [s for s in records if s < needed]:
             records[stale].unlink()
 
-    def _check_and_point(self) -> None:
+    def _move_link(self) -> None:
         folder = self.run_dir / "checkpoints"
         whole = [s for s in self._records() if (folder / f"{s:08d}" / "run.json").is_file()]
         link = folder / "best"
         if whole:
-            fresh = link.with_name("best.tmp")
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(f"{max(whole):08d}")
-            os.replace(fresh, link)
+            commit.point(link, f"{max(whole):08d}")
         elif link.is_symlink():
             link.unlink()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.quality import ShuffleQuality
 from opentau_train.data.tape import Tape
+from opentau_train.data.video import OpenDecoders
 from opentau_train.distributed import World
 from opentau_train.metrics import Sums, training_row
 from opentau_train.step import StepResult, TrainState
@@ -23,7 +24,7 @@ class Meter:
         self.terms = tuple(state.policy.loss_weights)
         self.pending: list[StepResult] = []
         self.wait = 0.0
-        self.open_decoders = (0, 0)
+        self.open_decoders = OpenDecoders()
         self.started = time.perf_counter()
 
     @contextmanager
@@ -61,8 +62,8 @@ class Meter:
             "Training/SubstitutedWindows": float(num_bad),
             "Training/StepTime": seconds,
             "Training/DataWait": self.wait / steps,
-            "Training/OpenDecoders": float(self.open_decoders[0]),
-            "Training/DecoderMemory": self.open_decoders[1] / 2**20,
+            "Training/OpenDecoders": float(self.open_decoders.num),
+            "Training/DecoderMemory": self.open_decoders.num_bytes / 2**20,
             "Training/SamplesPerSecond": self.tape.batch_size / seconds,
             **self.quality.row(batch, self.state.step - 1),
             "Training/Epoch": self.tape.epoch_of(self.tape.first_sample(self.state.step)),

@@ -2,8 +2,9 @@
 
     RUN/flight/rank00000-000001.jsonl     one line a step; a new file every 16 MiB, the oldest of a rank go
 
-A line holds the step's numbers and one column a property of its samples, in slot order. Steps are counted as in
-metrics.jsonl: line N belongs to the step that made the policy of step N.
+A line holds the step's numbers, `batch` (the first sample number t of its global batch, and the next one's), and one
+column a property of this rank's samples, in slot order. Steps are counted as in metrics.jsonl: line N belongs to the
+step that made the policy of step N.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class FlightRecorder:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "datasets": self.datasets,
-            "weights": state.policy.loss_weights,
+            "loss_weights": state.policy.loss_weights,
+            "batch": [self.tape.first_sample(state.step - 1), self.tape.first_sample(state.step)],
             "t": windows.t.tolist(),
             "dataset": batch.dataset_index.tolist(),
             "episode": batch.episode_index.tolist(),
@@ -150,6 +152,8 @@ def read_step(run_dir: Path, step: int) -> RecordedStep:
             where=str(run_dir / FOLDER),
             remedy=f"recorded: {_range(run_dir)}; train with flight_recorder=true to record",
         )
+    # A run that was resumed on changed data took other samples for the same step.
+    lines = [line for line in lines if line["batch"] == lines[-1]["batch"]]
     rows: dict[int, tuple[dict[str, Any], int]] = {}
     for line in lines:
         rows.update({t: (line, place) for place, t in enumerate(line["t"])})
@@ -176,7 +180,7 @@ def _lines(run_dir: Path, steps: range) -> list[dict[str, Any]]:
 
 def _step(step: int, rows: list[tuple[dict[str, Any], int]]) -> RecordedStep:
     last = max((line for line, _ in rows), key=lambda line: line["time"])
-    weights = last["weights"]
+    weights = last["loss_weights"]
     totals = {k: sum(line["sum"][k][i] for line, i in rows) for k in weights}
     counts = {k: sum(line["count"][k][i] for line, i in rows) for k in weights}
     present = [k for k in weights if counts[k] > 0]

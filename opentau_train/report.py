@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 import yaml
 
-from opentau_train.data.mixture import Mixture
+from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.errors import UserError
 from opentau_train.evaluate import ValidationPlan
 
@@ -76,16 +76,13 @@ def mixture_table(mixture: Mixture, plan: ValidationPlan, num_parameters: int) -
     rows: list[tuple[str, ...]] = [head]
     for dataset, drawn in zip(mixture.datasets, mixture.draws, strict=True):
         modes = sorted({mixture.groups[g].control_mode for g in np.unique(dataset.group_of)})
-        weight = "validation" if drawn == 0 else "natural"
-        if dataset.settings.weight is not None:
-            weight = f"{dataset.settings.weight:g}"
         rows.append(
             (
                 dataset.name,
                 str(len(dataset.source.episodes)),
                 str(int(dataset.held_out.sum())),
                 str(dataset.train.num_windows),
-                weight,
+                weight_cell(dataset, drawn),
                 f"{drawn / max(total, 1):.1%}",
                 str(drawn),
                 ",".join(modes),
@@ -103,6 +100,13 @@ def mixture_table(mixture: Mixture, plan: ValidationPlan, num_parameters: int) -
     )
 
 
+def weight_cell(dataset: Dataset, drawn: int) -> str:
+    """A dataset's weight in a table: the configured one, or what it is without one. `drawn` windows an epoch."""
+    if dataset.settings.weight is not None:
+        return f"{dataset.settings.weight:g}"
+    return "natural" if drawn else "validation"
+
+
 def align(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows of cells as lines with columns of equal width."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -112,12 +116,11 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
 def next_steps(run_dir: Path, step: int, stop: int) -> str:
     """The last words: where everything is and what to look at."""
     said = {0: f"finished at step {step}", 1: f"preempted at step {step}", 2: f"interrupted at step {step}"}[stop]
-    lines = [
-        f"{said}. Run directory: {run_dir}",
-        f"  curves:      tensorboard --logdir {run_dir}/tensorboard",
-        f"  numbers:     {run_dir}/metrics.jsonl",
-        f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)",
-    ]
+    lines = [f"{said}. Run directory: {run_dir}"]
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
+    lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
+    lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
     if stop:
         lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
     return "\n".join(lines)

@@ -79,7 +79,6 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
 def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> int:
     """Train until the last step or a stop; returns the stop code that all ranks agreed on."""
     settings, trainer, state, world = job.settings, job.settings.trainer, job.state, job.world
-    meter = Meter(job.mixture, job.tape, state, world)
     batches = training_batches(
         job.mixture,
         job.tape,
@@ -90,8 +89,9 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
         quarantine=job.run_dir / "quarantine.jsonl",
     )
     code = _validate(job, sinks, stop) if job.owes_validation else 0
+    _point_to_best(job)  # an owed validation may have found the resumed checkpoint to be it
     stop_at = state.step + (trainer.stop_after or trainer.steps)
-    _point_to_best(job)
+    meter = Meter(job.mixture, job.tape, state, world)
     with closing(Patient(batches)) as patient:
         while state.step < trainer.steps and code == 0:
             job.place.enter("data wait", state.step + 1)
@@ -179,7 +179,7 @@ def _save(job: Job, sinks: Sinks) -> None:
 def _report_save(job: Job, path: Path | None) -> None:
     if path is not None and job.world.is_main:
         log.info("saved %s", path)
-    _point_to_best(job)
+        _point_to_best(job)
 
 
 def _point_to_best(job: Job) -> None:

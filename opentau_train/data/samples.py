@@ -10,7 +10,7 @@ import numpy as np
 from opentau_train import rng
 from opentau_train.data.mixture import Dataset, Mixture
 from opentau_train.data.source import Cursor, CursorFactory
-from opentau_train.data.video import reader_bytes
+from opentau_train.data.video import OpenDecoders, reader_bytes
 from opentau_train.types import Provenance, RawWindow, Sample, WindowSpec
 
 _INPUTS = rng.key("inputs") >> 1
@@ -30,19 +30,13 @@ class SampleBuilder:
         self._masks: dict[tuple[int, int], np.ndarray] = {}
         self._factories: dict[int, CursorFactory] = {}
         self._lanes: dict[int, tuple[int, Cursor]] = {}
+        self.open_decoders = OpenDecoders()
 
     def build(self, lane: int, dataset: int, episode: int, frame: int, pass_index: int, *, ahead: int = 0) -> Sample:
         """The sample of the window at `frame` of the episode at position `episode`, read through `lane`'s cursor, which
         will be asked for the `ahead` windows that follow it."""
         raw = self._cursor(lane, dataset).read(episode, frame, ahead)
         return self._finish(self.mixture.datasets[dataset], raw, episode, frame, pass_index)
-
-    @property
-    def open_decoders(self) -> tuple[int, int]:
-        """(decoders of all lanes' cursors, about the bytes that are held to read them)."""
-        image = self.mixture.spec.image_size
-        sizes = [self.mixture.datasets[d].source.frame_sizes.values() for d, _ in self._lanes.values()]
-        return sum(map(len, sizes)), sum(reader_bytes(size, image) for found in sizes for size in found)
 
     def close(self) -> None:
         for _, cursor in self._lanes.values():
@@ -51,6 +45,7 @@ class SampleBuilder:
             factory.close()
         self._lanes.clear()
         self._factories.clear()
+        self.open_decoders = OpenDecoders()
 
     def _cursor(self, lane: int, dataset: int) -> Cursor:
         held = self._lanes.get(lane)
@@ -58,6 +53,7 @@ class SampleBuilder:
             return held[1]
         if held is not None:
             held[1].close()
+            self.open_decoders -= self._decoders_of(held[0])
         if dataset not in self._factories:
             chosen = self.mixture.datasets[dataset]
             spec = self.mixture.spec
@@ -65,7 +61,13 @@ class SampleBuilder:
             self._factories[dataset] = chosen.source.cursors(window)
         cursor = self._factories[dataset].cursor()
         self._lanes[lane] = dataset, cursor
+        self.open_decoders += self._decoders_of(dataset)
         return cursor
+
+    def _decoders_of(self, dataset: int) -> OpenDecoders:
+        """Those of one cursor."""
+        sizes = self.mixture.datasets[dataset].source.frame_sizes.values()
+        return OpenDecoders(len(sizes), sum(reader_bytes(size, self.mixture.spec.image_size) for size in sizes))
 
     def _finish(self, dataset: Dataset, raw: RawWindow, episode: int, frame: int, pass_index: int) -> Sample:
         spec, dropout = self.mixture.spec, self.mixture.settings.dropout

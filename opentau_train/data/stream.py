@@ -28,6 +28,7 @@ from opentau_train.data.collate import collate, join
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.tape import Tape, Windows
+from opentau_train.data.video import OpenDecoders
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Batch, Sample
 
@@ -50,8 +51,8 @@ class Part:
     num_substituted: int = 0
     error: UserError | None = None
     left_out: tuple[BadSample, ...] = ()
-    open_decoders: tuple[int, int] = (0, 0)
-    """How many the worker has open, and about the bytes they hold."""
+    open_decoders: OpenDecoders = OpenDecoders()
+    """Those of the worker."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class RankBatch:
     batch: Batch | None
     num_substituted: int = 0
     error: UserError | None = None
-    open_decoders: tuple[int, int] = (0, 0)
-    """How many all of the rank's workers have open, and about the bytes they hold."""
+    open_decoders: OpenDecoders = OpenDecoders()
+    """Those of all of the rank's workers."""
 
 
 class Parts(IterableDataset):
@@ -209,7 +210,7 @@ def training_batches(
 def _join(parts: list[Part]) -> RankBatch:
     t = np.concatenate([p.t for p in parts])
     batch = join([p.batch for p in parts if p.batch is not None], np.argsort(t, kind="stable").tolist())
-    decoders = sum(p.open_decoders[0] for p in parts), sum(p.open_decoders[1] for p in parts)
+    decoders = sum((p.open_decoders for p in parts), OpenDecoders())
     return RankBatch(batch, sum(p.num_substituted for p in parts), open_decoders=decoders)
 
 

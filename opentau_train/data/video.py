@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -28,6 +29,20 @@ BURST = 16
 """Frames of a camera that a lane decodes at once where reading goes on: as many small pictures are kept."""
 
 _DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
+
+
+@dataclass(frozen=True)
+class OpenDecoders:
+    """How many decoders are open, and about the bytes that are held to read them (`reader_bytes`)."""
+
+    num: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: OpenDecoders) -> OpenDecoders:
+        return OpenDecoders(self.num + other.num, self.num_bytes + other.num_bytes)
+
+    def __sub__(self, other: OpenDecoders) -> OpenDecoders:
+        return OpenDecoders(self.num - other.num, self.num_bytes - other.num_bytes)
 
 
 def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:

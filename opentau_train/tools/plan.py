@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opentau_train import cli, config
+from opentau_train import bounds, cli, config
 from opentau_train.config import Settings
 from opentau_train.config_data import CorrelationSettings
 from opentau_train.data import quality
 from opentau_train.data.assemble import open_plan
 from opentau_train.data.mixture import Mixture
 from opentau_train.data.tape import Tape
-from opentau_train.data.video import reader_bytes
+from opentau_train.data.video import OpenDecoders, reader_bytes
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK
 from opentau_train.parallel import check_batch
-from opentau_train.report import align
+from opentau_train.report import align, weight_cell
 
 EPOCH_WARNING = 100
 
@@ -55,28 +55,37 @@ def batch_quality(tape: Tape, steps: int, rho: CorrelationSettings, num_batches:
     return BatchQuality(len(chosen), *numbers, float(np.mean(momentum)))
 
 
-def decoders_a_rank(mixture: Mixture, tape: Tape, size: int) -> tuple[int, int]:
-    """(open decoders, about the bytes they hold) of a rank once all its lanes are open, of the costliest datasets: a
-    phase gives each dataset its share of the lanes, and any rank may have the largest ones."""
-    lanes = tape.num_lanes // size
-    share = tape.draws / tape.draws.sum()
+def lanes_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> int:
+    """Lanes that a rank reads: its share of the tape's, or one a worker where the tape reads in order."""
+    return max(1, mixture.settings.num_workers) if tape.in_order else tape.num_lanes // num_ranks
+
+
+def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoders:
+    """Those of a rank once all its lanes are open, of the costliest datasets: a phase gives each dataset its share of
+    the lanes, and any rank may have the largest ones. Lanes that read in order are in one dataset at a time."""
+    lanes, image = lanes_a_rank(mixture, tape, num_ranks), mixture.spec.image_size
     sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
-    num = sum(lanes * s * len(found) for s, found in zip(share, sizes, strict=True))
-    image = mixture.spec.image_size
-    held = sum(lanes * s * reader_bytes(size, image) for s, found in zip(share, sizes, strict=True) for size in found)
-    return round(num), round(held)
+    num = np.array([len(found) for found in sizes])
+    held = np.array([sum(reader_bytes(size, image) for size in found) for found in sizes])
+    share = tape.draws / tape.draws.sum()
+    if tape.in_order:
+        return OpenDecoders(lanes * int(num.max()), lanes * int(held.max()))
+    return OpenDecoders(round(float(lanes * share @ num)), round(float(lanes * share @ held)))
 
 
-def describe(settings: Settings, mixture: Mixture, size: int, num_batches: int) -> str:
-    """The whole report for a launch of `size` ranks."""
+def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: int) -> str:
+    """The whole report for a launch of `num_ranks`."""
     trainer = settings.trainer
-    check_batch(trainer.global_batch_size, size)
+    check_batch(trainer.global_batch_size, num_ranks)
     tape = mixture.tape(trainer.global_batch_size)
     samples = trainer.steps * tape.batch_size
     epochs = tape.epoch_of(samples)
     found = batch_quality(tape, trainer.steps, mixture.settings.correlation, num_batches)
-    num_decoders, held = decoders_a_rank(mixture, tape, size)
+    decoders = decoders_a_rank(mixture, tape, num_ranks)
     workers = max(1, mixture.settings.num_workers)
+    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
+    if tape.in_order:
+        lanes = "in order: one lane a worker"
     rho = mixture.settings.correlation
     return "\n".join(
         [
@@ -89,8 +98,8 @@ def describe(settings: Settings, mixture: Mixture, size: int, num_batches: int) 
             f"VIF        {found.vif:.2f} a batch (at most {found.max_vif:.2f}), {found.momentum_vif:.2f} over a "
             f"momentum of {quality.MOMENTUM}; 1 = drawn at random "
             f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
-            f"decoders   {num_decoders} a rank ({tape.num_lanes // size} lanes of {tape.num_lanes}), about "
-            f"{held / 2**20:.0f} MB; {num_decoders // workers} in each of {workers} workers; {size} ranks",
+            f"decoders   {decoders.num} a rank ({lanes}), about {decoders.num_bytes / 2**20:.0f} MB; "
+            f"{decoders.num // workers} in each of {workers} workers; {num_ranks} ranks",
             *_warnings(mixture, tape, epochs, found),
         ]
     )
@@ -100,28 +109,32 @@ def _sources(mixture: Mixture, tape: Tape, epochs: float) -> list[tuple[str, ...
     rows: list[tuple[str, ...]] = [
         ("source", "episodes", "windows", "blocks", "weight", "share", "windows/epoch", "repeats")
     ]
-    for dataset, drawn, size in zip(mixture.datasets, tape.draws.tolist(), tape.sizes.tolist(), strict=True):
-        weight = dataset.settings.weight
+    for dataset, drawn, repeats in zip(mixture.datasets, tape.draws.tolist(), _repeats(tape, epochs), strict=True):
         rows.append(
             (
                 dataset.name,
                 str(len(np.unique(dataset.train.episode))),
-                str(size),
+                str(dataset.train.num_windows),
                 str(len(dataset.train.length)),
-                "natural" if weight is None else f"{weight:g}",
+                weight_cell(dataset, drawn),
                 f"{drawn / tape.epoch_size:.1%}",
                 str(drawn),
-                f"{epochs * drawn / size:.2f}",
+                f"{repeats:.2f}",
             )
         )
     return rows
 
 
+def _repeats(tape: Tape, epochs: float) -> list[float]:
+    """How often `epochs` take each dataset's windows; 0 where none are drawn, of a dataset for validation only."""
+    return (epochs * tape.draws / np.maximum(tape.sizes, 1)).tolist()
+
+
 def _warnings(mixture: Mixture, tape: Tape, epochs: float, found: BatchQuality) -> list[str]:
     lines = []
-    for dataset, drawn, size in zip(mixture.datasets, tape.draws.tolist(), tape.sizes.tolist(), strict=True):
-        if epochs * drawn / size > EPOCH_WARNING:
-            lines.append(f"warning    '{dataset.name}' is repeated {epochs * drawn / size:.0f} times: lower its weight")
+    for dataset, repeats in zip(mixture.datasets, _repeats(tape, epochs), strict=True):
+        if repeats > EPOCH_WARNING:
+            lines.append(f"warning    '{dataset.name}' is repeated {repeats:.0f} times: lower its weight")
     if tape.in_order:
         lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
     elif found.momentum_vif > 5:
@@ -139,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
+        bounds.at_least("--ranks", options.ranks, 1)
+        bounds.at_least("--batches", options.batches, 1)
         settings = config.load(cli.compose(composed))
         with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
             print(describe(settings, open_plan(settings, world), options.ranks, options.batches))

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.func import functional_call, grad
 
-from opentau_train import cli, rng
+from opentau_train import bounds, cli, rng
 from opentau_train.config import load
 from opentau_train.config_data import CorrelationSettings
 from opentau_train.data.assemble import open_mixture
@@ -28,7 +28,7 @@ from opentau_train.data.quality import ShuffleQuality
 from opentau_train.data.stream import Parts
 from opentau_train.data.tape import Windows, frames_ahead
 from opentau_train.distributed import launch
-from opentau_train.errors import EXIT_OK
+from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.models.policy import Policy
 from opentau_train.pretrained import load_policy
 from opentau_train.report import align
@@ -151,10 +151,21 @@ def stretches(mixture: Mixture, num: int, length: int) -> Iterator[Windows]:
 
 
 def measure(policy: Policy, mixture: Mixture, batch_size: int, *, batches: int, episodes: int, frames: int) -> Measured:
-    """Measure over `batches` batches of the tape, spread over its first epoch, and `episodes` stretches of `frames`."""
+    """Measure over `batches` batches of the tape, spread over its first epoch, and `episodes` stretches of `frames`.
+
+    Raises `UserError` where fewer than two episodes have such a stretch, or a window can't be read.
+    """
     tape = mixture.tape(batch_size)
     steps = np.linspace(0, max(tape.epoch_size // batch_size - 1, batches - 1), batches).astype(int)
-    plan = [*(tape.batch(int(step)) for step in steps), *stretches(mixture, episodes, frames)]
+    lengths = [int(d.train.length.max(initial=0)) for d in mixture.datasets]
+    runs = list(stretches(mixture, episodes, frames))
+    if len(runs) < 2:
+        raise UserError(
+            f"fewer than 2 episodes have {frames} consecutive windows to train on",
+            where="--frames",
+            remedy=f"ask for fewer: the longest run has {max(lengths)}",
+        )
+    plan = [*(tape.batch(int(step)) for step in steps), *runs]
     parts = Parts(mixture, lambda worker, width: iter(plan), train=True)
     built: list[Batch] = []
     for part in parts:
@@ -198,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> int:
+        for name, least in (("batches", 2), ("episodes", 2), ("frames", 2)):
+            bounds.at_least(f"--{name}", getattr(options, name), least)
         policy, stats, meta = load_policy(options.run)
         settings = load(meta["config"])
         sizes = {"batches": options.batches, "episodes": options.episodes, "frames": options.frames}

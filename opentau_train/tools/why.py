@@ -17,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from opentau_train import config
+from opentau_train import bounds, config
 from opentau_train.data.assemble import open_plan
 from opentau_train.data.images import centred
 from opentau_train.data.mixture import Mixture
@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="PNG file for their frames")
     options = parser.parse_args(arguments)
     try:
+        bounds.at_least("--top", options.top, 1)
         found = read_step(options.run, options.step)
         around = range(options.step - NEIGHBOURS, options.step + NEIGHBOURS + 1)
         print(describe(found, grad_norms(options.run, around), options.top))

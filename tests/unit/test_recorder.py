@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opentau_train.data.stream import training_batches
+from opentau_train.data.tape import Tape
 from opentau_train.errors import UserError
 from opentau_train.recorder import FOLDER, FlightRecorder, grad_norms, read_step
 from opentau_train.step import StepResult, TrainState
@@ -69,22 +70,26 @@ class Flights:
         self.folder = folder
         self.mixture = mixture_of({"d": "9,9,9,9,9,9"}, folder / "cache", num_workers=0, lanes_per_sample=1)
 
-    def batch(self, step: int, rank: int = 0, size: int = 1) -> Batch:
+    def tape(self, offset: int = 0) -> Tape:
+        tape = self.mixture.tape(4)
+        tape.offset = offset
+        return tape
+
+    def batch(self, step: int, rank: int = 0, size: int = 1, offset: int = 0) -> Batch:
         steps = {"first_step": step - 1, "last_step": step}
         quarantine = self.folder / "quarantine.jsonl"
-        tape = self.mixture.tape(4)
-        parts = training_batches(self.mixture, tape, rank=rank, size=size, quarantine=quarantine, **steps)
+        parts = training_batches(self.mixture, self.tape(offset), rank=rank, size=size, quarantine=quarantine, **steps)
         return next(parts).batch
 
-    def write(self, steps, loss: float, rank: int = 0, size: int = 1, **limits: int) -> None:
+    def write(self, steps, loss: float, rank: int = 0, size: int = 1, offset: int = 0, **limits: int) -> None:
         """A process of rank `rank` that trains `steps`."""
         world = dataclasses.replace(ONE, rank=rank, size=size)
-        with FlightRecorder(self.folder, self.mixture.tape(4), self.mixture, world, **limits) as recorder:
+        with FlightRecorder(self.folder, self.tape(offset), self.mixture, world, **limits) as recorder:
             for step in steps:
                 policy = torch.nn.Module()
                 policy.loss_weights = WEIGHTS
                 state = TrainState(policy, None, None, None, step=step)
-                recorder.write(state, self.batch(step, rank, size), result(4 // size, loss))
+                recorder.write(state, self.batch(step, rank, size, offset), result(4 // size, loss))
 
 
 @pytest.fixture
@@ -107,6 +112,14 @@ def test_a_step_done_again_counts_as_it_was_done_last(flights):
     for rank, size, loss in ((0, 2, 5.0), (1, 2, 5.0), (0, 1, 1.0)):
         flights.write([3], loss, rank, size)
     assert read_step(flights.folder, 3).loss == pytest.approx(1.1)
+
+
+def test_a_step_done_again_on_other_samples_counts_those_only(flights):
+    flights.write([3], 5.0)
+    flights.write([3], 1.0, offset=38)  # as after resume.data=restart
+    found = read_step(flights.folder, 3)
+    assert [s.t for s in found.samples] == [46, 47, 48, 49]
+    assert found.loss == pytest.approx(1.1) and sum(s.share for s in found.samples) == pytest.approx(1)
 
 
 def test_files_rotate_and_the_oldest_go(flights):

@@ -61,9 +61,17 @@ def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
 
 
-def test_reading_in_order_is_warned_of(tmp_path, capsys):
+def test_reading_in_order_is_warned_of_and_needs_one_lane_a_worker(tmp_path, capsys):
     options = [f"data.sources.{name}.iterable_shuffle=false" for name in ("main", "old")]
-    assert "for debugging only" in report(tmp_path, capsys, *options)
+    text = report(tmp_path, capsys, *options, "data.num_workers=3")
+    assert "for debugging only" in text
+    assert re.search(r"decoders +6 a rank \(in order: one lane a worker\)", text)  # one source has two cameras
+
+
+def test_a_source_for_validation_only_is_trained_on_never(tmp_path, capsys):
+    text = report(tmp_path, capsys, "data.sources.old.val_split_ratio=1.0")
+    old = next(line.split() for line in text.splitlines() if line.startswith("old "))
+    assert "validation" in old and old[-1] == "0.00"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,8 @@ def test_reading_in_order_is_warned_of(tmp_path, capsys):
         ("trainer.stepz=3", "did you mean 'steps'"),
         ("+recipe=droid_polizy", "did you mean 'droid_policy'"),
         ("data.sources.main.root=/nowhere", "/nowhere"),
+        ("--ranks=0", "--ranks to 1 or more"),
+        ("--batches=0", "--batches to 1 or more"),
     ],
 )
 def test_a_mistake_is_answered_as_by_the_program(tmp_path, capsys, wrong, said):

@@ -74,6 +74,16 @@ def test_on_a_run_it_prints_settings_that_the_program_takes(tmp_path, capsys):
     train_here([*TOY, setting, "trainer.steps=1", "validation.every=0"], tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("--batches=1", "--batches must be at least 2"), ("--frames=1000", "ask for fewer: the longest run has ")],
+)
+def test_what_can_not_be_measured_is_a_user_error(tmp_path, capsys, wrong, said):
+    run = train_here([*TOY, "trainer.steps=1", "validation.every=0"], tmp_path / "run")
+    assert vif.main([str(run), wrong]) == EXIT_USER
+    assert said in capsys.readouterr().err
+
+
 def test_a_directory_that_is_no_run_is_a_user_error(tmp_path, capsys):
     assert vif.main([str(tmp_path)]) == EXIT_USER
     assert "error:" in capsys.readouterr().err

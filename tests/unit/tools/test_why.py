@@ -47,6 +47,11 @@ def test_a_step_that_was_not_recorded_is_a_user_error(run, step, capsys):
     assert "steps 1 to 3" in capsys.readouterr().err
 
 
+def test_no_samples_to_show_is_a_user_error(run, tmp_path, capsys):
+    assert why.main([str(run), "--step", "1", "--top", "0", "--out", str(tmp_path / "x.png")]) == EXIT_USER
+    assert "--top must be at least 1" in capsys.readouterr().err
+
+
 def test_a_directory_that_is_no_run_is_a_user_error(tmp_path, capsys):
     assert why.main([str(tmp_path), "--step", "1"]) == EXIT_USER
     assert "flight_recorder=true" in capsys.readouterr().err
