@@ -173,7 +173,8 @@ def _resume(job: Job, found: Path) -> None:
     restart = job.settings.resume.data == "restart"
     job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
     saved = checkpoint.load(found, job.state, job.world)
-    job.tape.offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
+    offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
+    job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
     job.state.skipped = job.counters["skipped"]
     if job.best is not None:

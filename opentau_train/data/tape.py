@@ -12,6 +12,7 @@ rank or worker appears in the formula. docs/data.md derives it; docs/architectur
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ I64 = NDArray[np.int64]
 class DatasetBlocks:
     """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
     i32 windows, `stride` frames apart, `number` [N] i64 the episode's number in the dataset (the name its hash key
-    uses). `made_of` {files, filter, settings: a hash}: what the blocks follow from, to say what has changed."""
+    uses); lengths are above 0 and (number, start) occurs once. `made_of` {files, filter, settings: a hash}: what the blocks follow from, to say what has changed."""
 
     name: str
     episode: NDArray[np.int32]
@@ -161,6 +162,12 @@ class Tape:
         self._lane_of_slot = (slots % batch_size) * lanes_per_sample + slots // batch_size
         self._passes: dict[tuple[int, int], tuple[NDArray[np.int32], I64]] = {}
 
+    def moved(self, offset: int) -> Tape:
+        """The same plan, whose step s takes the samples from s * B + `offset` on."""
+        other = copy.copy(self)
+        other.offset = offset
+        return other
+
     # -- the plan ------------------------------------------------------------------------------------------------
 
     def windows(self, t: I64) -> Windows:
@@ -173,8 +180,8 @@ class Tape:
         for number in np.unique(counted).tolist():
             e, p = divmod(number, self.num_phases)
             here = np.flatnonzero(counted == number)
-            place, out["ahead"][here] = self._place_in_phase(p, within[here] - self._phase_start(p))
-            self._fill(out, here, e, p, place)
+            place, left = self._place_in_phase(p, within[here] - self._phase_start(p))
+            self._fill(out, here, e, p, place, left)
         # In order there is one lane: another reader for each slot would decode every frame again and again.
         slot = np.zeros_like(t) if self.in_order else t % self.num_lanes
         return Windows(t=t, slot=slot, **out)
@@ -192,6 +199,7 @@ class Tape:
 
         Slot j belongs to rank `j mod R` and to its worker `(j div R) mod W`; R must divide B.
         """
+        assert self.batch_size % size == 0, (self.batch_size, size)
         t = np.arange(self.first_sample(steps.start), self.first_sample(steps.stop))
         slot = t % self.num_lanes
         windows = self.windows(t[(slot % size == rank) & ((slot // size) % num_workers == worker)])
@@ -230,16 +238,16 @@ class Tape:
         lane = self._lane_of_slot[slot]
         return lane_start[lane] + row, lane_length[lane] - 1 - row
 
-    def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64) -> None:
-        """Resolve places of a phase (datasets one after another) to windows, into `out[...][here]`; `ahead` there holds
-        what the lanes have left, and is cut at the ends of datasets and blocks."""
+    def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64, left: I64) -> None:
+        """Resolve places of a phase (datasets one after another), of which their lanes have `left` to read after them,
+        to windows, into `out[...][here]`."""
         low = phase * self.draws // self.num_phases
         share = (phase + 1) * self.draws // self.num_phases - low
         ends = np.cumsum(share)
         dataset = np.searchsorted(ends, place, side="right")
         line = epoch * self.draws[dataset] + low[dataset] + place - (ends - share)[dataset]
         out["dataset"][here] = dataset
-        left = np.minimum(out["ahead"][here], ends[dataset] - 1 - place)
+        left = np.minimum(left, ends[dataset] - 1 - place)  # a lane that goes on in another dataset has another reader
         for d in np.unique(dataset):
             mine = dataset == d
             pass_index, offset = np.divmod(line[mine], self.sizes[d])

@@ -108,7 +108,7 @@ def test_chain_of_ranks_4_2_1_8_and_any_workers_continues_the_same_batches(tmp_p
         mixture = mixture_of(mix, tmp_path, num_workers=workers, lanes_per_sample=2, phase_rows=2)
         tape = tape_of(mixture)
         if state is not None:  # as a checkpoint keeps it
-            tape.offset = resume_offset(tape, json.loads(state), step)
+            tape = tape.moved(resume_offset(tape, json.loads(state), step))
         found.append(delivered(mixture, tape, tmp_path, size=size, first=step, last=step + steps))
         step += steps
         state = json.dumps(save_state(tape, step))
@@ -130,7 +130,7 @@ def test_a_restarted_stream_is_the_changed_plan_s_next_epoch(workers, tmp_path):
     old = tape_of(mixture_of({"d": "5,4"}, tmp_path))
     mixture = mixture_of({"d": "5,4,6"}, tmp_path, num_workers=workers)
     tape = tape_of(mixture)
-    tape.offset = resume_offset(tape, save_state(old, 2), 2, restart=True)
+    tape = tape.moved(resume_offset(tape, save_state(old, 2), 2, restart=True))
     found = delivered(mixture, tape, tmp_path, size=4, first=2, last=5).reshape(-1, 4)
     assert sorted(map(tuple, found[:15, 2:].tolist())) == [
         (1000 + e, f) for e, n in enumerate((5, 4, 6)) for f in range(n)

@@ -220,12 +220,12 @@ def test_state_stays_below_four_kib_for_any_number_of_datasets(num):
 def test_restart_begins_an_epoch_of_the_changed_plan_that_the_old_one_had_not_begun():
     old, new = tape_of([[5, 6], [7]]), tape_of([[5, 6], [9]])
     for step in range(12):
-        new.offset = resume_offset(new, save_state(old, step), step, restart=True)
+        new = new.moved(resume_offset(new, save_state(old, step), step, restart=True))
         t = new.first_sample(step)
         assert t % new.epoch_size == 0 and t // new.epoch_size == -(-old.first_sample(step) // old.epoch_size)
         later = save_state(new, step + 4)  # a second, exact resume of the restarted run
         again = tape_of([[5, 6], [9]])
-        again.offset = resume_offset(again, later, step + 4)
+        again = again.moved(resume_offset(again, later, step + 4))
         assert again.batch(step + 4).digest() == new.batch(step + 4).digest()
 
 

@@ -71,9 +71,7 @@ class Flights:
         self.mixture = mixture_of({"d": "9,9,9,9,9,9"}, folder / "cache", num_workers=0, lanes_per_sample=1)
 
     def tape(self, offset: int = 0) -> Tape:
-        tape = self.mixture.tape(4)
-        tape.offset = offset
-        return tape
+        return self.mixture.tape(4).moved(offset)
 
     def batch(self, step: int, rank: int = 0, size: int = 1, offset: int = 0) -> Batch:
         steps = {"first_step": step - 1, "last_step": step}
