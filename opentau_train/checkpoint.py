@@ -62,8 +62,7 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     tensors = tensors_of(state)
     if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
         del tensors["ema"]
-    world.agree(lambda: _check_schema(path, tensors))
-    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
+    read_tensors(path, tensors, world)
     set_model_state_dict(state.policy, tensors["model"])
     set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
     for group, own in zip(state.optimizer.param_groups, options, strict=True):
@@ -75,6 +74,14 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
         _set_rng_state(torch.load(own_rng, weights_only=False))
     state.step = run["step"]
     return run
+
+
+def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
+    """Read this rank's parts of the checkpoint at `path` into `tensors`, {model, ema, optimizer: as `tensors_of` names
+    them}, any of the three. Collective. Raises `UserError` where the checkpoint is of another model, or has no average.
+    """
+    world.agree(lambda: _check_schema(path, tensors))
+    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
 
 
 def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
@@ -130,6 +137,12 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
     is left there."""
     saved = _saved(path)
     parts = [part for part in tensors if part != "optimizer"]
+    if "ema" in parts and not any(key.startswith("ema.") for key in saved):
+        raise UserError(
+            "the checkpoint holds no average of the weights",
+            where=str(path),
+            remedy="take the weights themselves: trainer.ema_decay=null, or weights=model for an export",
+        )
     mine = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
     theirs = {k: tuple(v.size) for k, v in saved.items() if hasattr(v, "size") and k.split(".")[0] in parts}
     missing = sorted(set(mine) - set(theirs))

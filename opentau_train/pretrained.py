@@ -27,6 +27,8 @@ from opentau_train.types import BatchSpec
 FORMAT = "opentau_train.policy/1"
 FOLDER = "pretrained_model"
 WEIGHTS = "model.safetensors"
+PARTS = {"config": "configuration", "stats": "statistics", "policy": "action convention"}
+"""What stands beside the weights: the fields of `Pretrained`, in words."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Loaded(NamedTuple):
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
     save_file(_separate(weights), folder / WEIGHTS)
-    for name in ("config", "stats", "policy"):
+    for name in PARTS:
         (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")
 
 
 def write_file(path: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
     """One safetensors file; config, stats and policy are JSON in its metadata."""
-    texts = {name: json.dumps(getattr(card, name)) for name in ("config", "stats", "policy")}
+    texts = {name: json.dumps(getattr(card, name)) for name in PARTS}
     save_file(_separate(weights), path, metadata={"format": FORMAT, **texts})
 
 
@@ -64,11 +66,20 @@ def _separate(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_card(folder: Path) -> Pretrained:
-    """What stands beside the weights in a `pretrained_model/` directory. Raises `UserError`."""
+    """What stands beside the weights in a `pretrained_model/` directory: without it their outputs mean nothing. Raises
+    `UserError`."""
+    return Pretrained(**{part: _read(folder / f"{part}.json", words) for part, words in PARTS.items()})
+
+
+def _read(path: Path, words: str) -> dict[str, Any]:
     try:
-        return Pretrained(*(json.loads((folder / f"{n}.json").read_text()) for n in ("config", "stats", "policy")))
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
+        raise UserError(
+            f"the checkpoint has no readable {words}, without which its outputs mean nothing: {error}",
+            where=str(path),
+            remedy="give a checkpoint that opentau_train wrote, with its pretrained_model/ directory",
+        ) from error
 
 
 def read_stats(checkpoint: Path) -> dict[str, HeadStats]:
@@ -91,10 +102,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise _unreadable(file, error) from error
     if folder is None and texts.get("format") != FORMAT:
         raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
-    if folder is None:
-        card = Pretrained(*(json.loads(texts[name]) for name in ("config", "stats", "policy")))
-    else:
-        card = read_card(folder)
+    card = Pretrained(**{name: json.loads(texts[name]) for name in PARTS}) if folder is None else read_card(folder)
     policy = build(card)
     try:
         policy.load_state_dict(weights)

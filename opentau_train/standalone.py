@@ -6,16 +6,15 @@ import dataclasses
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from opentau_train import checkpoint
 from opentau_train.config import Settings
 from opentau_train.data.assemble import open_mixture
 from opentau_train.data.mixture import Dataset, Mixture
@@ -29,6 +28,7 @@ from opentau_train.parallel import Replicas, data_parallel_degrees, spread
 from opentau_train.passes import plan_passes, run_passes
 from opentau_train.plots import save_png
 from opentau_train.preflight import identity
+from opentau_train.pretrained import Pretrained
 from opentau_train.report import log_to
 from opentau_train.sinks.console import read_scores, table
 from opentau_train.typed import instantiate
@@ -37,11 +37,11 @@ from opentau_train.types import BatchSpec
 log = logging.getLogger(__name__)
 
 
-def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, card: dict[str, Any], out: Path) -> None:
+def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, card: Pretrained, out: Path) -> None:
     """Validate the checkpoint `found` as `settings` say and write the result to `out`. Runs on every rank of a launch.
 
-    `tree` is the same configuration as plain data; `card`, what the checkpoint's `pretrained_model/` says, {config,
-    stats, policy}. Raises `UserError` on all ranks alike.
+    `tree` is the same configuration as plain data; `card`, what the checkpoint's `pretrained_model/` says. Raises
+    `UserError` on all ranks alike.
     """
     trainer = settings.trainer
     torch.use_deterministic_algorithms(trainer.deterministic)
@@ -55,9 +55,9 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         log_to(sys.stderr, world.is_main),
         world.roll_call(),
     ):
-        stats = {head: HeadStats.from_json(tree) for head, tree in card["stats"].items()}
-        mixture = fit(open_mixture(settings, world, stats), card["policy"])
-        policy, replicas, ema, step = load_policy(settings, mixture.spec, found, world)
+        stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
+        mixture = fit(open_mixture(settings, world, stats), card.policy)
+        policy, replicas, ema, step = spread_policy(settings, mixture.spec, found, world)
         share = max(1, trainer.global_batch_size // world.size)
         size = min(settings.data.max_samples_per_batch or share, share)
         plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.size)
@@ -67,7 +67,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
                 where="data.sources",
                 remedy="set val_split_ratio of a source, 1.0: all",
             )
-        seen = trained_on(card["policy"]["held_out"], mixture)
+        seen = trained_on(card.policy["held_out"], mixture)
         if world.is_main:
             for name, episodes in seen.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
@@ -142,10 +142,11 @@ def _refuse(difference: str, where: str) -> UserError:
     )
 
 
-def load_policy(
+def spread_policy(
     settings: Settings, spec: BatchSpec, found: Path, world: World
 ) -> tuple[Policy, Replicas, Ema | None, int]:
-    """(policy, replicas, average or None, step) of the checkpoint `found`, spread over the ranks. Collective."""
+    """(policy, replicas, average or None, step) of the checkpoint `found`, spread over the ranks. Collective; raises
+    `UserError` on all ranks alike."""
     trainer, parallelism = settings.trainer, settings.parallelism
     degrees = data_parallel_degrees(
         parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree, world.size
@@ -156,9 +157,7 @@ def load_policy(
     tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
     if ema is not None:
         tensors["ema"] = ema.state_dict()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # meant so, on one rank
-        dcp.load(tensors, checkpoint_id=found / "state", no_dist=world.size == 1)
+    checkpoint.read_tensors(found, tensors, world)
     set_model_state_dict(policy, tensors["model"])
     if ema is not None:
         ema.load_state_dict(tensors["ema"])

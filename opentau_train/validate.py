@@ -10,11 +10,9 @@ the checkpoint's directory, or to `out`.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from opentau_train import cli, config
 from opentau_train.errors import EXIT_OK, UserError
@@ -37,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     others = [a for a in arguments if not a.startswith(("checkpoint=", "out="))]
     if "checkpoint" not in own:
         raise UserError("no checkpoint is given", remedy="add checkpoint=RUN or checkpoint=RUN/checkpoints/STEP")
-    from opentau_train import commit, standalone  # import torch: --help and a mistyped command don't wait for it
+    # They import torch: --help and a mistyped command don't wait for it.
+    from opentau_train import commit, standalone
+    from opentau_train.pretrained import FOLDER, read_card
 
     try:
         found = commit.resolve(own["checkpoint"], None)
@@ -45,24 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={own['checkpoint']}", remedy=remedy) from error
-    card = {part: _read(found, part) for part in ("config", "stats", "policy")}
-    tree = cli.recompose(card["config"], others, FIXED)
+    card = read_card(found / FOLDER)
+    tree = cli.recompose(card.config, others, FIXED)
     out = Path(own["out"]).expanduser() if "out" in own else found / "validation.json"
     standalone.validate_checkpoint(config.load(tree), tree, found, card, out)
     return EXIT_OK
-
-
-def _read(found: Path, part: str) -> dict[str, Any]:
-    path = found / "pretrained_model" / f"{part}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        what = {"stats": "statistics", "policy": "action convention", "config": "configuration"}[part]
-        raise UserError(
-            f"the checkpoint has no {what}, without which its outputs mean nothing: {error}",
-            where=str(path),
-            remedy="give a checkpoint that opentau_train wrote, with its pretrained_model/ directory",
-        ) from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -51,7 +51,7 @@ class Part:
     num_substituted: int = 0
     error: UserError | None = None
     left_out: tuple[BadSample, ...] = ()
-    open_decoders: OpenDecoders = OpenDecoders()
+    open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """Those of the worker."""
 
 
@@ -63,7 +63,7 @@ class RankBatch:
     batch: Batch | None
     num_substituted: int = 0
     error: UserError | None = None
-    open_decoders: OpenDecoders = OpenDecoders()
+    open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """Those of all of the rank's workers."""
 
 

@@ -290,8 +290,14 @@ def test_a_checkpoint_without_statistics_or_convention_is_refused(trained, part,
     shutil.copytree(trained / "checkpoints" / "00000004", copy)
     (copy / "pretrained_model" / f"{part}.json").unlink()
     seal(copy)  # whole by its manifest, as another program may have made it
-    with pytest.raises(UserError, match="the checkpoint has no"):
+    with pytest.raises(UserError, match="the checkpoint has no readable"):
         command(copy)
+
+
+def test_an_average_that_the_checkpoint_does_not_hold_is_refused(tmp_path):
+    run = train_here([*TOY, "trainer.steps=1", "validation.every=0"], tmp_path / "run")
+    with pytest.raises(UserError, match="holds no average of the weights"):
+        command(run, "trainer.ema_decay=0.9")
 
 
 def test_other_names_of_the_same_dimensions_are_refused(trained, tmp_path):
