@@ -28,19 +28,18 @@ PARTIAL = ".tmp"
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last` (None = all), every one whose step is a multiple of `keep_every`,
-    and those named in `protected` (e.g. the best one's)."""
+    """Which checkpoints stay: the newest `keep_last` (None = all), and every one whose step is a multiple of
+    `keep_every`. What a link names (`last`, `best`) stays too: see `publish`."""
 
     keep_last: int | None = None
     keep_every: int | None = None
-    protected: Collection[str] = ()
 
     def obsolete(self, names: Collection[str]) -> list[str]:
         """Those of the step-named checkpoints `names` that may go, oldest first."""
         if self.keep_last is None:
             return []
         old = sorted(names, key=int)[: -self.keep_last]
-        return [n for n in old if n not in self.protected and not (self.keep_every and int(n) % self.keep_every == 0)]
+        return [n for n in old if not (self.keep_every and int(n) % self.keep_every == 0)]
 
 
 def seal(partial: Path) -> None:

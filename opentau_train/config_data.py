@@ -113,7 +113,7 @@ class BadSampleSettings:
 
     max_fraction: float = 0.01
     grace: int = 16
-    """Substitutions a worker allows before `max_fraction` counts."""
+    """Substitutions, over all ranks, before `max_fraction` counts."""
 
     def check(self, path: str) -> None:
         fraction(f"{path}.max_fraction", self.max_fraction)
@@ -132,6 +132,11 @@ class CorrelationSettings:
     def check(self, path: str) -> None:
         for name in ("episode", "neighbours"):
             fraction(f"{path}.{name}", getattr(self, name))
+        if self.episode + self.neighbours >= 1.0:
+            raise UserError(
+                f"{path}.episode + {path}.neighbours must be below 1, got {self.episode + self.neighbours:g}",
+                remedy=f"lower one: a window's gradient has a part of its own; {path}.episode=0.1 is a cautious choice",
+            )
         positive(f"{path}.frames", self.frames)
 
 

@@ -118,11 +118,8 @@ class World:
 
     def once_a_node(self, make: Callable[[], T]) -> T:
         """`make()` first on each node's local rank 0, then on its others: for files that one process prepares."""
-        if self.local_rank == 0:
-            result = self.agree(make)
-        else:
-            self.agree(lambda: None)
-        return result if self.local_rank == 0 else make()
+        first = self.agree(lambda: make() if self.local_rank == 0 else None)
+        return self.agree(lambda: first if self.local_rank == 0 else make())  # type: ignore[return-value]
 
 
 def _join_store(timeout: float) -> tuple[dist.Store, int, int]:

@@ -47,7 +47,8 @@ forwards are then far from even."""
 class ValidationPlan:
     """What a pass reads, the same on every rank.
 
-    `windows` in reading order, `t` being the place in the list; `item` [N] i64 each window's episode as a row of the
+    `windows` in reading order, `t` being the place in the list (what is read `ahead` is each worker's: `for_worker`);
+    `item` [N] i64 each window's episode as a row of the
     sums, `group_of` [E] i64 the rows' groups, `episodes` (dataset name, episode number) the rows' names; `bounds`
     [R+1] i64 the ranks' contiguous spans.
     """
@@ -76,9 +77,13 @@ class ValidationPlan:
     def for_worker(self, rank: int, worker: int, num_workers: int) -> Iterator[Windows]:
         """The batches of a worker: a contiguous run of its rank's, so that it decodes each frame once."""
         low, high = self.bounds[rank : rank + 2]
-        starts = np.arange(low, high, self.batch_size)
-        for start in np.array_split(starts, num_workers)[worker]:
-            yield self.windows.select(np.arange(start, min(start + self.batch_size, high)))
+        starts = np.array_split(np.arange(low, high, self.batch_size), num_workers)[worker]
+        if not len(starts):
+            return
+        run = self.windows.select(slice(starts[0], min(starts[-1] + self.batch_size, high)))
+        run = dataclasses.replace(run, ahead=frames_ahead(run.dataset, run.episode, run.frame))
+        for start in starts - starts[0]:
+            yield run.select(slice(start, start + self.batch_size))
 
 
 def plan_validation(
@@ -96,9 +101,7 @@ def plan_validation(
     zeros = np.zeros(len(dataset), np.int64)
     return ValidationPlan(
         mixture=mixture,
-        windows=Windows(
-            np.arange(len(dataset)), zeros, dataset, zeros, episode, frame, frames_ahead(dataset, episode, frame)
-        ),
+        windows=Windows(np.arange(len(dataset)), zeros, dataset, zeros, episode, frame, ahead=zeros),
         item=np.cumsum(first) - 1,
         group_of=np.array([d.group_of[e] for d, e in rows], np.int64),
         episodes=tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e in rows),

@@ -68,12 +68,10 @@ class Sums:
 class Means:
     """Ratio means of clusters (episodes) by group and term, all [G, K] float64.
 
-    `total` and `count` of loss elements, `mean` their ratio (NaN without elements), `windows`, and `error` the
-    standard error of the mean, NaN with fewer than two episodes: one cluster says nothing about the spread between
-    clusters.
+    `count` of loss elements, `mean` of the loss (NaN without elements), `windows`, and `error` the standard error of
+    the mean, NaN with fewer than two episodes: one cluster says nothing about the spread between clusters.
     """
 
-    total: NDArray[np.float64]
     count: NDArray[np.float64]
     mean: NDArray[np.float64]
     windows: NDArray[np.float64]
@@ -97,16 +95,7 @@ def group_means(episodes: NDArray, group_of: NDArray[np.int64], windows: NDArray
         mean = total / count
         residual = np.where(seen, sums - mean[group_of] * counts, 0.0)
         error = np.sqrt(num / (num - 1) * by_group(np.square(residual))) / count
-    return Means(total, count, mean, by_group(seen * windows[:, None]), np.where(num >= 2, error, np.nan))
-
-
-def clustered_error(sums: NDArray, counts: NDArray) -> float | None:
-    """Standard error of the ratio mean sum/count of one group, clustered by episode (see `group_means`); `sums`,
-    `counts` [E]. None with fewer than two episodes."""
-    episodes = np.stack([sums, counts], axis=-1)[:, None]
-    if (counts > 0).sum() < 2:
-        return None
-    return float(group_means(episodes, np.zeros(len(sums), np.int64), np.ones(len(sums)), 1).error[0, 0])
+    return Means(count, mean, by_group(seen * windows[:, None]), np.where(num >= 2, error, np.nan))
 
 
 def training_row(sums: NDArray, groups: Sequence[Group], terms: Sequence[str], weights: dict[str, float]) -> dict:

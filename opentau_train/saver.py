@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,17 +68,14 @@ class Saver:
             self._thread.shutdown()
             self._stager.close()
 
-    def save(
-        self, state: TrainState, *, stream: dict[str, Any], counters: dict[str, int], protected: Collection[str] = ()
-    ) -> Path | None:
+    def save(self, state: TrainState, *, stream: dict[str, Any], counters: dict[str, int]) -> Path | None:
         """Write the checkpoint of `state.step`. Returns its path once it is the last one, None while it is written.
 
-        `protected`: names of checkpoints (`00001000`) that pruning must leave. Raises `Fault` on all ranks when
-        any of them couldn't write; the checkpoints before stay as they were.
+        Raises `Fault` on all ranks when any of them couldn't write; the checkpoints before stay as they were.
         """
         self.finish()
         partial = self.folder / f"{state.step:08d}{commit.PARTIAL}"
-        retention = commit.Retention(self.settings.keep_last, self.settings.keep_every, protected)
+        retention = commit.Retention(self.settings.keep_last, self.settings.keep_every)
         self._together(partial, lambda: _prepare(partial), main_only=True)
         content = self._content(state, stream, counters)
         if self.settings.asynchronous:

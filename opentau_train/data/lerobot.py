@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from opentau_train.config_data import SourceSettings
+from opentau_train.data import lerobot_rows
 from opentau_train.data.lerobot_columns import (
     choose_cameras,
     choose_numbers,
@@ -33,7 +35,7 @@ from opentau_train.data.lerobot_meta import (
     read_tasks,
 )
 from opentau_train.data.lerobot_select import filter_blocks, kept_positions, wanted_columns
-from opentau_train.data.rows import RowError, RowReader, texts
+from opentau_train.data.rows import texts
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
 
@@ -88,36 +90,38 @@ class LeRobotSource:
             blocks = filter_blocks(info, extra, listed.names, table, data_files, settings)
         else:
             blocks = whole_episodes(table.length)
+        fps = float(info.get("fps"))
+        resampled = settings.fps is not None and settings.fps != fps and "timestamp" in features
         reading = Reading(
-            name,
-            root,
-            table,
-            data_files,
-            video_files,
-            images,
-            tuple(cameras),
-            state,
-            actions,
-            prompts,
-            settings.prompt_separator,
-            "task_index" if "task_index" in features else None,
-            read_tasks(info),
-            settings.tolerance_s,
-            fps := float(info.get("fps")),
-            bool(videos) or (settings.fps is not None and settings.fps != fps and "timestamp" in features),
+            dataset=name,
+            root=root,
+            episodes=table,
+            data_files=data_files,
+            videos=video_files,
+            images=images,
+            cameras=tuple(cameras),
+            state=state,
+            actions=actions,
+            prompt_columns=prompts,
+            prompt_separator=settings.prompt_separator,
+            task_column="task_index" if "task_index" in features else None,
+            tasks=read_tasks(info),
+            tolerance_s=settings.tolerance_s,
+            fps=fps,
+            timed=bool(videos) or resampled,
         )
         return cls(
-            name,
-            settings,
-            root,
-            settings.robot_type or info.tree.get("robot_type") or "unknown",
-            fps,
-            dimension_names(features, state),
-            dimension_names(features, actions),
-            _fingerprint(info, table, data_files, video_files),
-            reading,
-            blocks,
-            {camera: frame_size(features[column]) for camera, column in videos.items()},
+            name=name,
+            settings=settings,
+            root=root,
+            robot_type=settings.robot_type or info.tree.get("robot_type") or "unknown",
+            fps=fps,
+            state_names=dimension_names(features, state),
+            action_names=dimension_names(features, actions),
+            fingerprint=_fingerprint(info, table, data_files, video_files),
+            reading=reading,
+            blocks=blocks,
+            frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
         )
 
     @property
@@ -139,27 +143,16 @@ class LeRobotSource:
         """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
         reading, table = self.reading, self.episodes
         names = [c.name for c in (*reading.state, *reading.actions)]
-        reader = RowReader(reading.data_files.path, names)
         positions = np.asarray(positions, np.int64)
-        try:
-            for position in positions[np.lexsort((table.row_start[positions], table.data_file[positions]))].tolist():
-                file = int(table.data_file[position])
-                start, length = int(table.row_start[position]), int(table.length[position])
-                try:
-                    rows = reader.read(file, start, length, int(table.episode_index[position]))
-                    yield position, stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
-                except RowError as error:
-                    raise _unreadable(self.name, reading.data_files, file, error) from error
-        finally:
-            reader.close()
+        ordered = positions[np.lexsort((table.row_start[positions], table.data_file[positions]))].tolist()
 
+        def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
+            return stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
 
-def _unreadable(name: str, files: FileTable, file: int, error: RowError) -> UserError:
-    return UserError(
-        f"rows can't be read: {error}",
-        where=str(files.path(file)),
-        remedy=f"restore the file, or leave its episodes out with data.sources.{name}.exclude_episodes",
-    )
+        where = f"data.sources.{self.name}"
+        found = lerobot_rows.of_episodes(where, reading.data_files, table, ordered, names, take)
+        for position, (state, actions) in found:
+            yield position, state, actions
 
 
 def _episode_table(
@@ -220,28 +213,19 @@ def _with_control_mode(
     else:
         modes = [DEFAULT_CONTROL_MODE] * len(table)
     known, code = np.unique(modes, return_inverse=True)
-    return EpisodeTable(
-        **{**vars(table), "control_mode": code.astype(np.int16), "control_modes": tuple(str(k) for k in known)}
-    )
+    return replace(table, control_mode=code.astype(np.int16), control_modes=tuple(str(k) for k in known))
 
 
 def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, where: str) -> list[str]:
     """Each episode's text in the data column; 'mixed' where it changes inside the episode."""
-    reader = RowReader(data_files.path, [column])
-    modes = []
-    try:
-        for position in range(len(table)):
-            file, start = int(table.data_file[position]), int(table.row_start[position])
-            try:
-                rows = reader.read(file, start, int(table.length[position]), int(table.episode_index[position]))
-                code, known = texts(rows, column)
-            except RowError as error:
-                raise _unreadable(where.rpartition(".")[2], data_files, file, error) from error
-            distinct = {known[c] if c >= 0 else DEFAULT_CONTROL_MODE for c in np.unique(code)}
-            modes.append(distinct.pop() if len(distinct) == 1 else "mixed")
-    finally:
-        reader.close()
-    return modes
+
+    def take(rows: pa.Table) -> str:
+        code, known = texts(rows, column)
+        distinct = {known[c] if c >= 0 else DEFAULT_CONTROL_MODE for c in np.unique(code)}
+        return distinct.pop() if len(distinct) == 1 else "mixed"
+
+    found = lerobot_rows.of_episodes(where, data_files, table, range(len(table)), [column], take)
+    return [mode for _, mode in found]
 
 
 def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]) -> str:

@@ -118,12 +118,12 @@ class LeRobotCursor:
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window
         self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.videos}
+        # {camera: {frame of the episode: its picture}}: what the next history needs, and what a burst read ahead.
         self._rings: dict[str, dict[int, NDArray[np.uint8]]] = {c: {} for c in self._reading.cameras}
         self._episode = -1
         self._rows: EpisodeRows | None = None
         self._places: dict[str, tuple[Path, float]] = {}  # {camera: the episode's mp4 and start in it}
         self._due: dict[str, int] = {}  # {camera: the frame after the last decoded one}
-        # Lanes advance together: their numbers keep them from reading ahead all in the same step.
         self._number = factory.num_cursors
 
     def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
@@ -201,7 +201,10 @@ class LeRobotCursor:
         if camera not in self._videos:
             ring[frame] = self._factory.resizers[camera](self._still(camera, frame))
             return
-        count = 1 + min(ahead, BURST - 1 - (frame + self._number) % BURST)
+        # A burst ends at a frame number of the lane's own: lanes advance together, and would else all decode theirs in
+        # the same step.
+        left_in_burst = BURST - 1 - (frame + self._number) % BURST
+        count = 1 + min(ahead, left_in_burst)
         for f, image in enumerate(self._decoded(camera, frame, count), start=frame):
             ring[f] = image
             self._due[camera] = f + 1

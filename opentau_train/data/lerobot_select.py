@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from opentau_train.config_data import SourceSettings
-from opentau_train.data import keep_ranges
+from opentau_train.data import keep_ranges, lerobot_rows
 from opentau_train.data.lerobot_meta import Episodes, FileTable, Info
-from opentau_train.data.rows import RowError, RowReader, one_array
+from opentau_train.data.rows import one_array
 from opentau_train.data.windows import chunk_rows, row_step
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable
@@ -149,21 +150,9 @@ def _values(
 
 
 def _in_rows(info: Info, table: EpisodeTable, column: str, row: int, files: FileTable) -> list[Any]:
-    reader = RowReader(files.path, [column])
-    values = []
-    try:
-        for place in range(len(table)):
-            file, number = int(table.data_file[place]), int(table.episode_index[place])
-            start = int(table.row_start[place]) + (int(table.length[place]) - 1 if row < 0 else 0)
-            try:
-                value = one_array(reader.read(file, start, 1, number).column(column))[0].as_py()
-            except RowError as error:
-                raise UserError(
-                    f"rows can't be read: {error}",
-                    where=str(files.path(file)),
-                    remedy=f"restore the file, or leave its episodes out with {info.where}.exclude_episodes",
-                ) from error
-            values.append(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    finally:
-        reader.close()
-    return values
+    def take(rows: pa.Table) -> Any:
+        value = one_array(rows.column(column))[0].as_py()
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    found = lerobot_rows.of_episodes(info.where, files, table, range(len(table)), [column], take, row=row)
+    return [value for _, value in found]

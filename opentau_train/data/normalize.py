@@ -176,13 +176,20 @@ def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
     digest = hashlib.blake2b(json.dumps([VERSION, *key_parts]).encode(), digest_size=16).hexdigest()
     path = cache / "stats" / f"{digest}.json"
     if path.is_file():
-        return HeadStats.from_json(json.loads(path.read_text()))
+        try:
+            return HeadStats.from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s can't be read and is computed again: %s", path, error)
     stats = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(stats.to_json(), file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / path.name
+            with open(fresh, "w") as file:
+                json.dump(stats.to_json(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
     except OSError as error:
         remedy = "set paths.cache_dir to a directory that you can write"
         raise UserError(f"the statistics can't be stored: {error}", where=str(path.parent), remedy=remedy) from error

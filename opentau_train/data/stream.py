@@ -254,7 +254,7 @@ def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
     try:
         # One may die while its batch is handed over: the connection breaks before the system calls it dead.
         return bool(workers) and bool(wait([w.sentinel for w in workers], timeout=GONE_S))
-    except RuntimeError as told:  # by torch's handler of SIGCHLD, in the middle of waiting
+    except RuntimeError as told:  # by torch's handler of SIGCHLD, where the main thread itself reads the batches
         return str(told).startswith("DataLoader worker")
 
 

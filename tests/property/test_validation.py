@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from opentau_train.data.tape import Tape, draws_per_epoch
 from opentau_train.data.windows import equal_spans, make_blocks, validation_split, validation_windows
 from opentau_train.errors import UserError
+from opentau_train.evaluate import plan_validation
 from opentau_train.metrics import Sums, validation_row
 from opentau_train.types import EpisodeTable
 from tests.program import DATA, TOY, metrics, train_here
@@ -108,6 +109,39 @@ def test_spans_are_contiguous_cover_all_and_are_even(cost, parts):
     assert bounds[0] == 0 and bounds[-1] == len(cost) and (np.diff(bounds) >= 0).all()
     for low, high in itertools.pairwise(bounds):
         assert abs(cost[low:high].sum() - cost.sum() / parts) <= cost.max(initial=0) + 1e-9
+
+
+@given(sources, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_workers_together_read_every_window_once_and_ahead_only_in_their_own_run(found, batch_size, ranks, workers):
+    opened = open_sources(found, 0, 1, False)
+    datasets = [
+        SimpleNamespace(
+            name=f"d{i}",
+            validation=held_out,
+            group_of=np.zeros(len(table), int),
+            source=SimpleNamespace(episodes=table),
+        )
+        for i, (table, _, _, held_out) in enumerate(opened)
+    ]
+    plan = plan_validation(SimpleNamespace(datasets=datasets), None, batch_size=batch_size, num_ranks=ranks)
+    seen = []
+    for rank, worker in itertools.product(range(ranks), range(workers)):
+        batches = list(plan.for_worker(rank, worker, workers))
+        rows = [row for b in batches for row in zip(b.dataset, b.episode, b.frame, b.ahead, b.t, strict=True)]
+        places = [row[:3] for row in rows]
+        assert all(len(b) == batch_size for b in batches[:-1])
+        for place, (dataset, episode, frame, ahead, t) in enumerate(run):
+            follow = 0
+            while place + follow + 1 < len(run) and run[place + follow + 1][:3] == (
+                dataset,
+                episode,
+                frame + follow + 1,
+            ):
+                follow += 1
+            assert ahead == follow
+            seen.append(t)
+    assert seen == list(range(len(plan.windows)))
 
 
 # -- grouping ----------------------------------------------------------------------------------------------------------

@@ -95,13 +95,15 @@ def test_what_trains_on_during_a_background_save_is_not_in_it(world, tmp_path):
     assert path.name == "00000002" and other.step == 2 and same(everything(other), before)
 
 
-def test_the_next_save_commits_the_one_before_and_keeps_the_protected(world, tmp_path):
+def test_the_next_save_commits_the_one_before_and_keeps_the_best(world, tmp_path):
     settings = CheckpointSettings(asynchronous=True, keep_last=1, keep_every=4)
     state = make_state()
     with Saver(tmp_path, world, settings, CARD) as saver:
         for _ in range(6):
             train(state)
-            save(saver, state, protected=["00000002"])
+            save(saver, state)
+            if (tmp_path / "checkpoints" / "00000002").exists():
+                commit.point(tmp_path / "checkpoints" / "best", "00000002")
         saver.finish()
     assert [int(p.name) for p in commit.complete(tmp_path / "checkpoints")] == [2, 4, 6]
 

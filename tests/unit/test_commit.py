@@ -60,12 +60,13 @@ def save_until_killed(folder: Path, step: int, retention: Retention, operation: 
 
 
 def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
-    retention = Retention(keep_last=2, protected=["00000001"])
+    retention = Retention(keep_last=2)
     killed, seen = 0, set()
     while True:
         folder = tmp_path / str(killed)
         for step in (1, 2, 3):
             save(folder, step, retention)
+            commit.point(folder / "best", "00000001")
         write(folder, 4)  # an earlier kill's
         was_killed = save_until_killed(folder, 5, retention, killed)
         found = names(folder)
@@ -88,16 +89,15 @@ def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
     steps=st.sets(st.integers(1, 10**7), max_size=12),
     keep_last=st.none() | st.integers(1, 4),
     keep_every=st.none() | st.integers(1, 5000),
-    protected=st.sets(st.integers(1, 10**7)),
 )
 @settings(deadline=None)
-def test_retention_keeps_the_newest_the_multiples_and_the_protected(steps, keep_last, keep_every, protected):
+def test_retention_keeps_the_newest_and_the_multiples(steps, keep_last, keep_every):
     all_names = [f"{s:08d}" for s in steps]
-    gone = Retention(keep_last, keep_every, [f"{s:08d}" for s in protected]).obsolete(all_names)
+    gone = Retention(keep_last, keep_every).obsolete(all_names)
     kept = set(steps) - {int(n) for n in gone}
     newest = sorted(steps)[-keep_last:] if keep_last else sorted(steps)
     multiples = {s for s in steps if keep_every and s % keep_every == 0}
-    assert kept == set(newest) | multiples | (protected & steps)
+    assert kept == set(newest) | multiples
     assert gone == sorted(gone)
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.metrics import Group, Sums, clustered_error, training_row, validation_row
+from opentau_train.metrics import Group, Sums, group_means, training_row, validation_row
 
 GROUPS = [Group("a", "joint", "r::joint", 0.75), Group("b", "ee", "r::ee", 0.25), Group("c", "ee", "r::ee", 0.5)]
 WEIGHTS = {"mse": 1.0, "ce": 0.1}
@@ -39,15 +39,20 @@ def test_zero_loss_is_zero_not_absent():
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=2, max_size=20))
-def test_clustered_error_of_equal_clusters_is_the_standard_error_of_their_means(rows):
+def test_error_of_equal_clusters_is_the_standard_error_of_their_means(rows):
     means = np.array([m for m, _ in rows])
-    counts = np.full(len(rows), 4.0)
     expected = means.std(ddof=1) / np.sqrt(len(rows))
-    assert clustered_error(means * counts, counts) == pytest.approx(expected, abs=1e-9)
+    assert error_of(means * 4.0, np.full(len(rows), 4.0)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_clustered_error_needs_two_episodes():
-    assert clustered_error(np.array([1.0, 0.0]), np.array([2.0, 0.0])) is None
+def test_error_needs_two_episodes_with_elements():
+    assert np.isnan(error_of(np.array([1.0, 0.0]), np.array([2.0, 0.0])))
+
+
+def error_of(sums: np.ndarray, counts: np.ndarray) -> float:
+    """The standard error of one group and term, from the sums and counts [E] of its episodes."""
+    episodes = np.stack([sums, counts], axis=-1)[:, None]
+    return float(group_means(episodes, np.zeros(len(sums), np.int64), np.ones(len(sums)), 1).error[0, 0])
 
 
 def test_training_row_divides_sums_by_counts_never_averages_averages():

@@ -8,7 +8,7 @@ from opentau_train.config import OptimizerSettings
 from opentau_train.optim import Constant, Cosine, Ema, Linear, adamw
 
 
-@given(st.integers(0, 50), st.integers(51, 500), st.floats(0, 1))
+@given(st.integers(0, 50), st.integers(52, 500), st.floats(0, 1))
 def test_schedules_warm_up_peak_and_end_where_they_say(warmup, steps, final):
     for schedule in (Cosine(warmup, final), Linear(warmup, final)):
         assert schedule(steps - 1, steps) == pytest.approx(final, abs=1e-6)
@@ -21,6 +21,7 @@ def test_schedules_warm_up_peak_and_end_where_they_say(warmup, steps, final):
 
 def test_one_step_run_has_a_finite_rate():
     assert Cosine(0)(0, 1) == 1.0 and Cosine(5)(0, 1) == pytest.approx(0.2)
+    assert Cosine(50)(50, 51) == Linear(50)(50, 51) == 1.0  # one step after the warm-up: the peak and the end
 
 
 class Net(nn.Module):

@@ -87,3 +87,17 @@ def test_cache_is_keyed_by_content_and_survives_json(tmp_path):
     normalize.cached(tmp_path, ["content b"], make)
     assert len(made) == 2
     assert json.dumps(first.to_json()) == json.dumps(again.to_json())
+
+
+@pytest.mark.parametrize("text", ["", '{"state": {"count"', "{}"])
+def test_a_torn_cache_is_computed_again_and_says_so(text, tmp_path, caplog):
+    def make():
+        return stats_of(np.random.default_rng(0).normal(size=(50, 2)))
+
+    first = normalize.cached(tmp_path, ["content"], make)
+    (stored,) = (tmp_path / "stats").iterdir()
+    whole = stored.read_text()
+    stored.write_text(text)
+    assert json.dumps(normalize.cached(tmp_path, ["content"], make).to_json()) == json.dumps(first.to_json())
+    assert stored.name in caplog.text
+    assert stored.read_text() == whole and list((tmp_path / "stats").iterdir()) == [stored]
