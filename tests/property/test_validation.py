@@ -131,15 +131,9 @@ def test_workers_together_read_every_window_once_and_ahead_only_in_their_own_run
         rows = [row for b in batches for row in zip(b.dataset, b.episode, b.frame, b.ahead, b.t, strict=True)]
         places = [row[:3] for row in rows]
         assert all(len(b) == batch_size for b in batches[:-1])
-        for place, (dataset, episode, frame, ahead, t) in enumerate(run):
-            follow = 0
-            while place + follow + 1 < len(run) and run[place + follow + 1][:3] == (
-                dataset,
-                episode,
-                frame + follow + 1,
-            ):
-                follow += 1
-            assert ahead == follow
+        for place, (dataset, episode, frame, ahead, t) in enumerate(rows):
+            going_on = ((dataset, episode, frame + k) == at for k, at in enumerate(places[place + 1 :], start=1))
+            assert ahead == sum(itertools.takewhile(bool, going_on))
             seen.append(t)
     assert seen == list(range(len(plan.windows)))
 
