@@ -4,10 +4,11 @@
 
 Nothing but `t` moves. An epoch draws `n_d` windows from dataset d, the next ones of the dataset's *line*: its blocks
 ordered by a keyed hash, pass after pass, laid end to end. An epoch is cut into *phases*, each with its exact share of
-every dataset; a phase is cut into `V = v * B` contiguous spans of windows, the *lanes*, which are read in parallel:
-sample u of a phase is row `u div V` of slot `c = u mod V`, and slot c reads lane `(c mod B) * v + c div B`. So B
-consecutive samples come from B lanes spread evenly over the phase, every lane is sequential inside an episode, and no
-rank or worker appears in the formula. docs/data.md derives it; docs/architecture.md shows where it is used.
+every dataset. A phase is cut into B even *stretches* of windows, one for each sample of a batch, and a stretch into v
+*lanes*, which are read in parallel: sample u of a phase is row `u div V` of slot `c = u mod V` (V = v * B), and slot c
+reads lane `c div B` of stretch `c mod B` (those one window longer come first). So B consecutive samples come from the B
+stretches, one of each, every lane is sequential inside an episode, and no rank or worker appears in the formula.
+docs/data.md derives it; docs/architecture.md shows where it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from opentau_train import rng
 from opentau_train.errors import UserError
 
-VERSION = 1
+VERSION = 2
 
 I64 = NDArray[np.int64]
 
@@ -159,8 +160,6 @@ class Tape:
         self.num_phases = max(1, round(self.epoch_size / (self.num_lanes * phase_rows)))
         # Reading in order is asked for when no dataset is shuffled: lanes would shuffle what the user wants in order.
         self.in_order = not any(b.shuffle for b in datasets)
-        slots = np.arange(self.num_lanes)
-        self._lane_of_slot = (slots % batch_size) * lanes_per_sample + slots // batch_size
         self._passes: dict[tuple[int, int], tuple[NDArray[np.int32], I64]] = {}
 
     def moved(self, offset: int) -> Tape:
@@ -231,13 +230,14 @@ class Tape:
         length = int(self._phase_start(phase + 1) - self._phase_start(phase))
         if self.in_order:
             return u, length - 1 - u
-        rows, longer = divmod(length, self.num_lanes)
-        lane_length = np.empty(self.num_lanes, np.int64)
-        lane_length[self._lane_of_slot] = rows + (np.arange(self.num_lanes) < longer)
-        lane_start = np.cumsum(lane_length) - lane_length
+        size, (rows, longer) = self.batch_size, divmod(length, self.num_lanes)
+        start = np.arange(size + 1) * length // size  # of the stretches, whose lengths differ by one at most
+        stretch_of = np.argsort(-np.diff(start), kind="stable")  # the first slots have the longer ones
         row, slot = np.divmod(u, self.num_lanes)
-        lane = self._lane_of_slot[slot]
-        return lane_start[lane] + row, lane_length[lane] - 1 - row
+        part, column = np.divmod(slot, size)
+        longer_parts, longer_columns = divmod(longer, size)
+        before = part * rows + np.minimum(part, longer_parts + (column < longer_columns))
+        return start[stretch_of[column]] + before + row, rows + (slot < longer) - 1 - row
 
     def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64, left: I64) -> None:
         """Resolve places of a phase (datasets one after another), of which their lanes have `left` to read after them,
