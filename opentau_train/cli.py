@@ -101,7 +101,7 @@ def _compose_and_run() -> int:
 def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     """The configuration tree that Hydra composes; None where it only shows something (`--help`, `--cfg`). What it
     refuses with a plain ValueError is the user's mistake too."""
-    _check_overrides([a for a in arguments if not a.startswith("-") and "=" in a])
+    _check_overrides([a for a in arguments if _is_override(a)])
     if _flag(arguments, "--multirun", "-m") is not None:
         raise UserError("sweeps are not run from one process", where="--multirun", remedy="start one process a setting")
     try:
@@ -128,6 +128,8 @@ def _app(composed: Any) -> None:
 def _quietly(app: Callable[[], None]) -> None:
     """Run Hydra's entry. A flag that it doesn't know becomes a `UserError` instead of a page of usage on every rank."""
     said = io.StringIO()
+    # Hydra's parser takes its flags after all overrides, not among them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: not _is_override(a))
     try:
         with contextlib.redirect_stderr(said):
             app()
@@ -198,7 +200,7 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
 def compose(arguments: Sequence[str]) -> dict[str, Any]:
     """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for
     tools. Raises what `answer` tells."""
-    overrides = [_settable(a) for a in arguments if not a.startswith("-") and "=" in a]
+    overrides = [_settable(a) for a in arguments if _is_override(a)]
     folder = _flag(arguments, "--config-dir", "-cd")
     if folder:
         overrides.append(f"hydra.searchpath=[file://{os.path.abspath(folder)}]")
@@ -213,6 +215,10 @@ def _settable(argument: str) -> str:
     """
     argument = _RESUME.sub("resume.checkpoint=", argument)
     return f"++{argument}" if _VALUE_OVERRIDE.match(argument) else argument
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def _flag(arguments: Sequence[str], *names: str) -> str | None:

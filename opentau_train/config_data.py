@@ -25,7 +25,7 @@ class SourceSettings:
     revision: str | None = None
     weight: float | None = None
     """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
-    val_split_ratio: float = 0.0
+    val_split_ratio: float = 0.1
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
     val_episodes: tuple[int, ...] | None = None
     """The held-out episode numbers themselves, in place of `val_split_ratio`."""
@@ -51,7 +51,8 @@ class SourceSettings:
     use_filter_dict: bool = False
     filter_dict_path: str | None = None
     filter_key: str = "{recording_folderpath}--{file_path}"
-    """An episode's key in the filter file, over its metadata; unused where the file's keys are episode numbers."""
+    """An episode's key in the filter file, over its metadata. Where this is left as it is and all keys of the file are
+    whole numbers, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
     filter_min_match: float = 0.5
     """Least fraction of the episodes that must be in the filter file."""

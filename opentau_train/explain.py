@@ -18,7 +18,7 @@ from opentau_train.errors import UserError, did_you_mean
 HELP = "see python -m opentau_train --help"
 ON_COMMAND_LINE = ("recipe", "debug")
 """Groups that the primary configuration has no choice of: they are added with +GROUP=NAME."""
-SECTIONS = tuple(f for f in config.Settings.__dataclass_fields__ if f not in ("name", "seed", "resume"))
+SECTIONS = tuple(f for f in config.Settings.__dataclass_fields__ if (resources.files("opentau_train.conf") / f).is_dir())
 """The top-level keys that are groups of files in conf/."""
 
 

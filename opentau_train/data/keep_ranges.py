@@ -16,7 +16,7 @@ import hashlib
 import json
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +32,17 @@ TRIM_KEY = "filter_last_n_in_ranges"
 @dataclass(frozen=True)
 class KeepRanges:
     """A filter file: {key: ranges}, each key's sorted, disjoint and without its trimmed tail. `trimmed` frames were
-    taken off each range as written; `by_number` says that the keys are episode numbers; `digest` hashes the content."""
+    taken off each range as written; `by_number` says that all keys are whole numbers; `digest` hashes the content."""
 
     path: Path
     ranges: Mapping[str, Ranges]
     trimmed: int
     by_number: bool
     digest: str
+
+    def numbered(self) -> KeepRanges:
+        """The same with keys as episode numbers are written: 7 for 007."""
+        return replace(self, ranges={str(int(key)): found for key, found in self.ranges.items()})
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,6 @@ def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
             raise _broken(path, f"metadata.{TRIM_KEY} is {trim!r}, not a number of frames")
     ranges = {key: _clean(key, found, trim, path) for key, found in tree.items()}
     by_number = all(key.isascii() and key.isdigit() for key in tree)
-    if by_number:
-        ranges = {str(int(key)): found for key, found in ranges.items()}
     return KeepRanges(path, ranges, trim, by_number, hashlib.blake2b(raw, digest_size=16).hexdigest())
 
 

@@ -108,9 +108,11 @@ def _require(features: Features, name: str, kinds: frozenset[str], kind: str, wh
 
 
 def frame_size(feature: Mapping[str, Any]) -> tuple[int, int]:
-    """(H, W) of a camera's `shape`, channels first or last; (0, 0) where it doesn't say."""
+    """(H, W) of a camera's `shape`, channels first, last or left out; (0, 0) where it doesn't say."""
     shape: list[int] = list(feature.get("shape") or [])
-    if len(shape) != 3:
+    if len(shape) not in (2, 3):
         return 0, 0
+    if len(shape) == 2:
+        return int(shape[0]), int(shape[1])
     height, width = shape[1:] if shape[0] in (1, 3) and shape[2] not in (1, 3) else shape[:2]
     return int(height), int(width)

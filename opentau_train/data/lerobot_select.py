@@ -88,7 +88,8 @@ def filter_blocks(
             remedy=f"set {where}.chunk_length",
         )
     filter = keep_ranges.read(Path(settings.filter_dict_path or "").expanduser(), where, settings.filter_trim_tail)
-    if filter.by_number:
+    if filter.by_number and settings.filter_key == SourceSettings.filter_key:
+        filter = filter.numbered()
         keys = [str(number) for number in table.episode_index.tolist()]
     else:
         fields = keep_ranges.template_fields(settings.filter_key, where)

@@ -37,7 +37,8 @@ class Source(Protocol):
     fps: float
     cameras: tuple[str, ...]
     frame_sizes: Mapping[str, tuple[int, int]]
-    """(H, W) in the files of each camera that is stored as video: what a lane's open decoders cost."""
+    """(H, W) in the files of each camera that is stored as video, (0, 0) where that isn't known: what a lane's open
+    decoders cost."""
     state_names: tuple[str, ...]
     """One name a state dimension, e.g. `observation.state.joint_position[0]`."""
     action_names: tuple[str, ...]

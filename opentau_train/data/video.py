@@ -49,6 +49,8 @@ def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
     """About what a lane holds to read one camera, (H, W) in the file and of the batch's images: a decoder (a fixed part
     and some seven pictures: a straight line through what h264 without and with B-frames and AV1 took at 192x320 to
     720x1280, 40 % off at most) and the pictures of a burst."""
+    if 0 in frame:  # the dataset doesn't say
+        frame = image
     height, width = fit(*frame, image)
     return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + BURST * height * width * 3
 
@@ -171,6 +173,7 @@ class FrameCursor:
         self._fed_dts: int | None = None  # the last packet sent to the decoder
         self._key_delay = 0  # presentation minus decode time of the last keyframe
         self._drained = False
+        self._cut_off: float = math.inf  # when the first picture is shown whose packet isn't whole
         self._before: av.VideoFrame | None = None
         self._latest: av.VideoFrame | None = None
 
@@ -226,13 +229,15 @@ class FrameCursor:
         frame = self._frames.popleft()
         if frame.pts is None:
             raise VideoError(f"{file.path}: a frame has no presentation time")
-        if frame.is_corrupt:
+        if frame.is_corrupt or frame.pts >= self._cut_off:
             # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
             raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
         return frame
 
     def _feed(self, packet: av.Packet) -> None:
         self._fed_dts = packet.dts
+        if packet.is_corrupt and packet.pts is not None:  # a truncated file's last; not every decoder notices
+            self._cut_off = min(self._cut_off, packet.pts)
         if packet.is_keyframe:
             if packet.pts is not None and packet.dts is not None:
                 self._key_delay = packet.pts - packet.dts

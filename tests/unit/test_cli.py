@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from opentau_train import cli
 from tests.program import REPO, environment, run
@@ -103,6 +104,33 @@ def assert_clear(code: int, said: str, *texts: str) -> None:
     assert "Traceback" not in said and "Error executing" not in said
     for text in (*texts, "remedy: "):
         assert text in said, said
+
+
+def test_every_key_that_cfg_shows_can_be_set_on_the_command_line(monkeypatch, capsys):
+    """Each to what it is: the configuration stays the same."""
+
+    def leaves(tree: dict, path: str = ""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{path}{key}.")
+            elif value is None or isinstance(value, bool | int | float):
+                yield f"{path}{key}={'null' if value is None else str(value).lower()}"
+            elif isinstance(value, str):
+                yield f"{path}{key}='{value}'"
+
+    def shown(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["opentau_train", DROID, "--cfg", "job", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        assert end.value.code == 0, printed.err
+        return printed.out
+
+    monkeypatch.delenv("DROID_ROOT", raising=False)
+    before = shown()
+    settable = list(leaves(yaml.safe_load(before)))
+    assert len(settable) > 100 and "flight_recorder=false" in settable
+    assert shown(*(s for s in settable if "${" not in s and "_target_" not in s)) == before
 
 
 @pytest.mark.parametrize("name", MISTAKES)
