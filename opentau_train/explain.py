@@ -18,7 +18,8 @@ from opentau_train.errors import UserError, did_you_mean
 HELP = "see python -m opentau_train --help"
 ON_COMMAND_LINE = ("recipe", "debug")
 """Groups that the primary configuration has no choice of: they are added with +GROUP=NAME."""
-SECTIONS = tuple(f for f in config.Settings.__dataclass_fields__ if (resources.files("opentau_train.conf") / f).is_dir())
+_CONF = resources.files("opentau_train.conf")
+SECTIONS = tuple(name for name in config.Settings.__dataclass_fields__ if (_CONF / name).is_dir())
 """The top-level keys that are groups of files in conf/."""
 
 
@@ -126,7 +127,7 @@ def _whole_text(error: BaseException) -> str:
 
 def _options(group: str) -> list[str]:
     """The files of a group of the program's own configuration."""
-    folder = resources.files("opentau_train.conf").joinpath(*group.split("/"))
+    folder = _CONF.joinpath(*group.split("/"))
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 

@@ -43,6 +43,7 @@ class FakeSource:
     slow: bool
     robot_type: str
     fingerprint: str
+    rows_stamp: str = ""
     fps: float = 10.0
     frame_sizes: dict = dataclasses.field(default_factory=dict)
     cameras: tuple[str, ...] = ("eye",)

@@ -24,18 +24,20 @@ from opentau_train.data.lerobot_columns import (
     dimension_names,
     frame_size,
 )
-from opentau_train.data.lerobot_cursor import LeRobotCursorFactory, Reading, stack_columns
+from opentau_train.data.lerobot_cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot_meta import (
     Episodes,
     FileTable,
     Info,
-    file_sizes,
+    file_stats,
     read_episodes,
     read_info,
     read_tasks,
 )
+from opentau_train.data.lerobot_rows import Reading, stack_columns
 from opentau_train.data.lerobot_select import filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.rows import texts
+from opentau_train.data.source import UNKNOWN_ROBOT
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
 
@@ -60,6 +62,7 @@ class LeRobotSource:
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     fingerprint: str
+    rows_stamp: str
     reading: Reading
     blocks: NDArray[np.int32]
     frame_sizes: dict[str, tuple[int, int]]
@@ -91,7 +94,7 @@ class LeRobotSource:
         else:
             blocks = whole_episodes(table.length)
         fps = float(info.get("fps"))
-        resampled = settings.fps is not None and settings.fps != fps and "timestamp" in features
+        by_time = settings.fps is not None and "timestamp" in features
         reading = Reading(
             dataset=name,
             root=root,
@@ -108,17 +111,19 @@ class LeRobotSource:
             tasks=read_tasks(info),
             tolerance_s=settings.tolerance_s,
             fps=fps,
-            timed=bool(videos) or resampled,
+            timed=bool(videos) or by_time,
         )
+        fingerprint, rows_stamp = _identify(info, table, data_files, video_files)
         return cls(
             name=name,
             settings=settings,
             root=root,
-            robot_type=settings.robot_type or info.tree.get("robot_type") or "unknown",
+            robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
             fps=fps,
             state_names=dimension_names(features, state),
             action_names=dimension_names(features, actions),
-            fingerprint=_fingerprint(info, table, data_files, video_files),
+            fingerprint=fingerprint,
+            rows_stamp=rows_stamp,
             reading=reading,
             blocks=blocks,
             frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
@@ -228,17 +233,22 @@ def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, wher
     return [mode for _, mode in found]
 
 
-def _fingerprint(info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]) -> str:
-    """A hash of the metadata, of the episodes, and of the sizes of their files: one that was recorded or encoded again
-    has another."""
+def _identify(
+    info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]
+) -> tuple[str, str]:
+    """(`fingerprint`, `rows_stamp`): a hash of the metadata, of the episodes, and of the sizes of their files, so that
+    one that was recorded or encoded again has another; and one of when the files of rows were written."""
     digest = hashlib.blake2b(info.raw, digest_size=16)
     for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
         digest.update(np.ascontiguousarray(column).tobytes())
     for camera, start in table.video_start.items():
         digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
     relative = [data_files.relative(number) for number in np.unique(table.data_file).tolist()]
+    num_data = len(relative)
     for camera, files in video_files.items():
         relative += [files.relative(number) for number in np.unique(table.video_file[camera]).tolist()]
-    for name, size in zip(relative, file_sizes([f"{info.root}/{name}" for name in relative]), strict=True):
-        digest.update(f"{name}\x1f{size}\x1e".encode())
-    return digest.hexdigest()
+    found = file_stats([f"{info.root}/{name}" for name in relative])
+    for name, stat in zip(relative, found, strict=True):
+        digest.update(f"{name}\x1f{stat.size}\x1e".encode())
+    written = repr([stat.modified for stat in found[:num_data]])
+    return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()

@@ -3,87 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from opentau_train.data.images import ImageError, Resizer, decode_image
-from opentau_train.data.lerobot_columns import Column
-from opentau_train.data.lerobot_meta import FileTable
-from opentau_train.data.rows import RowError, RowReader, numbers, one_array, texts
+from opentau_train.data.lerobot_rows import EpisodeRows, Reading, check_finite, load_rows
+from opentau_train.data.rows import RowError, RowReader
 from opentau_train.data.video import BURST, FrameCursor, VideoPool
 from opentau_train.data.video_file import VideoError
 from opentau_train.data.windows import chunk_places, history_rows, next_rows, row_step, rows_at
 from opentau_train.errors import BadSample
-from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a worker must know to read a dataset; picklable.
-
-    `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `videos` {camera: its
-    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no
-    task; `prompt_separator` splits one text into alternatives.
-    """
-
-    dataset: str
-    root: Path
-    episodes: EpisodeTable
-    data_files: FileTable
-    videos: Mapping[str, FileTable]
-    images: Mapping[str, str]
-    cameras: tuple[str, ...]
-    state: tuple[Column, ...]
-    actions: tuple[Column, ...]
-    prompt_columns: tuple[str, ...]
-    prompt_separator: str | None
-    task_column: str | None
-    tasks: Mapping[int, str]
-    tolerance_s: float
-    fps: float
-    timed: bool
-
-    @property
-    def columns(self) -> list[str]:
-        """The parquet columns of a window."""
-        names = [c.name for c in (*self.state, *self.actions)]
-        names += [*self.prompt_columns, *self.images.values()]
-        names += [self.task_column] if self.task_column else []
-        return names + (["timestamp"] if self.timed else [])
-
-    def places(self, position: int) -> dict[str, tuple[Path, float]]:
-        """{video camera: (mp4, seconds at which the episode starts in it)}."""
-        table = self.episodes
-        return {
-            camera: (files.path(int(table.video_file[camera][position])), float(table.video_start[camera][position]))
-            for camera, files in self.videos.items()
-        }
-
-
-@dataclass(frozen=True)
-class EpisodeRows:
-    """The rows of one episode: `state` [L, S] and `actions` [L, A] f32, `seconds` [L] f64 since the episode's
-    start in its videos (None where nothing needs them), `prompts[prompt_code[f]]` for row f, `images` {camera: L
-    encoded images}."""
-
-    state: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    seconds: NDArray[np.float64] | None
-    prompt_code: NDArray[np.int64]
-    prompts: list[tuple[str, ...]]
-    images: Mapping[str, pa.Array]
-
-
-def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
-    """[L, D] f32: the columns side by side. Raises `RowError`."""
-    parts = [numbers(rows, c.name, c.dim) for c in columns]
-    return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
+from opentau_train.types import RawWindow, WindowSpec
 
 
 class LeRobotCursorFactory:
@@ -133,17 +67,23 @@ class LeRobotCursor:
             raise IndexError(f"frame {frame} of an episode of {length}")
         try:
             rows = self._enter(episode)
+            actions, is_pad = self._actions(rows, frame)
+            if not rows.finite:
+                check_finite(self._reading, rows.state[frame], actions)
             images = {camera: self._images(camera, frame, ahead) for camera in self._reading.cameras}
         except (RowError, VideoError, ImageError) as error:
             episode_index = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
-        window, step = self._window, self._factory.step
-        if step == 1.0:  # the rows themselves: nothing to place between them
-            actions, is_pad = next_rows(rows.actions, frame, window.chunk_length)
-        else:
-            between = chunk_places(frame, window.chunk_length, step, rows.seconds, window.fps)
-            actions, is_pad = rows_at(rows.actions, between, self._factory.held)
         return RawWindow(images, rows.state[frame].copy(), actions, is_pad, rows.prompts[rows.prompt_code[frame]])
+
+    def _actions(self, rows: EpisodeRows, frame: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """(actions [T, A] f32, is_pad [T]) of the window at `frame`."""
+        num, fps = self._window.chunk_length, self._window.fps
+        if fps is None:  # the rows themselves: nothing to place between them
+            return next_rows(rows.actions, frame, num)
+        return rows_at(
+            rows.actions, chunk_places(frame, num, self._factory.step, rows.seconds, fps), self._factory.held
+        )
 
     def close(self) -> None:
         for cursor in self._videos.values():
@@ -175,7 +115,9 @@ class LeRobotCursor:
         if history == 0:
             self._fill(camera, frame, ahead)
             return ring.pop(frame)[None]  # handed over, not copied
-        wanted = history_rows(frame, history, self._factory.step).tolist()
+        rows = self._rows
+        assert rows is not None, "an image belongs to the episode entered before"
+        wanted = history_rows(frame, history, self._factory.step, rows.seconds, self._window.fps).tolist()
         for f in range(wanted[0], frame + 1):
             self._fill(camera, f, ahead + frame - f)
         for old in [f for f in ring if f < wanted[0]]:
@@ -232,53 +174,6 @@ class LeRobotCursor:
             path = reading.data_files.path(int(reading.episodes.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
-
-
-def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
-    """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
-    table = reading.episodes
-    file = int(table.data_file[position])
-    rows = reader.read(
-        file, int(table.row_start[position]), int(table.length[position]), int(table.episode_index[position])
-    )
-    try:
-        code, prompts = _prompts(rows, reading)
-        return EpisodeRows(
-            stack_columns(rows, reading.state),
-            stack_columns(rows, reading.actions),
-            numbers(rows, "timestamp", 1, np.float64)[:, 0] if reading.timed else None,
-            code,
-            prompts,
-            {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
-        )
-    except RowError as error:
-        raise RowError(f"{reading.data_files.path(file)}: {error}") from error
-
-
-def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
-    """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
-    columns = [texts(rows, name) for name in reading.prompt_columns]
-    codes = [code for code, _ in columns]
-    if reading.task_column:
-        codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
-    if not codes:
-        return np.zeros(rows.num_rows, np.int64), [()]
-    distinct, code = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
-    prompts = []
-    for combination in distinct.tolist():
-        found = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
-        chosen = _clean(found, reading.prompt_separator)
-        if not chosen and reading.task_column:
-            if combination[-1] not in reading.tasks:
-                raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
-            chosen = _clean([reading.tasks[combination[-1]] or ""], reading.prompt_separator)
-        prompts.append(chosen)
-    return code.reshape(-1), prompts
-
-
-def _clean(found: list[str], separator: str | None) -> tuple[str, ...]:
-    parts = [part for text in found for part in (text.split(separator) if separator else [text])]
-    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _encoded(cell: Any, root: Path) -> bytes:

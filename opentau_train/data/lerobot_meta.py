@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from opentau_train.errors import UserError
 
 VERSIONS = ("v3.0", "v2.1")
 STATS_A_TURN = 500
-"""Files that a thread asks the sizes of at once."""
+"""Files that a thread asks after at once."""
 _RESTORE = "restore the file (download or export the dataset again)"
 
 
@@ -47,28 +47,36 @@ class FileTable:
         return self.root / self.relative(number)
 
 
-def file_sizes(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file; -1 of one that can't be had: its episodes are bad samples, found when they are read.
+class FileStat(NamedTuple):
+    """A file's bytes, and its modification time in nanoseconds; -1 for a file that can't be had."""
+
+    size: int
+    modified: int
+
+
+def file_stats(paths: Sequence[str]) -> list[FileStat]:
+    """Of each file. The episodes of one that can't be had are bad samples, found when they are read.
 
     Asked for on several threads: a dataset of a file an episode has hundreds of thousands, and a file server answers
     each in its own time.
     """
 
-    def sizes(part: Sequence[str]) -> list[int]:
-        return [_size(path) for path in part]
+    def stats(part: Sequence[str]) -> list[FileStat]:
+        return [_stat(path) for path in part]
 
     parts = [paths[i : i + STATS_A_TURN] for i in range(0, len(paths), STATS_A_TURN)]
     if len(parts) <= 1:
-        return sizes(paths)
+        return stats(paths)
     with ThreadPoolExecutor(16) as threads:
-        return [size for found in threads.map(sizes, parts) for size in found]
+        return [stat for found in threads.map(stats, parts) for stat in found]
 
 
-def _size(path: str) -> int:
+def _stat(path: str) -> FileStat:
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError:
-        return -1
+        return FileStat(-1, -1)
+    return FileStat(found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
+UNKNOWN_ROBOT = "unknown"
+"""`Source.robot_type` of a dataset that doesn't say."""
+
 
 class Cursor(Protocol):
     """One reader that moves forward: each lane has its own. Reading backwards or jumping works and costs a seek."""
@@ -44,7 +47,9 @@ class Source(Protocol):
     action_names: tuple[str, ...]
     episodes: EpisodeTable
     fingerprint: str
-    """A hash of the dataset's content as far as its metadata and file sizes tell."""
+    """A hash of the dataset's content as far as its metadata and file sizes tell: the same for a copy elsewhere."""
+    rows_stamp: str
+    """Changes when the rows may have, on this machine (modification times): what is cached of them depends on it."""
 
     def get_shuffle_blocks(self) -> NDArray[np.int32]:
         """`[N, 3]` int32 rows (position in the table, first frame, length): the runs of consecutive windows that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +11,11 @@ from opentau_train.config import Settings
 from opentau_train.data import normalize
 from opentau_train.data.mixture import Dataset
 from opentau_train.data.normalize import HeadStats
+from opentau_train.data.source import UNKNOWN_ROBOT
 from opentau_train.errors import UserError
 from opentau_train.metrics import Group
+
+log = logging.getLogger(__name__)
 
 
 def compute(settings: Settings, datasets: list[Dataset], groups: list[Group]) -> dict[str, HeadStats]:
@@ -29,17 +34,11 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
     """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
     first = members[0].source
     for other in members[1:]:
-        mine, theirs = (len(s.action_names) + len(s.state_names) for s in (first, other.source))
-        if mine != theirs or len(first.action_names) != len(other.source.action_names):
-            raise UserError(
-                f"datasets '{members[0].name}' and '{other.name}' share norm head {head} but not dimensions",
-                where=f"data.sources.{other.name}",
-                remedy=f"set data.sources.{other.name}.robot_type or control_mode to tell them apart",
-            )
+        _check_shared(head, members[0], other)
     identity = []
     for d, p in zip(members, positions, strict=True):
         names = d.source.state_names + d.source.action_names
-        identity += [d.name, d.source.fingerprint, repr(names), repr(p.tolist())]
+        identity += [d.name, d.source.fingerprint, d.source.rows_stamp, repr(names), repr(p.tolist())]
 
     def rows() -> normalize.Rows:
         for d, chosen in zip(members, positions, strict=True):
@@ -52,6 +51,28 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
         identity,
         lambda: normalize.compute(rows(), num_rows, first.state_names, first.action_names),
     )
+
+
+def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
+    """Statistics over both mean something only where each dimension is the same quantity of the same robot. Raises
+    `UserError` where they can't be, or nobody says that they are; warns where only the names differ."""
+    mine, theirs = (d.source.state_names + d.source.action_names for d in (one, other))
+    apart = f"set data.sources.{other.name}.robot_type or control_mode to tell them apart"
+    both = f"datasets '{one.name}' and '{other.name}'"
+    if len(mine) != len(theirs) or len(one.source.action_names) != len(other.source.action_names):
+        raise UserError(
+            f"{both} share norm head {head} but not dimensions", where=f"data.sources.{other.name}", remedy=apart
+        )
+    differs = next((f"'{a}' and '{b}'" for a, b in zip(mine, theirs, strict=True) if a != b), None)
+    if differs is None:
+        return
+    if one.source.robot_type == UNKNOWN_ROBOT:
+        raise UserError(
+            f"{both} say no robot type, and their dimensions have different names: {differs}",
+            where=f"data.sources.{other.name}",
+            remedy="set robot_type of both: the same one pools their statistics, different ones keep them apart",
+        )
+    log.warning("%s share norm head %s, though dimensions are named %s: %s", both, head, differs, apart)
 
 
 def _in_head(dataset: Dataset, groups: list[Group], head: str) -> NDArray[np.bool_]:

@@ -13,6 +13,8 @@ from opentau_train.data.tape import DatasetBlocks
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
+TIE_S = 1e-5
+"""Seconds within which a time counts as the middle of two rows': float32 timestamps aren't exact."""
 SNAP_ROWS = 1e-2
 """A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
 
@@ -103,11 +105,26 @@ def next_rows(values: NDArray[np.float32], row: int, num: int) -> tuple[NDArray[
     return np.concatenate([found, np.repeat(found[-1:], num - len(found), axis=0)]), np.arange(num) >= len(found)
 
 
-def history_rows(frame: int, history: int, step: float = 1.0) -> NDArray[np.int64]:
-    """[h+1] rows of the images of the window at `frame`, oldest first: the nearest to `step` rows apart, never before
-    the episode's start."""
-    back = np.rint(np.arange(history, -1, -1) * step).astype(np.int64)
-    return np.maximum(frame - back, 0)
+def history_rows(
+    frame: int,
+    history: int,
+    step: float = 1.0,
+    seconds: NDArray[np.float64] | None = None,
+    fps: float | None = None,
+) -> NDArray[np.int64]:
+    """[h+1] rows of the images of the window at `frame`, oldest first: the nearest to `step` rows apart, or with
+    `seconds` [L], the rows' times, to 1 / `fps` seconds apart (the later one in the middle of two); never before the
+    episode's start."""
+    steps = np.arange(history, -1, -1)
+    if seconds is None or fps is None:
+        place = frame - np.rint(steps * step)
+    else:
+        place = np.interp(seconds[frame] - steps / fps, seconds[: frame + 1], np.arange(frame + 1))
+        low = np.floor(place).astype(np.int64)
+        high = np.minimum(low + 1, frame)
+        middle = (seconds[high] + seconds[low]) / 2
+        place = np.where(seconds[frame] - steps / fps >= middle - TIE_S, high, low)
+    return np.maximum(place, 0).astype(np.int64)
 
 
 def make_blocks(

@@ -85,6 +85,14 @@ def test_plain_episode_numbers_are_keys(tmp_path):
     assert kept(open_filtered(root, path, episodes=(1, 2))) == [(0, 0, 7), (1, 2, 11)]
 
 
+def test_a_template_that_is_given_wins_over_keys_that_look_like_episode_numbers(tmp_path):
+    ids = [f"0{4 - e}" for e in range(5)]
+    root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": ids}))
+    path = filter_file(tmp_path, {i: r for i, r in zip(ids, RANGES)})
+    assert kept(open_filtered(root, path, filter_key="{episode_id}")) == START
+    assert kept(open_filtered(root, path)) != START
+
+
 def test_a_template_makes_the_key_of_an_episode_id(tmp_path):
     ids = [f"lab+{e}" for e in range(5)]
     root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": ids}))

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
-from opentau_train.data.lerobot_meta import file_sizes
+from opentau_train.data.lerobot_meta import file_stats
+from opentau_train.data.video import reader_bytes
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import (
     AV1,
+    DEFAULT_COLUMNS,
     H264_B,
     HEVC_B,
     TICKS,
@@ -289,7 +291,46 @@ def test_sizes_of_many_files_come_in_their_order(tmp_path):
     paths = [str(tmp_path / f"{i}") for i in range(1300)]
     for i in range(0, 1300, 2):
         Path(paths[i]).write_bytes(b"x" * (i % 7))
-    assert file_sizes(paths) == [i % 7 if i % 2 == 0 else -1 for i in range(1300)]
+    assert [found.size for found in file_stats(paths)] == [i % 7 if i % 2 == 0 else -1 for i in range(1300)]
+
+
+def test_rows_that_are_written_again_change_their_stamp_and_a_copy_keeps_the_fingerprint(written, tmp_path):
+    root = shutil.copytree(written("images"), tmp_path / "set")
+    before = open_source(root)
+    path = next((root / "data").rglob("*.parquet"))
+    path.write_bytes(path.read_bytes())  # the same size and name
+    after = open_source(root)
+    assert after.fingerprint == before.fingerprint and after.rows_stamp != before.rows_stamp
+
+
+@pytest.mark.parametrize("shape", [None, [64, 96], []])
+def test_a_camera_may_leave_out_its_shape(shape, tmp_path):
+    root = write(tmp_path / "set", Dataset())
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][FRONT]["shape"] = shape
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (size,) = open_source(root).frame_sizes.values()
+    assert size == ((64, 96) if shape else (0, 0)) and reader_bytes(size, (32, 32)) > 600_000
+
+
+@pytest.mark.parametrize(("column", "width"), [("observation.state", 4), ("action", 3)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_a_bad_sample_of_the_windows_that_hold_it(column, width, value, tmp_path):
+    def values(e, f):
+        return [value if (e, f) == (1, 4) else 0.5] * width
+
+    feature = {"dtype": "float32", "shape": [width], "names": None}
+    root = write(tmp_path / "set", Dataset(cameras={}, columns={**DEFAULT_COLUMNS, column: (feature, values)}))
+    cursor = open_source(root).cursors(WindowSpec(chunk_length=3)).cursor()
+    bad = []
+    for frame in range(LENGTHS[1]):
+        try:
+            cursor.read(1, frame)
+        except BadSample as error:
+            assert (error.episode, error.frame) == (1, frame) and f"{column}[0] is {value}" in error.cause
+            bad.append(frame)
+    assert bad == ([4] if column == "observation.state" else [2, 3, 4])
+    cursor.read(0, 4)
 
 
 def small(tmp_path: Path, **changes) -> Path:

@@ -102,6 +102,19 @@ def test_the_dataset_s_own_rate_changes_nothing(filmed):
         np.testing.assert_array_equal(a.images["front"], b.images["front"])
 
 
+@pytest.mark.parametrize("fps", [30.0, 20.0])
+def test_uneven_rows_are_taken_by_their_times_at_any_rate_that_is_asked_for(fps, tmp_path):
+    """Also at info.json's own, from which the rows stray."""
+    times = np.cumsum(np.random.default_rng(5).integers(600, 9000, 20)) / 90_000
+    dataset = Dataset(lengths=(20,), seconds=[times - times[0]], cameras={})
+    root = write(tmp_path / "set", replace(dataset, columns=DEFAULT_COLUMNS))
+    (window,), _ = read_all(open_source(root, fps=fps), WindowSpec(6, 0, None, fps), [4])
+    wanted = np.interp(times[4] + np.arange(6) / fps, times, np.arange(20))
+    np.testing.assert_allclose(window.actions[:, 0], 0.5 + wanted, atol=2e-2)
+    (plain,), _ = read_all(open_source(root), WindowSpec(6), [4])
+    np.testing.assert_allclose(plain.actions[:, 0], 4.5 + np.arange(6), atol=1e-5)
+
+
 @pytest.mark.parametrize("fps", [10.0, 15.0, 60.0])
 def test_history_at_another_rate_is_the_frames_of_that_time_decoded_once(fps, filmed):
     source = open_source(filmed, fps=fps)
@@ -109,6 +122,6 @@ def test_history_at_another_rate_is_the_frames_of_that_time_decoded_once(fps, fi
     frames, decoded = read_all(source, WindowSpec(2, 2, None, fps), range(24))
     assert decoded <= 24 + 2
     for f, window in enumerate(frames):
-        back = [max(0, f - round(k * 30 / fps)) for k in (2, 1, 0)]
+        back = [max(0, int(f - k * 30 / fps + 0.5)) for k in (2, 1, 0)]  # in the middle of two the later one
         for image, row in zip(window.images["front"], back):
             np.testing.assert_array_equal(image, single[row].images["front"][0])

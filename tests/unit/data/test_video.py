@@ -36,6 +36,7 @@ FILES = {
     "av1_gop2": (Camera("libsvtav1", gop=2, options=AV1), EVEN),
     "mpeg4_colour_in_container": (Camera("mpeg4", gop=12, ticks=30, colour=(2, 1)), EVEN),
     "mpeg4": (Camera("mpeg4", gop=12, ticks=30), EVEN),
+    "vp9": (Camera("libvpx-vp9", gop=12, options={"deadline": "realtime", "cpu-used": "8"}), EVEN),
 }
 REMUXED = {
     "h264_no_edit_list": {"use_editlist": "0"},  # the first frame is then shown late
@@ -222,6 +223,32 @@ def test_a_broken_file_is_named_and_leaves_the_pool_usable(video, folder):
         with pytest.raises(VideoError, match=name):
             cursor.read(folder / name, 0.0, 1e-4)
         np.testing.assert_array_equal(rgb(cursor.read(path, times[5], 1e-4)), frames[5])
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ["vp9", "h264_b_frames", "hevc_open_gop", "mpeg4"])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_a_truncated_file_gives_true_frames_or_none(video, folder, name, share):
+    path, times, frames = video(name)
+    with av.open(str(path)) as old, av.open(str(folder / "fast.mp4"), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    whole = (folder / "fast.mp4").read_bytes()
+    (folder / "cut_short.mp4").write_bytes(whole[: int(len(whole) * share)])
+    pool = VideoPool()
+    cursor = pool.cursor()
+    good = 0
+    for time, expected in zip(times, frames):
+        try:
+            found = rgb(cursor.read(folder / "cut_short.mp4", time, 1e-4))
+        except VideoError:
+            continue
+        np.testing.assert_array_equal(found, expected)
+        good += 1
+    assert 0 < good < len(times)
     pool.close()
 
 

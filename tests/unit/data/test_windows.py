@@ -135,6 +135,17 @@ def test_history_steps_back_in_time_and_never_before_the_episode():
     assert history_rows(1, 2, 3.0).tolist() == [0, 0, 1]
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 5), st.sampled_from([7.0, 15.0, 30.0]))
+def test_history_takes_the_rows_nearest_in_time(gaps, history, fps):
+    seconds = np.cumsum([0, *gaps]) / 300
+    for frame in range(len(seconds)):
+        found = history_rows(frame, history, 30 / fps, seconds, fps)
+        wanted = seconds[frame] - np.arange(history, -1, -1) / fps
+        nearest = np.abs(seconds[: frame + 1, None] - wanted).min(0)
+        np.testing.assert_allclose(np.abs(seconds[found] - wanted), nearest, atol=3e-5)
+        assert found[-1] == frame and (np.diff(found) >= 0).all()
+
+
 @given(st.integers(1, 12), st.integers(1, 9), st.data())
 def test_the_next_rows_are_those_at_their_places(length, num, data):
     row = data.draw(st.integers(0, length - 1))
