@@ -58,7 +58,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     ("data.sources.*.root", "safe", ""),
     ("data.sources.*.filter_dict_path", "safe", ""),
     ("data.sources.*.filter_min_match", "safe", ""),
-    ("data.sources.*.val_*", "safe", ""),  # the held-out episodes themselves are compared: data/split.py
+    ("data.sources.*.val_*", "warned", "the held-out episodes themselves are compared"),  # by data/split.py
     ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
     ("data.sources.*.tolerance_s", "safe", ""),
     ("data.sources.*.prompt_*", "warned", "other prompts from here on"),

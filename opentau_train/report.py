@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from opentau_train.data.mixture import Dataset, Mixture
-from opentau_train.errors import UserError
+from opentau_train.errors import Explained, UserError
 from opentau_train.evaluate import ValidationPlan
 
 ROOT = logging.getLogger("opentau_train")
@@ -42,6 +42,12 @@ class Console:
         self.buffer.close()
         ROOT.handlers = [ROOT.handlers[0], file]
 
+    def write_down(self, text: str) -> None:
+        """In the file only: an error's text, which the command line itself prints."""
+        record = ROOT.makeRecord(ROOT.name, logging.ERROR, "", 0, text, (), None)
+        for handler in ROOT.handlers[1:]:
+            handler.handle(record)
+
 
 @contextmanager
 def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
@@ -49,6 +55,9 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
     console = Console(stream, is_main)
     try:
         yield console
+    except Explained as error:
+        console.write_down(str(error))
+        raise
     finally:
         for handler in ROOT.handlers:
             handler.close()
@@ -113,14 +122,16 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def next_steps(run_dir: Path, step: int, stop: int) -> str:
-    """The last words: where everything is and what to look at."""
+def next_steps(run_dir: Path, step: int, stop: int, num_bad: int) -> str:
+    """The last words: where everything is and what to look at. `num_bad`: windows that were replaced."""
     said = {0: f"finished at step {step}", 1: f"preempted at step {step}", 2: f"interrupted at step {step}"}[stop]
     lines = [f"{said}. Run directory: {run_dir}"]
     if (run_dir / "tensorboard").is_dir():
         lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
     lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
     lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
+    if num_bad:
+        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
     if stop:
         lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from opentau_train.errors import Fault
+from opentau_train.errors import Explained, Fault
 
 ANSWER_SECONDS = 15.0
 """How long ranks of other machines have to answer: below the 30 s that torchrun leaves the ranks of a node of which one
@@ -50,7 +50,8 @@ class RollCall:
         broken = is_broken_collective(error)
         try:
             if not broken and self._store.add("failures", 1) == 1:
-                said = f"{type(error).__name__}: {error}".partition("\n")[0]
+                name = "" if isinstance(error, Explained) else f"{type(error).__name__}: "
+                said = f"{name}{error}".partition("\n")[0]
                 self._store.set("failed", json.dumps([self._rank, said]))
             self._store.set(f"answer/{self._rank}", "here")
             self._store.add("answers", 1)

@@ -35,6 +35,7 @@ from opentau_train.watchdog import watch
 
 log = logging.getLogger(__name__)
 
+QUARANTINE = "quarantine.jsonl"
 STOP_CODES = {0: EXIT_OK, 1: EXIT_PREEMPTED, 2: EXIT_INTERRUPTED}
 
 
@@ -72,7 +73,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         if world.is_main:
             if code == 1:
                 mark_preempted(job.run_dir, job.state.step)
-            log.info(next_steps(job.run_dir, job.state.step, code))
+            log.info(next_steps(job.run_dir, job.state.step, code, job.counters["bad"]))
         return STOP_CODES[code]
 
 
@@ -86,7 +87,7 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
         size=world.size,
         first_step=state.step,
         last_step=trainer.steps,
-        quarantine=job.run_dir / "quarantine.jsonl",
+        quarantine=job.run_dir / QUARANTINE,
     )
     code = _validate(job, sinks, stop) if job.owes_validation else 0
     _point_to_best(job)  # an owed validation may have found the resumed checkpoint to be it
@@ -143,7 +144,11 @@ def _account(job: Job, meter: Meter, sinks: Sinks, result: StepResult) -> None:
 
 
 def _check(job: Job, result: StepResult) -> None:
+    before = job.counters["bad"]
     job.counters["bad"] += result.num_substituted
+    if job.counters["bad"].bit_length() > before.bit_length():  # the first, then at each doubling
+        said = "step %d: %d windows so far can't be read and were replaced by others: %s"
+        log.warning(said, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
     job.counters["skipped"] = job.state.skipped
     limits = job.settings.data.bad_samples
     seen = job.state.step * job.settings.trainer.global_batch_size

@@ -29,7 +29,7 @@ from opentau_train.data.mixture import Mixture
 from opentau_train.data.samples import SampleBuilder
 from opentau_train.data.tape import Tape, Windows
 from opentau_train.data.video import OpenDecoders
-from opentau_train.errors import BadSample, UserError
+from opentau_train.errors import BadSample, Fault, UserError
 from opentau_train.types import Batch, Sample
 
 SUBSTITUTE_TRIES = 8
@@ -217,7 +217,7 @@ def _join(parts: list[Part]) -> RankBatch:
 def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:
     """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ...
 
-    The workers live until the generator is exhausted or closed. Raises RuntimeError for a worker that died.
+    The workers live until the generator is exhausted or closed. Raises `Fault` for a worker that died.
     """
     iterator: Any = iter(  # whose workers torch offers no public way to end
         DataLoader(
@@ -258,19 +258,23 @@ def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
         return str(told).startswith("DataLoader worker")
 
 
-def _worker_death(workers: list[BaseProcess]) -> RuntimeError:
+def _worker_death(workers: list[BaseProcess]) -> Fault:
     """What to tell about workers of which one ended without an exception of its own."""
+    for sentinel in wait([w.sentinel for w in workers], timeout=0):
+        next(w for w in workers if w.sentinel == sentinel).join()  # it is closed a moment before there is an exit code
     dead = [
         f"pid {w.pid}, " + (f"killed by {signal.Signals(-w.exitcode).name}" if w.exitcode < 0 else f"exit {w.exitcode}")
         for w in workers
         if w.exitcode
     ]
-    return RuntimeError(
-        f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})\n"
-        "  where:  the operating system's log (dmesg) tells whether memory ran out\n"
-        "  remedy: if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; "
-        "go on with resume=auto"
+    fault = Fault(
+        f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})",
+        where="the operating system's log (dmesg) tells whether memory ran out",
+        remedy="if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
+        "resume=auto",
     )
+    fault.told_here = True  # this rank alone knows
+    return fault
 
 
 def _same(item: Any) -> Any:

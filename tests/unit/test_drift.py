@@ -45,7 +45,6 @@ EXPECTED = {
         "trainer__log_every": 3,
         "data__max_samples_per_batch": 2,
         "data__sources__main__root": "/elsewhere",
-        "data__sources__main__val_split_ratio": 0.4,  # what is held out is compared by itself
         "resume__checkpoint": "auto",
     },
     "warned": {
@@ -56,6 +55,7 @@ EXPECTED = {
         "trainer__grad_clip": None,
         "trainer__precision": "bf16",
         "data__dropout__prompt": 0.5,
+        "data__sources__main__val_split_ratio": 0.4,  # what is held out is compared by itself
         "model__ce_weight": 0.3,
     },
     "refused": {
