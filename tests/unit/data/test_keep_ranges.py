@@ -162,6 +162,12 @@ def test_the_start_reports_keys_episodes_and_windows_lost_per_cause(tmp_path, ca
         ('{"0": [[5, 2]]}', r"key '0' has the range \[5, 2\]"),
         ('{"0": [3]}', "holds no list of"),
         ('{"0": 3}', "holds no list of"),
+        ('{"0": ["12"]}', "the bound '1', not a whole number"),
+        ('{"0": [[0, Infinity]]}', "key '0' has the bound inf, not a whole number"),
+        ('{"0": [[NaN, 4]]}', "the bound nan, not a whole number"),
+        ('{"0": [[0, 3.7]]}', "the bound 3.7, not a whole number"),
+        ('{"0": [[0, 4], [false, true]]}', "the bound False, not a whole number"),
+        ('{"metadata": {"filter_last_n_in_ranges": true}, "keep_ranges": {"0": []}}', "not a number of frames"),
         ('{"metadata": {"filter_last_n_in_ranges": "x"}, "keep_ranges": {"0": []}}', "not a number of frames"),
         ('{"77": [[0, 1]]}', "only 0 of 5 episodes are in the filter file"),
         ('{"0": [[0, 1]], "1": [[0, 1]]}', "only 2 of 5 episodes"),
@@ -175,6 +181,20 @@ def test_a_file_that_can_not_be_meant_is_an_error_that_says_so(content, message,
         (tmp_path / "ranges.json").write_text(content)
     with pytest.raises(UserError, match=message):
         open_filtered(root, str(tmp_path / "ranges.json"))
+
+
+def test_a_poor_match_names_keys_that_do_not_match(tmp_path):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    with pytest.raises(UserError, match=r"only 2 of 5 .* it lacks the key '2', and its key '7' is no episode's\n"):
+        open_filtered(root, filter_file(tmp_path, {"0": [[0, 1]], "1": [[0, 1]], "7": []}))
+    with pytest.raises(UserError, match=r"only 1 of 5 .* it lacks the key '0'\n"):
+        open_filtered(root, filter_file(tmp_path, {"1": [[0, 1]]}))
+
+
+def test_whole_numbers_are_bounds_however_they_are_written(tmp_path):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    path = filter_file(tmp_path, {"0": [[0.0, 4], [6, 1e3]], "1": [[0, 10**400]], "2": [[2, 99]]})
+    assert kept(open_filtered(root, path)) == [(0, 0, 4), (0, 6, 5), (1, 0, 7), (2, 2, 11)]
 
 
 @pytest.mark.parametrize("template", ["fixed", "{}", "{task!r}", "{length:03d}", "{open"])
