@@ -25,13 +25,12 @@ from opentau_train.data.lerobot_columns import (
     frame_size,
 )
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory
+from opentau_train.data.lerobot_info import Info, read_info
 from opentau_train.data.lerobot_meta import (
     Episodes,
     FileTable,
-    Info,
     file_stats,
     read_episodes,
-    read_info,
     read_tasks,
 )
 from opentau_train.data.lerobot_rows import Reading, stack_columns

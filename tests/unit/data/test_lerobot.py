@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 from dataclasses import replace
@@ -485,6 +486,27 @@ def test_each_broken_metadata_file_is_named(tmp_path, version):
 def test_a_key_missing_from_info_json_is_named(tmp_path, key):
     with pytest.raises(UserError, match=f"info.json has no '{key}'"):
         open_source(small(tmp_path, info={key: None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        *(({"fps": fps}, r"'fps' must be a number greater than 0") for fps in ("fast", 0, -5, True, [30], math.inf)),
+        ({"fps": None}, "has no 'fps'"),
+        ({"features": []}, "'features' must be a mapping"),
+        ({"features": {"action": None}}, r"'features\.action' must be a mapping, got null"),
+        ({"features": {"action": "float32"}}, r"'features\.action' must be a mapping, got \"float32\""),
+        ({"features": {"action": {"dtype": ["float32"], "shape": [3]}}}, r"'features\.action\.dtype'"),
+        ({"features": {"action": {"dtype": "float32", "shape": 3}}}, r"'features\.action\.shape'"),
+        ({"features": {"action": {"dtype": "float32", "shape": ["three"]}}}, r"'features\.action\.shape'"),
+        ({"chunks_size": "many"}, "'chunks_size' must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_info_json_is_named_with_its_key(tmp_path, change, what):
+    with pytest.raises(UserError, match=rf"meta/info\.json:? {what}") as caught:
+        open_source(small(tmp_path, info=change))
+    assert caught.value.where.endswith("meta/info.json") and "restore the file" in caught.value.remedy
 
 
 def test_missing_episode_metadata_is_named(tmp_path):
