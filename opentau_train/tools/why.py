@@ -23,7 +23,7 @@ from opentau_train.data.images import centred
 from opentau_train.data.mixture import Mixture
 from opentau_train.distributed import launch
 from opentau_train.errors import EXIT_OK, EXIT_USER, BadSample, UserError
-from opentau_train.recorder import Recorded, RecordedStep, grad_norms, read_step
+from opentau_train.recorder import Recorded, RecordedStep, read_step
 from opentau_train.report import align
 from opentau_train.types import WindowSpec
 
@@ -34,9 +34,9 @@ NEIGHBOURS = 20
 """Steps before and after, whose median gradient norm the step's is compared to."""
 
 
-def describe(found: RecordedStep, norms: dict[int, float], num: int) -> str:
+def describe(found: RecordedStep, num: int) -> str:
     """The step's numbers and its worst `num` samples as a table."""
-    others = [norm for step, norm in norms.items() if step != found.step]
+    others = [norm for step, norm in found.norms.items() if step != found.step]
     around = f" (median of the {len(others)} steps around it: {np.median(others):.4g})" if others else ""
     terms = sorted({term for sample in found.samples for term in sample.loss})
     rows: list[tuple[str, ...]] = [("share", *terms, "dataset", "episode", "frame", "pass", "rank", "t")]
@@ -130,9 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         bounds.at_least("--top", options.top, 1)
-        found = read_step(options.run, options.step)
-        around = range(options.step - NEIGHBOURS, options.step + NEIGHBOURS + 1)
-        print(describe(found, grad_norms(options.run, around), options.top))
+        found = read_step(options.run, options.step, NEIGHBOURS)
+        print(describe(found, options.top))
         if options.out is not None:
             settings = read_settings(options.run)
             with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
