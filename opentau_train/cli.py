@@ -36,6 +36,7 @@ from opentau_train.sinks.background import THREAD
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
+_CONFIG_DIR = ("--config-dir", "-cd")
 HEAD_START_S = 20.0
 """What rank 0 gets to report a mistake that all ranks found."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
@@ -101,12 +102,14 @@ def _compose_and_run() -> int:
 def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     """The configuration tree that Hydra composes; None where it only shows something (`--help`, `--cfg`). What it
     refuses with a plain ValueError is the user's mistake too."""
-    _check_overrides([a for a in arguments if _is_override(a)])
+    overrides = [a for a in arguments if _is_override(a)]
+    _check_overrides(overrides)
     if _flag(arguments, "--multirun", "-m") is not None:
         raise UserError("sweeps are not run from one process", where="--multirun", remedy="start one process a setting")
     try:
         if _flag(arguments, "--cfg", "-c"):
-            config.load(compose(arguments))  # what a run would say of them: `--cfg` never reaches `_app`
+            # What a run would say of them: `--cfg` never reaches `_app`.
+            config.load(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
         _quietly(_app)
         composed, _composed[:] = list(_composed), []
         return plain(composed[-1]) if composed else None
@@ -153,7 +156,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         if parsed.is_sweep_override():
             raise UserError(
                 f"'{override.lstrip('+')}' is a sweep over several values, and a process trains one run",
-                remedy="start one process a value, or write a list in brackets: KEY=[A,B]",
+                remedy="start one process a value, or write a list in brackets, KEY=[A,B], and a value with a comma in "
+                "two pairs of quotes, 'KEY=\"A,B\"'",
             )
         if parsed.key_or_group in SECTIONS and not isinstance(parsed.value(), str | list) and not parsed.is_delete():
             raise refused_section(parsed.key_or_group, override)
@@ -179,14 +183,13 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
     `data=NAME` takes the sources, and nothing else, of that file: the form of a window stays the run's. Top-level keys
     in `fixed` can't be changed. Raises `UserError`.
     """
+    _check_overrides(arguments)
     overrides = OverridesParser.create().parse_overrides([a.lstrip("+") for a in arguments])
     changed = OmegaConf.create(dict(tree))
     for override in overrides:
         key = override.key_or_group
         if key.split(".")[0] in fixed:
-            raise UserError(
-                f"{key} is the checkpoint's and can't be changed", remedy=f"leave out {override.input_line}"
-            )
+            raise UserError(f"{key} is the run's and can't be changed", remedy=f"leave out {override.input_line}")
         if key == "data":
             with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
                 chosen = plain(hydra.compose("train", [f"data={override.value()}"]))["data"]
@@ -199,13 +202,29 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
 
 def compose(arguments: Sequence[str]) -> dict[str, Any]:
     """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for
-    tools. Raises what `answer` tells."""
-    overrides = [_settable(a) for a in arguments if _is_override(a)]
-    folder = _flag(arguments, "--config-dir", "-cd")
-    if folder:
-        overrides.append(f"hydra.searchpath=[file://{os.path.abspath(folder)}]")
+    tools. An argument of no such form is a `UserError`; raises what `answer` tells."""
+    overrides, folder, rest = [], None, iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in _CONFIG_DIR:
+            folder = value if equals else next(rest, "")
+            if not os.path.isdir(folder):
+                raise UserError(f"the directory '{folder}' is not there", where=name, remedy=f"give {name} DIRECTORY")
+        elif argument.startswith("-"):
+            raise UserError(
+                f"unknown option {argument}", remedy="give KEY=VALUE, GROUP=OPTION, or an option that --help lists"
+            )
+        else:
+            overrides.append(argument)
+    _check_overrides(overrides)
+    return _tree(overrides, folder)
+
+
+def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
+    """The tree of these overrides, with the user's configuration directory `folder`."""
+    search = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return plain(hydra.compose("train", overrides))
+        return plain(hydra.compose("train", [*map(_settable, overrides), *search]))
 
 
 def _settable(argument: str) -> str:

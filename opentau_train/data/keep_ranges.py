@@ -105,8 +105,9 @@ def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
         raise _broken(path, "has no key")
     if trim is None:
         trim = metadata.get(TRIM_KEY, 0) if isinstance(metadata, dict) else 0
-        if not isinstance(trim, int) or trim < 0:
+        if not _is_whole(trim) or trim < 0:
             raise _broken(path, f"metadata.{TRIM_KEY} is {trim!r}, not a number of frames")
+        trim = int(trim)
     ranges = {key: _clean(key, found, trim, path) for key, found in tree.items()}
     by_number = all(key.isascii() and key.isdigit() for key in tree)
     return KeepRanges(path, ranges, trim, by_number, hashlib.blake2b(raw, digest_size=16).hexdigest())
@@ -116,10 +117,13 @@ def _clean(key: str, found: Any, trim: int, path: Path) -> Ranges:
     """Trimmed, sorted, and joined where they overlap or touch: one block is one run of windows."""
     joined: Ranges = []
     try:
-        pairs = sorted((int(start), int(end)) for start, end in found)
+        pairs = [(start, end) for start, end in found]
     except (TypeError, ValueError) as error:
         raise _broken(path, f"key '{key}' holds no list of [start, end] pairs") from error
-    for start, end in pairs:
+    for bound in (bound for pair in pairs for bound in pair):
+        if not _is_whole(bound):
+            raise _broken(path, f"key '{key}' has the bound {bound!r}, not a whole number of frames")
+    for start, end in sorted((int(start), int(end)) for start, end in pairs):
         if start < 0 or end < start:
             raise _broken(path, f"key '{key}' has the range [{start}, {end}]")
         end -= trim
@@ -130,6 +134,11 @@ def _clean(key: str, found: Any, trim: int, path: Path) -> Ranges:
         else:
             joined.append((start, end))
     return joined
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether JSON's `value` is a whole number: 3.0 is one; NaN, Infinity and true, Python's 1, are none."""
+    return value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def _broken(path: Path, what: str) -> UserError:
@@ -217,9 +226,12 @@ def check(filter: KeepRanges, keys: list[str], report: FilterReport, min_match: 
             remedy="use a template that tells episodes apart, or a filter file keyed by episode number",
         )
     if report.num_matched < min_match * report.num_episodes:
+        present = set(keys)
+        absent = next(key for key in keys if key not in filter.ranges)
+        stray = next((key for key in filter.ranges if key not in present), None)
         raise UserError(
-            f"only {report.num_matched} of {report.num_episodes} episodes are in the filter file: the first one's key "
-            f"is '{keys[0]}', the file's is '{next(iter(filter.ranges))}'",
+            f"only {report.num_matched} of {report.num_episodes} episodes are in the filter file: it lacks the key "
+            f"'{absent}'" + ("" if stray is None else f", and its key '{stray}' is no episode's"),
             where=f"{where}.filter_dict_path",
             remedy=f"check the file and {where}.filter_key, or lower {where}.filter_min_match ({min_match:g})",
         )

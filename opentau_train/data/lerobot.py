@@ -7,6 +7,7 @@ process that uses them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +19,22 @@ from numpy.typing import NDArray
 from opentau_train.config_data import SourceSettings
 from opentau_train.data import lerobot_rows
 from opentau_train.data.lerobot_columns import (
+    NUMBER,
+    Column,
     choose_cameras,
     choose_numbers,
     choose_texts,
     dimension_names,
     frame_size,
+    left_out,
 )
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory
+from opentau_train.data.lerobot_info import Info, read_info
 from opentau_train.data.lerobot_meta import (
     Episodes,
     FileTable,
-    Info,
     file_stats,
     read_episodes,
-    read_info,
     read_tasks,
 )
 from opentau_train.data.lerobot_rows import Reading, stack_columns
@@ -40,6 +43,8 @@ from opentau_train.data.rows import texts
 from opentau_train.data.source import UNKNOWN_ROBOT
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CONTROL_MODE = "default"
 CONTROL_MODE_COLUMN = "control_mode"
@@ -75,13 +80,11 @@ class LeRobotSource:
         info = read_info(root, where)
         features = info.features
         cameras = choose_cameras(features, settings.cameras, f"{where}.cameras")
-        state = choose_numbers(features, settings.state, "observation.state", f"{where}.state")
-        actions = choose_numbers(features, settings.actions, "action", f"{where}.actions")
-        if not actions:
-            raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
+        state, actions = _state_and_actions(info, settings)
         prompts = choose_texts(features, settings.prompt_columns, f"{where}.prompt_columns")
-        videos = {camera: c for camera, c in cameras.items() if features[c]["dtype"] == "video"}
+        videos = _videos(info, cameras)
         images = {camera: c for camera, c in cameras.items() if camera not in videos}
+        tasked = "task_index" in features
 
         listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
         table, data_files, video_files = _episode_table(info, listed, videos)
@@ -107,8 +110,8 @@ class LeRobotSource:
             actions=actions,
             prompt_columns=prompts,
             prompt_separator=settings.prompt_separator,
-            task_column="task_index" if "task_index" in features else None,
-            tasks=read_tasks(info),
+            task_column="task_index" if tasked else None,
+            tasks=read_tasks(info) if tasked else {},
             tolerance_s=settings.tolerance_s,
             fps=fps,
             timed=bool(videos) or by_time,
@@ -158,6 +161,43 @@ class LeRobotSource:
         found = lerobot_rows.of_episodes(where, reading.data_files, table, ordered, names, take)
         for position, (state, actions) in found:
             yield position, state, actions
+
+
+def _state_and_actions(info: Info, settings: SourceSettings) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
+    """The columns of both, with a warning of what an unset choice passes over. Raises `UserError`."""
+    where = info.where
+    state = choose_numbers(info.features, settings.state, "observation.state", f"{where}.state")
+    actions = choose_numbers(info.features, settings.actions, "action", f"{where}.actions")
+    if not actions:
+        raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
+    if settings.state is None:
+        _warn_of_left_out(info, f"{where}.state", "observation.state", state)
+    if settings.actions is None:
+        _warn_of_left_out(info, f"{where}.actions", "action", actions)
+    return state, actions
+
+
+def _warn_of_left_out(info: Info, key: str, whole: str, chosen: tuple[Column, ...]) -> None:
+    """Say where the choice made for the unset `key` leaves columns of numbers out, or found none."""
+    names = left_out(info.features, whole)
+    if names:
+        all_of_them = ",".join([*(c.name for c in chosen), *names])
+        log.warning("%s: left out, having no floats: %s; %s=[%s] takes them", key, ", ".join(names), key, all_of_them)
+    elif not chosen:
+        log.warning("%s: the dataset has no %s; %s=[COLUMN,...] takes other columns", key, whole, key)
+
+
+def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
+    """Those of the `cameras` {name: column} that are video. Raises `UserError` where rows can't say which frame is
+    theirs."""
+    videos = {camera: c for camera, c in cameras.items() if info.features[c]["dtype"] == "video"}
+    if videos and info.features.get("timestamp", {}).get("dtype") not in NUMBER:
+        raise UserError(
+            "the dataset has video, but no 'timestamp' column of numbers, which tells each row's frame",
+            where=str(info.path),
+            remedy=f"export the dataset with timestamps, or leave its video out: {info.where}.cameras=[]",
+        )
+    return videos
 
 
 def _episode_table(

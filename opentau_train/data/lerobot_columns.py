@@ -54,6 +54,13 @@ def choose_numbers(features: Features, setting: tuple[str, ...] | None, whole: s
     return tuple(Column(n, _dim(features[n]), features[n]["dtype"] in FLOAT) for n in names)
 
 
+def left_out(features: Features, whole: str) -> list[str]:
+    """The columns `whole.*` of integers and booleans, which `choose_numbers` takes only where they are named."""
+    if features.get(whole, {}).get("dtype") in NUMBER:
+        return []
+    return [c for c in _of_kind(features, NUMBER - FLOAT) if c.startswith(whole + ".")]
+
+
 def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The text columns given, checked."""
     for name in setting:

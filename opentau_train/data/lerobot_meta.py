@@ -1,4 +1,4 @@
-"""The metadata of a LeRobot dataset, v3.0 and v2.1: info.json, episodes, tasks, and where the files are."""
+"""The metadata of a LeRobot dataset, v3.0 and v2.1: episodes, tasks, and where the files are."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train.data.lerobot_info import RESTORE, Info
 from opentau_train.data.rows import UNREADABLE
 from opentau_train.errors import UserError
 
-VERSIONS = ("v3.0", "v2.1")
 STATS_A_TURN = 500
 """Files that a thread asks after at once."""
-_RESTORE = "restore the file (download or export the dataset again)"
 
 
 @dataclass(frozen=True)
@@ -80,30 +79,6 @@ def _stat(path: str) -> FileStat:
 
 
 @dataclass(frozen=True)
-class Info:
-    """meta/info.json. `raw` is the file's bytes, `tree` their content (keys that nobody asks for are ignored)."""
-
-    root: Path
-    where: str
-    raw: bytes
-    tree: Mapping[str, Any]
-
-    @property
-    def path(self) -> Path:
-        return self.root / "meta" / "info.json"
-
-    @property
-    def features(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.get("features")
-
-    def get(self, key: str) -> Any:
-        """A key that must be there. Raises `UserError`."""
-        if self.tree.get(key) is None:
-            raise UserError(f"meta/info.json has no '{key}'", where=str(self.path), remedy=_RESTORE)
-        return self.tree[key]
-
-
-@dataclass(frozen=True)
 class Episodes:
     """One row an episode, by rising `episode_index`: `length` rows from `row_start` of file (`chunk`, `file`);
     `videos` {column: (chunk, file, seconds at which it starts)}; `extra` {column: values} of those asked for and
@@ -119,36 +94,6 @@ class Episodes:
     names: tuple[str, ...]
 
 
-def read_info(root: Path, where: str) -> Info:
-    """Read and check info.json. `where` is the source's config path. Raises `UserError`."""
-    if not root.is_dir():
-        problem = "is not a directory" if root.exists() else "doesn't exist"
-        raise UserError(f"dataset directory {root} {problem}", where=where, remedy=f"set {where}.root=DIRECTORY")
-    path = root / "meta" / "info.json"
-    try:
-        raw = path.read_bytes()
-        tree = json.loads(raw)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{root} is not a LeRobot dataset: it has no meta/info.json",
-            where=where,
-            remedy=f"set {where}.root to the directory that holds meta/ and data/",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"meta/info.json can't be read: {error}", where=str(path), remedy=_RESTORE) from error
-    info = Info(root, where, raw, tree if isinstance(tree, dict) else {})
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        raise UserError(
-            f"LeRobot format {version} can't be read, only {' and '.join(VERSIONS)}",
-            where=str(path),
-            remedy="convert the dataset with the lerobot package's conversion scripts",
-        )
-    if not isinstance(info.features, dict):
-        raise UserError("meta/info.json: 'features' must be a mapping", where=str(path), remedy=_RESTORE)
-    return info
-
-
 def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]) -> Episodes:
     """Every episode of the dataset. `extra` names columns that may be there. Raises `UserError`."""
     read = _episodes_v30 if info.get("codebase_version") == "v3.0" else _episodes_v21
@@ -160,7 +105,7 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]
         raise UserError("the dataset has no episodes", where=where, remedy="record some, or remove the source")
     twice = index[1:][np.diff(index) == 0]
     if len(twice):
-        raise UserError(f"episode {twice[0]} is listed twice", where=where, remedy=_RESTORE)
+        raise UserError(f"episode {twice[0]} is listed twice", where=where, remedy=RESTORE)
     empty = index[episodes.length[order] <= 0]
     if len(empty):
         raise UserError(f"episode {empty[0]} has no rows", where=where, remedy="exclude or re-export it")
@@ -188,7 +133,7 @@ def read_tasks(info: Info) -> dict[int, str]:
     texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     texts.sort(key=lambda n: {"task": 0, "__index_level_0__": 1}.get(n, 2))
     if "task_index" not in table.column_names or not texts:
-        raise UserError("no task_index column or no text column", where=str(path), remedy=_RESTORE)
+        raise UserError("no task_index column or no text column", where=str(path), remedy=RESTORE)
     return dict(zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist()))
 
 
@@ -196,7 +141,7 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
     folder = info.root / "meta" / "episodes"
     paths = sorted(folder.glob("**/*.parquet"))
     if not paths:
-        raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=_RESTORE)
+        raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=RESTORE)
     names = ["episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index"]
     for key in video_columns:
         names += [f"videos/{key}/{field}" for field in ("chunk_index", "file_index", "from_timestamp")]
@@ -249,19 +194,19 @@ def _read_parquet(path: Path, names: list[str] | None, extra: tuple[str, ...] = 
             there = file.schema_arrow.names
             missing = [n for n in names or () if n not in there]
             if missing:
-                raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=_RESTORE)
+                raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=RESTORE)
             wanted = None if names is None else [*dict.fromkeys([*names, *(n for n in extra if n in there)])]
             table = file.read(columns=wanted, use_threads=False)
             table.validate(full=True)
             return table
     except UNREADABLE as error:
-        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
+        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
 
 
 def _metadata_numbers(table: pa.Table, name: str, folder: Path) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
-        raise UserError(f"column '{name}' has nulls", where=str(folder), remedy=_RESTORE)
+        raise UserError(f"column '{name}' has nulls", where=str(folder), remedy=RESTORE)
     return np.asarray(column)
 
 
@@ -269,12 +214,12 @@ def _read_jsonl(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=_RESTORE) from error
+        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
 
 
 def _field(row: Any, key: str, kind: type, path: Path) -> Any:
     if not isinstance(row, dict) or not isinstance(row.get(key), kind):
         raise UserError(
-            f"an entry has no '{key}' ({kind.__name__}): {json.dumps(row)[:80]}", where=str(path), remedy=_RESTORE
+            f"an entry has no '{key}' ({kind.__name__}): {json.dumps(row)[:80]}", where=str(path), remedy=RESTORE
         )
     return row[key]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from opentau_train.config_data import SourceSettings
 from opentau_train.data import keep_ranges, lerobot_rows
-from opentau_train.data.lerobot_meta import Episodes, FileTable, Info
+from opentau_train.data.lerobot_info import Info
+from opentau_train.data.lerobot_meta import Episodes, FileTable
 from opentau_train.data.rows import one_array
 from opentau_train.data.windows import chunk_rows, row_step
 from opentau_train.errors import UserError, did_you_mean

@@ -18,10 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from opentau_train import bounds
 from opentau_train.config_data import SourceSettings
 from opentau_train.data.keep_ranges import Ranges, nonidle_ranges
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
+from opentau_train.tools.out import make_directory, writing
+
+NAME = "NAME"
+"""The source's name in what is logged: as in the documents, since the tool's user gives it one only later."""
+_REMEDIES = {
+    "root": "give the directory that holds meta/ and data/",
+    "actions": "name them: --actions COLUMN ...",
+    "exclude_episodes": "restore the file",
+}
+"""{a setting that a source's remedy speaks of: what to do about it here, where there are no settings}"""
 
 
 def compute(source: LeRobotSource, **rule: Any) -> dict[str, Ranges]:
@@ -36,11 +47,19 @@ def compute(source: LeRobotSource, **rule: Any) -> dict[str, Ranges]:
 
 
 def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> None:
-    """The file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all. Raises `UserError`."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")
+        os.replace(partial, path)
+
+
+def in_own_words(error: UserError, root: Path) -> UserError:
+    """An error of the source in `root`, which speaks of `data.sources`, with the tool's own arguments in it."""
+    source = f"data.sources.{NAME}"
+    where = {source: str(root), f"{source}.actions": "--actions"}.get(error.where, error.where)
+    key = next((key for key in _REMEDIES if f"{source}.{key}" in error.remedy), None)
+    return UserError(error.what, where=where, remedy=error.remedy if key is None else _REMEDIES[key])
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +68,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("root", type=Path, help="the dataset's directory")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--actions", nargs="+", metavar="COLUMN", help="default: action, or every action.* column")
+    parser.add_argument("--actions", nargs="+", metavar="COLUMN", help="default: action, or the float columns action.*")
     parser.add_argument("--threshold", type=float, default=1e-3, help="a change below it is none (default 1e-3)")
     parser.add_argument("--idle-run", type=int, default=7, help="idle frames in a row that go (default 7)")
     parser.add_argument("--kept-run", type=int, default=16, help="fewest frames in a row to keep (default 16)")
@@ -57,19 +76,32 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _read(options: argparse.Namespace, rule: dict[str, Any]) -> tuple[LeRobotSource, dict[str, Ranges]]:
+    """The dataset's actions alone, and their ranges. Raises `UserError`."""
+    actions = options.actions and tuple(options.actions)
+    settings = SourceSettings(root=str(options.root), actions=actions, state=(), cameras=())
+    try:
+        source = LeRobotSource.open(NAME, settings, options.root)
+        return source, compute(source, **rule)
+    except UserError as error:
+        raise in_own_words(error, options.root) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     options = _arguments(arguments)
     rule = {name: getattr(options, name) for name in ("threshold", "idle_run", "kept_run", "trim_tail")}
     try:
-        settings = SourceSettings(root=str(options.root), actions=options.actions and tuple(options.actions))
-        source = LeRobotSource.open("dataset", settings, options.root)
-        ranges = compute(source, **rule)
+        bounds.positive("--threshold", options.threshold)
+        bounds.at_least("--idle-run", options.idle_run, 1)
+        bounds.at_least("--kept-run", options.kept_run, 1)
+        bounds.at_least("--trim-tail", options.trim_tail, 0)
+        make_directory(options.out)
+        source, ranges = _read(options, rule)
+        write(options.out, {**rule, "actions": list(source.action_names)}, ranges)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER
-    metadata = {**rule, "actions": list(source.action_names)}
-    write(options.out, metadata, ranges)
     total, kept = int(source.episodes.length.sum()), sum(b - a for found in ranges.values() for a, b in found)
     empty = sum(not found for found in ranges.values())
     print(f"{options.out}: {len(ranges)} episodes ({empty} wholly idle), {kept} of {total} frames kept")

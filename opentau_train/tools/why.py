@@ -1,8 +1,10 @@
 """Which samples were behind a step's loss or gradient? Needs a run with `flight_recorder=true`.
 
-    python -m opentau_train.tools.why RUN --step 120 [--top 16] [--out strip.png]
+    python -m opentau_train.tools.why RUN --step 120 [--top 16] [--out strip.png [KEY=VALUE ...]]
 
-Lists the step's samples, the largest share of its loss first, and writes their frames side by side as one PNG.
+Lists the step's samples, the largest share of its loss first, and writes their frames side by side as one picture. The
+frames are read from where the run's config.yaml says that the data are; `KEY=VALUE` changes that, for instance
+`data.sources.main.root=/new/place` for a dataset that was moved since, or given relative to another directory.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from opentau_train import bounds, config
+from opentau_train import bounds, cli, config
 from opentau_train.data.assemble import open_plan
 from opentau_train.data.images import centred
 from opentau_train.data.mixture import Mixture
 from opentau_train.distributed import launch
-from opentau_train.errors import EXIT_OK, EXIT_USER, BadSample, UserError
-from opentau_train.recorder import Recorded, RecordedStep, grad_norms, read_step
+from opentau_train.errors import EXIT_OK, BadSample, UserError
+from opentau_train.recorder import Recorded, RecordedStep, read_step
 from opentau_train.report import align
+from opentau_train.tools.out import make_directory, writing
 from opentau_train.types import WindowSpec
 
 TILE = (120, 160)
@@ -34,9 +37,13 @@ NEIGHBOURS = 20
 """Steps before and after, whose median gradient norm the step's is compared to."""
 
 
-def describe(found: RecordedStep, norms: dict[int, float], num: int) -> str:
+FIXED = tuple(key for key in config.Settings.__dataclass_fields__ if key not in ("data", "paths"))
+"""What says nothing of where the frames are."""
+
+
+def describe(found: RecordedStep, num: int) -> str:
     """The step's numbers and its worst `num` samples as a table."""
-    others = [norm for step, norm in norms.items() if step != found.step]
+    others = [norm for step, norm in found.norms.items() if step != found.step]
     around = f" (median of the {len(others)} steps around it: {np.median(others):.4g})" if others else ""
     terms = sorted({term for sample in found.samples for term in sample.loss})
     rows: list[tuple[str, ...]] = [("share", *terms, "dataset", "episode", "frame", "pass", "rank", "t")]
@@ -111,13 +118,45 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
         files.close()
 
 
-def read_settings(run_dir: Path) -> config.Settings:
-    """The settings that the run recorded. Raises `UserError` where there are none."""
+def read_settings(run_dir: Path, overrides: Sequence[str]) -> config.Settings:
+    """The settings that the run recorded, with the `overrides` of its data. Raises `UserError` where there are none."""
     path = run_dir / "config.yaml"
     try:
-        return config.load(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"not a run directory: {error}", where=str(path), remedy="give a run's directory") from error
+    if not isinstance(tree, dict):
+        raise UserError("the file holds no settings", where=str(path), remedy="restore it: it is a copy of the run's")
+    return config.load(cli.recompose(tree, overrides, FIXED))
+
+
+def check_format(out: Path) -> None:
+    """Raises `UserError` where the file's suffix names no format that pictures can be written in."""
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{out} names no format of pictures", where="--out", remedy="give a file that ends in .png")
+
+
+def show(options: argparse.Namespace) -> None:
+    """What the options ask for. Raises `UserError`, of the options before anything is read."""
+    bounds.at_least("--top", options.top, 1)
+    if options.out is not None:
+        check_format(options.out)
+        make_directory(options.out)
+    elif options.overrides:
+        raise UserError(
+            f"{options.overrides[0]} changes where the frames are read, and no frames are asked for",
+            remedy="add --out FILE, or leave it out",
+        )
+    found = read_step(options.run, options.step, NEIGHBOURS)
+    settings = None if options.out is None else read_settings(options.run, options.overrides)
+    print(describe(found, options.top))
+    if settings is not None:
+        with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
+            mixture = open_plan(settings, world)
+        picture = strip(mixture, found.worst(options.top))
+        with writing(options.out):
+            picture.save(options.out)
+        print(f"frames: {options.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,23 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("--top", type=int, default=16, help="samples to show (16)")
-    parser.add_argument("--out", type=Path, help="PNG file for their frames")
-    options = parser.parse_args(arguments)
-    try:
-        bounds.at_least("--top", options.top, 1)
-        found = read_step(options.run, options.step)
-        around = range(options.step - NEIGHBOURS, options.step + NEIGHBOURS + 1)
-        print(describe(found, grad_norms(options.run, around), options.top))
-        if options.out is not None:
-            settings = read_settings(options.run)
-            with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-                mixture = open_plan(settings, world)
-            strip(mixture, found.worst(options.top)).save(options.out)
-            print(f"frames: {options.out}")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER
-    return EXIT_OK
+    parser.add_argument("--out", type=Path, help="file for their frames, e.g. strip.png")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="changes the run's recorded settings, e.g. data.sources.main.root=DIRECTORY where the data were moved",
+    )
+    options = parser.parse_intermixed_args(arguments)
+
+    def work() -> int:
+        show(options)
+        return EXIT_OK
+
+    return cli.answer(work)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ MISTAKES = {
     "argument_without_value": ([DROID, "trainer.steps"], ["'trainer.steps'", "write KEY=VALUE"]),
     "argument_without_key": ([DROID, "=3"], ["'=3'", "no key"]),
     "sweep": ([DROID, "trainer.steps=1,2"], ["'trainer.steps=1,2' is a sweep", "KEY=[A,B]"]),
+    "path_with_a_comma": (
+        [DROID, "data.sources.droid.root=/data/a,b"],
+        ["root=/data/a,b' is a sweep", "a value with a comma in two pairs of quotes, 'KEY=\"A,B\"'"],
+    ),
     "multirun": ([DROID, "--multirun"], ["sweeps are not run", "--multirun"]),
     "missing_interpolation": (
         [DROID, "name=${nothing.there}"],
@@ -175,6 +179,12 @@ def test_a_mistake_in_a_users_own_yaml_is_named(name, config_dir, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     arguments = ["--config-dir", "mine", f"+recipe={name}"]
     assert_clear(*in_process(monkeypatch, capsys, arguments), *YAMLS[name][1])
+
+
+@pytest.mark.parametrize("value", ["/data/a,b", "a=b", "x{y}"])
+def test_a_value_in_two_pairs_of_quotes_is_taken_as_it_stands(value):
+    tree = cli.compose(["+recipe=lerobot", f'data.sources.main.root="{value}"'])
+    assert tree["data"]["sources"]["main"]["root"] == value
 
 
 def test_a_users_own_recipe_composes_from_any_directory(config_dir, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from opentau_train.data.stream import training_batches
 from opentau_train.data.tape import Tape
 from opentau_train.errors import UserError
-from opentau_train.recorder import FOLDER, FlightRecorder, grad_norms, read_step
+from opentau_train.recorder import FOLDER, FlightRecorder, read_step
 from opentau_train.step import StepResult, TrainState
 from opentau_train.types import Batch
 from tests.fake_source import ONE, mixture_of
@@ -36,7 +36,8 @@ def test_recorded_losses_are_those_of_the_metrics(run):
         assert found.grad_norm == rows[step]["Training/GradNorm"]
         assert sum(s.share for s in found.samples) == pytest.approx(1.0)
         assert [s.t for s in found.samples] == list(range(4 * step - 4, 4 * step))
-    assert sorted(grad_norms(run, range(2, 4))) == [2, 3]
+    norms = read_step(run, 3, neighbours=1).norms
+    assert norms == {step: rows[step]["Training/GradNorm"] for step in (2, 3, 4)}
 
 
 def test_worst_comes_first(run):
@@ -133,3 +134,29 @@ def test_a_half_written_line_of_a_killed_run_is_passed_over(flights):
     assert read_step(flights.folder, 1).loss == pytest.approx(1.1)
     flights.write([2], 1.0)
     assert read_step(flights.folder, 2).step == 2
+
+
+GARBLED = {
+    "no_start": lambda line: b"garbled\n",
+    "nothing": lambda line: b"\n",
+    "no_json": lambda line: line.replace(b'"lr":', b'"lr'),
+    "not_text": lambda line: line.replace(b'"lr":', b'"lr\xff":'),
+    "other_key": lambda line: line.replace(b'"frame":', b'"frome":'),
+    "other_term": lambda line: line.replace(b'"sum":{"mse"', b'"sum":{"mze"'),
+    "short_column": lambda line: line.replace(b'"pass":[0,', b'"pass":['),
+    "no_column": lambda line: line.replace(b'"pass":[0,0,0,0]', b'"pass":7'),
+}
+
+
+@pytest.mark.parametrize("how", GARBLED)
+def test_a_garbled_line_is_passed_over_with_a_warning_that_names_it(flights, how, caplog):
+    caplog.set_level("WARNING", "opentau_train")
+    flights.write([1, 2, 3, 40], 1.0)
+    (path,) = (flights.folder / FOLDER).iterdir()
+    first, second, *others = path.read_bytes().splitlines(keepends=True)
+    assert GARBLED[how](second) != second
+    path.write_bytes(b"".join([first, GARBLED[how](second), *others]))
+    assert sorted(read_step(flights.folder, 1, neighbours=5).norms) == [1, 3]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}, line 2 is garbled and passed over"]
+    with pytest.raises(UserError, match="steps 1 to 40"):
+        read_step(flights.folder, 2)

@@ -270,7 +270,7 @@ def test_command_validates_another_mixture_and_names_episodes_that_were_trained_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["model.width=64"], "model.width is the checkpoint's"),
+        (["model.width=64"], "model.width is the run's"),
         (["data.normalization=min_max"], "normalises by mean_std, this validation by min_max"),
         (["data.image_size=[48,48]"], "image_size"),
         (["data.chunk_length=40"], "chunk_length 16, the data 40"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -162,6 +163,12 @@ def test_the_start_reports_keys_episodes_and_windows_lost_per_cause(tmp_path, ca
         ('{"0": [[5, 2]]}', r"key '0' has the range \[5, 2\]"),
         ('{"0": [3]}', "holds no list of"),
         ('{"0": 3}', "holds no list of"),
+        ('{"0": ["12"]}', "the bound '1', not a whole number"),
+        ('{"0": [[0, Infinity]]}', "key '0' has the bound inf, not a whole number"),
+        ('{"0": [[NaN, 4]]}', "the bound nan, not a whole number"),
+        ('{"0": [[0, 3.7]]}', "the bound 3.7, not a whole number"),
+        ('{"0": [[0, 4], [false, true]]}', "the bound False, not a whole number"),
+        ('{"metadata": {"filter_last_n_in_ranges": true}, "keep_ranges": {"0": []}}', "not a number of frames"),
         ('{"metadata": {"filter_last_n_in_ranges": "x"}, "keep_ranges": {"0": []}}', "not a number of frames"),
         ('{"77": [[0, 1]]}', "only 0 of 5 episodes are in the filter file"),
         ('{"0": [[0, 1]], "1": [[0, 1]]}', "only 2 of 5 episodes"),
@@ -175,6 +182,20 @@ def test_a_file_that_can_not_be_meant_is_an_error_that_says_so(content, message,
         (tmp_path / "ranges.json").write_text(content)
     with pytest.raises(UserError, match=message):
         open_filtered(root, str(tmp_path / "ranges.json"))
+
+
+def test_a_poor_match_names_keys_that_do_not_match(tmp_path):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    with pytest.raises(UserError, match=r"only 2 of 5 .* it lacks the key '2', and its key '7' is no episode's\n"):
+        open_filtered(root, filter_file(tmp_path, {"0": [[0, 1]], "1": [[0, 1]], "7": []}))
+    with pytest.raises(UserError, match=r"only 1 of 5 .* it lacks the key '0'\n"):
+        open_filtered(root, filter_file(tmp_path, {"1": [[0, 1]]}))
+
+
+def test_whole_numbers_are_bounds_however_they_are_written(tmp_path):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    path = filter_file(tmp_path, {"0": [[0.0, 4], [6, 1e3]], "1": [[0, 10**400]], "2": [[2, 99]]})
+    assert kept(open_filtered(root, path)) == [(0, 0, 4), (0, 6, 5), (1, 0, 7), (2, 2, 11)]
 
 
 @pytest.mark.parametrize("template", ["fixed", "{}", "{task!r}", "{length:03d}", "{open"])
@@ -266,3 +287,71 @@ def test_the_tool_names_a_wrong_column_and_needs_neither_torch_nor_tensorflow(tm
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and "did you mean 'action'" in done.stderr, done.stderr
     assert not (tmp_path / "f.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--trim-tail", "-3"], "--trim-tail must be at least 0, got -3"),
+        (["--idle-run", "0"], "--idle-run must be at least 1, got 0"),
+        (["--kept-run", "0"], "--kept-run must be at least 1, got 0"),
+        (["--threshold", "-1"], "--threshold must be greater than 0, got -1"),
+        (["--threshold", "nan"], "--threshold must be greater than 0, got nan"),
+    ],
+)
+def test_the_tool_refuses_a_rule_that_can_not_be_meant(option, said, tmp_path, capsys):
+    assert tool.main([str(DATA / "lerobot_v30"), "--out", str(tmp_path / "out/f.json"), *option]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file/f.json", "folder"])
+def test_the_tool_names_a_file_that_can_not_be_written(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert tool.main([str(DATA / "lerobot_v30"), "--out", str(tmp_path / place)]) == 2
+    said = capsys.readouterr().err
+    assert f"can't write {tmp_path / place}: " in said and "where:  --out" in said and "remedy: " in said
+
+
+def _without(root, feature):
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"][feature]
+    (root / "meta/info.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "texts"),
+    [
+        (shutil.rmtree, ["{root} doesn't exist", "where:  {root}\n", "remedy: give the directory that holds meta/"]),
+        (
+            lambda r: (r / "meta/info.json").unlink(),
+            ["not a LeRobot dataset", "where:  {root}\n", "give the dir"],
+        ),
+        (lambda r: _without(r, "action"), ["has no actions", "meta/info.json", "remedy: name them: --actions COLUMN"]),
+        (lambda r: next(r.glob("data/**/*.parquet")).unlink(), ["rows can't be read", "remedy: restore the file\n"]),
+    ],
+    ids=["no_root", "no_info", "no_actions", "no_rows"],
+)
+def test_the_tool_s_remedies_are_those_of_its_own_arguments(spoil, texts, tmp_path, capsys):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    spoil(root)
+    assert tool.main([str(root), "--out", str(tmp_path / "f.json")]) == 2
+    said = capsys.readouterr().err
+    assert "data.sources" not in said and not (tmp_path / "f.json").exists()
+    for text in texts:
+        assert text.format(root=root) in said
+
+
+def test_the_tool_names_the_option_of_a_wrong_column(tmp_path, capsys):
+    root = write(tmp_path / "set", ROWS_ONLY)
+    assert tool.main([str(root), "--out", str(tmp_path / "f.json"), "--actions", "acton"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'action'" in said and "where:  --actions\n" in said and "data.sources" not in said
+
+
+def test_the_tool_needs_the_actions_only(tmp_path, caplog):
+    caplog.set_level("WARNING", "opentau_train")
+    root = write(tmp_path / "set", Dataset(lengths=LENGTHS, columns={"action": vector(3)}))
+    _without(root, "timestamp")
+    assert tool.main([str(root), "--out", str(tmp_path / "f.json")]) == 0
+    assert not caplog.records, "neither its missing state nor its video is the tool's affair"

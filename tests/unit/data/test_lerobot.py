@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 from dataclasses import replace
@@ -481,10 +482,87 @@ def test_each_broken_metadata_file_is_named(tmp_path, version):
         open_source(root)
 
 
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_tasks_are_needed_only_where_the_data_refer_to_them(tmp_path, version):
+    columns = {"action": vector(2), "observation.state": vector(4)}
+    root = small(tmp_path, version=version, columns=columns)
+    next((root / "meta").glob("tasks.*")).unlink()
+    for path in root.glob("data/**/*.parquet"):
+        _rewrite(path, lambda table: table.drop_columns(["task_index"]))
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"]["task_index"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    window = open_source(root).cursors(WindowSpec(2)).cursor().read(1, 2)
+    assert window.prompts == () and window.state[0] == 102.0
+
+
+@pytest.mark.parametrize("feature", [None, {"dtype": "string", "shape": [1]}], ids=["none", "text"])
+def test_video_without_timestamps_is_refused_when_the_source_is_opened(tmp_path, feature):
+    root = write(tmp_path / "set", Dataset(lengths=(4, 3)))
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"]["timestamp"]
+    info["features"] |= {} if feature is None else {"timestamp": feature}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"video, but no 'timestamp' column") as caught:
+        open_source(root)
+    assert caught.value.where.endswith("meta/info.json") and "data.sources.main.cameras=[]" in caught.value.remedy
+    assert open_source(root, cameras=()).cursors(WindowSpec(2)).cursor().read(1, 2).images == {}
+
+
+FLAG = ({"dtype": "bool", "shape": [1]}, lambda e, f: [f % 2 == 0])
+
+
+def test_columns_that_null_leaves_out_are_warned_of(tmp_path, caplog):
+    caplog.set_level("WARNING", "opentau_train")
+    columns = {"observation.state.on": FLAG, "action.joint": vector(2), "action.open": FLAG, "action.grip": vector(1)}
+    # The writer takes its own action and state wherever no "action" is given.
+    root = small(tmp_path, columns={"action": vector(1), **columns})
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"]["action"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    source = open_source(root)
+    assert source.state_names == () and source.action_names == ("action.joint[0]", "action.joint[1]", "action.grip[0]")
+    state, actions = (record.getMessage() for record in caplog.records)
+    assert "no floats: observation.state.on; data.sources.main.state=[observation.state.on] takes" in state
+    assert "no floats: action.open; data.sources.main.actions=[action.joint,action.grip,action.open] takes" in actions
+    caplog.clear()
+    open_source(root, state=(), actions=("action.joint",))
+    assert not caplog.records, "what is set is meant"
+
+
+def test_a_dataset_without_state_is_warned_of(tmp_path, caplog):
+    caplog.set_level("WARNING", "opentau_train")
+    root = small(tmp_path, columns={"action": vector(2), "action.extra": FLAG})
+    open_source(root)
+    (record,) = caplog.records
+    assert "no observation.state; data.sources.main.state=[COLUMN,...]" in record.getMessage()
+
+
 @pytest.mark.parametrize("key", ["features", "fps", "data_path"])
 def test_a_key_missing_from_info_json_is_named(tmp_path, key):
     with pytest.raises(UserError, match=f"info.json has no '{key}'"):
         open_source(small(tmp_path, info={key: None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        *(({"fps": fps}, r"'fps' must be a number greater than 0") for fps in ("fast", 0, -5, True, [30], math.inf)),
+        ({"fps": None}, "has no 'fps'"),
+        ({"features": []}, "'features' must be a mapping"),
+        ({"features": {"action": None}}, r"'features\.action' must be a mapping, got null"),
+        ({"features": {"action": "float32"}}, r"'features\.action' must be a mapping, got \"float32\""),
+        ({"features": {"action": {"dtype": ["float32"], "shape": [3]}}}, r"'features\.action\.dtype'"),
+        ({"features": {"action": {"dtype": "float32", "shape": 3}}}, r"'features\.action\.shape'"),
+        ({"features": {"action": {"dtype": "float32", "shape": ["three"]}}}, r"'features\.action\.shape'"),
+        ({"chunks_size": "many"}, "'chunks_size' must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_info_json_is_named_with_its_key(tmp_path, change, what):
+    with pytest.raises(UserError, match=rf"meta/info\.json:? {what}") as caught:
+        open_source(small(tmp_path, info=change))
+    assert caught.value.where.endswith("meta/info.json") and "restore the file" in caught.value.remedy
 
 
 def test_missing_episode_metadata_is_named(tmp_path):

@@ -82,12 +82,35 @@ def test_a_source_for_validation_only_is_trained_on_never(tmp_path, capsys):
         ("data.sources.main.root=/nowhere", "/nowhere"),
         ("--ranks=0", "--ranks to 1 or more"),
         ("--batches=0", "--batches to 1 or more"),
+        ("foo", "can't read the argument 'foo'"),
+        ("trainer=3", "trainer is a section"),
+        ("trainer.steps=1,2", "is a sweep"),
+        ("--nope", "unknown option --nope"),
+        ("--rank=2", "unknown option --rank"),
+        ("--config-dir", "the directory '' is not there"),
+        ("--config-dir=nowhere", "the directory 'nowhere' is not there"),
     ],
 )
 def test_a_mistake_is_answered_as_by_the_program(tmp_path, capsys, wrong, said):
     given = [a for a in TOY if not a.startswith("+recipe")] if wrong.startswith("+recipe") else TOY
     assert plan.main([*given, wrong]) == EXIT_USER
     assert said in capsys.readouterr().err
+
+
+def test_arguments_apart_from_their_keys_are_no_plan_for_something_else(capsys):
+    assert plan.main([*TOY, "trainer.steps", "3"]) == EXIT_USER
+    assert "can't read the argument 'trainer.steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]], ids=" ".join)
+def test_a_users_own_recipe_is_planned(form, tmp_path, capsys):
+    (tmp_path / "mine/recipe").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [lerobot, _self_]\ntrainer: {steps: 7}\n"
+    (tmp_path / "mine/recipe/good.yaml").write_text(text)
+    mine = [part.format(tmp_path / "mine") for part in form]
+    given = [argument for argument in TOY if not argument.startswith("+recipe")]
+    assert plan.main([*mine, "+recipe=good", *given]) == EXIT_OK
+    assert "7 steps x 4 = 28 samples" in capsys.readouterr().out
 
 
 def test_a_batch_that_the_ranks_can_t_share_is_a_user_error(tmp_path, capsys):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +14,7 @@ from PIL import Image
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.recorder import read_step
 from opentau_train.tools import why
-from tests.program import TOY, train_here
+from tests.program import DATA, TOY, environment, train_here
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +60,85 @@ def test_no_samples_to_show_is_a_user_error(run, tmp_path, capsys):
 def test_a_directory_that_is_no_run_is_a_user_error(tmp_path, capsys):
     assert why.main([str(tmp_path), "--step", "1"]) == EXIT_USER
     assert "flight_recorder=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("strip", "strip names no format of pictures"),
+        ("strip.txt", "strip.txt names no format of pictures"),
+        ("file/strip.png", "can't write {}/file/strip.png: "),
+    ],
+)
+def test_a_picture_that_can_t_be_written_is_refused_before_anything_is_read(tmp_path, capsys, out, said):
+    (tmp_path / "file").write_text("")
+    assert why.main([str(tmp_path / "no_run"), "--step", "1", "--out", str(tmp_path / out)]) == EXIT_USER
+    error = capsys.readouterr().err
+    assert said.format(tmp_path) in error and "where:  --out" in error and "remedy: " in error
+
+
+def test_the_picture_s_directory_is_made(run, tmp_path):
+    out = tmp_path / "not/there/strip.JPG"
+    assert why.main([str(run), "--step", "1", "--top", "1", "--out", str(out)]) == EXIT_OK
+    assert Image.open(out).format == "JPEG"
+
+
+def test_a_disk_that_takes_no_picture_is_a_user_error(run, tmp_path, capsys):
+    (tmp_path / "strip.png").mkdir()
+    assert why.main([str(run), "--step", "1", "--top", "1", "--out", str(tmp_path / "strip.png")]) == EXIT_USER
+    assert "can't write" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(run, tmp_path) -> tuple[Path, Path]:
+    """(A copy of the run whose dataset `main` was moved since, where that is now.)"""
+    there = tmp_path / "run"
+    (there / "flight").mkdir(parents=True)
+    for path in (run / "flight").iterdir():
+        shutil.copy(path, there / "flight")
+    here = shutil.copytree(DATA / "lerobot_v30", tmp_path / "here")
+    text = (run / "config.yaml").read_text()
+    (there / "config.yaml").write_text(text.replace(str(DATA / "lerobot_v30"), "sets/lerobot_v30"))
+    return there, here
+
+
+def test_data_that_were_moved_are_named_by_an_override(run, moved, tmp_path, capsys):
+    there, here = moved
+    wanted, out = tmp_path / "wanted.png", tmp_path / "strip.png"
+    assert why.main([str(run), "--step", "3", "--out", str(wanted)]) == EXIT_OK
+    assert why.main([str(there), "--step", "3", "--out", str(out)]) == EXIT_USER
+    error = capsys.readouterr().err
+    assert "sets/lerobot_v30 doesn't exist" in error and "set data.sources.main.root=DIRECTORY" in error
+    override = f"data.sources.main.root={here}"
+    for given in ([str(there), override, "--step", "3"], [str(there), "--step", "3", override]):
+        assert why.main([*given, "--out", str(out)]) == EXIT_OK
+        assert out.read_bytes() == wanted.read_bytes()
+        out.unlink()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.sources.main.rooot=/x", "did you mean 'root'"),
+        ("data.sources.main.root", "can't read the argument 'data.sources.main.root'"),
+        ("data.sources.main.root=/a,b", "is a sweep"),
+        ("trainer.steps=3", "trainer.steps is the run's and can't be changed"),
+    ],
+)
+def test_a_wrong_override_is_answered_as_by_the_program(run, tmp_path, capsys, override, said):
+    assert why.main([str(run), "--step", "3", "--out", str(tmp_path / "x.png"), override]) == EXIT_USER
+    assert said in capsys.readouterr().err
+
+
+def test_an_override_without_use_is_refused(run, capsys):
+    assert why.main([str(run), "--step", "3", "data.sources.main.root=/x"]) == EXIT_USER
+    assert "add --out FILE" in capsys.readouterr().err
+
+
+def test_a_garbled_line_is_named_on_stderr_and_the_rest_is_shown(moved):
+    path = next((moved[0] / "flight").iterdir())
+    path.write_bytes(b"garbled\n" + path.read_bytes())
+    command = [sys.executable, "-m", "opentau_train.tools.why", str(moved[0]), "--step", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == EXIT_OK and done.stdout.startswith("step 2: loss "), done.stderr
+    assert done.stderr == f"{path}, line 1 is garbled and passed over\n"

@@ -1,0 +1,26 @@
+"""A tool's `--out` file: a place that can't be written to is the user's mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from opentau_train.errors import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what makes, opens or writes `path` or its directory: an OSError becomes a `UserError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write {path}: {error.strerror or error}", where="--out", remedy="give a file that can be written"
+        ) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory of the file `path`, and those above it, before anything is computed. Raises `UserError`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
