@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-nightly test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,7 +32,7 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-nightly test-all: export OMP_NUM_THREADS := 1
 
 test: setup ## The fast tests
 	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed" $(ARGS)
@@ -47,6 +47,9 @@ test-slow: setup ## The slow tests: real launches, several processes
 
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-nightly: setup ## The property tests with 2,000 examples each
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
 test-all: setup ## Every test
 	$(BIN)/python -m pytest $(ARGS)

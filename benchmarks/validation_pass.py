@@ -43,7 +43,7 @@ def main() -> None:
         return
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores, load {load:.1f} before; one thread a rank, medians of {arguments.repeats} passes\n")
-    print("| case | ranks | side | seconds | forwards a rank | busy | collectives | times faster |")
+    print("| case | ranks | way | seconds | forwards a rank | busy | collectives | times faster |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for case in arguments.cases:

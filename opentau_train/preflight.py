@@ -74,8 +74,9 @@ def check_same(facts: Sequence[Mapping[str, str]], where: str, remedy: str) -> N
 def check_in(store: Store, rank: int, size: int, facts: Mapping[str, str], timeout: float) -> None:
     """Every rank leaves its card in the store; rank 0 reads them and says whether the launch is sound.
 
-    At most 4 requests to the store a rank and 2 more a rank from rank 0. Raises `UserError` on every rank that is there
-    when a rank is missing after `timeout` seconds, was started twice, or differs; RuntimeError when rank 0 is silent.
+    6 requests to the store a rank and 2 more a rank by rank 0, its polling apart. Raises `UserError` on every rank that
+    is there when a rank is missing after `timeout` seconds, was started twice, or differs; RuntimeError when rank 0 is
+    silent.
     """
     store = PrefixStore("preflight", store)
     place = f"{socket.gethostname()}, process {os.getpid()}"

@@ -41,6 +41,11 @@ def rows(run_dir: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+# Every rank answers an error of all of them, and those after rank 0 give it a head start of 20 s to be the one that is
+# heard under torchrun. Here nobody ends them when rank 0 has ended: they would sit it out.
+BY_HAND = "from opentau_train import cli; cli.HEAD_START_S = 1.0; cli.main()"
+
+
 def ranks_by_hand(commands: list[dict], size: int = 2) -> list[subprocess.Popen]:
     """Processes without torchrun: {rank, arguments, and what else is to be different in the environment}."""
     with socket.socket() as probe:
@@ -52,9 +57,9 @@ def ranks_by_hand(commands: list[dict], size: int = 2) -> list[subprocess.Popen]
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": given.get("size", size), "LOCAL_WORLD_SIZE": size}
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{k: str(v) for k, v in world.items()})
         env |= given.get("env", {})
-        command = [sys.executable, "-m", "opentau_train", *arguments]
+        command = [sys.executable, "-c", BY_HAND, *arguments]
         pipe = subprocess.PIPE
-        cwd = given.get("cwd")  # `python -m` imports from there first
+        cwd = given.get("cwd")  # `python -c` imports from there first
         started.append(subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT))
     return started
 
@@ -153,6 +158,11 @@ def _rank_of(pid: int) -> str | None:
     return next((v.removeprefix("RANK=") for v in env if v.startswith("RANK=")), None)
 
 
+def _has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_path):
     stuck = ["model._target_=tests.misbehaving.Stuck", "trainer.step_timeout=8", f"paths.run_dir={tmp_path}"]
     done = run([*ENDLESS, *stuck], ranks=2)
@@ -172,6 +182,8 @@ def test_a_stopped_process_is_reported_as_silent(tmp_path):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
     os.kill(workers["1"], signal.SIGSTOP)
+    wait_for(lambda: _has_ended(workers["0"]), process)
+    os.kill(workers["1"], signal.SIGKILL)  # torchrun would do it after 30 s: a stopped process can't obey its SIGTERM
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "rank 1: no report" in output and "rank 0: no progress for 6 s in:" in output
@@ -244,7 +256,7 @@ def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(wo
     """The signal comes when the step's row is written, which is when the pass begins."""
     command = [*RUN, *VALIDATING, f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
     command.append("model._target_=tests.misbehaving.SlowValidation")
-    process = start(command)
+    process = start(command, SLOW_VALIDATION="1")
     wait_for(lambda: rows(tmp_path) >= 5, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -259,7 +271,7 @@ def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(wo
 def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path):
     command = [*RUN, *VALIDATING, f"parallelism.data_parallel_shard_degree={2 if parallelism == 'fsdp' else 1}"]
     command += ["model._target_=tests.misbehaving.SlowValidation", f"paths.run_dir={tmp_path}"]
-    process = start(command, ranks=2)
+    process = start(command, ranks=2, SLOW_VALIDATION="1")
     wait_for(lambda: rows(tmp_path) >= 5, process)
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {
+    "make test-nightly": "tests/property",
     "make": ".ci/run",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
     "launchers/slurm/train.sbatch": "tests/slurm",
@@ -24,6 +26,12 @@ RUN_ELSEWHERE = {
     "python -m opentau_train.tools.verify_resume": "tests/unit/tools/test_verify_resume.py",
 }
 """Commands that the named tests run, because they need more than a moment, a second machine or a fresh one."""
+
+UNTESTED = re.compile(
+    r"^[\s$>]*(?:[A-Z_]+=\S* +)*(?:\S*/)?(?:python[0-9.]* (?:-m|benchmarks/)|torchrun -|launchers/\S+\.(?:sh|sbatch)\b"
+    r"|(?:sbatch|srun) -|scontrol (?:requeue|show|update)\b|make [a-z-]+(?: [A-Z]+=.*)?$)"
+)
+"""How a line begins that is a command. Lines of bash blocks are run; prose shows a command between backticks."""
 
 TOOLS = ("check", "export", "keep_ranges", "plan", "report", "vif", "why")
 """Tools that run here, on a small run and a small dataset."""
@@ -48,6 +56,32 @@ def test_links_lead_to_files(document):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPO)))
+def test_no_command_stands_where_no_test_finds_it(document):
+    """In an indented block or a fence of another kind a command would be run by nobody."""
+    rest = re.sub(r"^ *```bash\n.*?^ *```", "", document.read_text(), flags=re.S | re.M)
+    assert not [line for line in rest.splitlines() if UNTESTED.match(line)], "these belong into a ```bash block"
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("    python -m opentau_train.tools.plan +recipe=droid_policy", True),
+        ("DROID_ROOT=/data .venv/bin/python -m opentau_train", True),
+        ("$ python benchmarks/memory.py", True),
+        ("torchrun --nproc-per-node 8 -m opentau_train", True),
+        ("A=1 launchers/train_droid_policy.sh", True),
+        ("make test-slow ARGS=-x", True),
+        ("scontrol requeue 1234", True),
+        ("`python -m opentau_train --help` lists every key.", False),
+        ("torchrun itself ends with 1 when a rank ends with any code but 0", False),
+        ("make the error smaller.", False),
+    ],
+)
+def test_a_command_is_told_from_prose(line, command):
+    assert bool(UNTESTED.match(line)) == command
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +114,7 @@ def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_pat
         arguments = [*asked_for(arguments, tmp_path), *([] if "--cfg" in arguments else ["--cfg", "job"])]
     else:
         assert module in ("opentau_train.validate", *(f"opentau_train.tools.{tool}" for tool in TOOLS)), module
-        arguments = [filled_in(argument, finished, tmp_path) for argument in arguments]
+        arguments = filled_in(arguments, finished, tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=tmp_path,
@@ -111,16 +145,24 @@ def asked_for(arguments: list[str], folder: Path) -> list[str]:
     return arguments
 
 
-def filled_in(argument: str, run: Path, folder: Path) -> str:
-    """An argument of a tool with the documents' placeholders replaced by a real run, dataset and file."""
+def filled_in(arguments: list[str], run: Path, folder: Path) -> list[str]:
+    """The arguments of a tool with the documents' placeholders replaced by a real run, dataset, step and file."""
+    return [real(before, argument, run, folder) for before, argument in zip(["", *arguments], arguments)]
+
+
+def real(before: str, argument: str, run: Path, folder: Path) -> str:
+    """One of them; `before` is the argument that it follows."""
     key, equals, value = argument.rpartition("=")
-    if value == "RUN" or value.startswith("RUN/"):
+    if value == "RUN" or value.startswith(("RUN/", "runs/")):
         value = str(run / "checkpoints" / "last" if "checkpoints/" in value else run)
     elif value in ("PATH", "/data/my_dataset"):
         value = str(DATA / "lerobot_v30")
-    elif value == "STEP":
+    elif value == "ROOT":
+        velocities = {"observation.state": vector(4), "action.joint_velocity": vector(7)}
+        value = str(write(folder / value, Dataset(lengths=(60, 40), cameras={}, columns=velocities)))
+    elif value == "STEP" or before == "--step":
         value = "2"
-    elif Path(value).suffix in (".json", ".png", ".safetensors"):
+    elif value == "FILE" or Path(value).suffix in (".json", ".png", ".safetensors"):
         value = str(folder / value)
     return f"{key}{equals}{value}"
 

@@ -57,7 +57,7 @@ def open_sources(found, seed, chunk, drop_tail):
 
 
 @given(sources, st.integers(0, 5), st.integers(1, 8), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=max(100, settings.default.max_examples))
 def test_no_training_window_shares_an_episode_with_a_validation_one(found, seed, chunk, drop_tail):
     opened = open_sources(found, seed, chunk, drop_tail)
     train, held_out = [o[2] for o in opened], [o[3] for o in opened]
@@ -73,7 +73,7 @@ def test_no_training_window_shares_an_episode_with_a_validation_one(found, seed,
 
 
 @given(sources, st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=max(60, settings.default.max_examples))
 def test_a_share_holds_out_at_least_one_episode_leaves_one_and_all_of_it_is_all(found, seed):
     for (lengths, ratio, explicit), (table, held_out, _, _) in zip(
         found, open_sources(found, seed, 1, False), strict=True
@@ -89,7 +89,6 @@ def test_a_share_holds_out_at_least_one_episode_leaves_one_and_all_of_it_is_all(
 
 
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=12), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
 def test_the_split_of_an_episode_depends_on_no_other_episode(lengths, seed):
     numbers = np.arange(len(lengths) + 50)
     whole = validation_split("d", numbers, 0.3, seed)
@@ -112,7 +111,6 @@ def test_spans_are_contiguous_cover_all_and_are_even(cost, parts):
 
 
 @given(sources, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
 def test_workers_together_read_every_window_once_and_ahead_only_in_their_own_run(found, batch_size, ranks, workers):
     opened = open_sources(found, 0, 1, False)
     datasets = [
@@ -142,7 +140,6 @@ def test_workers_together_read_every_window_once_and_ahead_only_in_their_own_run
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
 def test_mixed_batches_are_taken_apart_exactly(data):
     """Against one pass a group: any order, any batches, the same bits."""
     num = data.draw(st.integers(1, 60))

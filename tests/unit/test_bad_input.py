@@ -76,27 +76,27 @@ def assert_clear(outcome: tuple[int, str], *texts: str, code: int = 2) -> None:
 # ---------------------------------------------------------------- a dataset that isn't what it should be
 
 
-def test_no_root(train):
+def test_a_source_without_a_root_is_refused_with_the_key_to_set(train):
     assert_clear(train(None), "data.sources.main has neither root nor repo_id", "data.sources.main.root=PATH")
 
 
-def test_a_root_that_is_not_there(train, tmp_path):
+def test_a_root_that_is_not_there_is_refused_with_its_name(train, tmp_path):
     outcome = train(tmp_path / "nowhere")
     assert_clear(outcome, f"{tmp_path / 'nowhere'} doesn't exist", "data.sources.main", "set data.sources.main.root")
 
 
-def test_a_root_that_is_a_file(train, tmp_path):
+def test_a_root_that_is_a_file_is_refused_with_its_source(train, tmp_path):
     (tmp_path / "file").write_text("x")
     assert_clear(train(tmp_path / "file"), "is not a directory", "data.sources.main")
 
 
-def test_a_directory_that_is_no_dataset(train, tmp_path):
+def test_a_directory_that_is_no_dataset_is_refused_with_the_file_it_lacks(train, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_clear(train(tmp_path / "empty"), "not a LeRobot dataset", "meta/info.json", "data.sources.main.root")
 
 
 @pytest.mark.parametrize("version", ["v1.6", "v2.0", "v4.0"])
-def test_a_format_that_cannot_be_read(version, train, tmp_path):
+def test_a_format_that_cannot_be_read_is_refused_with_those_that_can(version, train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=(4,), cameras={}, info={"codebase_version": version}))
     assert_clear(train(root), f"format {version}", "v3.0 and v2.1", "info.json", "convert")
 
@@ -114,7 +114,7 @@ def test_a_format_that_cannot_be_read(version, train, tmp_path):
     ],
     ids=str,
 )
-def test_a_column_camera_or_episode_that_is_not_there(setting, texts, train, good):
+def test_a_column_camera_or_episode_that_is_not_there_is_refused_with_its_name(setting, texts, train, good):
     assert_clear(train(good, f"data.sources.main.{setting}"), *texts)
 
 
@@ -131,7 +131,7 @@ def test_statistics_that_the_dataset_lacks_are_computed_from_its_rows(train, goo
         ("episodes", lambda r: shutil.rmtree(r / "meta/episodes"), ["no episode metadata", "meta/episodes"]),
     ],
 )
-def test_metadata_that_cannot_be_read(name, spoil, texts, train, tmp_path):
+def test_metadata_that_cannot_be_read_is_refused_with_its_file(name, spoil, texts, train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=(4, 4), cameras={}))
     spoil(root)
     assert_clear(train(root), *texts)
@@ -149,7 +149,7 @@ def test_a_window_longer_than_the_episode_trains_where_it_may_be_padded(train, g
     assert train(good, "data.chunk_length=32")[0] == 0
 
 
-def test_filters_that_leave_nothing(train, good, tmp_path):
+def test_filters_that_leave_nothing_are_refused_with_their_source(train, good, tmp_path):
     assert_clear(train(good, "data.sources.main.exclude_episodes=[0,1,2,3,4,5]"), "no episode is left", "main")
     keep = tmp_path / "keep.json"
     keep.write_text(json.dumps({str(e): [] for e in range(len(LENGTHS))}))
@@ -309,14 +309,14 @@ def test_a_dataset_that_changed_on_disk_is_refused_and_named(train, own_run, tmp
     assert_clear(train(other, "resume=auto", "trainer.steps=4"), "'main'", "changed", "resume.data=restart")
 
 
-def test_a_path_that_is_no_checkpoint(train, good, tmp_path):
+def test_a_path_that_is_no_checkpoint_is_refused_with_its_name(train, good, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nowhere"):
         assert_clear(train(good, f"resume={path}"), "no complete checkpoint", str(path), "RUN/checkpoints/STEP")
 
 
 @pytest.mark.parametrize("key", ["paths.run_dir", "paths.cache_dir"])
-def test_a_place_that_cannot_be_written(key, train, good, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_with_its_key(key, train, good, tmp_path):
     (tmp_path / "file").write_text("x")
     assert_clear(train(good, f"{key}={tmp_path / 'file' / 'inside'}"), "file", f"set {key}")
 

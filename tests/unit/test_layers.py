@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ def violations(file: str, source: str) -> list[str]:
         elif name[0] in ONLY_IN and not file.startswith(ONLY_IN[name[0]]):
             found.append(f"{file}: {name[0]} may only be imported in {', '.join(ONLY_IN[name[0]])}")
     return found
+
+
+def test_the_table_of_the_architecture_lists_the_layers():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## Layers\n")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([^`]+)`", row) for row in re.findall(r"^\| (`[^|]*) \|", text, flags=re.M)]
+    assert [{name.removesuffix("/") for name in row} for row in rows] == list(LAYERS)
+    for name in (name for row in rows for name in row):
+        assert (PACKAGE / name).is_dir() if name.endswith("/") else (PACKAGE / f"{name}.py").is_file()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

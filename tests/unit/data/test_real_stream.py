@@ -8,6 +8,7 @@ import pytest
 
 from opentau_train import cli, config
 from opentau_train.data.assemble import open_mixture
+from opentau_train.errors import UserError
 from tests.fake_source import ONE, addresses, global_batches, in_order, mixture_of, with_data
 from tests.lerobot_writer import DEFAULT_COLUMNS, Camera, Dataset, write
 from tests.program import TOY
@@ -172,5 +173,5 @@ def test_windows_of_a_damaged_file_are_replaced_alike_on_every_topology(damage, 
 def test_rows_damaged_before_the_start_are_an_error_that_names_the_file(healthy, tmp_path):
     root = shutil.copytree(healthy, tmp_path / "set")
     truncate(root / "data/chunk-000/file-002.parquet")
-    with pytest.raises(Exception, match=r"file-002\.parquet"):
+    with pytest.raises(UserError, match=r"file-002\.parquet"):
         mixture(tmp_path, f"data.sources.main.root={root}", "~data.sources.old")
