@@ -29,6 +29,14 @@ from opentau_train.types import BatchSpec
 
 log = logging.getLogger(__name__)
 
+CHOOSING = (
+    *("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "val_episodes"),
+    *("chunk_length", "sample_stride", "fps", "iterable_shuffle"),
+    *("use_filter_dict", "filter_key", "filter_rule", "filter_trim_tail"),
+    *("state", "actions", "cameras", "control_mode", "control_mode_column", "target"),
+)
+"""Settings of a source that choose its windows, or what they are read as."""
+
 
 def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
     """Open every source, split, group and normalise. `stats` (a checkpoint's) replace computing them.
@@ -179,19 +187,8 @@ def _add_groups(source: Source, groups: list[Group]) -> NDArray[np.int64]:
 
 def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
     """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
-    names: tuple[str, ...] = (
-        "episodes",
-        "exclude_episodes",
-        "success_only",
-        "success_column",
-        "val_split_ratio",
-        "val_episodes",
-        "chunk_length",
-    )
-    names += ("sample_stride", "fps", "iterable_shuffle", "use_filter_dict", "filter_key", "filter_rule")
-    names += ("filter_trim_tail", "state", "actions", "cameras", "control_mode", "control_mode_column", "target")
     chosen_so = repr(
-        [getattr(chosen, name) for name in names] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
+        [getattr(chosen, name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
     )
     path = Path(chosen.filter_dict_path or "").expanduser()
     return {

@@ -187,8 +187,9 @@ def training_batches(
 ) -> Generator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 
-    R must divide B. A worker that dies (killed for its memory, a crash in native code) raises a RuntimeError that says
-    so. Close the generator to end the workers.
+    R must divide B. A `UserError` comes as the last item's `error` instead of being raised: a rank that ended alone
+    would leave the others in a collective. Raises `Fault` for a worker that died (killed for its memory, a crash in
+    native code). Close the generator to end the workers.
     """
     data = mixture.settings
     tape.batch(first_step)  # orders the blocks here and now: forked workers then share the pages, 12 B a block

@@ -128,7 +128,8 @@ class FrameCursor:
         return next(self.read_all(path, (seconds,), tolerance_s))
 
     def read_all(self, path: Path, seconds: Iterable[float], tolerance_s: float) -> Iterator[av.VideoFrame]:
-        """`read` for each of `seconds`, one after another; no other cursor may be used before it has ended."""
+        """`read` for each of `seconds`, one after another; no other cursor of the pool may be used before it has ended.
+        Raises as `read` does at the frame that can't be had; those before it have been given by then."""
         file = None
         for wanted in seconds:
             try:

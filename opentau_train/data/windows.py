@@ -139,7 +139,8 @@ def make_blocks(
     stride: int = 1,
     made_of: Mapping[str, str] | None = None,
 ) -> DatasetBlocks:
-    """The source's blocks of the episodes under `keep` [E], cut to windows that may start.
+    """The source's blocks of the episodes under `keep` [E], cut to windows that may start; `source_blocks` [N, 3] int32
+    (position in the table, first frame, length).
 
     With `drop_tail` a window's chunk, which reaches over `rows` rows, must lie inside its episode, so the last
     `rows - 1` frames start none. With `stride` k only every k-th frame of a block starts one, its first being one.

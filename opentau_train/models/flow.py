@@ -31,7 +31,7 @@ class FlowPolicy(Policy):
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
     convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;
-    `bin_range` the normalised values between which an action is binned, what lies outside counting to the outermost
+    `bin_range` the normalised values between which an action is binned, what lies outside falling in the outermost
     bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
     """
 

@@ -43,12 +43,13 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     steps = _steps(path, text)
-    kept = [line for line, step in steps if 0 < start_step >= step]
+    kept_until = start_step if start_step > 0 else -1
+    kept = [line for line, step in steps if step <= kept_until]
     if "".join(kept) == text:
         return
     before = superseded.read_text(encoding="utf-8").splitlines(keepends=True) if superseded.exists() else []
     known = set(before)
-    moved = [line for line, step in steps if not 0 < start_step >= step and line not in known]
+    moved = [line for line, step in steps if step > kept_until and line not in known]
     _replace(superseded, before + moved)
     _replace(path, kept)
 

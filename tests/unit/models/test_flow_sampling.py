@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from opentau_train import cli
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.typed import instantiate
 from opentau_train.types import Noise
 from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
-
-CONF = Path(__file__).parents[3] / "conf" / "model"
 
 
 def test_overfitted_policy_samples_its_actions_from_any_noise():
@@ -100,7 +97,7 @@ def test_blocks_are_the_repeated_layers_in_order(policy):
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", (1, 3)), ("small", (25, 35)), ("base", (105, 135))])
 def test_preset_builds_its_size(size, millions):
-    tree = yaml.safe_load((CONF / f"flow_{size}.yaml").read_text())
+    tree = cli.compose(["+recipe=droid_policy", f"model=flow_{size}"])["model"]
     spec = dataclasses.replace(SPEC, cameras=("a", "b", "c"), image_size=(96, 96), action_dim=8, chunk_length=16)
     with torch.device("meta"):
         policy = instantiate(tree, "model", spec=spec)
