@@ -6,7 +6,6 @@ process that uses them.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,11 +28,11 @@ from opentau_train.data.lerobot_columns import (
     left_out,
 )
 from opentau_train.data.lerobot_cursor import LeRobotCursorFactory
+from opentau_train.data.lerobot_identity import identify
 from opentau_train.data.lerobot_info import Info, read_info
 from opentau_train.data.lerobot_meta import (
     Episodes,
     FileTable,
-    file_stats,
     read_episodes,
     read_tasks,
 )
@@ -116,7 +115,7 @@ class LeRobotSource:
             fps=fps,
             timed=bool(videos) or by_time,
         )
-        fingerprint, rows_stamp = _identify(info, table, data_files, video_files)
+        fingerprint, rows_stamp = identify(info, table, data_files, video_files)
         return cls(
             name=name,
             settings=settings,
@@ -271,24 +270,3 @@ def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, wher
 
     found = lerobot_rows.of_episodes(where, data_files, table, range(len(table)), [column], take)
     return [mode for _, mode in found]
-
-
-def _identify(
-    info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]
-) -> tuple[str, str]:
-    """(`fingerprint`, `rows_stamp`): a hash of the metadata, of the episodes, and of the sizes of their files, so that
-    one that was recorded or encoded again has another; and one of when the files of rows were written."""
-    digest = hashlib.blake2b(info.raw, digest_size=16)
-    for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
-        digest.update(np.ascontiguousarray(column).tobytes())
-    for camera, start in table.video_start.items():
-        digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
-    relative = [data_files.relative(number) for number in np.unique(table.data_file).tolist()]
-    num_data = len(relative)
-    for camera, files in video_files.items():
-        relative += [files.relative(number) for number in np.unique(table.video_file[camera]).tolist()]
-    found = file_stats([f"{info.root}/{name}" for name in relative])
-    for name, stat in zip(relative, found, strict=True):
-        digest.update(f"{name}\x1f{stat.size}\x1e".encode())
-    written = repr([stat.modified for stat in found[:num_data]])
-    return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +16,6 @@ from numpy.typing import NDArray
 from opentau_train.data.lerobot_info import RESTORE, Info
 from opentau_train.data.rows import UNREADABLE
 from opentau_train.errors import UserError
-
-STATS_A_TURN = 500
-"""Files that a thread asks after at once."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +39,6 @@ class FileTable:
 
     def path(self, number: int) -> Path:
         return self.root / self.relative(number)
-
-
-class FileStat(NamedTuple):
-    """A file's bytes, and its modification time in nanoseconds; -1 for a file that can't be had."""
-
-    size: int
-    modified: int
-
-
-def file_stats(paths: Sequence[str]) -> list[FileStat]:
-    """Of each file. The episodes of one that can't be had are bad samples, found when they are read.
-
-    Asked for on several threads: a dataset of a file an episode has hundreds of thousands, and a file server answers
-    each in its own time.
-    """
-
-    def stats(part: Sequence[str]) -> list[FileStat]:
-        return [_stat(path) for path in part]
-
-    parts = [paths[i : i + STATS_A_TURN] for i in range(0, len(paths), STATS_A_TURN)]
-    if len(parts) <= 1:
-        return stats(paths)
-    with ThreadPoolExecutor(16) as threads:
-        return [stat for found in threads.map(stats, parts) for stat in found]
-
-
-def _stat(path: str) -> FileStat:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return FileStat(-1, -1)
-    return FileStat(found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)

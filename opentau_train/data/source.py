@@ -47,7 +47,7 @@ class Source(Protocol):
     action_names: tuple[str, ...]
     episodes: EpisodeTable
     fingerprint: str
-    """A hash of the dataset's content as far as its metadata and file sizes tell: the same for a copy elsewhere."""
+    """A hash of the dataset's content as far as metadata and files tell without being read: the same for a copy."""
     rows_stamp: str
     """Changes when the rows may have, on this machine (modification times): what is cached of them depends on it."""
 

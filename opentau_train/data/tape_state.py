@@ -50,7 +50,7 @@ def resume_offset(tape: Tape, state: dict[str, Any], step: int, *, restart: bool
     """The `offset` with which the tape goes on at `step` where the run that saved `state` stopped.
 
     Where the plan has changed: `UserError` naming what, or with `restart` the offset at which the changed plan's next
-    epoch begins (an epoch that the old plan had not begun, so no sample repeats the keyed noise of one before).
+    epoch begins, one that the old plan had not begun.
     """
     t = int(state["t"])
     changes = changed(state, save_state(tape, step))

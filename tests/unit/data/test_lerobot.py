@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from opentau_train.config_data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
-from opentau_train.data.lerobot_meta import file_stats
+from opentau_train.data.lerobot_identity import file_stats
 from opentau_train.data.video import reader_bytes
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import WindowSpec
@@ -302,6 +302,21 @@ def test_rows_that_are_written_again_change_their_stamp_and_a_copy_keeps_the_fin
     path.write_bytes(path.read_bytes())  # the same size and name
     after = open_source(root)
     assert after.fingerprint == before.fingerprint and after.rows_stamp != before.rows_stamp
+
+
+def test_fingerprint_sees_rows_computed_again_in_files_of_the_same_sizes(written, tmp_path):
+    root = shutil.copytree(written("images"), tmp_path / "set")
+    plain = {"compression": "none", "use_dictionary": False}
+    paths = sorted((root / "data").rglob("*.parquet"))
+    prints, sizes = [], []
+    for factor in (1.0, 2.0):
+        for path in paths:
+            table = pq.read_table(path)
+            values = pa.array((np.stack(table["action"].to_numpy()) * factor).tolist(), table["action"].type)
+            pq.write_table(table.set_column(table.column_names.index("action"), "action", values), path, **plain)
+        prints.append(open_source(root).fingerprint)
+        sizes.append([path.stat().st_size for path in paths])
+    assert sizes[0] == sizes[1] and prints[0] != prints[1]
 
 
 @pytest.mark.parametrize("shape", [None, [64, 96], []])
