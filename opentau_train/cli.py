@@ -190,6 +190,11 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
         key = override.key_or_group
         if key.split(".")[0] in fixed:
             raise UserError(f"{key} is the run's and can't be changed", remedy=f"leave out {override.input_line}")
+        if override.is_delete() or "/" in key or "@" in key:
+            raise UserError(
+                f"'{override.input_line}' is no KEY=VALUE",
+                remedy="only values of the run's own keys can be changed here",
+            )
         if key == "data":
             with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
                 chosen = plain(hydra.compose("train", [f"data={override.value()}"]))["data"]

@@ -80,7 +80,7 @@ class RollCall:
             return Fault(
                 f"rank {rank} failed: {said}",
                 where=self._get(f"place/{rank}"),
-                remedy="look at its traceback; once that is mended, go on with resume=auto",
+                remedy="look at what it printed; once that is mended, go on with resume=auto",
             )
         # A process of this machine that lives and is silent is in something else: that is the watchdog's business.
         gone = self._dead_here() or [r for r in self._missing(0, self._size) if r not in self._here()]

@@ -178,6 +178,8 @@ def _save(job: Job, sinks: Sinks) -> None:
     job.place.enter("save")
     sinks.flush()
     stream = save_state(job.tape, job.state.step)
+    # The one before first, so that `best` holds it where it is to stay before the next one retires what nothing names.
+    _report_save(job, job.saver.finish())
     _report_save(job, job.saver.save(job.state, stream=stream, counters=job.counters))
 
 

@@ -96,7 +96,7 @@ class LeRobotSource:
         else:
             blocks = whole_episodes(table.length)
         fps = float(info.get("fps"))
-        by_time = settings.fps is not None and "timestamp" in features
+        by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
         reading = Reading(
             dataset=name,
             root=root,
@@ -192,7 +192,7 @@ def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
     videos = {camera: c for camera, c in cameras.items() if info.features[c]["dtype"] == "video"}
     if videos and info.features.get("timestamp", {}).get("dtype") not in NUMBER:
         raise UserError(
-            "the dataset has video, but no 'timestamp' column of numbers, which tells each row's frame",
+            "the dataset has video, but meta/info.json lists no 'timestamp' of numbers, which tells each row's frame",
             where=str(info.path),
             remedy=f"export the dataset with timestamps, or leave its video out: {info.where}.cameras=[]",
         )

@@ -88,7 +88,7 @@ def _check_values(info: Info) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
 
 
 def _wrong(info: Info, key: str, expected: str, value: Any) -> UserError:

@@ -133,7 +133,7 @@ def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows
         return EpisodeRows(
             state,
             actions,
-            numbers(rows, "timestamp", 1, np.float64)[:, 0] if reading.timed else None,
+            _seconds(rows) if reading.timed else None,
             code,
             prompts,
             {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
@@ -141,6 +141,14 @@ def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows
         )
     except RowError as error:
         raise RowError(f"{reading.data_files.path(file)}: {error}") from error
+
+
+def _seconds(rows: pa.Table) -> NDArray[np.float64]:
+    found = numbers(rows, "timestamp", 1, np.float64)[:, 0]
+    wrong = np.flatnonzero(~np.isfinite(found) | (np.diff(found, prepend=-np.inf) < 0))
+    if len(wrong):
+        raise RowError(f"timestamps of an episode must rise: row {wrong[0]} has {found[wrong[0]]}")
+    return found
 
 
 def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[np.float32]) -> None:

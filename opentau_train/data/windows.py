@@ -13,8 +13,6 @@ from opentau_train.data.tape import DatasetBlocks
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
-TIE_S = 1e-5
-"""Seconds within which a time counts as the middle of two rows': float32 timestamps aren't exact."""
 SNAP_ROWS = 1e-2
 """A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
 
@@ -120,10 +118,7 @@ def history_rows(
         place = frame - np.rint(steps * step)
     else:
         place = np.interp(seconds[frame] - steps / fps, seconds[: frame + 1], np.arange(frame + 1))
-        low = np.floor(place).astype(np.int64)
-        high = np.minimum(low + 1, frame)
-        middle = (seconds[high] + seconds[low]) / 2
-        place = np.where(seconds[frame] - steps / fps >= middle - TIE_S, high, low)
+        place = np.minimum(np.floor(place + 0.5 + SNAP_ROWS), frame)
     return np.maximum(place, 0).astype(np.int64)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from opentau_train.data.windows import equal_spans, make_blocks, validation_spli
 from opentau_train.errors import UserError
 from opentau_train.evaluate import plan_validation
 from opentau_train.metrics import Sums, validation_row
+from opentau_train.saver import Saver
 from opentau_train.types import EpisodeTable
 from tests.program import DATA, TOY, metrics, train_here
 
@@ -311,8 +313,18 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
     assert metrics(resumed) == metrics(whole)
 
 
-def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(tmp_path):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(asynchronous, tmp_path, monkeypatch):
+    """Saved in the background too, where each save begins before the one before is whole."""
+    write = Saver._write
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(Saver, "_write", slowly)
     frozen = [*FROZEN, "trainer.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1"]
+    frozen.append(f"checkpoint.async={asynchronous}")
     run = train_here(frozen, tmp_path / "run")
     folder = run / "checkpoints"
     assert (folder / "best").resolve().name == "00000002" and (folder / "last").resolve().name == "00000006"

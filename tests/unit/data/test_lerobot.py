@@ -349,6 +349,22 @@ def test_a_value_that_is_not_finite_is_a_bad_sample_of_the_windows_that_hold_it(
     cursor.read(0, 4)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.0])
+def test_an_episode_whose_times_do_not_rise_is_a_bad_sample_and_the_others_are_read(wrong, tmp_path):
+    root = write(tmp_path / "set", Dataset())
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        place = [(e, f) for e, f in zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist())]
+        times = [wrong if at == (1, 3) else t for at, t in zip(place, table["timestamp"].to_pylist())]
+        column = pa.array(times, table["timestamp"].type)
+        pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", column), path)
+    for fps in (None, 5.0):
+        cursor = open_source(root, fps=fps).cursors(WindowSpec(3, 1, None, fps)).cursor()
+        with pytest.raises(BadSample, match="timestamps of an episode must rise: row 3"):
+            cursor.read(1, 5)
+        cursor.read(2, 5)
+
+
 def small(tmp_path: Path, **changes) -> Path:
     """A dataset without cameras."""
     return write(tmp_path / "set", replace(Dataset(lengths=(4, 3), cameras={}), **changes))
