@@ -534,7 +534,7 @@ def test_video_without_timestamps_is_refused_when_the_source_is_opened(tmp_path,
     del info["features"]["timestamp"]
     info["features"] |= {} if feature is None else {"timestamp": feature}
     (root / "meta/info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"video, but no 'timestamp' column") as caught:
+    with pytest.raises(UserError, match=r"video, but meta/info.json lists no 'timestamp'") as caught:
         open_source(root)
     assert caught.value.where.endswith("meta/info.json") and "data.sources.main.cameras=[]" in caught.value.remedy
     assert open_source(root, cameras=()).cursors(WindowSpec(2)).cursor().read(1, 2).images == {}
