@@ -85,8 +85,8 @@ def answer(work: Callable[[], int]) -> int:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     except Exception as error:
-        # Broad because it is the last one; what can be foreseen is split off above. The rest ends with its traceback
-        # and a fault's code, instead of the code that Python would choose, and ranks still end through `end`.
+        # Broad, and not to be split: what can be foreseen is split off above. The rest ends with its traceback and a
+        # fault's code, instead of the code that Python would choose, and ranks still end through `end`.
         traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT

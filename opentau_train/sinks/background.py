@@ -76,11 +76,8 @@ class Background:
             if self.failed:
                 self._left_out += 1
                 continue
-            try:
-                call()
-            except Exception as error:
-                # Broad, and not to be split: a tracker's library may raise anything, each kind is answered by the same
-                # warning, and none is worth the training. The numbers are in metrics.jsonl.
+            error = outcome(call).exception()
+            if error is not None:  # of whatever kind: none of a tracker's is worth the training
                 self.failed = True
                 log.warning(
                     "%s has failed and is left out from here on: %s; %s", self.name, first_line(error), self.lost
