@@ -61,8 +61,8 @@ class Reading:
     """What a worker must know to read a dataset; picklable.
 
     `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `videos` {camera: its
-    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no
-    task; `prompt_separator` splits one text into alternatives.
+    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no task; `prompt_separator`
+    splits one text into alternatives.
     """
 
     dataset: str

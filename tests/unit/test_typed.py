@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train import config
+from opentau_train import cli, config
+from opentau_train.config_data import SourceSettings
 from opentau_train.errors import UserError
 from opentau_train.typed import build, convert, instantiate, locate
 
@@ -399,3 +400,9 @@ def test_the_cache_of_a_home_directory_is_expanded(monkeypatch):
 def test_settings_need_no_torch():
     code = "import sys, opentau_train.config, opentau_train.typed; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_source_without_a_file_of_conf_has_the_defaults_that_the_file_shows():
+    overrides = ["+recipe=lerobot", "data.sources.main.root=/a", "data.sources.other.root=/a"]
+    sources = config.load(cli.compose(overrides)).data.sources
+    assert sources["main"] == sources["other"] == SourceSettings(root="/a")
