@@ -230,12 +230,15 @@ class Tape:
         length = int(self._phase_start(phase + 1) - self._phase_start(phase))
         if self.in_order:
             return u, length - 1 - u
-        size, (rows, longer) = self.batch_size, divmod(length, self.num_lanes)
-        start = np.arange(size + 1) * length // size  # of the stretches, whose lengths differ by one at most
+        num_stretches = self.batch_size
+        # Cut evenly, so that their lengths differ by one at most and each begins within a window of its share.
+        start = np.arange(num_stretches + 1) * length // num_stretches
         stretch_of = np.argsort(-np.diff(start), kind="stable")  # the first slots have the longer ones
         row, slot = np.divmod(u, self.num_lanes)
-        part, column = np.divmod(slot, size)
-        longer_parts, longer_columns = divmod(longer, size)
+        part, column = np.divmod(slot, num_stretches)
+        # The last, partial row is a prefix of the slots: their lanes are one window longer.
+        rows, longer = divmod(length, self.num_lanes)
+        longer_parts, longer_columns = divmod(longer, num_stretches)
         before = part * rows + np.minimum(part, longer_parts + (column < longer_columns))
         return start[stretch_of[column]] + before + row, rows + (slot < longer) - 1 - row
 
