@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
+from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
-from opentau_train.config import CheckpointSettings, OptimizerSettings
-from opentau_train.distributed import World, launch
+from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
+from opentau_train.distributed.parallel import spread
+from opentau_train.distributed.world import World, launch
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import Ema, adamw
-from opentau_train.parallel import spread
-from opentau_train.pretrained import Pretrained
-from opentau_train.saver import Saver
 from opentau_train.step import TrainState
 from opentau_train.types import BatchSpec
 

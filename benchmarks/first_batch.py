@@ -21,7 +21,7 @@ import numpy as np
 from support.datasets import Repeated, write_dataset
 from support.program import machine, mixture_of
 
-from opentau_train.data.stream import training_batches
+from opentau_train.data.load.stream import training_batches
 
 CASES = {
     "local files of a few hundred MB": "large",

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from opentau_train import commit
+from opentau_train.checkpoints import commit
 
 REPO = Path(__file__).parent.parent
 DATA = REPO / "tests" / "data"

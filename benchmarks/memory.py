@@ -24,7 +24,7 @@ from pathlib import Path
 from support.datasets import write_dataset
 from support.program import machine, mixture_of, unique_bytes, with_episodes
 
-from opentau_train.data.stream import training_batches
+from opentau_train.data.load.stream import training_batches
 
 BATCH = 32
 CASES = (1_000, 1_000_000)

@@ -27,23 +27,24 @@ from support.orders import BATCH, NAMES, Order, all_windows, make_order
 from support.program import machine, settings_of
 
 from opentau_train import rng
-from opentau_train.config import Settings
-from opentau_train.data import quality
-from opentau_train.data.assemble import open_mixture
-from opentau_train.data.collate import collate
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.samples import SampleBuilder
-from opentau_train.data.stream import RankBatch
-from opentau_train.data.tape import Windows
-from opentau_train.data.windows import validation_windows
-from opentau_train.distributed import World, launch
+from opentau_train.config.settings import Settings
+from opentau_train.data.load.collate import collate
+from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.load.stream import RankBatch
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.order import quality
+from opentau_train.data.order.tape import Windows
+from opentau_train.distributed.parallel import Replicas
+from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.world import World, launch
 from opentau_train.models.flow import FlowPolicy
+from opentau_train.models.noise import draw_noise
 from opentau_train.optim import Cosine, adamw
-from opentau_train.parallel import Replicas
-from opentau_train.step import TrainState, draw_noise, train_step
+from opentau_train.step import TrainState, train_step
 from opentau_train.tools import vif
 from opentau_train.types import Batch, WindowSpec
-from opentau_train.watchdog import Place
+from opentau_train.validation.plan import validation_windows
 
 ARGUMENTS = [
     "+recipe=droid_policy",

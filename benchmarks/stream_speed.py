@@ -33,11 +33,12 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from support.datasets import AV1, H264, Repeated, write_dataset
 from support.program import machine, mixture_of, with_episodes
 
-from opentau_train.data.images import fit
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.samples import SampleBuilder
-from opentau_train.data.stream import Parts, TrainPlan
-from opentau_train.data.tape import DatasetBlocks, Tape
+from opentau_train.data.decode.images import fit
+from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.load.stream import Parts, TrainPlan
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.order.blocks import DatasetBlocks
+from opentau_train.data.order.tape import Tape
 
 SMALL, LARGE = (180, 320), (480, 640)
 VARIANTS = {

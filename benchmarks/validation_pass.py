@@ -80,7 +80,7 @@ def print_case(case: str, ranks: int, folder: Path, repeats: int) -> None:
 
 def write_case(root: Path, lengths: list[int]) -> None:
     """One dataset for each length, of one episode and one camera."""
-    from opentau_train.data import lerobot_writer as writer
+    from opentau_train.data.builtin import writer as writer
 
     rng = np.random.default_rng(0)
     features = {
@@ -103,10 +103,11 @@ def open_case(root: Path, world):
     import hydra
     import torch
 
-    from opentau_train import cli, config
-    from opentau_train.data.assemble import open_mixture
-    from opentau_train.parallel import spread
-    from opentau_train.typed import instantiate
+    from opentau_train import cli
+    from opentau_train.config.settings import load_settings
+    from opentau_train.config.typed import instantiate
+    from opentau_train.data.mixture.open import open_mixture
+    from opentau_train.distributed.parallel import spread
 
     names = sorted(p.name for p in root.iterdir() if (p / "meta").is_dir())
     source = "data/source@data.sources"
@@ -116,7 +117,7 @@ def open_case(root: Path, world):
     overrides += [f"data.image_size=[{SIZE},{SIZE}]", "data.num_workers=0", f"paths.cache_dir={root / 'cache'}"]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = cli.plain(hydra.compose("train", overrides))
-    settings = config.load(tree)
+    settings = load_settings(tree)
     mixture = open_mixture(settings, world)
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
@@ -142,10 +143,10 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from opentau_train.data.collate import collate
-    from opentau_train.data.samples import SampleBuilder
-    from opentau_train.data.windows import validation_windows
-    from opentau_train.step import draw_noise
+    from opentau_train.data.load.collate import collate
+    from opentau_train.data.load.samples import SampleBuilder
+    from opentau_train.models.noise import draw_noise
+    from opentau_train.validation.plan import validation_windows
 
     builder = SampleBuilder(mixture, train=False)
 
@@ -179,7 +180,8 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
 
 def balanced(mixture, settings, policy, replicas, world) -> dict[str, float]:
     """The one pass."""
-    from opentau_train.evaluate import evaluate, plan_validation
+    from opentau_train.validation.losses import evaluate
+    from opentau_train.validation.plan import plan_validation
 
     plan = plan_validation(mixture, None, batch_size=BATCH, num_ranks=world.size)
     row = evaluate(policy, replicas, plan, world, settings.validation).row
@@ -207,7 +209,7 @@ class Clock:
 
 def run_rank(root: Path, repeats: int) -> None:
     """One rank's part; rank 0 prints the medians as JSON."""
-    from opentau_train.distributed import World, launch
+    from opentau_train.distributed.world import World, launch
 
     with launch(device="cpu", precision="no", timeout=600, identity={}) as world:
         settings, mixture, policy, replicas = open_case(root, world)
@@ -256,7 +258,8 @@ def time_grouping(samples: int = 1_000_000, groups: int = 3_240, episodes: int =
     """Seconds to add samples of three terms to their episodes in batches and to make the row of all groups."""
     import torch
 
-    from opentau_train.metrics import Group, Sums, exact, validation_row
+    from opentau_train.metrics.sums import Sums, exact, validation_row
+    from opentau_train.types import Group
 
     rng = np.random.default_rng(0)
     terms = ("mse", "ce", "vision_mse")

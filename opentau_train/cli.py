@@ -28,10 +28,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opentau_train import config
+from opentau_train.config.explain import HELP, SECTIONS, explain, refused_override, refused_section
+from opentau_train.config.settings import load_settings
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, UserError
-from opentau_train.explain import HELP, SECTIONS, explain, refused_override, refused_section
-from opentau_train.sinks.background import THREAD
+from opentau_train.threads import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
@@ -109,7 +109,7 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     try:
         if _flag(arguments, "--cfg", "-c"):
             # What a run would say of them: `--cfg` never reaches `_app`.
-            config.load(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
+            load_settings(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
         _quietly(_app)
         composed, _composed[:] = list(_composed), []
         return plain(composed[-1]) if composed else None
@@ -164,7 +164,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _run(tree: dict[str, Any]) -> int:
-    settings = config.load(tree)
+    settings = load_settings(tree)
     from opentau_train import train  # imports torch: only once the settings hold
 
     return train.run(settings, tree)

@@ -12,26 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from opentau_train import checkpoint, commit, drift, rng
-from opentau_train.best import Best
-from opentau_train.config import Settings
-from opentau_train.data.assemble import open_mixture
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.split import check_split, held_out_episodes
-from opentau_train.data.tape import Tape
-from opentau_train.data.tape_state import changed, resume_offset, save_state
-from opentau_train.distributed import World
+from opentau_train import rng
+from opentau_train.checkpoints import commit, contents
+from opentau_train.checkpoints.best import Best
+from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.checkpoints.saver import Saver
+from opentau_train.config import drift
+from opentau_train.config.settings import Settings
+from opentau_train.config.typed import bind, instantiate
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.mixture.split import check_split, held_out_episodes
+from opentau_train.data.mixture.table import mixture_table
+from opentau_train.data.order.state import changed, resume_offset, save_state
+from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.world import World
+from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
-from opentau_train.parallel import check_batch, data_parallel_degrees, spread
-from opentau_train.passes import Plans, plan_passes
-from opentau_train.pretrained import FOLDER, Pretrained, read_card, read_stats
-from opentau_train.report import begin_run, mixture_table
-from opentau_train.saver import Saver
 from opentau_train.step import TrainState
-from opentau_train.typed import bind, instantiate
-from opentau_train.watchdog import Place
+from opentau_train.validation.passes import Plans, plan_passes
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
     if world.is_main:
-        log.info(mixture_table(mixture, plans.loss, sum(p.numel() for p in policy.parameters())))
+        log.info(mixture_table(mixture, len(plans.loss.windows), sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if found is not None:
         _resume(job, found)
@@ -172,7 +176,7 @@ def _resume(job: Job, found: Path) -> None:
     """Put the new job back to where the checkpoint `found` left its run."""
     restart = job.settings.resume.data == "restart"
     job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
-    saved = checkpoint.load(found, job.state, job.world)
+    saved = contents.load(found, job.state, job.world)
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
@@ -183,3 +187,21 @@ def _resume(job: Job, found: Path) -> None:
         log.info("resumed from %s at step %d", found, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
             log.warning("the data plan has changed: %s; its next epoch begins", change)
+
+
+def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
+    """Make the run directory and write down what runs. Raises `UserError` where it can't be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(as_yaml(tree))
+    except OSError as error:
+        raise UserError(
+            f"the run directory can't be written: {error}",
+            where=str(run_dir),
+            remedy="set paths.run_dir, or paths.root, to a directory that you can write",
+        ) from error
+
+
+def as_yaml(tree: dict[str, Any]) -> str:
+    """A plain configuration tree as YAML, keys in the order they were composed."""
+    return yaml.safe_dump(tree, sort_keys=False)

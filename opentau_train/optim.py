@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from opentau_train.config import OptimizerSettings
+from opentau_train.config.settings import OptimizerSettings
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,23 @@ same numbers. One rank with eight micro-batches and eight ranks with one give th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from opentau_train import rng
-from opentau_train.config import TrainerSettings
-from opentau_train.data.stream import RankBatch
-from opentau_train.distributed import World
+from opentau_train.config.settings import TrainerSettings
+from opentau_train.data.load.stream import RankBatch
+from opentau_train.distributed.parallel import Replicas
+from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
+from opentau_train.models.noise import draw_noise
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
-from opentau_train.parallel import Replicas
-from opentau_train.types import Batch, LossTerms, Noise
-from opentau_train.watchdog import Place
-
-
-def draw_noise(key: torch.Tensor, draw: int, shape: Sequence[int]) -> Noise:
-    """The flow's noise [B, T, A] and time [B] of samples with random keys `key` [B] i64: functions of (key, draw).
-
-    `shape` is (T, A). Made on the CPU in NumPy, so that no device, batch or order changes a number.
-    """
-    keys = rng.fold(key.cpu().numpy().view(np.uint64), draw)
-    steps, dims = shape
-    noise = rng.normal(rng.fold(keys, 1), steps * dims).reshape(-1, steps, dims)
-    time = rng.uniform(rng.fold(keys, 2))[:, 0].astype(np.float32)
-    # float32 rounds the largest uniforms up to 1.0, which is outside the half-open range that policies rely on.
-    time = np.minimum(time, np.nextafter(np.float32(1), np.float32(0)))
-    return Noise(torch.from_numpy(noise).to(key.device), torch.from_numpy(time).to(key.device))
+from opentau_train.types import Batch, LossTerms
 
 
 @dataclass

@@ -16,22 +16,23 @@ from typing import Any
 
 import torch
 
-from opentau_train.config import Settings
-from opentau_train.data.stream import training_batches
-from opentau_train.data.tape_state import save_state
-from opentau_train.distributed import launch
+from opentau_train.config.settings import Settings
+from opentau_train.data.load.stream import training_batches
+from opentau_train.data.order.state import save_state
+from opentau_train.distributed.preflight import identity
+from opentau_train.distributed.stopping import StopFlag, Stopped, mark_preempted, stop_signals
+from opentau_train.distributed.watchdog import watch
+from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 from opentau_train.job import Job, prepare
-from opentau_train.meter import Meter
-from opentau_train.passes import PICTURE, run_passes
-from opentau_train.plots import save_png
-from opentau_train.preflight import identity
-from opentau_train.recorder import FlightRecorder
-from opentau_train.report import log_to, next_steps
+from opentau_train.log import log_to
+from opentau_train.metrics.meter import Meter
+from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, check_health, train_step
-from opentau_train.stopping import Patient, StopFlag, Stopped, mark_preempted, stop_signals
-from opentau_train.watchdog import watch
+from opentau_train.threads import InterruptibleIterator
+from opentau_train.validation.passes import PICTURE, run_passes
+from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,11 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
     _point_to_best(job)  # an owed validation may have found the resumed checkpoint to be it
     stop_at = state.step + (trainer.stop_after or trainer.steps)
     meter = Meter(job.mixture, job.tape, state, world)
-    with closing(Patient(batches)) as patient:
+    with closing(InterruptibleIterator(batches)) as parts:
         while state.step < trainer.steps and code == 0:
             job.place.enter("data wait", state.step + 1)
             with meter.waiting():
-                part = patient.next(stop)
+                part = parts.next(stop.poll)
             asked = max(stop.poll(), int(state.step + 1 == stop_at < trainer.steps))
             if part is not None:
                 meter.open_decoders = part.open_decoders
@@ -204,3 +205,18 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
         config=tree,
     )
     return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))
+
+
+def next_steps(run_dir: Path, step: int, stop: int, num_bad: int) -> str:
+    """The last words: where everything is and what to look at. `num_bad`: windows that were replaced."""
+    said = {0: f"finished at step {step}", 1: f"preempted at step {step}", 2: f"interrupted at step {step}"}[stop]
+    lines = [f"{said}. Run directory: {run_dir}"]
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
+    lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
+    lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
+    if num_bad:
+        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
+    if stop:
+        lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
+    return "\n".join(lines)

@@ -199,3 +199,19 @@ class BatchSpec:
     state_dim: int
     action_dim: int
     chunk_length: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row of the breakdown: the dataset's name, its control mode, the head its statistics belong to, and its `share`
+    of the mixture: the dataset's weight times the group's part of its training windows. Shares have no common scale;
+    0 is a group that isn't trained on."""
+
+    dataset: str
+    control_mode: str
+    norm_head: str
+    share: float
+
+    @property
+    def tag(self) -> str:
+        return f"{self.dataset}/{self.control_mode}"

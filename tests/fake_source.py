@@ -18,14 +18,14 @@ import hydra
 import numpy as np
 import torch
 
-from opentau_train import cli, config, rng
-from opentau_train.config import Settings
-from opentau_train.config_data import SourceSettings
-from opentau_train.data.assemble import open_mixture
-from opentau_train.data.lerobot import whole_episodes
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.stream import RankBatch, training_batches
-from opentau_train.distributed import World
+from opentau_train import cli, rng
+from opentau_train.config.data import SourceSettings
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.data.lerobot.source import whole_episodes
+from opentau_train.data.load.stream import RankBatch, training_batches
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_mixture
+from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
@@ -119,7 +119,7 @@ def picture(name: str, episode: int, frame: int) -> np.ndarray:
 def _base() -> Settings:
     overrides = ["+recipe=lerobot", "data.sources.main.root=/", "data.image_size=[8,8]", "data.chunk_length=3"]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return config.load(cli.plain(hydra.compose("train", [cli._settable(o) for o in overrides])))
+        return load_settings(cli.plain(hydra.compose("train", [cli._settable(o) for o in overrides])))
 
 
 def mixture_of(specs: dict[str, str], cache: Path, *, source: dict | None = None, **data) -> Mixture:

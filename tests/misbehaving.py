@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.data.lerobot.source import LeRobotSource
 from opentau_train.models.flow import FlowPolicy
 
 RANK = int(os.environ.get("RANK", "0"))

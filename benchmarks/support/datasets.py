@@ -10,7 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.lerobot_writer import VIDEO_PATH, Episode, Feature, Layout, write_tables
+from opentau_train.data.builtin.writer import VIDEO_PATH, Episode, Feature, Layout, write_tables
 
 H264 = {"preset": "veryfast", "crf": "26", "bf": "0", "threads": "1"}
 AV1 = {"preset": "10", "crf": "30", "svtav1-params": "lp=1"}

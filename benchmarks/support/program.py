@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from opentau_train import cli, config
-from opentau_train.config import Settings
-from opentau_train.data.assemble import open_mixture
-from opentau_train.data.lerobot import whole_episodes
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.tape import DatasetBlocks
-from opentau_train.distributed import launch
+from opentau_train import cli
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.data.lerobot.source import whole_episodes
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.order.blocks import DatasetBlocks
+from opentau_train.distributed.world import launch
 
 
 def settings_of(arguments: Sequence[str]) -> Settings:
     """The settings of a command line."""
-    return config.load(cli.compose(arguments))
+    return load_settings(cli.compose(arguments))
 
 
 def mixture_of(root: Path, *arguments: str) -> Mixture:

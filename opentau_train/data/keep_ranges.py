@@ -251,33 +251,3 @@ def _counts(keys: Iterable[str]) -> dict[str, int]:
 
 
 # -- making one ------------------------------------------------------------------------------------------------------
-
-
-def nonidle_ranges(
-    actions: NDArray[np.floating],
-    *,
-    threshold: float = 1e-3,
-    idle_run: int = 7,
-    kept_run: int = 16,
-    trim_tail: int = 10,
-) -> Ranges:
-    """Ranges of an episode's `actions` [L, A] without its idle stretches, as the public DROID filter defines them.
-
-    A frame is idle when no dimension changed by `threshold` or more since the frame before. Runs of `idle_run` or more
-    idle frames go; of what remains, runs of fewer than `kept_run` frames go; the others lose their last `trim_tail`
-    frames, whose chunks would be mostly idle.
-    """
-    idle = np.zeros(len(actions), bool)
-    if len(actions) > 1:
-        idle[1:] = (np.abs(np.diff(actions.astype(np.float64), axis=0)) < threshold).all(axis=1)
-    keep = np.ones(len(actions), bool)
-    for start, end in _runs(idle):
-        if end - start >= idle_run:
-            keep[start:end] = False
-    return [(a, b - trim_tail) for a, b in _runs(keep) if b - a >= kept_run and b - a > trim_tail]
-
-
-def _runs(mask: NDArray[np.bool_]) -> Ranges:
-    """[start, end) of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

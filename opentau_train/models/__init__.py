@@ -1,0 +1,1 @@
+"""Policies: per-sample loss terms from a batch, and actions sampled from one."""

@@ -1,0 +1,1 @@
+"""Where numbers go: JSONL always, then consoles and trackers as configured."""

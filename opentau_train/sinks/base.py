@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.typed import TARGET, instantiate
+from opentau_train.config.typed import TARGET, instantiate
 
 
 @dataclass(frozen=True)

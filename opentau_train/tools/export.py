@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from opentau_train.config.typed import build
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
-from opentau_train.typed import build
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def export(settings: ExportSettings) -> Path:
 
     Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
     """
-    from opentau_train import checkpoint, commit, pretrained  # they import torch: only once the settings hold
+    from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
 
     found = commit.at(settings.checkpoint)
     card = pretrained.read_card(found / pretrained.FOLDER)
     policy = pretrained.build(card).eval()
-    checkpoint.load_weights(found, policy, settings.weights)
+    contents.load_weights(found, policy, settings.weights)
     out = Path(settings.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     pretrained.write_file(out, dict(policy.state_dict()), card)

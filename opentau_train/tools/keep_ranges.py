@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from opentau_train import bounds
-from opentau_train.config_data import SourceSettings
-from opentau_train.data.keep_ranges import Ranges, nonidle_ranges
-from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.config.data import SourceSettings
+from opentau_train.config.typed import at_least, positive
+from opentau_train.data.keep_ranges import Ranges
+from opentau_train.data.lerobot.source import LeRobotSource
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.tools.out import make_directory, writing
 
@@ -92,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     rule = {name: getattr(options, name) for name in ("threshold", "idle_run", "kept_run", "trim_tail")}
     try:
-        bounds.positive("--threshold", options.threshold)
-        bounds.at_least("--idle-run", options.idle_run, 1)
-        bounds.at_least("--kept-run", options.kept_run, 1)
-        bounds.at_least("--trim-tail", options.trim_tail, 0)
+        positive("--threshold", options.threshold)
+        at_least("--idle-run", options.idle_run, 1)
+        at_least("--kept-run", options.kept_run, 1)
+        at_least("--trim-tail", options.trim_tail, 0)
         make_directory(options.out)
         source, ranges = _read(options, rule)
         write(options.out, {**rule, "actions": list(source.action_names)}, ranges)
@@ -106,6 +107,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     empty = sum(not found for found in ranges.values())
     print(f"{options.out}: {len(ranges)} episodes ({empty} wholly idle), {kept} of {total} frames kept")
     return EXIT_OK
+
+
+def nonidle_ranges(
+    actions: NDArray[np.floating],
+    *,
+    threshold: float = 1e-3,
+    idle_run: int = 7,
+    kept_run: int = 16,
+    trim_tail: int = 10,
+) -> Ranges:
+    """Ranges of an episode's `actions` [L, A] without its idle stretches, as the public DROID filter defines them.
+
+    A frame is idle when no dimension changed by `threshold` or more since the frame before. Runs of `idle_run` or more
+    idle frames go; of what remains, runs of fewer than `kept_run` frames go; the others lose their last `trim_tail`
+    frames, whose chunks would be mostly idle.
+    """
+    idle = np.zeros(len(actions), bool)
+    if len(actions) > 1:
+        idle[1:] = (np.abs(np.diff(actions.astype(np.float64), axis=0)) < threshold).all(axis=1)
+    keep = np.ones(len(actions), bool)
+    for start, end in _runs(idle):
+        if end - start >= idle_run:
+            keep[start:end] = False
+    return [(a, b - trim_tail) for a, b in _runs(keep) if b - a >= kept_run and b - a > trim_tail]
+
+
+def _runs(mask: NDArray[np.bool_]) -> Ranges:
+    """[start, end) of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opentau_train import bounds, cli, config
-from opentau_train.config import Settings
-from opentau_train.config_data import CorrelationSettings
-from opentau_train.data import quality
-from opentau_train.data.assemble import open_plan
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.tape import Tape
-from opentau_train.data.video import OpenDecoders, reader_bytes
-from opentau_train.distributed import launch
+from opentau_train import cli
+from opentau_train.config.data import CorrelationSettings
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.typed import at_least
+from opentau_train.data.decode.video import OpenDecoders, reader_bytes
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.table import align, weight_cell
+from opentau_train.data.order import quality
+from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.parallel import check_batch
+from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK
-from opentau_train.parallel import check_batch
-from opentau_train.report import align, weight_cell
 
 EPOCH_WARNING = 100
 
@@ -152,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
-        bounds.at_least("--ranks", options.ranks, 1)
-        bounds.at_least("--batches", options.batches, 1)
-        settings = config.load(cli.compose(composed))
+        at_least("--ranks", options.ranks, 1)
+        at_least("--batches", options.batches, 1)
+        settings = load_settings(cli.compose(composed))
         with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
             print(describe(settings, open_plan(settings, world), options.ranks, options.batches))
         return EXIT_OK

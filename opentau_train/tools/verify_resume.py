@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opentau_train import __version__, commit
+from opentau_train import __version__
+from opentau_train.checkpoints import commit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
 
 SAMPLES = "Training/BatchId"

@@ -19,20 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch.func import functional_call, grad
 
-from opentau_train import bounds, cli, rng
-from opentau_train.config import load
-from opentau_train.config_data import CorrelationSettings
-from opentau_train.data.assemble import open_mixture
-from opentau_train.data.mixture import Mixture
-from opentau_train.data.quality import ShuffleQuality
-from opentau_train.data.stream import Parts
-from opentau_train.data.tape import Windows, frames_ahead
-from opentau_train.distributed import launch
+from opentau_train import cli, rng
+from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.config.data import CorrelationSettings
+from opentau_train.config.settings import load_settings
+from opentau_train.config.typed import at_least
+from opentau_train.data.load.stream import Parts
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.mixture.table import align
+from opentau_train.data.order.quality import ShuffleQuality
+from opentau_train.data.order.tape import Windows, frames_ahead
+from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, UserError
+from opentau_train.models.noise import draw_noise
 from opentau_train.models.policy import Policy
-from opentau_train.pretrained import load_policy
-from opentau_train.report import align
-from opentau_train.step import draw_noise
 from opentau_train.types import Batch, Noise
 
 SKETCH = 4096
@@ -210,9 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         for name, least in (("batches", 2), ("episodes", 2), ("frames", 2)):
-            bounds.at_least(f"--{name}", getattr(options, name), least)
+            at_least(f"--{name}", getattr(options, name), least)
         policy, stats, meta = load_policy(options.run)
-        settings = load(meta["config"])
+        settings = load_settings(meta["config"])
         sizes = {"batches": options.batches, "episodes": options.episodes, "frames": options.frames}
         with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
             mixture = open_mixture(settings, world, stats)

@@ -19,14 +19,16 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from opentau_train import bounds, cli, config
-from opentau_train.data.assemble import open_plan
-from opentau_train.data.images import centred
-from opentau_train.data.mixture import Mixture
-from opentau_train.distributed import launch
+from opentau_train import cli
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.typed import at_least
+from opentau_train.data.decode.images import centred
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.table import align
+from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, BadSample, UserError
-from opentau_train.recorder import Recorded, RecordedStep, read_step
-from opentau_train.report import align
+from opentau_train.metrics.recorder import Recorded, RecordedStep, read_step
 from opentau_train.tools.out import make_directory, writing
 from opentau_train.types import WindowSpec
 
@@ -37,7 +39,7 @@ NEIGHBOURS = 20
 """Steps before and after, whose median gradient norm the step's is compared to."""
 
 
-FIXED = tuple(key for key in config.Settings.__dataclass_fields__ if key not in ("data", "paths"))
+FIXED = tuple(key for key in Settings.__dataclass_fields__ if key not in ("data", "paths"))
 """What says nothing of where the frames are."""
 
 
@@ -118,7 +120,7 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
         files.close()
 
 
-def read_settings(run_dir: Path, overrides: Sequence[str]) -> config.Settings:
+def read_settings(run_dir: Path, overrides: Sequence[str]) -> Settings:
     """The settings that the run recorded, with the `overrides` of its data. Raises `UserError` where there are none."""
     path = run_dir / "config.yaml"
     try:
@@ -127,7 +129,7 @@ def read_settings(run_dir: Path, overrides: Sequence[str]) -> config.Settings:
         raise UserError(f"not a run directory: {error}", where=str(path), remedy="give a run's directory") from error
     if not isinstance(tree, dict):
         raise UserError("the file holds no settings", where=str(path), remedy="restore it: it is a copy of the run's")
-    return config.load(cli.recompose(tree, overrides, FIXED))
+    return load_settings(cli.recompose(tree, overrides, FIXED))
 
 
 def check_format(out: Path) -> None:
@@ -138,7 +140,7 @@ def check_format(out: Path) -> None:
 
 def show(options: argparse.Namespace) -> None:
     """What the options ask for. Raises `UserError`, of the options before anything is read."""
-    bounds.at_least("--top", options.top, 1)
+    at_least("--top", options.top, 1)
     if options.out is not None:
         check_format(options.out)
         make_directory(options.out)

@@ -2,7 +2,7 @@
 
 import sys
 
-from opentau_train.distributed import launch
+from opentau_train.distributed.world import launch
 from opentau_train.errors import UserError
 
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from opentau_train.distributed import World, launch
+from opentau_train.distributed.parallel import Replicas, spread
+from opentau_train.distributed.world import World, launch
 from opentau_train.optim import Ema
-from opentau_train.parallel import Replicas, spread
 from opentau_train.step import _clip
 from opentau_train.types import Batch, Noise
 from tests.unit.models.flow_cases import make_batch, make_noise, make_policy

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from opentau_train.distributed.stopping import MARKER, SENTINEL, StopFlag
 from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED
-from opentau_train.stopping import MARKER, SENTINEL, Patient, StopFlag
+from opentau_train.threads import InterruptibleIterator
 from tests.lerobot_writer import Dataset, write
 from tests.program import REPO, TOY, environment, metrics, run, start, train_here
 
@@ -299,12 +300,12 @@ def test_an_iterator_that_hangs_is_given_up_only_when_a_stop_is_asked_for(tmp_pa
         while True:
             time.sleep(0.05)
 
-    patient, flag = Patient(items()), StopFlag()
-    assert patient.next(flag) == 1
+    iterator, flag = InterruptibleIterator(items()), StopFlag()
+    assert iterator.next(flag.poll) == 1
     flag.sentinel = tmp_path / SENTINEL
     flag.sentinel.touch()
-    assert patient.next(flag) is None
-    patient.close()
+    assert iterator.next(flag.poll) is None
+    iterator.close()
 
 
 def test_an_iterators_error_and_its_end_come_through():
@@ -312,10 +313,10 @@ def test_an_iterators_error_and_its_end_come_through():
         yield 1
         raise KeyError("broken")
 
-    patient = Patient(items())
-    assert patient.next(StopFlag()) == 1
+    iterator = InterruptibleIterator(items())
+    assert iterator.next(StopFlag().poll) == 1
     with pytest.raises(KeyError, match="broken"):
-        patient.next(StopFlag())
+        iterator.next(StopFlag().poll)
     with pytest.raises(StopIteration):
-        patient.next(StopFlag())
-    patient.close()
+        iterator.next(StopFlag().poll)
+    iterator.close()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opentau_train.distributed.parallel import data_parallel_degrees
 from opentau_train.errors import UserError
-from opentau_train.parallel import data_parallel_degrees
 from tests.program import TOY, environment, run
 
 pytestmark = pytest.mark.distributed

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentau_train import pretrained
-from opentau_train.checkpoint import load_weights
+from opentau_train.checkpoints import pretrained
+from opentau_train.checkpoints.contents import load_weights
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from tests.program import TOY, assert_close, metrics, run, start, train_here
 

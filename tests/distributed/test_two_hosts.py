@@ -88,7 +88,7 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
 
 
 def test_two_hosts_train_as_two_processes_of_one_do(hosts, tmp_path):
-    from opentau_train.data.droid_sample import ensure_droid_sample
+    from opentau_train.data.builtin.droid import ensure_droid_sample
 
     dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
     overrides = [*RUN, "validation.batch_size=2"]
@@ -105,7 +105,7 @@ def test_two_hosts_train_as_two_processes_of_one_do(hosts, tmp_path):
 
 
 def test_a_host_with_other_settings_is_named_before_training(hosts, tmp_path):
-    from opentau_train.data.droid_sample import ensure_droid_sample
+    from opentau_train.data.builtin.droid import ensure_droid_sample
 
     dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
     nodes = [
@@ -118,7 +118,7 @@ def test_a_host_with_other_settings_is_named_before_training(hosts, tmp_path):
 
 
 def test_a_rank_killed_on_one_host_is_named_on_the_other(hosts, tmp_path):
-    from opentau_train.data.droid_sample import ensure_droid_sample
+    from opentau_train.data.builtin.droid import ensure_droid_sample
 
     dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
     endless = [*RUN, "trainer.steps=1000000", "validation.every=0", "checkpoint.every=0"]

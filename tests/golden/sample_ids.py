@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 
-from opentau_train.data.tape import VERSION, DatasetBlocks, Tape, draws_per_epoch
+from opentau_train.data.order.blocks import DatasetBlocks, draws_per_epoch
+from opentau_train.data.order.tape import VERSION, Tape
 
 NUM = 1_000_000
 STEP = 50_000

@@ -430,7 +430,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> str:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_launcher_trains_for_real_with_two_processes(tmp_path):
-    from opentau_train.data.droid_sample import ensure_droid_sample
+    from opentau_train.data.builtin.droid import ensure_droid_sample
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

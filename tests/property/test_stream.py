@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentau_train.data.tape_state import resume_offset, save_state
+from opentau_train.data.order.state import resume_offset, save_state
 from tests import fake_source
 from tests.fake_source import addresses, global_batches, in_order, mixture_of, with_data
 

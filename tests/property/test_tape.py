@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.tape import DatasetBlocks, Tape, draws_per_epoch, frames_ahead
-from opentau_train.data.tape_state import resume_offset, save_state
+from opentau_train.data.order.blocks import DatasetBlocks, draws_per_epoch
+from opentau_train.data.order.state import resume_offset, save_state
+from opentau_train.data.order.tape import Tape, frames_ahead
 from opentau_train.errors import UserError
 from tests.golden import sample_ids
 

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opentau_train.data.tape import Tape, draws_per_epoch
-from opentau_train.data.windows import equal_spans, make_blocks, validation_split, validation_windows
+from opentau_train.checkpoints.saver import Saver
+from opentau_train.data.mixture.split import validation_split
+from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
+from opentau_train.data.order.tape import Tape
 from opentau_train.errors import UserError
-from opentau_train.evaluate import plan_validation
-from opentau_train.metrics import Sums, validation_row
-from opentau_train.saver import Saver
+from opentau_train.metrics.sums import Sums, validation_row
 from opentau_train.types import EpisodeTable
+from opentau_train.validation.plan import equal_spans, plan_validation, validation_windows
 from tests.program import DATA, TOY, metrics, train_here
 
 # -- the split, over random mixtures -----------------------------------------------------------------------------------
@@ -368,8 +369,8 @@ def test_skip_leaves_corrupt_windows_out_counts_and_names_them(damaged, tmp_path
 
 
 def test_lost_windows_and_miscounted_elements_end_the_pass_with_the_groups_name():
-    from opentau_train.evaluate import check_conservation
-    from opentau_train.metrics import Group
+    from opentau_train.types import Group
+    from opentau_train.validation.losses import check_conservation
 
     plan = SimpleNamespace(
         num_windows=np.array([3, 2]),
@@ -386,7 +387,7 @@ def test_lost_windows_and_miscounted_elements_end_the_pass_with_the_groups_name(
 
 
 def test_a_term_without_supervision_is_absent_and_zero_loss_is_not():
-    from opentau_train.metrics import Group
+    from opentau_train.types import Group
 
     groups = [Group("a", "joint", "r::joint", 1.0), Group("b", "joint", "r::joint", 1.0)]
     episodes = np.zeros((2, 2, 2))

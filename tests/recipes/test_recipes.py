@@ -7,9 +7,10 @@ import hydra
 import pytest
 import torch
 
-from opentau_train import cli, config
-from opentau_train.data.droid_sample import SampleSpec, ensure_droid_sample
-from opentau_train.typed import bind, instantiate
+from opentau_train import cli
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.typed import bind, instantiate
+from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from opentau_train.types import BatchSpec
 from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
 
@@ -21,9 +22,9 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
 
-def composed(*overrides: str) -> config.Settings:
+def composed(*overrides: str) -> Settings:
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return config.load(cli.plain(hydra.compose("train", [cli._settable(o) for o in overrides])))
+        return load_settings(cli.plain(hydra.compose("train", [cli._settable(o) for o in overrides])))
 
 
 GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoint", "parallelism", "logger", "paths")

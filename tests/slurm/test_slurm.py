@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opentau_train.sinks.accelerate import run_id
+from opentau_train.sinks.trackers import run_id
 from tests.program import TOY, assert_close, metrics, run
 from tests.unit.sinks.curves import check_curves, parts
 

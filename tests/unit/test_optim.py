@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opentau_train.config import OptimizerSettings
+from opentau_train.config.settings import OptimizerSettings
 from opentau_train.optim import Constant, Cosine, Ema, Linear, adamw
 
 

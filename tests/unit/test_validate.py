@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opentau_train import cli, validate
-from opentau_train.actions import unit_of
-from opentau_train.best import Best, paired_difference
-from opentau_train.commit import seal
-from opentau_train.data.split import numbers, ranges
+from opentau_train.checkpoints.best import Best, paired_difference
+from opentau_train.checkpoints.commit import seal
+from opentau_train.data.mixture.split import numbers, ranges
 from opentau_train.errors import EXIT_USER, UserError
-from opentau_train.evaluate import Scores
-from opentau_train.metrics import Group, exact, group_means
+from opentau_train.metrics.sums import exact, group_means
 from opentau_train.optim import Ema
-from opentau_train.plots import Panel, draw_panels
+from opentau_train.types import Group
+from opentau_train.validation.actions import unit_of
+from opentau_train.validation.losses import Scores
+from opentau_train.validation.plots import Panel, draw_panels
 from tests.program import DATA, TOY, metrics, train_here
 
 GROUPS = [Group("a", "joint", "r::joint", 3.0), Group("b", "ee", "r::ee", 1.0), Group("c", "ee", "r::ee", 0.0)]

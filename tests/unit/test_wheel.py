@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[2]
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: setuptools writes beside the sources, and an old build/ would leak into it."""
     source, out = tmp_path_factory.mktemp("source") / "repo", tmp_path_factory.mktemp("wheel")
-    kept = ("opentau_train", "conf", "pyproject.toml", "README.md", "LICENSE")
+    kept = ("opentau_train", "conf", "pyproject.toml", "setup.py", "README.md", "LICENSE")
     source.mkdir()
     for name in kept:
         path = REPO / name

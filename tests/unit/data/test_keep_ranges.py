@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.config_data import SourceSettings
+from opentau_train.config.data import SourceSettings
 from opentau_train.data import keep_ranges
-from opentau_train.data.keep_ranges import nonidle_ranges
-from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.data.lerobot.source import LeRobotSource
 from opentau_train.errors import UserError
 from opentau_train.tools import keep_ranges as tool
+from opentau_train.tools.keep_ranges import nonidle_ranges
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO
 

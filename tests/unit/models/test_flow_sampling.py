@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opentau_train import cli
+from opentau_train.config.typed import instantiate
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.typed import instantiate
 from opentau_train.types import Noise
 from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
 

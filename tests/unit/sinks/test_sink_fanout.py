@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opentau_train.errors import UserError
-from opentau_train.sinks.accelerate import TrackerSink, flatten, mlflow_name, run_id
 from opentau_train.sinks.base import Sink, Sinks, open_sinks
 from opentau_train.sinks.console import ConsoleSink
 from opentau_train.sinks.jsonl import JsonlSink
 from opentau_train.sinks.tensorboard import TensorBoardSink
+from opentau_train.sinks.trackers import TrackerSink, flatten, mlflow_name, run_id
 
 CONF = Path(__file__).parents[3] / "conf"
 

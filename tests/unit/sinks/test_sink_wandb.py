@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from opentau_train.errors import UserError
-from opentau_train.sinks.accelerate import TrackerSink, run_id
 from opentau_train.sinks.jsonl import JsonlSink
+from opentau_train.sinks.trackers import TrackerSink, run_id
 from tests.program import TOY, metrics, run, start
 from tests.unit.sinks.curves import check_curves, parts
 from tests.unit.sinks.wandb_server import serving

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from opentau_train.data.normalize import Affine
+from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.data.mixture.normalize import Affine
 from opentau_train.errors import UserError
-from opentau_train.pretrained import load_policy
 from opentau_train.tools import export
 from tests.program import TOY, environment, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
@@ -86,7 +86,7 @@ def test_the_golden_batch_has_the_shapes_of_any_spec():
 
 
 def test_a_file_that_predicts_otherwise_is_removed(run_dir, tmp_path, monkeypatch, capsys):
-    from opentau_train import pretrained
+    from opentau_train.checkpoints import pretrained
 
     whole = pretrained.write_file
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
-from opentau_train.recorder import read_step
+from opentau_train.metrics.recorder import read_step
 from opentau_train.tools import why
 from tests.program import DATA, TOY, environment, train_here
 

@@ -1,0 +1,163 @@
+"""Which checkpoint is best, decided by more than noise: paired differences of the same episodes.
+
+    checkpoints/best -> {step}     the checkpoint of the best pass
+    best/{step:08d}.npz            that pass's sums by episode: what the next pass is compared with
+
+Two passes see the same windows with the same noise, so what differs between them is the weights. The mean of a metric
+over few episodes has a large error, the mean of its paired differences a small one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.checkpoints import commit
+from opentau_train.distributed.world import World
+from opentau_train.metrics.sums import aggregate_shares, group_means
+from opentau_train.types import Group
+from opentau_train.validation.losses import Scores
+from opentau_train.validation.plan import ValidationPlan
+
+log = logging.getLogger(__name__)
+
+MIN_EPISODES = 2
+
+
+def paired_difference(
+    new: NDArray[np.float64],
+    old: NDArray[np.float64],
+    group_of: NDArray[np.int64],
+    groups: Sequence[Group],
+    weights: Sequence[float],
+) -> tuple[float, float]:
+    """(`Validation/Loss` of `new` minus that of `old`, its standard error) from sums [E, K, 2] of the same windows.
+
+    The loss is linear in the episodes' sums, so its difference is a weighted sum of the groups' ratio means of
+    differences; their errors are `metrics.group_means`', the terms of an episode taken together. Groups of a single
+    episode form one stratum together (collapsed strata, Cochran 5A.12), which can only overstate the error; one such
+    group alone counts its whole change as error. Needs `MIN_EPISODES` episodes.
+    """
+    assert len(new) >= MIN_EPISODES
+    counts = new[..., 1]
+    change = np.stack([new[..., 0] - old[..., 0], counts], axis=-1)
+    means = group_means(change, group_of, np.ones(len(new)), len(groups))
+    shares = aggregate_shares(means, groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factor = np.where(means.count > 0, np.asarray(weights) * shares / shares.sum(0), 0.0)
+        per_element = np.where(means.count > 0, factor / means.count, 0.0)[group_of]
+    mean = np.where(means.count > 0, means.mean, 0.0)
+    delta = float((factor * mean).sum())
+    residual = (per_element * (change[..., 0] - mean[group_of] * counts)).sum(1)
+    num = np.bincount(group_of, minlength=len(groups))
+    single = num[group_of] == 1
+    correction = np.where(single, 0.0, num[group_of] / np.maximum(num[group_of] - 1, 1))
+    variance = float((correction * np.square(residual)).sum())
+    alone = (per_element * change[..., 0]).sum(1)[single]
+    if len(alone) > 1:
+        variance += float(len(alone) / (len(alone) - 1) * np.square(alone - alone.mean()).sum())
+    elif len(alone) == 1:
+        variance += float(np.square(alone[0]))
+    return delta, float(np.sqrt(variance))
+
+
+class Best:
+    """The best pass so far of a run directory. All ranks decide alike; rank 0 writes.
+
+    `margin`: standard errors of the paired difference that an improvement must exceed.
+    """
+
+    def __init__(self, run_dir: Path, plan: ValidationPlan, weights: Mapping[str, float], margin: float):
+        self.run_dir, self.plan, self.margin = run_dir, plan, margin
+        self.weights = list(weights.values())
+        self.step: int | None = None
+        self.sums: NDArray[np.float64] | None = None
+
+    def restore(self, world: World, step: int) -> None:
+        """Take up the record as it was at `step`: what a resumed run does again is forgotten. Collective."""
+        found = None
+        if world.is_main:
+            records = self._records()
+            for later in [s for s in records if s > step]:
+                records.pop(later).unlink()
+            if records:
+                self._move_link()
+                with np.load(records[max(records)]) as saved:
+                    found = max(records), [str(n) for n in saved["episodes"]], saved["sums"]
+        found = world.broadcast(found)
+        if found is None:
+            return
+        if found[1] != self._names() or found[2].shape[1] != len(self.weights):
+            log.warning("the validation windows are others than at step %d: the best checkpoint starts anew", found[0])
+            return
+        self.step, _, self.sums = found
+
+    def offer(self, world: World, step: int, scores: Scores) -> bool:
+        """Whether the pass at `step` is the best so far; then its sums are kept, and the step's checkpoint is to be
+        saved; `point` after that."""
+        if len(scores.sums) < MIN_EPISODES:
+            log.info("no best checkpoint is kept: the noise of one validation episode can't be told")
+            return False
+        if not np.isfinite(scores.row["Validation/Loss"]):
+            return False
+        if self.sums is not None and not self._improves(step, scores.sums, self.sums):
+            return False
+        self.step, self.sums = step, scores.sums
+        if world.is_main:
+            path = self._folder / f"{step:08d}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.savez(file, episodes=np.array(self._names()), sums=scores.sums)
+            os.replace(path.with_suffix(".tmp"), path)
+        return True
+
+    def point(self) -> None:
+        """Let `checkpoints/best` name the best pass's checkpoint once that is whole. Rank 0 only."""
+        self._move_link()
+        self._forget_old_records()
+
+    def _forget_old_records(self) -> None:
+        kept = {p.name for p in (self.run_dir / "checkpoints").glob("[0-9]*")}
+        records = self._records()
+        # A resume from an older checkpoint needs the record of then: the newest one not after that checkpoint.
+        oldest = min((int(name) for name in kept if name.isdigit()), default=0)
+        needed = max((s for s in records if s <= oldest), default=0)
+        for stale in [s for s in records if s < needed]:
+            records[stale].unlink()
+
+    def _move_link(self) -> None:
+        folder = self.run_dir / "checkpoints"
+        whole = [s for s in self._records() if (folder / f"{s:08d}" / "run.json").is_file()]
+        link = folder / "best"
+        if whole:
+            commit.point(link, f"{max(whole):08d}")
+        elif link.is_symlink():
+            link.unlink()
+
+    def _improves(self, step: int, new: NDArray[np.float64], old: NDArray[np.float64]) -> bool:
+        """Over the episodes that both passes saw whole: windows that can't be read may be left out of either."""
+        both = (new[..., 1] == old[..., 1]).all(1)
+        if both.sum() < MIN_EPISODES:
+            log.warning("the pass at step %d has too few windows in common with step %s's to compare", step, self.step)
+            return False
+        plan = self.plan
+        delta, error = paired_difference(new[both], old[both], plan.group_of[both], plan.mixture.groups, self.weights)
+        improved = -delta > self.margin * error
+        verdict = "is the best so far" if improved else f"leaves step {self.step} the best"
+        log.info("validation: %+.5f ± %.5f against step %s: step %d %s", delta, error, self.step, step, verdict)
+        return improved
+
+    @property
+    def _folder(self) -> Path:
+        return self.run_dir / "best"
+
+    def _records(self) -> dict[int, Path]:
+        return {int(p.stem): p for p in self._folder.glob("[0-9]*.npz")}
+
+    def _names(self) -> list[str]:
+        return [f"{dataset}/{number}" for dataset, number in self.plan.episodes]

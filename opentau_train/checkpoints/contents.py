@@ -1,0 +1,176 @@
+"""What a checkpoint holds, and how it is read back on any number of ranks, however they share the policy.
+
+    state/              torch.distributed.checkpoint: parameters, moments, average, each rank its shards
+    rng/{rank}.pt       the ambient random state of each rank
+    run.json            step, counters, the stream's state
+    pretrained_model/   the policy by itself (`pretrained`)
+    files.json          every file and its size (`commit`)
+
+`saver` writes it; how the directory becomes a checkpoint, and which one is the newest, is `commit`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from opentau_train.distributed.world import World
+from opentau_train.errors import UserError
+from opentau_train.step import TrainState
+
+VERSION = 1
+
+# A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def tensors_of(state: TrainState) -> dict[str, Any]:
+    """`model`, `optimizer` and maybe `ema`: this rank's parts under names that no layout of ranks changes."""
+    tensors = {
+        "model": get_model_state_dict(state.policy),
+        "optimizer": get_optimizer_state_dict(state.policy, state.optimizer),
+    }
+    if state.ema is not None:
+        tensors["ema"] = state.ema.state_dict()
+    return tensors
+
+
+def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
+    """Fill `state` from the checkpoint at `path`, on any number of ranks and however sharded; returns `run.json`.
+
+    The optimizer keeps its own options (weight decay, betas): those in the checkpoint are what the run was, not what it
+    shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of another model or
+    format.
+    """
+    run = world.agree(lambda: _read_run(path))
+    options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    tensors = tensors_of(state)
+    if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
+        del tensors["ema"]
+    read_tensors(path, tensors, world)
+    set_model_state_dict(state.policy, tensors["model"])
+    set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
+    for group, own in zip(state.optimizer.param_groups, options, strict=True):
+        group.update(own)
+    if state.ema is not None:  # one that begins now begins at the parameters
+        state.ema.load_state_dict(tensors.get("ema") or dict(state.policy.named_parameters()))
+    own_rng = path / "rng" / f"{world.rank}.pt"
+    if own_rng.is_file():
+        _set_rng_state(torch.load(own_rng, weights_only=False))
+    state.step = run["step"]
+    return run
+
+
+def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
+    """Read this rank's parts of the checkpoint at `path` into `tensors`, {model, ema, optimizer: as `tensors_of` names
+    them}, any of the three. Collective. Raises `UserError` where the checkpoint is of another model, or has no average.
+    """
+    world.agree(lambda: _check_schema(path, tensors))
+    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
+
+
+def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
+    """Fill the parameters of `policy`, in one process, from a checkpoint's shards: `model`, or `ema`, the average.
+
+    Raises `UserError` where they don't fit or there is no average.
+    """
+    mine: dict[str, torch.Tensor] = dict(policy.named_parameters() if part == "ema" else policy.state_dict())
+    tensors = {part: {name: torch.empty_like(value, dtype=torch.float32) for name, value in mine.items()}}
+    _check_schema(path, tensors)
+    dcp.load(tensors, checkpoint_id=path / "state", no_dist=True)
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(tensors[part][name])
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole policy's parameters and buffers, on the CPU, from the shards of all ranks. Not collective."""
+    kinds = {k: v for k, v in _saved(path).items() if isinstance(v, TensorStorageMetadata) and k.startswith("model.")}
+    empty = {k: torch.empty(kind.size, dtype=kind.properties.dtype) for k, kind in kinds.items()}
+    dcp.load(empty, checkpoint_id=path / "state", no_dist=True)
+    return {name.removeprefix("model."): value for name, value in empty.items()}
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"not a checkpoint: {error}",
+            where=str(path),
+            remedy="give a directory of the form RUN/checkpoints/00001000",
+        ) from error
+    if run.get("version") != VERSION:
+        raise UserError(
+            f"the checkpoint has format {run.get('version')}, this program reads {VERSION}",
+            where=str(path),
+            remedy="resume it with the version of opentau_train that wrote it",
+        )
+    return run
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    return dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
+
+
+def _has(path: Path, part: str) -> bool:
+    return any(key.split(".")[0] == part for key in _saved(path))
+
+
+def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
+    """The optimizer's keys follow the model's; a part that only the checkpoint has (an average that is no longer kept)
+    is left there."""
+    saved = _saved(path)
+    parts = [part for part in tensors if part != "optimizer"]
+    if "ema" in parts and not any(key.startswith("ema.") for key in saved):
+        raise UserError(
+            "the checkpoint holds no average of the weights",
+            where=str(path),
+            remedy="take the weights themselves: trainer.ema_decay=null, or weights=model for an export",
+        )
+    mine = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
+    theirs = {k: tuple(v.size) for k, v in saved.items() if hasattr(v, "size") and k.split(".")[0] in parts}
+    missing = sorted(set(mine) - set(theirs))
+    extra = sorted(set(theirs) - set(mine))
+    shapes = sorted(k for k in mine.keys() & theirs.keys() if mine[k] != theirs[k])
+    if missing or extra or shapes:
+        said = [
+            *(f"shape of {k}: {theirs[k]} there, {mine[k]} here" for k in shapes[:2]),
+            *([f"{len(missing)} keys missing there: {', '.join(missing[:3])}"] if missing else []),
+            *([f"{len(extra)} keys unknown here: {', '.join(extra[:3])}"] if extra else []),
+        ]
+        raise UserError(
+            "the checkpoint is of another model: " + "; ".join(said),
+            where=str(path),
+            remedy="use the model and camera settings of its pretrained_model/config.json, or start a new run",
+        )
+
+
+def ambient_random_state() -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

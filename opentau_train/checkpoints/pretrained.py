@@ -1,0 +1,135 @@
+"""The trained policy by itself: weights, settings, statistics and the convention of inputs and outputs.
+
+A checkpoint holds it as the directory `pretrained_model/`, `tools.export` writes it as one file. `load_policy` reads
+either:
+
+    policy, stats, meta = load_policy("runs/droid/checkpoints/last")
+    chunk = policy.sample_actions(batch, noise)     # normalised as meta["normalization"] and stats[norm head] say
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from opentau_train.checkpoints import commit
+from opentau_train.config import typed
+from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.errors import UserError
+from opentau_train.models.policy import Policy
+from opentau_train.types import BatchSpec
+
+FORMAT = "opentau_train.policy/1"
+FOLDER = "pretrained_model"
+WEIGHTS = "model.safetensors"
+PARTS = {"config": "configuration", "stats": "statistics", "policy": "action convention"}
+"""What stands beside the weights: the fields of `Pretrained`, in words."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What stands beside the weights: the settings tree, the statistics of each norm head, the convention."""
+
+    config: dict[str, Any]
+    stats: dict[str, dict]
+    policy: dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """`policy` in eval mode; `stats` {norm head: statistics}; `meta`: the convention (`actions`, `normalization`,
+    `spec`, `norm_heads`, `fps`) and the run's settings under `config`."""
+
+    policy: Policy
+    stats: dict[str, HeadStats]
+    meta: dict[str, Any]
+
+
+def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
+    save_file(_separate(weights), folder / WEIGHTS)
+    for name in PARTS:
+        (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")
+
+
+def write_file(path: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
+    """One safetensors file; config, stats and policy are JSON in its metadata."""
+    texts = {name: json.dumps(getattr(card, name)) for name in PARTS}
+    save_file(_separate(weights), path, metadata={"format": FORMAT, **texts})
+
+
+def _separate(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.detach().contiguous() for k, v in weights.items()}
+
+
+def read_card(folder: Path) -> Pretrained:
+    """What stands beside the weights in a `pretrained_model/` directory: without it their outputs mean nothing. Raises
+    `UserError`."""
+    return Pretrained(**{part: _read(folder / f"{part}.json", words) for part, words in PARTS.items()})
+
+
+def _read(path: Path, words: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint has no readable {words}, without which its outputs mean nothing: {error}",
+            where=str(path),
+            remedy="give a checkpoint that opentau_train wrote, with its pretrained_model/ directory",
+        ) from error
+
+
+def read_stats(checkpoint: Path) -> dict[str, HeadStats]:
+    return {head: HeadStats.from_json(s) for head, s in read_card(checkpoint / FOLDER).stats.items()}
+
+
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """The policy of an exported file, a `pretrained_model/` directory, a checkpoint, or a run's newest checkpoint.
+
+    Raises `UserError` where there is none, or where its class and its weights don't fit.
+    """
+    path = Path(path).expanduser()
+    folder = None if path.is_file() else locate(path)
+    file = path if folder is None else folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as opened:
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
+            texts = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+    if folder is None and texts.get("format") != FORMAT:
+        raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
+    card = Pretrained(**{name: json.loads(texts[name]) for name in PARTS}) if folder is None else read_card(folder)
+    policy = build(card)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _unreadable(file, error) from error
+    stats = {head: HeadStats.from_json(found) for head, found in card.stats.items()}
+    return Loaded(policy.to(device).eval(), stats, {**card.policy, "config": card.config})
+
+
+def locate(path: Path) -> Path:
+    """The `pretrained_model/` directory that `path` is, or holds."""
+    if (path / WEIGHTS).is_file():
+        return path
+    return commit.at(str(path)) / FOLDER
+
+
+def build(card: Pretrained) -> Policy:
+    """The policy of the settings, untrained. Torch's random state stays as it is."""
+    spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.policy["spec"].items()}
+    with torch.random.fork_rng(devices=[]):
+        return typed.instantiate(card.config["model"], "model", spec=BatchSpec(**spec))
+
+
+def _unreadable(path: Path, cause: object) -> UserError:
+    return UserError(
+        f"no policy can be read: {cause}",
+        where=str(path),
+        remedy="give a run, a checkpoint, its pretrained_model/, or a file that tools.export wrote",
+    )

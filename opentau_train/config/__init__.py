@@ -1,0 +1,1 @@
+"""Every setting of a run: typed, bounded, explained, and compared when a run is resumed."""

@@ -1,0 +1,180 @@
+"""The settings of the data, `data` in `conf/`: the sources of the mixture, and how their windows become samples.
+
+As all settings they are typed, frozen and checked when built; `config.Settings` is the whole that they are part of.
+Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opentau_train.config.typed import at_least, fraction, positive
+from opentau_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One dataset of the mixture: `data.sources.NAME`."""
+
+    target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
+    root: str | None = None
+    """Local directory of the dataset."""
+    repo_id: str | None = None
+    """Hugging Face Hub name, downloaded once a node when `root` is null."""
+    revision: str | None = None
+    weight: float | None = None
+    """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
+    val_split_ratio: float = 0.1
+    """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
+    val_episodes: tuple[int, ...] | None = None
+    """The held-out episode numbers themselves, in place of `val_split_ratio`."""
+    control_mode: str | None = None
+    """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
+    control_mode_column: str = "control_mode"
+    robot_type: str | None = None
+    mode: Literal["policy", "flow", "tokens"] = "policy"
+    """Which heads the source supervises: both, only the flow head (mse), only the binned head (ce)."""
+    chunk_length: int | None = None
+    sample_stride: int | None = None
+    fps: float | None = None
+    """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
+    cameras: dict[str, str] | tuple[str, ...] | None = None
+    """{camera name: column}, or columns; null = every camera of the dataset."""
+    state: tuple[str, ...] | None = None
+    actions: tuple[str, ...] | None = None
+    prompt_columns: tuple[str, ...] = ()
+    """String columns that hold the instruction; none = the dataset's tasks."""
+    prompt_separator: str | None = None
+    """Splits one text into alternatives, e.g. ' | '."""
+    tolerance_s: float = 1e-4
+    use_filter_dict: bool = False
+    filter_dict_path: str | None = None
+    filter_key: str = "{recording_folderpath}--{file_path}"
+    """An episode's key in the filter file, over its metadata. Where this is left as it is and all keys of the file are
+    whole numbers, they are episode numbers."""
+    filter_rule: Literal["start", "whole"] = "start"
+    filter_min_match: float = 0.5
+    """Least fraction of the episodes that must be in the filter file."""
+    filter_trim_tail: int | None = None
+    """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
+    iterable_shuffle: bool = True
+    episodes: tuple[int, ...] | None = None
+    exclude_episodes: tuple[int, ...] = ()
+    success_only: bool = False
+    success_column: str = "next.success"
+    """Of the episodes' metadata, or of the rows, whose last one counts."""
+
+    @property
+    def validates_only(self) -> bool:
+        """Every episode is held out."""
+        return self.val_split_ratio == 1.0 and self.val_episodes is None
+
+    def check(self, path: str) -> None:
+        positive(f"{path}.weight", self.weight)
+        if not 0.0 <= self.val_split_ratio <= 1.0:
+            raise UserError(
+                f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
+                remedy=f"set {path}.val_split_ratio to a fraction such as 0.1, or 1.0 for validation only",
+            )
+        if self.validates_only and self.weight is not None:
+            raise UserError(
+                f"{path} is for validation only (val_split_ratio=1.0) and has a weight, {self.weight:g}, to train with",
+                where=f"{path}.weight",
+                remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
+            )
+        for name in ("chunk_length", "sample_stride", "fps", "tolerance_s"):
+            positive(f"{path}.{name}", getattr(self, name))
+        at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
+        if not 0.0 <= self.filter_min_match <= 1.0:
+            raise UserError(f"{path}.filter_min_match must be in [0, 1], got {self.filter_min_match}")
+        if self.use_filter_dict and not self.filter_dict_path:
+            raise UserError(
+                f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
+                remedy=f"set {path}.filter_dict_path=FILE.json, or {path}.use_filter_dict=false",
+            )
+
+
+@dataclass(frozen=True)
+class DropoutSettings:
+    """Probabilities to drop an optional input of a training sample; provenance is never dropped."""
+
+    prompt: float = 0.0
+    state: float = 0.0
+    camera: float = 0.0
+
+    def check(self, path: str) -> None:
+        for name in ("prompt", "state", "camera"):
+            fraction(f"{path}.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class BadSampleSettings:
+    """When to stop because windows can't be read."""
+
+    max_fraction: float = 0.01
+    grace: int = 16
+    """Substitutions, over all ranks, before `max_fraction` counts."""
+
+    def check(self, path: str) -> None:
+        fraction(f"{path}.max_fraction", self.max_fraction)
+        at_least(f"{path}.grace", self.grace, 0)
+
+
+@dataclass(frozen=True)
+class CorrelationSettings:
+    """How alike the gradients of two windows of one episode are, d frames apart: episode + neighbours exp(-d / frames).
+    Only predicts the shuffle's quality (`data/order/quality.py`); `tools/vif.py` measures it."""
+
+    episode: float = 0.1
+    neighbours: float = 0.4
+    frames: float = 8.0
+
+    def check(self, path: str) -> None:
+        for name in ("episode", "neighbours"):
+            fraction(f"{path}.{name}", getattr(self, name))
+        if self.episode + self.neighbours >= 1.0:
+            raise UserError(
+                f"{path}.episode + {path}.neighbours must be below 1, got {self.episode + self.neighbours:g}",
+                remedy=f"lower one: a window's gradient has a part of its own; {path}.episode=0.1 is a cautious choice",
+            )
+        positive(f"{path}.frames", self.frames)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The mixture, the windows cut from it, and how they are loaded: `data`."""
+
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
+    builtin_sample: Literal["droid"] | None = None
+    """The sample that stands in when no source has a root or repo_id."""
+    image_size: tuple[int, int] = (96, 96)
+    chunk_length: int = 16
+    history: int = 0
+    sample_stride: int = 1
+    """Windows start every so many frames."""
+    drop_tail: bool = False
+    """true = only windows whose chunk lies wholly inside the episode."""
+    state_dim: int | None = None
+    action_dim: int | None = None
+    normalization: Literal["mean_std", "min_max", "quantiles"] = "mean_std"
+    num_workers: int = 2
+    prefetch_factor: int = 2
+    max_samples_per_batch: int | None = None
+    lanes_per_sample: int = 4
+    phase_rows: int = 1024
+    blank_images: bool = False
+    """true = every image black: the ablation that shows what the images are worth."""
+    dropout: DropoutSettings = field(default_factory=DropoutSettings)
+    bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
+    correlation: CorrelationSettings = field(default_factory=CorrelationSettings)
+
+    def check(self, path: str) -> None:
+        for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):
+            positive(f"{path}.{name}", getattr(self, name))
+        for name in ("prefetch_factor", "max_samples_per_batch"):
+            positive(f"{path}.{name}", getattr(self, name))
+        for name in ("history", "num_workers"):
+            at_least(f"{path}.{name}", getattr(self, name), 0)
+        for size in self.image_size:
+            at_least(f"{path}.image_size", size, 8)

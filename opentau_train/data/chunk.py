@@ -1,0 +1,85 @@
+"""Which rows the action chunk and the history of a window take. Pure: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+SNAP_ROWS = 1e-2
+"""A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
+
+
+def row_step(native_fps: float, fps: float | None) -> float:
+    """Rows between two steps of a chunk taken at `fps`; 1.0 where that is the dataset's own rate (or None)."""
+    return 1.0 if fps is None else native_fps / fps
+
+
+def chunk_rows(chunk_length: int, step: float) -> int:
+    """Rows that a chunk reaches over, its first row included, when its steps are `step` rows apart."""
+    return math.ceil((chunk_length - 1) * step - SNAP_ROWS) + 1
+
+
+def chunk_places(
+    frame: int, chunk_length: int, step: float, seconds: NDArray[np.float64] | None = None, fps: float | None = None
+) -> NDArray[np.float64]:
+    """[T] f64 places between the rows of an episode, of the steps of the chunk at row `frame`: `step` rows apart, or
+    with `seconds` [L], the rows' times, 1 / `fps` seconds apart. Places after the last row lie beyond L - 1."""
+    steps = np.arange(chunk_length)
+    if seconds is None or fps is None or len(seconds) < 2:
+        place = frame + steps * step
+    else:
+        end = seconds[-1] + chunk_length / fps + 1.0
+        rows = np.arange(len(seconds) + 1, dtype=np.float64)
+        rows[-1] = rows[-2] + (end - seconds[-1]) * fps * step  # a line on, so that what is after the end stays there
+        place = np.interp(seconds[frame] + steps / fps, np.append(seconds, end), rows)
+    nearest = np.rint(place)
+    return np.where(np.abs(place - nearest) <= SNAP_ROWS, nearest, place)
+
+
+def rows_at(
+    values: NDArray[np.float32], place: NDArray[np.float64], held: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(values [T, A] f32 at the places [T] between the rows of `values` [L, A], is_pad [T]).
+
+    Linear between two rows; the dimensions under `held` [A] (flags, counts) keep the earlier row's. Places after the
+    last row take it and are marked.
+    """
+    last = len(values) - 1
+    is_pad = place > last
+    place = np.minimum(place, last)
+    low = np.floor(place).astype(np.int64)
+    share = (place - low).astype(np.float32)[:, None]
+    if not share.any():
+        return values[low], is_pad
+    if held is not None:
+        share = np.where(held, np.float32(0), share)
+    return values[low] * (1 - share) + values[np.minimum(low + 1, last)] * share, is_pad
+
+
+def next_rows(values: NDArray[np.float32], row: int, num: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """`rows_at` for the `num` T rows of `values` [L, A] from `row` on: (a copy [T, A] f32, is_pad [T])."""
+    found = values[row : row + num]
+    if len(found) == num:
+        return found.copy(), np.zeros(num, bool)
+    return np.concatenate([found, np.repeat(found[-1:], num - len(found), axis=0)]), np.arange(num) >= len(found)
+
+
+def history_rows(
+    frame: int,
+    history: int,
+    step: float = 1.0,
+    seconds: NDArray[np.float64] | None = None,
+    fps: float | None = None,
+) -> NDArray[np.int64]:
+    """[h+1] rows of the images of the window at `frame`, oldest first: the nearest to `step` rows apart, or with
+    `seconds` [L], the rows' times, to 1 / `fps` seconds apart (the later one in the middle of two); never before the
+    episode's start."""
+    steps = np.arange(history, -1, -1)
+    if seconds is None or fps is None:
+        place = frame - np.rint(steps * step)
+    else:
+        place = np.interp(seconds[frame] - steps / fps, seconds[: frame + 1], np.arange(frame + 1))
+        place = np.minimum(np.floor(place + 0.5 + SNAP_ROWS), frame)
+    return np.maximum(place, 0).astype(np.int64)

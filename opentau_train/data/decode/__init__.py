@@ -1,0 +1,1 @@
+"""Bytes to arrays: rows of parquet files, frames of videos, pictures."""

@@ -1,0 +1,254 @@
+"""Frames of mp4 files by time, decoded once: many cursors move forward through files that they share.
+
+A frame is found by its presentation time, never by `index / fps`: files hold many episodes, may have a variable
+frame rate, B-frames (presentation order differs from storage order), edit lists, and any distance of keyframes.
+
+`VideoPool` keeps one demuxer a file (`video_file.py`); each `FrameCursor` has its own decoder and a few packets ahead,
+and takes the demuxer back to its own place when another cursor has moved it. Nothing here may be pickled or used after
+a fork.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.video_file import Coding, VideoError, VideoFile, new_decoder
+
+ROUNDING_S = 1e-4
+"""How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
+Only saves decoding the frame after it; the nearest frame is returned in any case."""
+
+BURST = 16
+"""Frames of a camera that a lane decodes at once where reading goes on: as many small pictures are kept."""
+
+_DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
+
+
+@dataclass(frozen=True)
+class OpenDecoders:
+    """How many decoders are open, and about the bytes that are held to read them (`reader_bytes`)."""
+
+    num: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: OpenDecoders) -> OpenDecoders:
+        return OpenDecoders(self.num + other.num, self.num_bytes + other.num_bytes)
+
+    def __sub__(self, other: OpenDecoders) -> OpenDecoders:
+        return OpenDecoders(self.num - other.num, self.num_bytes - other.num_bytes)
+
+
+def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
+    """About what a lane holds to read one camera, (H, W) in the file and of the batch's images: a decoder (a fixed part
+    and some seven pictures: a straight line through what h264 without and with B-frames and AV1 took at 192x320 to
+    720x1280, 40 % off at most) and the pictures of a burst."""
+    if 0 in frame:  # the dataset doesn't say
+        frame = image
+    height, width = fit(*frame, image)
+    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + BURST * height * width * 3
+
+
+class VideoPool:
+    """The open files of one worker process, at most as many as there are cursors.
+
+    A closed file is opened again when a cursor asks for it. `frames_decoded` counts the pictures that all cursors
+    have sent to their decoders.
+    """
+
+    def __init__(self) -> None:
+        self.frames_decoded = 0
+        self._capacity = 0
+        self._files: OrderedDict[str, VideoFile] = OrderedDict()  # strings: a Path takes microseconds to compare
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def cursor(self) -> FrameCursor:
+        # Fewer files than cursors would be opened anew for every few packets when each cursor is in another file.
+        self._capacity += 1
+        return FrameCursor(self)
+
+    def release(self) -> None:
+        """A cursor is gone."""
+        self._capacity -= 1
+        self._shrink(self._capacity)
+
+    def get(self, path: Path) -> VideoFile:
+        """The open file. Raises `VideoError` and `av.FFmpegError`."""
+        name = str(path)
+        file = self._files.get(name)
+        if file is None:
+            self._shrink(self._capacity - 1)
+            file = self._files[name] = VideoFile(path)
+        else:
+            self._files.move_to_end(name)
+        return file
+
+    def drop(self, path: Path) -> None:
+        """Close a file whose demuxer may be in a bad state."""
+        file = self._files.pop(str(path), None)
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        self._shrink(0)
+
+    def _shrink(self, size: int) -> None:
+        while len(self._files) > max(size, 0):
+            self._files.popitem(last=False)[1].close()
+
+
+class FrameCursor:
+    """Reads frames of one camera, mostly forward; going back or far ahead seeks to a keyframe.
+
+    The decoder stays when the cursor goes on in another file of the same coding: a heap in which decoders come and go
+    without end grows by the gaps they leave (docs/decisions/0008).
+    """
+
+    def __init__(self, pool: VideoPool):
+        self._pool = pool
+        self._path: Path | None = None
+        self._decoder: av.VideoCodecContext | None = None
+        self._coding: Coding | None = None  # what the decoder was made from; None where it can't be trusted any more
+        self._forget()
+
+    def read(self, path: Path, seconds: float, tolerance_s: float) -> av.VideoFrame:
+        """The frame of `path` shown nearest to `seconds` (the file's own clock).
+
+        Raises `VideoError` where none lies within `tolerance_s`, and where the file can't be read or decoded; the
+        cursor can be used again after that.
+        """
+        return next(self.read_all(path, (seconds,), tolerance_s))
+
+    def read_all(self, path: Path, seconds: Iterable[float], tolerance_s: float) -> Iterator[av.VideoFrame]:
+        """`read` for each of `seconds`, one after another; no other cursor of the pool may be used before it has ended.
+        Raises as `read` does at the frame that can't be had; those before it have been given by then."""
+        file = None
+        for wanted in seconds:
+            try:
+                file = file or self._enter(path)
+                frame = self._nearest(file, wanted / file.time_base, ROUNDING_S / file.time_base)
+            except (av.FFmpegError, OSError, VideoError) as error:
+                self._path = self._coding = None
+                self._pool.drop(path)
+                if isinstance(error, VideoError):
+                    raise
+                raise VideoError(f"{path}: {error.strerror or error}") from error
+            found = _ticks(frame) * file.time_base
+            if abs(found - wanted) > tolerance_s:
+                raise VideoError(
+                    f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {found:.6f} s"
+                )
+            yield frame
+
+    def close(self) -> None:
+        self._path = self._decoder = self._coding = None
+        self._forget()
+        self._pool.release()
+
+    @property
+    def _opened(self) -> av.VideoCodecContext:
+        assert self._decoder is not None, "read() makes the decoder"
+        return self._decoder
+
+    def _enter(self, path: Path) -> VideoFile:
+        file = self._pool.get(path)
+        if path is not self._path and path != self._path:
+            if self._coding != file.coding:
+                self._decoder, self._coding = new_decoder(file.coding), file.coding
+            self._path = path
+            self._forget()
+        return file
+
+    def _forget(self) -> None:
+        self._packets: deque[av.Packet] = deque()
+        self._frames: deque[av.VideoFrame] = deque()
+        self._tail_dts: int | None = None  # the last packet taken from the demuxer
+        self._fed_dts: int | None = None  # the last packet sent to the decoder
+        self._key_delay = 0  # presentation minus decode time of the last keyframe
+        self._drained = False
+        self._cut_off: float = math.inf  # when the first picture is shown whose packet isn't whole
+        self._before: av.VideoFrame | None = None
+        self._latest: av.VideoFrame | None = None
+
+    def _nearest(self, file: VideoFile, target: float, early: float) -> av.VideoFrame:
+        if self._must_seek(file, target, early):
+            self._seek(file, math.floor(target + early))
+        while self._latest is None or _ticks(self._latest) < target - early:
+            frame = self._next_frame(file)
+            if frame is None:
+                break
+            self._before, self._latest = self._latest, frame
+        if self._latest is None:
+            raise VideoError(f"{file.path} has no frame at {target * file.time_base:.6f} s")
+        if self._before is not None and target - _ticks(self._before) <= _ticks(self._latest) - target:
+            return self._before
+        return self._latest
+
+    def _must_seek(self, file: VideoFile, target: float, early: float) -> bool:
+        if self._latest is None or self._fed_dts is None:
+            return True
+        if target < _ticks(self._before or self._latest) - early:
+            return True
+        if target <= _ticks(self._latest) + early:
+            return False
+        if self._before is not None:
+            interval = _ticks(self._latest) - _ticks(self._before)
+            if target - _ticks(self._latest) <= 2 * interval:
+                return False  # the next frame or the one after: no jump, and not worth a look into the index
+        return file.skips_packets(self._fed_dts, target - self._key_delay)
+
+    def _seek(self, file: VideoFile, ticks: int) -> None:
+        self._forget()
+        self._opened.flush_buffers()
+        self._take(file.packets_from_keyframe(ticks))
+
+    def _take(self, packets: list[av.Packet]) -> None:
+        self._packets.extend(packets)
+        if packets:
+            self._tail_dts = packets[-1].dts
+
+    def _next_frame(self, file: VideoFile) -> av.VideoFrame | None:
+        """The next frame in presentation order; None at the end of the file."""
+        while not self._frames:
+            if self._drained:
+                return None
+            if not self._packets and self._tail_dts is not None:
+                self._take(file.packets_after(self._tail_dts))
+            if self._packets:
+                self._feed(self._packets.popleft())
+            else:
+                self._drained = True
+                self._frames.extend(self._opened.decode(None))
+        frame = self._frames.popleft()
+        if frame.pts is None:
+            raise VideoError(f"{file.path}: a frame has no presentation time")
+        if frame.is_corrupt or frame.pts >= self._cut_off:
+            # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
+            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
+        return frame
+
+    def _feed(self, packet: av.Packet) -> None:
+        self._fed_dts = packet.dts
+        if packet.is_corrupt and packet.pts is not None:  # a truncated file's last; not every decoder notices
+            self._cut_off = min(self._cut_off, packet.pts)
+        if packet.is_keyframe:
+            if packet.pts is not None and packet.dts is not None:
+                self._key_delay = packet.pts - packet.dts
+            if packet.has_sidedata("new_extradata"):
+                self._coding = None  # the file changes its coding on the way: no decoder for another file
+        self._pool.frames_decoded += 1
+        self._frames.extend(self._opened.decode(packet))
+
+
+def _ticks(frame: av.VideoFrame) -> int:
+    """When the frame is shown; `FrameCursor._next_frame` refuses frames that don't say it."""
+    assert frame.pts is not None
+    return frame.pts

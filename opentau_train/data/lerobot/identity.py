@@ -1,0 +1,87 @@
+"""Is it the same dataset? Hashes of a LeRobot dataset's metadata and files, without reading the files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from opentau_train.data.lerobot.episodes import FileTable
+from opentau_train.data.lerobot.info import Info
+from opentau_train.types import EpisodeTable
+
+MAX_ENDS = 128
+"""Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
+END_BYTES = 32_768
+STATS_A_TURN = 500
+"""Files that a thread asks after at once."""
+
+
+def identify(
+    info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]
+) -> tuple[str, str]:
+    """(`fingerprint`, `rows_stamp`): a hash of the metadata, of the episodes, of the sizes of their files and of the
+    ends of some files of rows, so that one that was recorded, encoded or computed again has another; and one of when
+    the files of rows were written."""
+    digest = hashlib.blake2b(info.raw, digest_size=16)
+    for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    for camera, start in table.video_start.items():
+        digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
+    relative = [data_files.relative(number) for number in np.unique(table.data_file).tolist()]
+    num_data = len(relative)
+    for camera, files in video_files.items():
+        relative += [files.relative(number) for number in np.unique(table.video_file[camera]).tolist()]
+    found = file_stats([f"{info.root}/{name}" for name in relative])
+    for name, stat in zip(relative, found, strict=True):
+        digest.update(f"{name}\x1f{stat.size}\x1e".encode())
+    for path in relative[: num_data : -(-num_data // MAX_ENDS)]:
+        digest.update(end_of(f"{info.root}/{path}"))
+    written = repr([stat.modified for stat in found[:num_data]])
+    return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
+
+
+class FileStat(NamedTuple):
+    """A file's bytes, and its modification time in nanoseconds; -1 for a file that can't be had."""
+
+    size: int
+    modified: int
+
+
+def file_stats(paths: Sequence[str]) -> list[FileStat]:
+    """Of each file. The episodes of one that can't be had are bad samples, found when they are read.
+
+    Asked for on several threads: a dataset of a file an episode has hundreds of thousands, and a file server answers
+    each in its own time.
+    """
+
+    def stats(part: Sequence[str]) -> list[FileStat]:
+        return [_stat(path) for path in part]
+
+    parts = [paths[i : i + STATS_A_TURN] for i in range(0, len(paths), STATS_A_TURN)]
+    if len(parts) <= 1:
+        return stats(paths)
+    with ThreadPoolExecutor(16) as threads:
+        return [stat for found in threads.map(stats, parts) for stat in found]
+
+
+def end_of(path: str) -> bytes:
+    """The file's last bytes, `END_BYTES` at most; none of a file that can't be had."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _stat(path: str) -> FileStat:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return FileStat(-1, -1)
+    return FileStat(found.st_size, found.st_mtime_ns)

@@ -1,0 +1,187 @@
+"""Rows of a LeRobot dataset's episodes: what a worker must know to read them, one whole episode for its windows, and
+single columns of every episode for what isn't the stream (control modes, success, statistics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array, texts
+from opentau_train.data.lerobot.columns import Column
+from opentau_train.data.lerobot.episodes import FileTable
+from opentau_train.errors import UserError
+from opentau_train.types import EpisodeTable
+
+T = TypeVar("T")
+
+
+def of_episodes(
+    where: str,
+    files: FileTable,
+    table: EpisodeTable,
+    positions: Sequence[int],
+    columns: Sequence[str],
+    take: Callable[[pa.Table], T],
+    *,
+    row: int | None = None,
+) -> Iterator[tuple[int, T]]:
+    """(position, `take` of the episode's rows) for each of `positions`, in their order; of its first (0) or last (-1)
+    row only where `row` says so. `where` is the source's path in the configuration.
+
+    Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
+    """
+    reader = RowReader(files.path, list(columns))
+    try:
+        for position in positions:
+            file, start = int(table.data_file[position]), int(table.row_start[position])
+            length = int(table.length[position])
+            if row is not None:
+                start, length = start + (length - 1 if row < 0 else 0), 1
+            try:
+                taken = take(reader.read(file, start, length, int(table.episode_index[position])))
+            except RowError as error:
+                raise UserError(
+                    f"rows can't be read: {error}",
+                    where=str(files.path(file)),
+                    remedy=f"restore the file, or leave its episodes out with {where}.exclude_episodes",
+                ) from error
+            yield position, taken
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a worker must know to read a dataset; picklable.
+
+    `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `videos` {camera: its
+    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no task; `prompt_separator`
+    splits one text into alternatives.
+    """
+
+    dataset: str
+    root: Path
+    episodes: EpisodeTable
+    data_files: FileTable
+    videos: Mapping[str, FileTable]
+    images: Mapping[str, str]
+    cameras: tuple[str, ...]
+    state: tuple[Column, ...]
+    actions: tuple[Column, ...]
+    prompt_columns: tuple[str, ...]
+    prompt_separator: str | None
+    task_column: str | None
+    tasks: Mapping[int, str]
+    tolerance_s: float
+    fps: float
+    timed: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """The parquet columns of a window."""
+        names = [c.name for c in (*self.state, *self.actions)]
+        names += [*self.prompt_columns, *self.images.values()]
+        names += [self.task_column] if self.task_column else []
+        return names + (["timestamp"] if self.timed else [])
+
+    def places(self, position: int) -> dict[str, tuple[Path, float]]:
+        """{video camera: (mp4, seconds at which the episode starts in it)}."""
+        table = self.episodes
+        return {
+            camera: (files.path(int(table.video_file[camera][position])), float(table.video_start[camera][position]))
+            for camera, files in self.videos.items()
+        }
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """The rows of one episode: `state` [L, S] and `actions` [L, A] f32, `seconds` [L] f64 since the episode's
+    start in its videos (None where nothing needs them), `prompts[prompt_code[f]]` for row f, `images` {camera: L
+    encoded images}; `finite` says that no value of state and actions is NaN or infinite."""
+
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    seconds: NDArray[np.float64] | None
+    prompt_code: NDArray[np.int64]
+    prompts: list[tuple[str, ...]]
+    images: Mapping[str, pa.Array]
+    finite: bool
+
+
+def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
+    """[L, D] f32: the columns side by side. Raises `RowError`."""
+    parts = [numbers(rows, c.name, c.dim) for c in columns]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
+
+
+def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
+    """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
+    table = reading.episodes
+    file = int(table.data_file[position])
+    rows = reader.read(
+        file, int(table.row_start[position]), int(table.length[position]), int(table.episode_index[position])
+    )
+    try:
+        code, prompts = _prompts(rows, reading)
+        state, actions = stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+        return EpisodeRows(
+            state,
+            actions,
+            _seconds(rows) if reading.timed else None,
+            code,
+            prompts,
+            {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
+            finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
+        )
+    except RowError as error:
+        raise RowError(f"{reading.data_files.path(file)}: {error}") from error
+
+
+def _seconds(rows: pa.Table) -> NDArray[np.float64]:
+    found = numbers(rows, "timestamp", 1, np.float64)[:, 0]
+    wrong = np.flatnonzero(~np.isfinite(found) | (np.diff(found, prepend=-np.inf) < 0))
+    if len(wrong):
+        raise RowError(f"timestamps of an episode must rise: row {wrong[0]} has {found[wrong[0]]}")
+    return found
+
+
+def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[np.float32]) -> None:
+    """Raises `RowError` naming the first value of a window's `state` [S] or `actions` [T, A] that is not finite."""
+    for values, columns in ((state[None], reading.state), (actions, reading.actions)):
+        wrong = np.argwhere(~np.isfinite(values))
+        if len(wrong):
+            step, dim = wrong[0].tolist()
+            name = [f"{c.name}[{i}]" for c in columns for i in range(c.dim)][dim]
+            raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
+
+
+def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
+    """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
+    columns = [texts(rows, name) for name in reading.prompt_columns]
+    codes = [code for code, _ in columns]
+    if reading.task_column:
+        codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
+    if not codes:
+        return np.zeros(rows.num_rows, np.int64), [()]
+    distinct, code = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+    prompts = []
+    for combination in distinct.tolist():
+        found = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
+        chosen = _clean(found, reading.prompt_separator)
+        if not chosen and reading.task_column:
+            if combination[-1] not in reading.tasks:
+                raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
+            chosen = _clean([reading.tasks[combination[-1]] or ""], reading.prompt_separator)
+        prompts.append(chosen)
+    return code.reshape(-1), prompts
+
+
+def _clean(found: list[str], separator: str | None) -> tuple[str, ...]:
+    parts = [part for text in found for part in (text.split(separator) if separator else [text])]
+    return tuple(part.strip() for part in parts if part.strip())

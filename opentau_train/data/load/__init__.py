@@ -1,0 +1,1 @@
+"""The loader's workers: windows in their order become samples, samples become batches."""

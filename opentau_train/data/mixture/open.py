@@ -1,0 +1,254 @@
+"""From settings to a mixture: every mistake that a look at the metadata can find ends here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.config.data import DataSettings, SourceSettings
+from opentau_train.config.settings import Settings
+from opentau_train.config.typed import locate
+from opentau_train.data import keep_ranges
+from opentau_train.data.chunk import chunk_rows, row_step
+from opentau_train.data.mixture import normalize, statistics
+from opentau_train.data.mixture.mixture import Dataset, Mixture
+from opentau_train.data.mixture.normalize import Affine, HeadStats
+from opentau_train.data.mixture.resolve import resolve_sources
+from opentau_train.data.mixture.split import validation_split
+from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
+from opentau_train.data.source import Source
+from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.world import World
+from opentau_train.errors import UserError
+from opentau_train.types import BatchSpec, Group
+
+log = logging.getLogger(__name__)
+
+CHOOSING = (
+    *("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "val_episodes"),
+    *("chunk_length", "sample_stride", "fps", "iterable_shuffle"),
+    *("use_filter_dict", "filter_key", "filter_rule", "filter_trim_tail"),
+    *("state", "actions", "cameras", "control_mode", "control_mode_column", "target"),
+)
+"""Settings of a source that choose its windows, or what they are read as."""
+
+
+def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
+    """Open every source, split, group and normalise. `stats` (a checkpoint's) replace computing them.
+
+    Collective: statistics are computed on rank 0 and broadcast. Raises `UserError` on all ranks alike.
+    """
+    sources = resolve_sources(settings, world)
+    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
+    _check_same_tables(datasets, world)
+    if stats is None:
+        make: Callable[[], dict[str, HeadStats]] = dict
+        if world.is_main:
+            make = partial(statistics.compute, settings, datasets, groups)
+        stats = world.broadcast(world.agree(make))
+    statistics.check(stats, datasets, groups)
+    if world.is_main:
+        for head, found in stats.items():
+            flat = normalize.constant_dimensions(found, settings.data.normalization)
+            if flat:
+                log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+    return _mixture(settings, datasets, groups, stats)
+
+
+def open_plan(settings: Settings, world: World) -> Mixture:
+    """The mixture as far as metadata tell it: it has a tape and its sources, but no statistics, so no samples.
+
+    Collective. Raises `UserError` on all ranks alike.
+    """
+    sources = resolve_sources(settings, world)
+    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
+    return _mixture(settings, datasets, groups, {})
+
+
+def _mixture(settings: Settings, datasets: list[Dataset], groups: list[Group], stats: dict[str, HeadStats]) -> Mixture:
+    data = settings.data
+    affine = {
+        head: (Affine.of(s.state, data.normalization), Affine.of(s.actions, data.normalization))
+        for head, s in stats.items()
+    }
+    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
+    groups = _with_shares(groups, datasets, draws)
+    spec = _batch_spec(data, datasets)
+    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, affine, spec)
+
+
+def _check_same_tables(datasets: list[Dataset], world: World) -> None:
+    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
+    tables = {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in datasets}
+    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+        remedy = "give every node the same files and filters of this dataset"
+        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
+
+
+def _open_datasets(settings: Settings, sources: dict[str, SourceSettings]) -> tuple[list[Dataset], list[Group]]:
+    groups: list[Group] = []
+    datasets = [
+        _open_dataset(index, name, source, sources, settings, groups)
+        for index, (name, source) in enumerate(sources.items())
+    ]
+    _warn_of_rates(datasets)
+    return datasets, groups
+
+
+def _open_dataset(
+    index: int,
+    name: str,
+    chosen: SourceSettings,
+    sources: dict[str, SourceSettings],
+    settings: Settings,
+    groups: list[Group],
+) -> Dataset:
+    data = settings.data
+    chunk_length = chosen.chunk_length or data.chunk_length
+    stride = chosen.sample_stride or data.sample_stride
+    chosen = dataclasses.replace(chosen, chunk_length=chunk_length, sample_stride=stride)
+    source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
+    table = source.episodes
+    held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
+    blocks = source.get_shuffle_blocks()
+    rows = chunk_rows(chunk_length, row_step(source.fps, chosen.fps))
+    made_of = _made_of(source, chosen, data, settings.seed)
+    sides = [
+        make_blocks(
+            name,
+            table,
+            blocks,
+            keep,
+            rows=rows,
+            drop_tail=data.drop_tail,
+            shuffle=chosen.iterable_shuffle,
+            stride=stride,
+            made_of=made_of,
+        )
+        for keep in (~held_out, held_out)
+    ]
+    _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
+    repo_id = chosen.repo_id or Path(chosen.root or name).name
+    twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
+    return Dataset(
+        index=index,
+        name=name,
+        repo_id=repo_id if len(twins) == 1 else f"{repo_id}@{name}",
+        settings=chosen,
+        source=source,
+        chunk_length=chunk_length,
+        held_out=held_out,
+        train=sides[0],
+        validation=sides[1],
+        group_of=_add_groups(source, groups),
+    )
+
+
+def _check_usable(
+    source: Source, chosen: SourceSettings, num_windows: int, held_out: NDArray[np.bool_], drop_tail: bool
+) -> None:
+    """Raises `UserError` where nothing is left to train on; warns of what trains or validates badly."""
+    name, length = source.name, source.episodes.length
+    if num_windows == 0 and not chosen.validates_only:
+        raise UserError(
+            f"dataset '{name}' has no training window: {len(length)} episodes, longest {length.max(initial=0)} "
+            f"frames, chunk_length {chosen.chunk_length}, drop_tail {drop_tail}",
+            where=f"data.sources.{name}",
+            remedy="loosen its filters, chunk_length or drop_tail; for validation only set val_split_ratio=1.0",
+        )
+    if not held_out.any() and chosen.val_split_ratio > 0:
+        log.warning("data.sources.%s has one episode, which is trained on: it has no validation", name)
+    if not chosen.iterable_shuffle:
+        log.warning(
+            "data.sources.%s.iterable_shuffle=false: consecutive windows of one episode share a batch, so its "
+            "gradients are correlated and their norm unstable; for debugging only",
+            name,
+        )
+
+
+def _add_groups(source: Source, groups: list[Group]) -> NDArray[np.int64]:
+    """[E] i64: the group of each episode; the source's control modes are appended to `groups`."""
+    table = source.episodes
+    group_of = np.zeros(len(table), np.int64)
+    for code in np.unique(table.control_mode):
+        mode = table.control_modes[code]
+        group_of[table.control_mode == code] = len(groups)
+        groups.append(Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0))
+    return group_of
+
+
+def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
+    """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
+    chosen_so = repr(
+        [getattr(chosen, name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
+    )
+    path = Path(chosen.filter_dict_path or "").expanduser()
+    return {
+        "settings": hashlib.blake2b(chosen_so.encode(), digest_size=6).hexdigest(),
+        "filter": keep_ranges.file_digest(path)[:12] if chosen.use_filter_dict else "",
+        "files": hashlib.blake2b(source.fingerprint.encode(), digest_size=6).hexdigest(),
+    }
+
+
+def _warn_of_rates(datasets: list[Dataset]) -> None:
+    """A chunk of T rows is another span of time at another rate: that must not pass unnoticed."""
+    rates = {d.name: d.settings.fps or d.source.fps for d in datasets}
+    if len(set(rates.values())) > 1:
+        log.warning(
+            "the datasets' action chunks have different rates (%s): set data.sources.NAME.fps to resample them by time",
+            ", ".join(f"{name}: {rate:g} fps" for name, rate in rates.items()),
+        )
+
+
+def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int]) -> list[Group]:
+    """Groups with their weight in aggregates: the dataset's, split by the group's training windows.
+
+    The dataset's weight is what no other dataset changes, its windows or its configured weight, wherever either is
+    set throughout: normalised shares would round another way each time that a dataset joins. A group without training
+    windows has weight 0: an aggregate speaks of the mixture that is trained on.
+    """
+    trained = [d for d, drawn in zip(datasets, draws, strict=True) if drawn]
+    natural = all(d.settings.weight is None for d in trained)
+    weighted = all(d.settings.weight is not None for d in trained)
+    share = np.zeros(len(groups))
+    for dataset, drawn in zip(datasets, draws, strict=True):
+        windows_of = np.bincount(
+            dataset.group_of[dataset.train.episode], weights=dataset.train.length, minlength=len(groups)
+        )
+        if drawn and natural:
+            share += windows_of
+        elif drawn:
+            weight = dataset.settings.weight if weighted else drawn
+            share += weight * (windows_of / windows_of.sum())
+    return [dataclasses.replace(g, share=float(s)) for g, s in zip(groups, share, strict=True)]
+
+
+def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:
+    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.source.state_names)) for d in datasets])
+    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.source.action_names)) for d in datasets])
+    return BatchSpec(
+        cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
+        image_size=data.image_size,
+        history=data.history,
+        state_dim=state_dim,
+        action_dim=action_dim,
+        chunk_length=max(d.chunk_length for d in datasets),
+    )
+
+
+def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:
+    name, widest = max(dims, key=lambda pair: pair[1])
+    if wanted is not None and wanted < widest:
+        raise UserError(
+            f"data.{key}={wanted} is narrower than dataset '{name}', which has {widest} dimensions",
+            remedy=f"set data.{key}={widest} or more, or null for the widest",
+        )
+    return wanted or widest

@@ -1,0 +1,94 @@
+"""Which episodes a norm head's statistics come from: the training episodes of all datasets that share the head."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.config.settings import Settings
+from opentau_train.data.mixture import normalize
+from opentau_train.data.mixture.mixture import Dataset
+from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.data.source import UNKNOWN_ROBOT
+from opentau_train.errors import UserError
+from opentau_train.types import Group
+
+log = logging.getLogger(__name__)
+
+
+def compute(settings: Settings, datasets: list[Dataset], groups: list[Group]) -> dict[str, HeadStats]:
+    """{norm head: statistics} over all training episodes of the datasets that share the head."""
+    heads: dict[str, HeadStats] = {}
+    for head in sorted({g.norm_head for g in groups}):
+        members = [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
+        positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
+        if not any(map(len, positions)):  # only held-out episodes: better theirs than none
+            positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
+        heads[head] = _of_head(head, members, positions, settings)
+    return heads
+
+
+def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64]], settings: Settings) -> HeadStats:
+    """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
+    first = members[0].source
+    for other in members[1:]:
+        _check_shared(head, members[0], other)
+    identity = []
+    for d, p in zip(members, positions, strict=True):
+        names = d.source.state_names + d.source.action_names
+        identity += [d.name, d.source.fingerprint, d.source.rows_stamp, repr(names), repr(p.tolist())]
+
+    def rows() -> normalize.Rows:
+        for d, chosen in zip(members, positions, strict=True):
+            for place, state, actions in d.source.columns(chosen):
+                yield d.name, int(d.source.episodes.episode_index[place]), state, actions
+
+    num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))
+    return normalize.cached(
+        settings.paths.cache,
+        identity,
+        lambda: normalize.compute(rows(), num_rows, first.state_names, first.action_names),
+    )
+
+
+def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
+    """Statistics over both mean something only where each dimension is the same quantity of the same robot. Raises
+    `UserError` where they can't be, or nobody says that they are; warns where only the names differ."""
+    mine, theirs = (d.source.state_names + d.source.action_names for d in (one, other))
+    apart = f"set data.sources.{other.name}.robot_type or control_mode to tell them apart"
+    both = f"datasets '{one.name}' and '{other.name}'"
+    if len(mine) != len(theirs) or len(one.source.action_names) != len(other.source.action_names):
+        raise UserError(
+            f"{both} share norm head {head} but not dimensions", where=f"data.sources.{other.name}", remedy=apart
+        )
+    differs = next((f"'{a}' and '{b}'" for a, b in zip(mine, theirs, strict=True) if a != b), None)
+    if differs is None:
+        return
+    if one.source.robot_type == UNKNOWN_ROBOT:
+        raise UserError(
+            f"{both} say no robot type, and their dimensions have different names: {differs}",
+            where=f"data.sources.{other.name}",
+            remedy="set robot_type of both: the same one pools their statistics, different ones keep them apart",
+        )
+    log.warning("%s share norm head %s, though dimensions are named %s: %s", both, head, differs, apart)
+
+
+def _in_head(dataset: Dataset, groups: list[Group], head: str) -> NDArray[np.bool_]:
+    return np.array([groups[g].norm_head == head for g in dataset.group_of], bool)
+
+
+def check(stats: dict[str, HeadStats], datasets: list[Dataset], groups: list[Group]) -> None:
+    """Raises `UserError` for a norm head of the mixture that `stats` don't know, or know with other dimensions."""
+    for dataset in datasets:
+        for g in np.unique(dataset.group_of):
+            head = groups[g].norm_head
+            found = stats.get(head)
+            if found is None or len(found.action_names) != len(dataset.source.action_names):
+                raise UserError(
+                    f"the checkpoint has no statistics for norm head {head} "
+                    f"with {len(dataset.source.action_names)} action dimensions",
+                    where=f"data.sources.{dataset.name}",
+                    remedy=f"it knows: {', '.join(sorted(stats))}; set robot_type and control_mode to one of these",
+                )

@@ -1,0 +1,51 @@
+"""The mixture's table: a line a source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opentau_train.data.mixture.mixture import Dataset, Mixture
+
+
+def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters: int) -> str:
+    """The start's summary: a line a source, then the batch's shape."""
+    head = ("source", "episodes", "val", "windows", "weight", "share", "windows/epoch", "control mode", "cameras")
+    total = sum(mixture.draws)
+    rows: list[tuple[str, ...]] = [head]
+    for dataset, drawn in zip(mixture.datasets, mixture.draws, strict=True):
+        modes = sorted({mixture.groups[g].control_mode for g in np.unique(dataset.group_of)})
+        rows.append(
+            (
+                dataset.name,
+                str(len(dataset.source.episodes)),
+                str(int(dataset.held_out.sum())),
+                str(dataset.train.num_windows),
+                weight_cell(dataset, drawn),
+                f"{drawn / max(total, 1):.1%}",
+                str(drawn),
+                ",".join(modes),
+                ",".join(dataset.source.cameras) or "none",
+            )
+        )
+    spec = mixture.spec
+    return "\n".join(
+        [
+            *align(rows),
+            f"batch: state {spec.state_dim}, actions {spec.chunk_length} x {spec.action_dim}, "
+            f"{len(spec.cameras)} cameras {spec.image_size[0]}x{spec.image_size[1]}, history {spec.history}; "
+            f"validation: {num_validation_windows} windows; policy: {num_parameters / 1e6:.2f} M parameters",
+        ]
+    )
+
+
+def weight_cell(dataset: Dataset, drawn: int) -> str:
+    """A dataset's weight in a table: the configured one, or what it is without one. `drawn` windows an epoch."""
+    if dataset.settings.weight is not None:
+        return f"{dataset.settings.weight:g}"
+    return "natural" if drawn else "validation"
+
+
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines with columns of equal width."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,1 @@
+"""Which window comes when: a pure function of the sample number."""

@@ -1,0 +1,107 @@
+"""Which windows there are: blocks of consecutive windows of one episode. Pure: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.types import EpisodeTable
+
+
+def make_blocks(
+    name: str,
+    table: EpisodeTable,
+    source_blocks: NDArray[np.int32],
+    keep: NDArray[np.bool_],
+    *,
+    rows: int,
+    drop_tail: bool,
+    shuffle: bool,
+    stride: int = 1,
+    made_of: Mapping[str, str] | None = None,
+) -> DatasetBlocks:
+    """The source's blocks of the episodes under `keep` [E], cut to windows that may start; `source_blocks` [N, 3] int32
+    (position in the table, first frame, length).
+
+    With `drop_tail` a window's chunk, which reaches over `rows` rows, must lie inside its episode, so the last
+    `rows - 1` frames start none. With `stride` k only every k-th frame of a block starts one, its first being one.
+    """
+    episode, start, length = (source_blocks[:, i].astype(np.int32) for i in range(3))
+    if drop_tail:
+        last = table.length[episode] - rows + 1
+        length = np.minimum(length, last - start)
+    length = -(-length // stride)
+    chosen = keep[episode] & (length > 0)
+    return DatasetBlocks(
+        name=name,
+        episode=episode[chosen],
+        start=start[chosen],
+        length=length[chosen].astype(np.int32),
+        number=table.episode_index[episode[chosen]],
+        shuffle=shuffle,
+        stride=stride,
+        made_of=made_of or {},
+    )
+
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DatasetBlocks:
+    """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
+    i32 windows, `stride` frames apart, `number` [N] i64 the episode's number in the dataset (the name its hash key
+    uses); lengths are above 0 and (number, start) occurs once. `made_of` {files, filter, settings: a hash}: what the
+    blocks follow from, to say what has changed."""
+
+    name: str
+    episode: NDArray[np.int32]
+    start: NDArray[np.int32]
+    length: NDArray[np.int32]
+    number: I64
+    shuffle: bool = True
+    stride: int = 1
+    made_of: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.length.sum(dtype=np.int64))
+
+    def digest(self) -> str:
+        """A hash of the block table: what a checkpoint compares before it trusts its sample number."""
+        state = hashlib.blake2b(f"{self.name}:{self.shuffle}:{self.stride}".encode(), digest_size=8)
+        for column in (self.number, self.start, self.length):
+            state.update(np.ascontiguousarray(column, np.int64).tobytes())
+        return state.hexdigest()
+
+    def frames(self, block: NDArray | int, inside: NDArray | int) -> I64:
+        """The frames at which the windows `inside` (counted from 0) of the blocks at the places `block` start."""
+        return self.start[block].astype(np.int64) + np.asarray(inside, np.int64) * self.stride
+
+    def window(self, place: int) -> tuple[int, int]:
+        """(episode, frame) of the window at `place` of all, the blocks taken in table order."""
+        ends = np.cumsum(self.length, dtype=np.int64)
+        block = int(np.searchsorted(ends, place, side="right"))
+        return int(self.episode[block]), int(self.frames(block, place - ends[block] + self.length[block]))
+
+
+def draws_per_epoch(sizes: list[int], weights: list[float | None]) -> list[int]:
+    """Windows an epoch draws from each dataset.
+
+    No weight set: every window once. Else the epoch keeps the mixture's size and is shared by weight (a null weight
+    counts as the dataset's own share of the windows), by largest remainder, at least one a dataset that has any.
+    """
+    if all(w is None for w in weights):
+        return list(sizes)
+    total = sum(sizes)
+    shares = np.array([size / total if w is None else w for size, w in zip(sizes, weights, strict=True)])
+    exact = shares / shares.sum() * total
+    draws = np.maximum(np.floor(exact).astype(np.int64), np.minimum(sizes, 1))  # none of a validation-only dataset
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    for place in order[: max(0, total - int(draws.sum()))]:
+        draws[place] += 1
+    return draws.tolist()

@@ -1,0 +1,94 @@
+"""How a run is asked to stop: signals, or a file named PREEMPT in the run directory.
+
+    SIGTERM, SIGUSR1, SIGUSR2, RUN/PREEMPT  ->  1, preempted: save and exit with EXIT_PREEMPTED
+    SIGINT                                  ->  2, interrupted: save and exit with EXIT_INTERRUPTED
+
+The file is for what torchrun doesn't hand on to its workers, and for people: `touch RUN/PREEMPT`. A rank only raises
+its own flag here; the step's all-reduce makes it everyone's.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SENTINEL = "PREEMPT"
+"""Its presence in the run directory asks the run to stop."""
+
+MARKER = "PREEMPTED"
+"""Written into the run directory when a run has saved and stopped for a preemption: a launcher that sees only
+torchrun's own exit code knows by it that the job wants to be started again."""
+
+POLL = 1.0
+"""Seconds between two looks at the file, so that a fast loop doesn't burden a file server."""
+
+
+@dataclass
+class StopFlag:
+    """`code`: 0 = go on, 1 = preempted, 2 = interrupted. `sentinel`: the file to look for, None until known."""
+
+    code: int = 0
+    sentinel: Path | None = None
+    _looked: float = field(default=float("-inf"), repr=False)
+
+    def poll(self) -> int:
+        """The code, after a look at the file unless the last one was less than `POLL` seconds ago."""
+        now = time.monotonic()
+        if self.sentinel is not None and now - self._looked >= POLL:
+            self._looked = now
+            if self.sentinel.exists():
+                self.code = max(self.code, 1)
+        return self.code
+
+    def watch(self, run_dir: Path, *, clear: bool) -> None:
+        """Look for the file in `run_dir` from now on; `clear` removes what an earlier start left there."""
+        if clear:
+            (run_dir / SENTINEL).unlink(missing_ok=True)
+            (run_dir / MARKER).unlink(missing_ok=True)
+        self.sentinel = run_dir / SENTINEL
+
+
+def mark_preempted(run_dir: Path, step: int) -> None:
+    """Leave the marker for the launcher. Call it when the checkpoint of `step` is whole."""
+    (run_dir / MARKER).write_text(json.dumps({"step": step}) + "\n")
+
+
+class Stopped(Exception):
+    """A piece of work was left unfinished, on all ranks alike, because a stop was asked for. `code` as `StopFlag`'s."""
+
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__(f"stopped with code {code}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Signals set the flag. A second Ctrl-C ends at once."""
+    flag = StopFlag()
+
+    def preempt(number: int, frame: object) -> None:
+        flag.code = max(flag.code, 1)
+
+    def interrupt(number: int, frame: object) -> None:
+        if flag.code == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        flag.code = 2
+        sys.stderr.write("\nstopping after this step and saving; press Ctrl-C again to end at once\n")
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt, signal.SIGUSR1: preempt, signal.SIGUSR2: preempt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""Sums and counts by group, and the tags they get. Division happens here, once, at the end.
+
+A *group* is (dataset, control_mode); an *item* is what the rows of the sums stand for (a group while training, an
+episode in a validation pass, whose groups are then sums of episodes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opentau_train.types import Group, LossTerms
+
+QUANTUM = 2.0**-24
+
+
+def exact(terms: LossTerms) -> LossTerms:
+    """The terms with float64 sums rounded to multiples of 2^-24.
+
+    Float64 adds such numbers without error up to 2^29, so totals don't depend on the order of the additions: on ranks,
+    workers, or which other datasets share the batches. NaN and infinities stay.
+    """
+    return {name: (torch.round(sums.double() / QUANTUM) * QUANTUM, count) for name, (sums, count) in terms.items()}
+
+
+class Sums:
+    """`[items, K, 2]` float64 on the CPU: for each item and loss term the sum and the count of loss elements.
+
+    Adding samples reads the losses back from the device, so the training loop hands over several steps at a time.
+    """
+
+    def __init__(self, num_items: int, terms: Sequence[str]):
+        self.terms = tuple(terms)
+        self.values = torch.zeros(num_items, len(self.terms), 2, dtype=torch.float64)
+
+    def add(self, item: torch.Tensor, terms: LossTerms) -> None:
+        """Add samples: `item` [B] i64 and each term's per-sample (sum [B], count [B])."""
+        pairs = torch.zeros(len(item), len(self.terms), 2, dtype=torch.float64)
+        for k, name in enumerate(self.terms):
+            if name in terms:
+                for column, values in enumerate(terms[name]):
+                    pairs[:, k, column] = values.detach()
+        self.values.index_add_(0, item.cpu(), pairs)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Ratio means of clusters (episodes) by group and term, all [G, K] float64.
+
+    `count` of loss elements, `mean` of the loss (NaN without elements), `windows`, and `error` the standard error of
+    the mean, NaN with fewer than two episodes: one cluster says nothing about the spread between clusters.
+    """
+
+    count: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    windows: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+
+def group_means(episodes: NDArray, group_of: NDArray[np.int64], windows: NDArray[np.float64], num_groups: int) -> Means:
+    """`episodes` [E, K, 2] sums and counts, `group_of` [E], `windows` [E] windows seen -> means by group.
+
+    The standard error is the linearised ratio estimator's (Cochran, Sampling Techniques, 3rd ed., 6.13): residuals
+    `s_e - r n_e`, variance `E / (E - 1) * sum(residual^2) / N^2` over the group's E episodes with any element.
+    """
+
+    def by_group(values: NDArray) -> NDArray:  # [E, K] -> [G, K]
+        return np.stack([np.bincount(group_of, column, num_groups) for column in values.T.astype(float)], axis=1)
+
+    sums, counts = episodes[..., 0], episodes[..., 1]
+    seen = counts > 0
+    total, count, num = by_group(sums), by_group(counts), by_group(seen)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / count
+        residual = np.where(seen, sums - mean[group_of] * counts, 0.0)
+        error = np.sqrt(num / (num - 1) * by_group(np.square(residual))) / count
+    return Means(count, mean, by_group(seen * windows[:, None]), np.where(num >= 2, error, np.nan))
+
+
+def training_row(sums: NDArray, groups: Sequence[Group], terms: Sequence[str], weights: dict[str, float]) -> dict:
+    """Tags of reduced training sums [G, K, 2]: `Training/{TERM}`, `Training/Loss`, `Training/{group}/{TERM}`.
+
+    The loss is what was optimised: each term's mean over the samples seen, weighted; absent terms are left out.
+    """
+    row: dict[str, float] = {"Training/Loss": 0.0}
+    for k, name in enumerate(terms):
+        total, count = sums[:, k].sum(0)
+        if count > 0:
+            row[f"Training/{name.upper()}"] = float(total / count)
+            row["Training/Loss"] += weights[name] * float(total / count)
+    for g, group in enumerate(groups):
+        for k, name in enumerate(terms):
+            if sums[g, k, 1] > 0:
+                row[f"Training/{group.tag}/{name.upper()}"] = float(sums[g, k, 0] / sums[g, k, 1])
+    return row
+
+
+def validation_row(
+    episodes: NDArray,
+    group_of: NDArray[np.int64],
+    windows: NDArray,
+    groups: Sequence[Group],
+    terms: Sequence[str],
+    weights: dict[str, float],
+    prefix: str = "Validation",
+) -> dict[str, float]:
+    """Tags of a reduced validation pass.
+
+    `episodes` [E, K, 2] sums and counts, `group_of` [E] the episodes' groups, `windows` [E] windows seen. For each
+    group, each norm head (its groups' episodes pooled) and each term that has any supervision there: the mean, `/N`
+    (windows) and `/StdErr` (clustered by episode, absent with fewer than two). `{prefix}/{TERM}` weights the groups
+    that have the term by their share of the mixture; `{prefix}/Loss` weights the terms as training does.
+    """
+    heads = sorted({group.norm_head for group in groups})
+    head_of = np.array([heads.index(group.norm_head) for group in groups], np.int64)
+    means = group_means(episodes, group_of, windows, len(groups))
+    row = _rows([group.tag for group in groups], terms, means, prefix)
+    row |= _rows(heads, terms, group_means(episodes, head_of[group_of], windows, len(heads)), prefix)
+    shares = aggregate_shares(means, groups)
+    loss = 0.0
+    for k, name in enumerate(terms):
+        has = means.count[:, k] > 0
+        if has.any():
+            overall = float(np.average(means.mean[has, k], weights=shares[has, k]))
+            row[f"{prefix}/{name.upper()}"] = overall
+            loss += weights[name] * overall
+    if row:
+        row[f"{prefix}/Loss"] = loss
+    return row
+
+
+def aggregate_shares(means: Means, groups: Sequence[Group]) -> NDArray[np.float64]:
+    """[G, K] the groups' weights in each term's aggregate: their shares where they have the term; where no such group
+    is trained on, their windows."""
+    shares = np.array([group.share for group in groups])[:, None] * (means.count > 0)
+    return np.where(shares.sum(0) > 0, shares, means.windows)
+
+
+def _rows(names: Sequence[str], terms: Sequence[str], means: Means, prefix: str) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for k, term in enumerate(terms):
+        for g in np.flatnonzero(means.count[:, k] > 0).tolist():
+            tag = f"{prefix}/{names[g]}/{term.upper()}"
+            row[tag] = float(means.mean[g, k])
+            row[f"{tag}/N"] = float(means.windows[g, k])
+            if not np.isnan(means.error[g, k]):
+                row[f"{tag}/StdErr"] = float(means.error[g, k])
+    return row

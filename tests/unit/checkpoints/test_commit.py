@@ -1,0 +1,153 @@
+"""The commit protocol: killed at any file operation, a whole newest checkpoint is there, never half a one."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opentau_train.checkpoints import commit
+from opentau_train.checkpoints.commit import Retention
+from opentau_train.errors import UserError
+
+
+def write(folder: Path, step: int) -> Path:
+    """An unsealed checkpoint as the ranks leave it."""
+    partial = folder / f"{step:08d}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "state").mkdir(parents=True)
+    (partial / "state" / "shard").write_bytes(bytes(step % 7 + 1))
+    (partial / "run.json").write_text(json.dumps({"step": step}))
+    return partial
+
+
+def save(folder: Path, step: int, retention: Retention = Retention()) -> Path:  # noqa: B008 (frozen)
+    partial = write(folder, step)
+    commit.seal(partial)
+    commit.sweep(commit.publish(partial, retention))
+    return partial.with_suffix("")
+
+
+def names(folder: Path) -> list[int]:
+    return [int(p.name) for p in commit.complete(folder)]
+
+
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
+
+
+def save_until_killed(folder: Path, step: int, retention: Retention, operation: int) -> bool:
+    """Save in a child that ends, as kill -9 does, before its file operation number `operation`; False when it got to
+    the end first."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            if event in OPERATIONS:
+                if seen == operation:
+                    os._exit(9)
+                seen += 1
+
+        sys.addaudithook(hook)
+        save(folder, step, retention)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
+    retention = Retention(keep_last=2)
+    killed, seen = 0, set()
+    while True:
+        folder = tmp_path / str(killed)
+        for step in (1, 2, 3):
+            save(folder, step, retention)
+            commit.point(folder / "best", "00000001")
+        write(folder, 4)  # an earlier kill's
+        was_killed = save_until_killed(folder, 5, retention, killed)
+        found = names(folder)
+        seen.add(tuple(found))
+        assert found[-1] in (3, 5) and set(found) <= {1, 2, 3, 5}
+        assert {1, 3} <= set(found) and (5 in found or 2 in found), "pruned before the new one was there"
+        last = (folder / "last").resolve()
+        assert commit.flaw(last) is None and int(last.name) in (3, 5)
+        # and the next save, after any of these kills, ends in the one right state
+        save(folder, 6, retention)
+        assert names(folder)[-1] == 6 and (folder / "last").resolve().name == "00000006"
+        assert not list(folder.glob("*.tmp"))
+        if not was_killed:
+            break
+        killed += 1
+    assert killed > 20 and {(1, 2, 3), (1, 3, 5)} <= seen and names(folder) == [1, 5, 6]
+
+
+@given(
+    steps=st.sets(st.integers(1, 10**7), max_size=12),
+    keep_last=st.none() | st.integers(1, 4),
+    keep_every=st.none() | st.integers(1, 5000),
+)
+@settings(deadline=None)
+def test_retention_keeps_the_newest_and_the_multiples(steps, keep_last, keep_every):
+    all_names = [f"{s:08d}" for s in steps]
+    gone = Retention(keep_last, keep_every).obsolete(all_names)
+    kept = set(steps) - {int(n) for n in gone}
+    newest = sorted(steps)[-keep_last:] if keep_last else sorted(steps)
+    multiples = {s for s in steps if keep_every and s % keep_every == 0}
+    assert kept == set(newest) | multiples
+    assert gone == sorted(gone)
+
+
+TORN = {
+    "truncated": lambda path: (path / "state" / "shard").write_bytes(b""),
+    "a file lost": lambda path: (path / "state" / "shard").unlink(),
+    "no manifest": lambda path: (path / "files.json").unlink(),
+    "a torn manifest": lambda path: (path / "files.json").write_text('{"state/sh'),
+    "not renamed": lambda path: path.rename(path.with_name(path.name + ".tmp")),
+}
+
+
+@pytest.mark.parametrize("damage", TORN)
+def test_auto_skips_what_is_not_whole_and_says_what(damage, tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    save(folder, 3)
+    torn = save(folder, 6)
+    TORN[damage](torn)
+    with caplog.at_level("WARNING", logger="opentau_train"):
+        assert commit.resolve("auto", tmp_path).name == "00000003"
+    assert len(caplog.records) == 1 and "skipped" in caplog.text and "00000006" in caplog.text
+    if torn.exists():
+        with pytest.raises(UserError, match=r"not whole|no complete"):
+            commit.resolve(str(torn), None)
+    save(folder, 6)  # training comes to the step again
+    assert names(folder) == [3, 6] and commit.flaw(torn) is None
+
+
+def test_a_whole_folder_is_resumed_without_a_word(tmp_path, caplog):
+    save(tmp_path / "checkpoints", 3)
+    (tmp_path / "checkpoints" / "00000002.tmp").mkdir()  # older than what is resumed: no progress is lost with it
+    assert commit.resolve("auto", tmp_path).name == "00000003" and not caplog.records
+
+
+def test_a_run_is_never_written_over_by_a_branch_of_its_past(tmp_path):
+    first, _ = save(tmp_path / "checkpoints", 3), save(tmp_path / "checkpoints", 6)
+    for run_dir in (None, tmp_path):
+        with pytest.raises(UserError, match="already has a checkpoint of step 6"):
+            commit.resolve(str(first), run_dir)
+        assert commit.resolve(str(tmp_path), run_dir).name == "00000006"
+    with pytest.raises(UserError, match="already has a checkpoint of step 6"):
+        commit.resolve("never", tmp_path)
+    assert commit.resolve(str(first), tmp_path / "branch") == first.resolve()
+    assert commit.resolve(str(tmp_path / "checkpoints" / "last"), tmp_path / "branch").name == "00000006"
+    assert commit.resolve("never", tmp_path / "branch") is None and commit.resolve("auto", tmp_path / "branch") is None
+
+
+def test_newest_run_is_the_one_saved_last(tmp_path):
+    for number, name in enumerate(("toy-1", "toy-2", "other-3")):
+        path = save(tmp_path / name / "checkpoints", 1)
+        os.utime(path, (number, number))
+    assert commit.newest_run(tmp_path, "toy").name == "toy-2"
+    assert commit.newest_run(tmp_path, "none") is None

@@ -1,0 +1,193 @@
+"""What a checkpoint holds and gives back; saving in the background; failures that leave the last good one."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from opentau_train.checkpoints import commit, contents
+from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.saver import Saver
+from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
+from opentau_train.distributed.parallel import Replicas
+from opentau_train.distributed.world import launch
+from opentau_train.errors import UserError
+from opentau_train.optim import Ema, adamw
+from opentau_train.step import TrainState
+from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
+
+OPTIMIZER = OptimizerSettings(lr=1e-3)
+CARD = Pretrained({}, {}, {})
+
+
+@pytest.fixture
+def world():
+    with launch(device="cpu", precision="no", timeout=60, identity={}) as world:
+        yield world
+
+
+def make_state(seed: int = 0, ema: bool = True, optimizer: OptimizerSettings = OPTIMIZER, **model) -> TrainState:
+    policy = make_policy(seed=seed, **model)
+    return TrainState(policy, Replicas(policy, False), adamw(policy, optimizer), Ema(policy, 0.9) if ema else None)
+
+
+def train(state: TrainState, steps: int = 1) -> None:
+    for _ in range(steps):
+        batch = make_batch(seed=state.step)
+        sum(s.sum() for s, _ in state.policy(batch, make_noise(batch, state.step)).values()).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update(state.policy)
+        state.step += 1
+
+
+def everything(state: TrainState) -> dict[str, torch.Tensor]:
+    flat = {}
+    for part, values in contents.tensors_of(state).items():
+        values = values["state"] if part == "optimizer" else values
+        for name, value in values.items():
+            items = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{part}.{name}.{key}": item.clone() for key, item in items}
+    return flat
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def save(saver: Saver, state: TrainState, **options) -> Path | None:
+    return saver.save(state, stream={"t": state.step}, counters={"bad": 1}, **options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_loading_gives_back_every_bit_and_training_goes_on_alike(asynchronous, world, tmp_path):
+    state = make_state()
+    train(state, 3)
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=asynchronous), CARD) as saver:
+        path = save(saver, state) or saver.finish()
+        before = everything(state)
+        other = make_state(seed=7)
+        run = contents.load(path, other, world)
+        assert run["stream"] == {"t": 3} and run["counters"] == {"bad": 1} and other.step == 3
+        assert same(everything(other), before) and len(before) > 100
+        train(state), train(other)
+        assert same(everything(other), everything(state)) and not same(everything(state), before)
+
+
+def test_what_trains_on_during_a_background_save_is_not_in_it(world, tmp_path):
+    """The thread is held back until two more steps are done: the checkpoint is still that of the step it is named."""
+    state = make_state()
+    train(state, 2)
+    before, hold = everything(state), threading.Event()
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=True), CARD) as saver:
+        saver._thread.submit(hold.wait)
+        assert save(saver, state) is None and saver.poll(saver.written) is None
+        train(state, 2)
+        assert saver.poll(saver.written) is None and commit.complete(tmp_path / "checkpoints") == []
+        hold.set()
+        path = saver.finish()
+        assert saver.finish() is None and saver.poll(saver.written) is None
+    other = make_state(seed=7)
+    contents.load(path, other, world)
+    assert path.name == "00000002" and other.step == 2 and same(everything(other), before)
+
+
+def test_the_next_save_commits_the_one_before_and_keeps_the_best(world, tmp_path):
+    settings = CheckpointSettings(asynchronous=True, keep_last=1, keep_every=4)
+    state = make_state()
+    with Saver(tmp_path, world, settings, CARD) as saver:
+        for _ in range(6):
+            train(state)
+            save(saver, state)
+            if (tmp_path / "checkpoints" / "00000002").exists():
+                commit.point(tmp_path / "checkpoints" / "best", "00000002")
+        saver.finish()
+    assert [int(p.name) for p in commit.complete(tmp_path / "checkpoints")] == [2, 4, 6]
+
+
+def test_an_error_in_training_does_not_give_up_what_was_written(world, tmp_path):
+    state = make_state()
+    with (
+        pytest.raises(ZeroDivisionError),
+        Saver(tmp_path, world, CheckpointSettings(asynchronous=True), CARD) as saver,
+    ):
+        save(saver, state)
+        raise ZeroDivisionError
+    assert commit.newest(tmp_path / "checkpoints").name == "00000000"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_fails_names_the_last_good_one_and_leaves_no_trace(asynchronous, world, tmp_path):
+    state = make_state()
+    card = dataclasses.replace(CARD, config={"an object": 1})
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=asynchronous), card) as saver:
+        _ = save(saver, state) or saver.finish()
+        state.step = 5
+        blocked = tmp_path / "checkpoints" / "00000005.tmp" / "rng"
+        with pytest.raises(RuntimeError, match=r"can't save .*00000005: rank 0: .*last good checkpoint is .*00000000"):
+            original = saver._content
+
+            def content_and_a_full_disk(*arguments):
+                content = original(*arguments)
+                blocked.rmdir()
+                blocked.write_text("in the way")
+                return content
+
+            saver._content = content_and_a_full_disk
+            _ = save(saver, state) or saver.finish()
+        assert [p.name for p in commit.complete(tmp_path / "checkpoints")] == ["00000000"]
+        assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_a_resumed_optimizer_has_the_options_of_now_and_stays_fused(world, tmp_path):
+    state = make_state()
+    train(state)
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    now = OptimizerSettings(lr=5e-4, betas=(0.5, 0.6), weight_decay=0.25)
+    other = make_state(seed=1, optimizer=now)
+    contents.load(path, other, world)
+    decayed, plain = other.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.25 and plain["weight_decay"] == 0.0
+    for group in other.optimizer.param_groups:
+        assert group["fused"] and group["betas"] == (0.5, 0.6) and group["lr"] == 5e-4
+    assert same(everything(other), everything(state))
+
+
+def test_an_average_may_begin_or_end_at_a_resume(world, tmp_path):
+    state = make_state(ema=False)
+    train(state)
+    with Saver(tmp_path / "none", world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    begins = make_state(seed=1, ema=True)
+    contents.load(path, begins, world)
+    assert all(torch.equal(begins.ema.average[n], p) for n, p in state.policy.named_parameters())
+    with Saver(tmp_path / "one", world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, begins)
+    ends = make_state(seed=2, ema=False)
+    contents.load(path, ends, world)
+    assert same(everything(ends), everything(state))
+
+
+def test_another_model_is_named_by_its_shapes(world, tmp_path):
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, make_state())
+    with pytest.raises(UserError, match=r"shape of .*\(32.* there, .*\(64.* here"):
+        contents.load(path, make_state(width=64), world)
+    with pytest.raises(UserError, match=r"keys missing there: ema\.layers\.2"):
+        contents.load(path, make_state(depth=3), world)
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_weights_alone_can_be_read_from_the_shards(part, world, tmp_path):
+    state = make_state()
+    train(state, 2)
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    policy = make_policy(seed=9)
+    contents.load_weights(path, policy, part)
+    expected = state.ema.average if part == "ema" else dict(state.policy.named_parameters())
+    assert all(torch.equal(p, expected[n]) for n, p in policy.named_parameters())

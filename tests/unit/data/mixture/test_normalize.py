@@ -1,0 +1,103 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opentau_train.data.mixture import normalize
+from opentau_train.data.mixture.normalize import Affine, HeadStats
+from opentau_train.errors import UserError
+
+METHODS = ["mean_std", "min_max", "quantiles"]
+
+
+def stats_of(actions: np.ndarray, parts: int = 3) -> HeadStats:
+    pieces = np.array_split(actions.astype(np.float32), parts)
+    rows = (("d", i, np.zeros((len(p), 0), np.float32), p) for i, p in enumerate(pieces) if len(p))
+    return normalize.compute(rows, len(actions), [], [f"a{i}" for i in range(actions.shape[1])])
+
+
+@given(st.integers(0, 2**31), st.floats(-1e5, 1e5), st.floats(1e-3, 1e3))
+@settings(max_examples=40, deadline=None)
+def test_moments_equal_numpy_on_all_rows_at_once(seed, offset, scale):
+    x = (np.random.default_rng(seed).normal(size=(500, 3)) * scale + offset).astype(np.float32)
+    found = stats_of(x).actions
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(found.mean, wide.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.std, wide.std(0), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(found.q01, np.quantile(x, 0.01, axis=0), rtol=1e-6)
+    assert (found.min == wide.min(0)).all() and (found.max == wide.max(0)).all() and found.count == 500
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inverse_restores_the_data(method):
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(400, 4)).astype(np.float32)
+    affine = Affine.of(stats_of(x).actions, method)
+    np.testing.assert_allclose(affine.denormalize(affine.normalize(x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "low", "high"), [("min_max", -1.0, 1.0), ("mean_std", None, None)])
+def test_ranges_after_normalisation(method, low, high):
+    x = np.random.default_rng(1).uniform(5, 9, size=(400, 2)).astype(np.float32)
+    z = Affine.of(stats_of(x).actions, method).normalize(x)
+    if method == "min_max":
+        assert z.min() == pytest.approx(low, abs=1e-5) and z.max() == pytest.approx(high, abs=1e-5)
+    else:
+        assert abs(z.mean()) < 1e-5 and z.std() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_constant_dimension_is_zero_named_and_never_divided(method, value):
+    x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    x[:, 1] = value
+    stats = stats_of(x)
+    affine = Affine.of(stats.actions, method)
+    assert (affine.normalize(x)[:, 1] == 0).all()
+    np.testing.assert_allclose(affine.denormalize(affine.normalize(x))[:, 1], value, rtol=1e-6)
+    assert normalize.constant_dimensions(stats, method) == ["a1"]
+
+
+def test_nan_names_dataset_episode_and_dimension():
+    x = np.zeros((5, 2), np.float32)
+    x[3, 1] = np.nan
+    rows = [("good", 0, np.zeros((5, 0)), np.zeros((5, 2))), ("bad", 17, np.zeros((5, 0)), x)]
+    with pytest.raises(UserError, match="y is nan in dataset 'bad', episode 17, frame 3"):
+        normalize.compute(iter(rows), 10, [], ["x", "y"])
+
+
+def test_quantiles_of_a_stride_sample_stay_close(monkeypatch):
+    monkeypatch.setattr(normalize, "QUANTILE_ROWS", 1000)
+    x = np.random.default_rng(0).normal(size=(30_000, 1))
+    found = stats_of(x, parts=7).actions
+    assert abs(found.q01[0] - np.quantile(x, 0.01)) < 0.3
+    np.testing.assert_allclose(found.mean, x.astype(np.float32).astype(np.float64).mean(0), atol=1e-12)
+
+
+def test_cache_is_keyed_by_content_and_survives_json(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return stats_of(np.random.default_rng(0).normal(size=(50, 2)))
+
+    first = normalize.cached(tmp_path, ["content a"], make)
+    again = normalize.cached(tmp_path, ["content a"], make)
+    normalize.cached(tmp_path, ["content b"], make)
+    assert len(made) == 2
+    assert json.dumps(first.to_json()) == json.dumps(again.to_json())
+
+
+@pytest.mark.parametrize("text", ["", '{"state": {"count"', "{}"])
+def test_a_torn_cache_is_computed_again_and_says_so(text, tmp_path, caplog):
+    def make():
+        return stats_of(np.random.default_rng(0).normal(size=(50, 2)))
+
+    first = normalize.cached(tmp_path, ["content"], make)
+    (stored,) = (tmp_path / "stats").iterdir()
+    whole = stored.read_text()
+    stored.write_text(text)
+    assert json.dumps(normalize.cached(tmp_path, ["content"], make).to_json()) == json.dumps(first.to_json())
+    assert stored.name in caplog.text
+    assert stored.read_text() == whole and list((tmp_path / "stats").iterdir()) == [stored]
