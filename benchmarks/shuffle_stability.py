@@ -66,7 +66,7 @@ def main() -> None:
     started, before = time.perf_counter(), machine()
     settings = settings_of(ARGUMENTS)
     with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-        mixture = open_mixture(settings, world)
+        mixture = open_mixture(settings)
         data = Decoded(mixture)
         runs: dict[str, list[Run]] = {name: [] for name in NAMES}
         for seed in range(options.seeds):

@@ -197,8 +197,8 @@ def scaling(size: tuple[int, int]) -> Callable[[av.VideoFrame], np.ndarray]:
 def random_access(mixture: Mixture, num: int) -> float:
     """CPU milliseconds a window in random order; one open reader a video file."""
     builder = SampleBuilder(mixture, train=True)
-    table = mixture.datasets[0].source.episodes
-    files = table.video_file[mixture.datasets[0].source.cameras[0]]
+    source = mixture.datasets[0].source
+    table, files = source.episodes, source.reading.stored.videos[source.cameras[0]].file
     for file in np.unique(files):  # open the files before the clock starts
         builder.build(int(file), 0, int(np.flatnonzero(files == file)[0]), 0, 0)
     started = time.process_time()

@@ -106,8 +106,8 @@ def open_case(root: Path, world):
     from opentau_train import cli
     from opentau_train.config.settings import load_settings
     from opentau_train.config.typed import instantiate
-    from opentau_train.data.mixture.open import open_mixture
     from opentau_train.distributed.parallel import spread
+    from opentau_train.job import open_together
 
     names = sorted(p.name for p in root.iterdir() if (p / "meta").is_dir())
     source = "data/source@data.sources"
@@ -118,7 +118,7 @@ def open_case(root: Path, world):
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = cli.plain(hydra.compose("train", overrides))
     settings = load_settings(tree)
-    mixture = open_mixture(settings, world)
+    mixture = open_together(settings, world)
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
     return settings, mixture, policy, spread(policy, policy.blocks(), world, world.size, 1, "no")

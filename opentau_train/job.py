@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +24,17 @@ from opentau_train.checkpoints.saver import Saver
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import bind, instantiate
+from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.data.mixture.open import open_plan, table_digests, with_statistics
+from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
@@ -88,7 +94,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if found is not None:
         world.agree(lambda: _compare(settings, tree, found))
         stats = world.agree(lambda: read_stats(found))
-    mixture = open_mixture(settings, world, stats)
+    mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
     policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
@@ -116,6 +122,31 @@ def _check_targets(settings: Settings) -> None:
     bind(settings.scheduler, "scheduler", [])
     for name, options in settings.logger.items():
         bind(options, f"logger.{name}", ["context"])
+
+
+def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
+    """The mixture, opened by all ranks: files prepared once a node, statistics computed on rank 0 where no checkpoint's
+    `stats` are given. Collective; raises `UserError` on all ranks alike."""
+    num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
+    sources = resolve_sources(settings, world.once_a_node, num_nodes)
+    plan = world.agree(lambda: open_plan(settings, sources))
+    _check_same_tables(plan, world)
+    if stats is None:
+
+        def compute() -> dict[str, HeadStats]:
+            return statistics.compute(settings, plan.datasets, plan.groups) if world.is_main else {}
+
+        stats = world.broadcast(world.agree(compute))
+    return with_statistics(plan, stats)
+
+
+def _check_same_tables(plan: Mixture, world: World) -> None:
+    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
+    tables = table_digests(plan)
+    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+        remedy = "give every node the same files and filters of this dataset"
+        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
 
 
 def _where(settings: Settings) -> tuple[Path, Path | None]:

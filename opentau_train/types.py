@@ -7,7 +7,7 @@ K loss terms.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,19 +20,13 @@ class EpisodeTable:
     """Every episode of one source, as columns (arrays only: forked workers share their pages).
 
     `episode_index` [E] i64 as the dataset numbers them; `length` [E] i32 rows; `control_mode` [E] i16 codes into
-    `control_modes`; `data_file` [E] i32 into the source's list of parquet files and `row_start` [E] i64, the
-    episode's first row in it; `video_file` {camera: [E] i32} and `video_start` {camera: [E] f64 seconds}, the
-    episode's place in its mp4 (empty for cameras stored as images).
+    `control_modes`. Where an episode's rows and frames are stored is the source's own matter.
     """
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int32]
     control_mode: NDArray[np.int16]
     control_modes: tuple[str, ...]
-    data_file: NDArray[np.int32]
-    row_start: NDArray[np.int64]
-    video_file: Mapping[str, NDArray[np.int32]]
-    video_start: Mapping[str, NDArray[np.float64]]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -40,14 +34,10 @@ class EpisodeTable:
     def select(self, keep: NDArray) -> EpisodeTable:
         """The episodes at the positions (or under the mask) `keep`, in that order."""
         return EpisodeTable(
-            self.episode_index[keep],
-            self.length[keep],
-            self.control_mode[keep],
-            self.control_modes,
-            self.data_file[keep],
-            self.row_start[keep],
-            {c: v[keep] for c, v in self.video_file.items()},
-            {c: v[keep] for c, v in self.video_start.items()},
+            episode_index=self.episode_index[keep],
+            length=self.length[keep],
+            control_mode=self.control_mode[keep],
+            control_modes=self.control_modes,
         )
 
 

@@ -30,12 +30,12 @@ from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import instantiate
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.split import trained_on
 from opentau_train.distributed.parallel import Replicas, data_parallel_degrees, spread
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
+from opentau_train.job import open_together
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
@@ -96,7 +96,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         world.roll_call(),
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
-        mixture = fit(open_mixture(settings, world, stats), card.policy)
+        mixture = fit(open_together(settings, world, stats), card.policy)
         policy, replicas, ema, step = spread_policy(settings, mixture.spec, found, world)
         share = max(1, trainer.global_batch_size // world.size)
         size = min(settings.data.max_samples_per_batch or share, share)

@@ -1,7 +1,7 @@
-"""A dataset in memory behind the `Source` protocol: `_target_: tests.fake_source.FakeSource` with `root: SPEC`.
+"""A dataset in memory behind the `Source` protocol: `_target_: tests.fake_source.FakeSource` with `lengths: [5, 7, 3]`.
 
-SPEC is `5,7,3` (frames of each episode), with `;bad=0.2` that share of the windows can't be read, with `;slow` every
-read takes a random time. Each window's picture says which window it is.
+With `bad: 0.2` that share of the windows can't be read, with `slow: true` every read takes a random time. Each window's
+picture says which window it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import hydra
 import numpy as np
@@ -21,10 +22,11 @@ import torch
 from opentau_train import cli, rng
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.data.lerobot.source import whole_episodes
+from opentau_train.config.typed import build
 from opentau_train.data.load.stream import RankBatch, training_batches
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
+from opentau_train.data.source import whole_episodes
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
@@ -37,6 +39,26 @@ ONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
 @dataclass(frozen=True)
 class FakeSource:
+    """Its options: the frames of each episode, the share of unreadable windows, whether reads take their time."""
+
+    selects: ClassVar[bool] = False
+
+    lengths: tuple[int, ...]
+    bad: float = 0.0
+    slow: bool = False
+
+    def open(self, name: str, settings: SourceSettings) -> FakeDataset:
+        table = EpisodeTable(
+            episode_index=np.arange(len(self.lengths)) + 1000,
+            length=np.array(self.lengths, np.int32),
+            control_mode=np.zeros(len(self.lengths), np.int16),
+            control_modes=("joint",),
+        )
+        return FakeDataset(name, table, self.bad, self.slow, name, repr(self.lengths))
+
+
+@dataclass(frozen=True)
+class FakeDataset:
     name: str
     episodes: EpisodeTable
     bad: float
@@ -49,24 +71,6 @@ class FakeSource:
     cameras: tuple[str, ...] = ("eye",)
     state_names: tuple[str, ...] = ("episode", "frame")
     action_names: tuple[str, ...] = ("frame",)
-
-    @classmethod
-    def open(cls, name: str, settings: SourceSettings, root: Path) -> FakeSource:
-        spec, *options = str(root).split(";")
-        bad = next((float(o.removeprefix("bad=")) for o in options if o.startswith("bad=")), 0.0)
-        length = np.array([int(n) for n in spec.split(",")], np.int32)
-        zeros = np.zeros(len(length), np.int64)
-        table = EpisodeTable(
-            np.arange(len(length)) + 1000,
-            length,
-            zeros.astype(np.int16),
-            ("joint",),
-            zeros.astype(np.int32),
-            zeros,
-            {},
-            {},
-        )
-        return cls(name, table, bad, "slow" in options, name, spec)
 
     def get_shuffle_blocks(self):
         return whole_episodes(self.episodes.length)
@@ -87,7 +91,7 @@ class FakeSource:
 class FakeCursors:
     """Factory and cursor in one: there is no state."""
 
-    source: FakeSource
+    source: FakeDataset
     window: WindowSpec
 
     def cursor(self) -> FakeCursors:
@@ -123,17 +127,24 @@ def _base() -> Settings:
 
 
 def mixture_of(specs: dict[str, str], cache: Path, *, source: dict | None = None, **data) -> Mixture:
-    """A mixture of fake datasets {name: SPEC}; `source` are settings of all of them, `data` of the mixture."""
-    options = {"target": "tests.fake_source.FakeSource", "val_split_ratio": 0.0, **(source or {})}
+    """A mixture of fake datasets {name: `5,7,3`, the frames of each episode, with `;bad=0.2` and `;slow` where wanted};
+    `source` are settings of all of them, `data` of the mixture."""
+    chosen = {"_target_": "tests.fake_source.FakeSource", "val_split_ratio": 0.0, **(source or {})}
     base = _base()
-    first = base.data.sources["main"]
-    sources = {name: dataclasses.replace(first, root=spec, **options) for name, spec in specs.items()}
+    sources = {n: build(SourceSettings, {**chosen, **options_of(spec)}, n) for n, spec in specs.items()}
     settings = dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, sources=sources, **data),
         paths=dataclasses.replace(base.paths, cache_dir=str(cache)),
     )
-    return open_mixture(settings, ONE)
+    return open_mixture(settings)
+
+
+def options_of(spec: str) -> dict:
+    """A SPEC of `mixture_of` as options of `FakeSource`."""
+    lengths, *words = spec.split(";")
+    bad = [float(word.removeprefix("bad=")) for word in words if word.startswith("bad=")]
+    return {"lengths": [int(n) for n in lengths.split(",")], "slow": "slow" in words, "bad": sum(bad)}
 
 
 def with_data(mixture: Mixture, **data) -> Mixture:

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from opentau_train.data.lerobot.source import LeRobotSource
+from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.models.flow import FlowPolicy
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -77,6 +78,11 @@ class SlowValidation(FlowPolicy):
 class HangingSource(LeRobotSource):
     """On rank 1 the seventh read of a worker never ends."""
 
+    def open(self, name, settings):
+        return HangingDataset(**vars(super().open(name, settings)))
+
+
+class HangingDataset(LeRobotDataset):
     def cursors(self, window):
         factory, reads = super().cursors(window), [0]
         make = factory.cursor

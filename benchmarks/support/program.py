@@ -11,11 +11,10 @@ import numpy as np
 
 from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.data.lerobot.source import whole_episodes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.order.blocks import DatasetBlocks
-from opentau_train.distributed.world import launch
+from opentau_train.data.source import whole_episodes
 
 
 def settings_of(arguments: Sequence[str]) -> Settings:
@@ -26,12 +25,7 @@ def settings_of(arguments: Sequence[str]) -> Settings:
 def mixture_of(root: Path, *arguments: str) -> Mixture:
     """The mixture of one LeRobot dataset."""
     given = ["+recipe=lerobot", f"data.sources.main.root={root}", "data.sources.main.val_split_ratio=0.0"]
-    return open_settings(settings_of([*given, f"paths.cache_dir={root.parent / 'cache'}", *arguments]))
-
-
-def open_settings(settings: Settings) -> Mixture:
-    with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-        return open_mixture(settings, world)
+    return open_mixture(settings_of([*given, f"paths.cache_dir={root.parent / 'cache'}", *arguments]))
 
 
 def unique_bytes(pid: int) -> int:
@@ -49,11 +43,12 @@ def with_episodes(mixture: Mixture, num: int) -> Mixture:
     """The mixture as if its one dataset had `num` episodes: its own, again and again."""
     (dataset,) = mixture.datasets
     place = np.arange(num) % len(dataset.source.episodes)
-    table = dataset.source.episodes.select(place)
-    reading = dataclasses.replace(dataset.source.reading, episodes=table)
-    source = dataclasses.replace(dataset.source, reading=reading, blocks=whole_episodes(table.length))
+    stored = dataset.source.reading.stored.select(place)
+    length = stored.table.length
+    reading = dataclasses.replace(dataset.source.reading, stored=stored)
+    source = dataclasses.replace(dataset.source, reading=reading, blocks=whole_episodes(length))
     position = np.arange(num, dtype=np.int32)
-    blocks = DatasetBlocks(dataset.name, position, np.zeros(num, np.int32), table.length, position.astype(np.int64))
+    blocks = DatasetBlocks(dataset.name, position, np.zeros(num, np.int32), length, position.astype(np.int64))
     changed = dataclasses.replace(
         dataset,
         source=source,

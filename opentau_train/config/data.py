@@ -7,7 +7,7 @@ Torch is not imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from opentau_train.config.typed import at_least, fraction, positive
 from opentau_train.errors import UserError
@@ -15,7 +15,10 @@ from opentau_train.errors import UserError
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """One dataset of the mixture: `data.sources.NAME`."""
+    """One dataset of the mixture: `data.sources.NAME`. Its other keys are `options` of the class that `_target_` names.
+
+    Those in `SELECTING` are followed by the class, where it can; all the others by the mixture, for any class.
+    """
 
     target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
     root: str | None = None
@@ -39,15 +42,6 @@ class SourceSettings:
     sample_stride: int | None = None
     fps: float | None = None
     """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
-    cameras: dict[str, str] | tuple[str, ...] | None = None
-    """{camera name: column}, or columns; null = every camera of the dataset."""
-    state: tuple[str, ...] | None = None
-    actions: tuple[str, ...] | None = None
-    prompt_columns: tuple[str, ...] = ()
-    """String columns that hold the instruction; none = the dataset's tasks."""
-    prompt_separator: str | None = None
-    """Splits one text into alternatives, e.g. ' | '."""
-    tolerance_s: float = 1e-4
     use_filter_dict: bool = False
     filter_dict_path: str | None = None
     filter_key: str = "{recording_folderpath}--{file_path}"
@@ -63,7 +57,9 @@ class SourceSettings:
     exclude_episodes: tuple[int, ...] = ()
     success_only: bool = False
     success_column: str = "next.success"
-    """Of the episodes' metadata, or of the rows, whose last one counts."""
+    """The column that says so: of the episodes' metadata, or of the rows, whose last one counts."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"options_of": "target"})
+    """The class's own options, by name."""
 
     @property
     def validates_only(self) -> bool:
@@ -83,7 +79,7 @@ class SourceSettings:
                 where=f"{path}.weight",
                 remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
             )
-        for name in ("chunk_length", "sample_stride", "fps", "tolerance_s"):
+        for name in ("chunk_length", "sample_stride", "fps"):
             positive(f"{path}.{name}", getattr(self, name))
         at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
         if not 0.0 <= self.filter_min_match <= 1.0:
@@ -93,6 +89,14 @@ class SourceSettings:
                 f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
                 remedy=f"set {path}.filter_dict_path=FILE.json, or {path}.use_filter_dict=false",
             )
+
+
+SELECTING = (
+    *("control_mode", "control_mode_column", "robot_type"),
+    *("use_filter_dict", "filter_dict_path", "filter_key", "filter_rule", "filter_min_match", "filter_trim_tail"),
+    *("episodes", "exclude_episodes", "success_only", "success_column"),
+)
+"""Settings of a source that choose among its episodes and windows, or say what they are."""
 
 
 @dataclass(frozen=True)

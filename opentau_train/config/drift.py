@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
+from opentau_train.config.typed import TARGET, defaults
 from opentau_train.errors import UserError
 
 Kind = Literal["safe", "warned", "refused"]
@@ -165,10 +166,16 @@ def _filled(cls: Any, tree: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(hint):
             filled[key] = _filled(hint, filled.get(key))
         elif hint == dict[str, SourceSettings]:
-            filled[key] = {name: _filled(SourceSettings, source) for name, source in _mapping(filled.get(key)).items()}
+            filled[key] = {name: _filled_source(source) for name, source in _mapping(filled.get(key)).items()}
         elif key not in filled and field.default is not dataclasses.MISSING:
             filled[key] = field.default
     return filled
+
+
+def _filled_source(tree: Any) -> dict[str, Any]:
+    """A source with the defaults of the settings that every source has, and of its own class's options."""
+    filled = _filled(SourceSettings, tree)
+    return {**defaults(filled[TARGET]), **filled}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from opentau_train.config.settings import Settings
+from opentau_train.config.typed import defaults
 from opentau_train.errors import UserError, did_you_mean
 
 HELP = "see python -m opentau_train --help"
@@ -138,7 +139,10 @@ def _dotted(cls: type, path: str = "") -> Iterator[str]:
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{path}{field.name}"
         inner = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else hint
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+        if "options_of" in field.metadata:  # whose keys stand beside the others: those of the usual class
+            usual = next(f.default for f in dataclasses.fields(cls) if f.name == field.metadata["options_of"])
+            yield from (f"{path}{name}" for name in defaults(usual))
+        elif dataclasses.is_dataclass(inner) and isinstance(inner, type):
             yield from _dotted(inner, f"{key}." if inner is hint else f"{key}.NAME.")
         else:
             yield key

@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from opentau_train.errors import UserError, did_you_mean
 
@@ -22,14 +22,19 @@ TARGET = "_target_"
 def build(cls: type, tree: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from the mapping `tree`; `path` is the mapping's place in the config.
 
-    A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. Raises
+    A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. One
+    with `{"options_of": FIELD}` takes all keys that no field has: options of the class that FIELD names. Raises
     `UserError` for an unknown key, a missing one, a wrong type, and whatever the class's own `check(path)` finds.
     """
     if not isinstance(tree, Mapping):
         raise _wrong(path or "the configuration", "a mapping of settings", tree)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
-    _refuse_unknown(tree, fields, path)
+    rest = next((f for f in fields.values() if "options_of" in f.metadata), None)
+    if rest is None:
+        _refuse_unknown(tree, fields, path)
+    else:
+        del fields[rest.name]
     values = {}
     for key, field in fields.items():
         where = f"{path}.{key}" if path else key
@@ -38,16 +43,25 @@ def build(cls: type, tree: Any, path: str) -> Any:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} is required but not set", remedy=f"add {where}=VALUE")
     made = cls(**values)
+    if rest is not None:
+        options = {k: v for k, v in tree.items() if k not in fields}
+        own = {TARGET: getattr(made, rest.metadata["options_of"]), **options}
+        made = dataclasses.replace(made, **{rest.name: bind(own, path, (), beside=fields)[1]})
     made.check(path)
     return made
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as the type `hint` says, or `UserError`. Integers pass as floats and lists as tuples; nothing else is
-    coerced."""
+    coerced. `Annotated[TYPE, positive]` bounds the value by a function of its path and itself."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        made = convert(args[0], value, path)
+        for bound in args[1:]:
+            bound(path, made)
+        return made
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, path)
     if origin is Literal:
@@ -145,7 +159,7 @@ def _wrong(path: str, expected: str, value: Any) -> UserError:
     )
 
 
-def _refuse_unknown(tree: Mapping, known: Mapping, path: str) -> None:
+def _refuse_unknown(tree: Mapping, known: Collection[str], path: str) -> None:
     for key in tree:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
@@ -186,9 +200,12 @@ def instantiate(tree: Mapping[str, Any], path: str, /, **given: Any) -> Any:
     return target(**given, **values)
 
 
-def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def bind(
+    tree: Mapping[str, Any], path: str, given: Collection[str], *, beside: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]]:
     """The target and the converted arguments that `instantiate` would call it with, without calling it: a mistake in
-    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself."""
+    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself,
+    `beside` the keys that stand at the same place and have another reader."""
     if TARGET not in tree:
         raise UserError(
             f"{path} has no {TARGET}", remedy=f"choose a file of conf/{path.replace('.', '/')}/, or name a class"
@@ -197,9 +214,16 @@ def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[An
     signature = inspect.signature(target)
     by_name = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     known = {n: p for n, p in by_name.items() if n not in given}
+    taken = next((n for n in known if n in beside), None)
+    if taken is not None:
+        raise UserError(
+            f"'{tree[TARGET]}' has an argument '{taken}', but {path}.{taken} is not its to read",
+            where=f"{path}.{TARGET}",
+            remedy="give the argument another name",
+        )
     options = {k: v for k, v in tree.items() if k != TARGET}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    _refuse_unknown({k: v for k, v in options.items() if k in given or not takes_any}, known, path)
+    _refuse_unknown({k: v for k, v in options.items() if k in given or not takes_any}, [*known, *beside], path)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
         raise UserError(f"{path}.{missing[0]} is required but not set", remedy=f"add {path}.{missing[0]}=VALUE")
@@ -211,9 +235,18 @@ def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[An
     return target, values
 
 
+def defaults(target: Any) -> dict[str, Any]:
+    """{argument: its default} of what `target` names; empty where that isn't installed."""
+    try:
+        signature = inspect.signature(locate(target, TARGET))
+    except UserError:
+        return {}
+    return {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+
+
 def _hints(target: Any, path: str) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except NameError as error:
         raise _bad_target(path, f"has a type hint that can't be resolved: {error}") from error
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +166,7 @@ def template_fields(template: str, where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parts))
 
 
-def fill_template(template: str, columns: Mapping[str, list[Any]], num: int) -> list[str]:
+def fill_template(template: str, columns: Mapping[str, Sequence[Any]], num: int) -> list[str]:
     """The keys of `num` episodes: the template with each episode's values. Names may hold dots."""
     parts = list(string.Formatter().parse(template))
     return [

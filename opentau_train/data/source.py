@@ -1,16 +1,18 @@
-"""What a dataset must offer to be trained on: a `Source` describes it, its `Cursor`s read it forward.
+"""What a dataset must offer to be trained on: `SourceOptions` say how it is read and open it, a `Source` describes it,
+its `Cursor`s read it forward.
 
-`lerobot.py` has the implementation for LeRobot's formats; `docs/extending.md` shows another.
+`data/lerobot/` has the implementation for LeRobot's formats; `docs/extending.md` shows another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.config.data import SourceSettings
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
 
 UNKNOWN_ROBOT = "unknown"
@@ -29,6 +31,23 @@ class Cursor(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class SourceOptions(Protocol):
+    """What `data.sources.NAME._target_` names: a class built from the source's own options, all keys of the source that
+    are no `SourceSettings`. They are checked against its signature when the configuration is."""
+
+    selects: ClassVar[bool]
+    """Whether `open` follows the settings that choose among episodes and windows or say what they are
+    (`SourceSettings`' filters, control mode and robot type). Where it doesn't, the mixture refuses them."""
+
+    def open(self, name: str, settings: SourceSettings) -> Source:
+        """The dataset that is called `name` in the mixture. `settings.root` is a local directory, or None where none is
+        given: whether it is needed is for the class to say.
+
+        Raises `UserError` for what is missing, broken or unknown.
+        """
+        ...
 
 
 class Source(Protocol):
@@ -63,6 +82,11 @@ class Source(Protocol):
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """(position, state [L, S] f32, actions [L, A] f32) of the episodes at `positions`; never decodes video."""
         ...
+
+
+def whole_episodes(length: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[N, 3] int32 blocks (position, 0, length): every episode in one run."""
+    return np.stack([np.arange(len(length)), np.zeros(len(length)), length], axis=1).astype(np.int32)
 
 
 class CursorFactory(Protocol):

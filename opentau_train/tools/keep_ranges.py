@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.typed import at_least, positive
 from opentau_train.data.keep_ranges import Ranges
-from opentau_train.data.lerobot.source import LeRobotSource
+from opentau_train.data.lerobot import LeRobotSource
+from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.tools.out import make_directory, writing
 
@@ -36,15 +37,15 @@ _REMEDIES = {
 """{a setting that a source's remedy speaks of: what to do about it here, where there are no settings}"""
 
 
-def compute(source: LeRobotSource, **rule: Any) -> dict[str, Ranges]:
+def compute(source: LeRobotDataset, **rule: Any) -> dict[str, Ranges]:
     """{episode number: ranges} of every episode; `rule` as in `nonidle_ranges`.
 
     Raises `UserError` naming a file that can't be read.
     """
     numbers = source.episodes.episode_index
     rows = source.columns(np.arange(len(numbers)))
-    found = {int(numbers[position]): nonidle_ranges(actions, **rule) for position, _, actions in rows}
-    return {str(number): found[number] for number in sorted(found)}
+    ranges = {int(numbers[position]): nonidle_ranges(actions, **rule) for position, _, actions in rows}
+    return {str(number): ranges[number] for number in sorted(ranges)}
 
 
 def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> None:
@@ -77,12 +78,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _read(options: argparse.Namespace, rule: dict[str, Any]) -> tuple[LeRobotSource, dict[str, Ranges]]:
+def _read(options: argparse.Namespace, rule: dict[str, Any]) -> tuple[LeRobotDataset, dict[str, Ranges]]:
     """The dataset's actions alone, and their ranges. Raises `UserError`."""
     actions = options.actions and tuple(options.actions)
-    settings = SourceSettings(root=str(options.root), actions=actions, state=(), cameras=())
+    columns = LeRobotSource(actions=actions, state=(), cameras=())
     try:
-        source = LeRobotSource.open(NAME, settings, options.root)
+        source = columns.open(NAME, SourceSettings(root=str(options.root)))
         return source, compute(source, **rule)
     except UserError as error:
         raise in_own_words(error, options.root) from error
@@ -103,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER
-    total, kept = int(source.episodes.length.sum()), sum(b - a for found in ranges.values() for a, b in found)
-    empty = sum(not found for found in ranges.values())
+    total, kept = int(source.episodes.length.sum()), sum(b - a for kept in ranges.values() for a, b in kept)
+    empty = sum(not kept for kept in ranges.values())
     print(f"{options.out}: {len(ranges)} episodes ({empty} wholly idle), {kept} of {total} frames kept")
     return EXIT_OK
 

@@ -21,11 +21,11 @@ from opentau_train.config.typed import at_least
 from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, weight_cell
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.parallel import check_batch
-from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK
 
 EPOCH_WARNING = 100
@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at_least("--ranks", options.ranks, 1)
         at_least("--batches", options.batches, 1)
         settings = load_settings(cli.compose(composed))
-        with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-            print(describe(settings, open_plan(settings, world), options.ranks, options.batches))
+        mixture = open_plan(settings, resolve_sources(settings))
+        print(describe(settings, mixture, options.ranks, options.batches))
         return EXIT_OK
 
     return cli.answer(work)

@@ -30,7 +30,6 @@ from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.table import align
 from opentau_train.data.order.quality import ShuffleQuality
 from opentau_train.data.order.tape import Windows, frames_ahead
-from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.models.noise import draw_noise
 from opentau_train.models.policy import Policy
@@ -215,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         policy, stats, meta = load_policy(options.run)
         settings = load_settings(meta["config"])
         sizes = {"batches": options.batches, "episodes": options.episodes, "frames": options.frames}
-        with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-            mixture = open_mixture(settings, world, stats)
+        mixture = open_mixture(settings, stats)
         batch_size = settings.trainer.global_batch_size
         print(describe(measure(policy, mixture, batch_size, **sizes), mixture, batch_size))
         return EXIT_OK

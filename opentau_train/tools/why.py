@@ -25,8 +25,8 @@ from opentau_train.config.typed import at_least
 from opentau_train.data.decode.images import centred
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align
-from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, BadSample, UserError
 from opentau_train.metrics.recorder import Recorded, RecordedStep, read_step
 from opentau_train.tools.out import make_directory, writing
@@ -153,8 +153,7 @@ def show(options: argparse.Namespace) -> None:
     settings = None if options.out is None else read_settings(options.run, options.overrides)
     print(describe(found, options.top))
     if settings is not None:
-        with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
-            mixture = open_plan(settings, world)
+        mixture = open_plan(settings, resolve_sources(settings))
         picture = strip(mixture, found.worst(options.top))
         with writing(options.out):
             picture.save(options.out)

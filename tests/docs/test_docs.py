@@ -194,6 +194,17 @@ def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "tag.csv").read_text().splitlines()) == 3
     assert "Validation/sine/joint/MSE" in metrics(tmp_path / "run")[3]
+    assert re.search(r"^sine +12 ", done.stderr, flags=re.M), "the source's own option is followed"
+    for key, text in (("num_episode=3", "did you mean 'num_episodes'?"), ("success_only=true", "doesn't follow")):
+        refused = subprocess.run(
+            [*words, f"paths.run_dir={tmp_path / key}", f"data.sources.sine.{key}"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert refused.returncode == 2 and text in refused.stderr, refused.stderr
 
 
 def test_the_readme_names_what_a_run_leaves(tmp_path):

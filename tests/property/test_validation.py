@@ -37,10 +37,7 @@ sources = st.lists(
 
 def table_of(lengths):
     num = len(lengths)
-    zeros = np.zeros(num, np.int64)
-    return EpisodeTable(
-        np.arange(num) * 3 + 5, np.array(lengths, np.int32), zeros.astype(np.int16), ("joint",), zeros, zeros, {}, {}
-    )
+    return EpisodeTable(np.arange(num) * 3 + 5, np.array(lengths, np.int32), np.zeros(num, np.int16), ("joint",))
 
 
 def open_sources(found, seed, chunk, drop_tail):

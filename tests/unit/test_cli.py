@@ -25,6 +25,23 @@ MISTAKES = {
         [DROID, "data.sources.droid.rooot=x"],
         ["'data.sources.droid.rooot'", "did you mean 'root'?", "val_split_ratio"],
     ),
+    "unknown_option_of_a_source": (
+        [DROID, "data.sources.droid.camera=[x]"],
+        ["'data.sources.droid.camera'", "did you mean 'cameras'?", "tolerance_s", "val_split_ratio"],
+    ),
+    "wrong_type_of_a_sources_option": (
+        [DROID, "data.sources.droid.state=3"],
+        ["data.sources.droid.state must be a list, got 3"],
+    ),
+    "option_of_another_source": (
+        [DROID, "data.sources.x._target_=tests.fake_source.FakeSource", "data.sources.x.length=[3]"],
+        ["'data.sources.x.length'", "did you mean 'lengths'?", "bad"],
+    ),
+    "missing_option_of_a_source": (
+        [DROID, "data.sources.x._target_=tests.fake_source.FakeSource"],
+        ["data.sources.x.lengths is required", "add data.sources.x.lengths=VALUE"],
+    ),
+    "sources_option_at_the_top": ([DROID, "tolerance_s=1"], ["did you mean 'data.sources.NAME.tolerance_s'?"]),
     "unknown_key_of_the_model": ([DROID, "model.widht=3"], ["'model.widht'", "did you mean 'width'?", "depth"]),
     "unknown_key_of_a_logger": (
         [DROID, "logger.tensorboard.flush_second=1"],

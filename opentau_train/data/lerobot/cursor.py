@@ -26,7 +26,7 @@ class LeRobotCursorFactory:
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
         self.pool = VideoPool()
-        self.rows = RowReader(reading.data_files.path, reading.columns)
+        self.rows = RowReader(reading.stored.data.path, reading.columns)
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
         self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
@@ -51,7 +51,7 @@ class LeRobotCursor:
 
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window
-        self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.videos}
+        self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.stored.videos}
         # {camera: {frame of the episode: its picture}}: what the next history needs, and what a burst read ahead.
         self._rings: dict[str, dict[int, NDArray[np.uint8]]] = {c: {} for c in self._reading.cameras}
         self._episode = -1
@@ -171,7 +171,7 @@ class LeRobotCursor:
         try:
             pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
         except (ImageError, OSError) as error:
-            path = reading.data_files.path(int(reading.episodes.data_file[self._episode]))
+            path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
 

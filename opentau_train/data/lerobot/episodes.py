@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.data.decode.parquet import UNREADABLE
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.errors import UserError
+from opentau_train.types import EpisodeTable
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,42 @@ class FileTable:
 
 
 @dataclass(frozen=True)
+class VideoPlaces:
+    """Where one camera's frames are: `file` [E] i32 places in `files`, `start` [E] f64 seconds at which the episode
+    begins in its mp4."""
+
+    files: FileTable
+    file: NDArray[np.int32]
+    start: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StoredEpisodes:
+    """The episodes in use and where they are stored: `data_file` [E] i32 places in `data`, `row_start` [E] i64 the
+    episode's first row in its file, `videos` {camera stored as video: its places}."""
+
+    table: EpisodeTable
+    data: FileTable
+    data_file: NDArray[np.int32]
+    row_start: NDArray[np.int64]
+    videos: Mapping[str, VideoPlaces]
+
+    def select(self, keep: NDArray) -> StoredEpisodes:
+        """The episodes at the positions `keep`, in that order."""
+        return StoredEpisodes(
+            table=self.table.select(keep),
+            data=self.data,
+            data_file=self.data_file[keep],
+            row_start=self.row_start[keep],
+            videos={c: VideoPlaces(v.files, v.file[keep], v.start[keep]) for c, v in self.videos.items()},
+        )
+
+
+@dataclass(frozen=True)
 class Episodes:
-    """One row an episode, by rising `episode_index`: `length` rows from `row_start` of file (`chunk`, `file`);
-    `videos` {column: (chunk, file, seconds at which it starts)}; `extra` {column: values} of those asked for and
-    there; `names`: every per-episode column."""
+    """What the metadata list, one row an episode, by rising `episode_index`: `length` rows from `row_start` of file
+    (`chunk`, `file`); `videos` {column: (chunk, file, seconds at which it starts)}; `extra` {column: values} of those
+    asked for and there; `names`: every per-episode column."""
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int64]
@@ -73,14 +106,14 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]
     if len(empty):
         raise UserError(f"episode {empty[0]} has no rows", where=where, remedy="exclude or re-export it")
     return Episodes(
-        index,
-        episodes.length[order],
-        episodes.chunk[order],
-        episodes.file[order],
-        episodes.row_start[order],
-        {c: (chunk[order], file[order], start[order]) for c, (chunk, file, start) in episodes.videos.items()},
-        {name: [values[i] for i in order] for name, values in episodes.extra.items()},
-        episodes.names,
+        episode_index=index,
+        length=episodes.length[order],
+        chunk=episodes.chunk[order],
+        file=episodes.file[order],
+        row_start=episodes.row_start[order],
+        videos={c: (chunk[order], file[order], start[order]) for c, (chunk, file, start) in episodes.videos.items()},
+        extra={name: [values[i] for i in order] for name, values in episodes.extra.items()},
+        names=episodes.names,
     )
 
 
@@ -120,14 +153,14 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
         parts = [column[f"videos/{key}/{f}"] for f in ("chunk_index", "file_index", "from_timestamp")]
         videos[key] = (parts[0], parts[1], parts[2].astype(np.float64))
     return Episodes(
-        column["episode_index"],
-        column["dataset_to_index"] - start,
-        chunk,
-        file,
-        start - first_row[number] if len(number) else start,
-        videos,
-        {name: table.column(name).to_pylist() for name in extra if name in table.column_names},
-        tuple(pq.read_schema(paths[0]).names),
+        episode_index=column["episode_index"],
+        length=column["dataset_to_index"] - start,
+        chunk=chunk,
+        file=file,
+        row_start=start - first_row[number] if len(number) else start,
+        videos=videos,
+        extra={name: table.column(name).to_pylist() for name in extra if name in table.column_names},
+        names=tuple(pq.read_schema(paths[0]).names),
     )
 
 
@@ -139,14 +172,14 @@ def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
     chunk = index // int(info.tree.get("chunks_size") or 1000)
     zero = np.zeros(len(index))
     return Episodes(
-        index,
-        length,
-        chunk,
-        index,
-        zero.astype(np.int64),
-        {key: (chunk, index, zero) for key in video_columns},
-        {name: [r.get(name) for r in rows] for name in extra if any(name in r for r in rows)},
-        tuple(dict.fromkeys(name for r in rows for name in r)),
+        episode_index=index,
+        length=length,
+        chunk=chunk,
+        file=index,
+        row_start=zero.astype(np.int64),
+        videos={key: (chunk, index, zero) for key in video_columns},
+        extra={name: [r.get(name) for r in rows] for name in extra if any(name in r for r in rows)},
+        names=tuple(dict.fromkeys(name for r in rows for name in r)),
     )
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from opentau_train.data.lerobot.episodes import FileTable
+from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.data.lerobot.info import Info
-from opentau_train.types import EpisodeTable
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
@@ -21,27 +20,26 @@ STATS_A_TURN = 500
 """Files that a thread asks after at once."""
 
 
-def identify(
-    info: Info, table: EpisodeTable, data_files: FileTable, video_files: Mapping[str, FileTable]
-) -> tuple[str, str]:
+def identify(info: Info, stored: StoredEpisodes) -> tuple[str, str]:
     """(`fingerprint`, `rows_stamp`): a hash of the metadata, of the episodes, of the sizes of their files and of the
     ends of some files of rows, so that one that was recorded, encoded or computed again has another; and one of when
     the files of rows were written."""
     digest = hashlib.blake2b(info.raw, digest_size=16)
-    for column in (table.episode_index, table.length, table.control_mode, table.data_file, table.row_start):
+    table = stored.table
+    for column in (table.episode_index, table.length, table.control_mode, stored.data_file, stored.row_start):
         digest.update(np.ascontiguousarray(column).tobytes())
-    for camera, start in table.video_start.items():
-        digest.update(camera.encode() + table.video_file[camera].tobytes() + start.tobytes())
-    relative = [data_files.relative(number) for number in np.unique(table.data_file).tolist()]
+    for camera, places in stored.videos.items():
+        digest.update(camera.encode() + places.file.tobytes() + places.start.tobytes())
+    relative = [stored.data.relative(number) for number in np.unique(stored.data_file).tolist()]
     num_data = len(relative)
-    for camera, files in video_files.items():
-        relative += [files.relative(number) for number in np.unique(table.video_file[camera]).tolist()]
-    found = file_stats([f"{info.root}/{name}" for name in relative])
-    for name, stat in zip(relative, found, strict=True):
+    for places in stored.videos.values():
+        relative += [places.files.relative(number) for number in np.unique(places.file).tolist()]
+    stats = file_stats([f"{info.root}/{name}" for name in relative])
+    for name, stat in zip(relative, stats, strict=True):
         digest.update(f"{name}\x1f{stat.size}\x1e".encode())
     for path in relative[: num_data : -(-num_data // MAX_ENDS)]:
         digest.update(end_of(f"{info.root}/{path}"))
-    written = repr([stat.modified for stat in found[:num_data]])
+    written = repr([stat.modified for stat in stats[:num_data]])
     return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
 
@@ -53,20 +51,21 @@ class FileStat(NamedTuple):
 
 
 def file_stats(paths: Sequence[str]) -> list[FileStat]:
-    """Of each file. The episodes of one that can't be had are bad samples, found when they are read.
+    """The size and the modification time of each file. The episodes of a file that can't be had are bad samples,
+    noticed when they are read.
 
     Asked for on several threads: a dataset of a file an episode has hundreds of thousands, and a file server answers
     each in its own time.
     """
 
-    def stats(part: Sequence[str]) -> list[FileStat]:
+    def stat_all(part: Sequence[str]) -> list[FileStat]:
         return [_stat(path) for path in part]
 
     parts = [paths[i : i + STATS_A_TURN] for i in range(0, len(paths), STATS_A_TURN)]
     if len(parts) <= 1:
-        return stats(paths)
+        return stat_all(paths)
     with ThreadPoolExecutor(16) as threads:
-        return [stat for found in threads.map(stats, parts) for stat in found]
+        return [stat for stats in threads.map(stat_all, parts) for stat in stats]
 
 
 def end_of(path: str) -> bytes:
@@ -81,7 +80,7 @@ def end_of(path: str) -> bytes:
 
 def _stat(path: str) -> FileStat:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return FileStat(-1, -1)
-    return FileStat(found.st_size, found.st_mtime_ns)
+    return FileStat(status.st_size, status.st_mtime_ns)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,41 +14,43 @@ from numpy.typing import NDArray
 
 from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
-from opentau_train.data.lerobot.episodes import FileTable
+from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
 T = TypeVar("T")
 
+OneRow = Literal["first", "last"]
+"""The row of an episode that stands for it."""
+
 
 def of_episodes(
     where: str,
-    files: FileTable,
-    table: EpisodeTable,
+    stored: StoredEpisodes,
     positions: Sequence[int],
     columns: Sequence[str],
     take: Callable[[pa.Table], T],
     *,
-    row: int | None = None,
+    row: OneRow | None = None,
 ) -> Iterator[tuple[int, T]]:
-    """(position, `take` of the episode's rows) for each of `positions`, in their order; of its first (0) or last (-1)
-    row only where `row` says so. `where` is the source's path in the configuration.
+    """(position, `take` of the episode's rows) for each of `positions`, in their order; of its first or last row only
+    where `row` says so. `where` is the source's path in the configuration.
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    reader = RowReader(files.path, list(columns))
+    table, reader = stored.table, RowReader(stored.data.path, list(columns))
     try:
         for position in positions:
-            file, start = int(table.data_file[position]), int(table.row_start[position])
+            file, start = int(stored.data_file[position]), int(stored.row_start[position])
             length = int(table.length[position])
             if row is not None:
-                start, length = start + (length - 1 if row < 0 else 0), 1
+                start, length = start + (length - 1 if row == "last" else 0), 1
             try:
                 taken = take(reader.read(file, start, length, int(table.episode_index[position])))
             except RowError as error:
                 raise UserError(
                     f"rows can't be read: {error}",
-                    where=str(files.path(file)),
+                    where=str(stored.data.path(file)),
                     remedy=f"restore the file, or leave its episodes out with {where}.exclude_episodes",
                 ) from error
             yield position, taken
@@ -60,16 +62,14 @@ def of_episodes(
 class Reading:
     """What a worker must know to read a dataset; picklable.
 
-    `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `videos` {camera: its
-    files}, `images` {camera: its parquet column}; `task_column` is None where rows have no task; `prompt_separator`
-    splits one text into alternatives.
+    `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `images` {camera: its
+    parquet column}; `task_column` is None where rows have no task; `prompt_separator` splits one text into
+    alternatives.
     """
 
     dataset: str
     root: Path
-    episodes: EpisodeTable
-    data_files: FileTable
-    videos: Mapping[str, FileTable]
+    stored: StoredEpisodes
     images: Mapping[str, str]
     cameras: tuple[str, ...]
     state: tuple[Column, ...]
@@ -83,6 +83,10 @@ class Reading:
     timed: bool
 
     @property
+    def episodes(self) -> EpisodeTable:
+        return self.stored.table
+
+    @property
     def columns(self) -> list[str]:
         """The parquet columns of a window."""
         names = [c.name for c in (*self.state, *self.actions)]
@@ -92,10 +96,9 @@ class Reading:
 
     def places(self, position: int) -> dict[str, tuple[Path, float]]:
         """{video camera: (mp4, seconds at which the episode starts in it)}."""
-        table = self.episodes
         return {
-            camera: (files.path(int(table.video_file[camera][position])), float(table.video_start[camera][position]))
-            for camera, files in self.videos.items()
+            camera: (places.files.path(int(places.file[position])), float(places.start[position]))
+            for camera, places in self.stored.videos.items()
         }
 
 
@@ -122,10 +125,10 @@ def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.flo
 
 def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
     """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
-    table = reading.episodes
-    file = int(table.data_file[position])
+    stored, table = reading.stored, reading.episodes
+    file = int(stored.data_file[position])
     rows = reader.read(
-        file, int(table.row_start[position]), int(table.length[position]), int(table.episode_index[position])
+        file, int(stored.row_start[position]), int(table.length[position]), int(table.episode_index[position])
     )
     try:
         code, prompts = _prompts(rows, reading)
@@ -140,15 +143,15 @@ def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows
             finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
         )
     except RowError as error:
-        raise RowError(f"{reading.data_files.path(file)}: {error}") from error
+        raise RowError(f"{stored.data.path(file)}: {error}") from error
 
 
 def _seconds(rows: pa.Table) -> NDArray[np.float64]:
-    found = numbers(rows, "timestamp", 1, np.float64)[:, 0]
-    wrong = np.flatnonzero(~np.isfinite(found) | (np.diff(found, prepend=-np.inf) < 0))
+    seconds = numbers(rows, "timestamp", 1, np.float64)[:, 0]
+    wrong = np.flatnonzero(~np.isfinite(seconds) | (np.diff(seconds, prepend=-np.inf) < 0))
     if len(wrong):
-        raise RowError(f"timestamps of an episode must rise: row {wrong[0]} has {found[wrong[0]]}")
-    return found
+        raise RowError(f"timestamps of an episode must rise: row {wrong[0]} has {seconds[wrong[0]]}")
+    return seconds
 
 
 def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[np.float32]) -> None:
@@ -172,8 +175,8 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
     distinct, code = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
     prompts = []
     for combination in distinct.tolist():
-        found = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
-        chosen = _clean(found, reading.prompt_separator)
+        own = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
+        chosen = _clean(own, reading.prompt_separator)
         if not chosen and reading.task_column:
             if combination[-1] not in reading.tasks:
                 raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
@@ -182,6 +185,6 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
     return code.reshape(-1), prompts
 
 
-def _clean(found: list[str], separator: str | None) -> tuple[str, ...]:
-    parts = [part for text in found for part in (text.split(separator) if separator else [text])]
+def _clean(texts: list[str], separator: str | None) -> tuple[str, ...]:
+    parts = [part for text in texts for part in (text.split(separator) if separator else [text])]
     return tuple(part.strip() for part in parts if part.strip())

@@ -1,4 +1,4 @@
-"""LeRobot datasets, formats v3.0 and v2.1, as a `Source`.
+"""LeRobot datasets, formats v3.0 and v2.1, as a `Source`: what `LeRobotSource.open` gives.
 
 Metadata is read once, when the source is opened; files of rows and frames are opened by the cursors, in the
 process that uses them.
@@ -29,33 +29,33 @@ from opentau_train.data.lerobot.columns import (
     left_out,
 )
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
-from opentau_train.data.lerobot.episodes import Episodes, FileTable, read_episodes, read_tasks
+from opentau_train.data.lerobot.episodes import (
+    Episodes,
+    FileTable,
+    StoredEpisodes,
+    VideoPlaces,
+    read_episodes,
+    read_tasks,
+)
 from opentau_train.data.lerobot.identity import identify
 from opentau_train.data.lerobot.info import Info, read_info
+from opentau_train.data.lerobot.options import LeRobotSource
 from opentau_train.data.lerobot.rows import Reading, stack_columns
-from opentau_train.data.lerobot.select import filter_blocks, kept_positions, wanted_columns
-from opentau_train.data.source import UNKNOWN_ROBOT
+from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
+from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CONTROL_MODE = "default"
-CONTROL_MODE_COLUMN = "control_mode"
-
-
-def whole_episodes(length: NDArray[np.int32]) -> NDArray[np.int32]:
-    """[N, 3] int32 blocks (position, 0, length): every episode in one run."""
-    return np.stack([np.arange(len(length)), np.zeros(len(length)), length], axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True)
-class LeRobotSource:
+class LeRobotDataset:
     """See `opentau_train.data.source.Source`. Metadata only: picklable, and nothing is open."""
 
     name: str
-    settings: SourceSettings
-    root: Path
     robot_type: str
     fps: float
     state_names: tuple[str, ...]
@@ -65,66 +65,6 @@ class LeRobotSource:
     reading: Reading
     blocks: NDArray[np.int32]
     frame_sizes: dict[str, tuple[int, int]]
-
-    @classmethod
-    def open(cls, name: str, settings: SourceSettings, root: Path) -> LeRobotSource:
-        """Read the metadata of the dataset in `root`. Raises `UserError` for what is missing, broken or unknown."""
-        where = f"data.sources.{name}"
-        root = Path(root)
-        info = read_info(root, where)
-        features = info.features
-        cameras = choose_cameras(features, settings.cameras, f"{where}.cameras")
-        state, actions = _state_and_actions(info, settings)
-        prompts = choose_texts(features, settings.prompt_columns, f"{where}.prompt_columns")
-        videos = _videos(info, cameras)
-        images = {camera: c for camera, c in cameras.items() if camera not in videos}
-        tasked = "task_index" in features
-
-        listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
-        table, data_files, video_files = _episode_table(info, listed, videos)
-        keep = kept_positions(info, listed, table, data_files, settings)
-        table = table.select(keep)
-        extra = {name: [values[i] for i in keep] for name, values in listed.extra.items()}
-        table = _with_control_mode(table, info, settings, extra.get(settings.control_mode_column), data_files)
-        if settings.use_filter_dict:
-            blocks = filter_blocks(info, extra, listed.names, table, data_files, settings)
-        else:
-            blocks = whole_episodes(table.length)
-        fps = float(info.get("fps"))
-        by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
-        reading = Reading(
-            dataset=name,
-            root=root,
-            episodes=table,
-            data_files=data_files,
-            videos=video_files,
-            images=images,
-            cameras=tuple(cameras),
-            state=state,
-            actions=actions,
-            prompt_columns=prompts,
-            prompt_separator=settings.prompt_separator,
-            task_column="task_index" if tasked else None,
-            tasks=read_tasks(info) if tasked else {},
-            tolerance_s=settings.tolerance_s,
-            fps=fps,
-            timed=bool(videos) or by_time,
-        )
-        fingerprint, rows_stamp = identify(info, table, data_files, video_files)
-        return cls(
-            name=name,
-            settings=settings,
-            root=root,
-            robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
-            fps=fps,
-            state_names=dimension_names(features, state),
-            action_names=dimension_names(features, actions),
-            fingerprint=fingerprint,
-            rows_stamp=rows_stamp,
-            reading=reading,
-            blocks=blocks,
-            frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
-        )
 
     @property
     def episodes(self) -> EpisodeTable:
@@ -143,30 +83,77 @@ class LeRobotSource:
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
-        reading, table = self.reading, self.episodes
+        reading, stored = self.reading, self.reading.stored
         names = [c.name for c in (*reading.state, *reading.actions)]
         positions = np.asarray(positions, np.int64)
-        ordered = positions[np.lexsort((table.row_start[positions], table.data_file[positions]))].tolist()
+        ordered = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))].tolist()
 
         def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
             return stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
 
         where = f"data.sources.{self.name}"
-        found = rows.of_episodes(where, reading.data_files, table, ordered, names, take)
-        for position, (state, actions) in found:
+        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take):
             yield position, state, actions
 
 
-def _state_and_actions(info: Info, settings: SourceSettings) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
+def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) -> LeRobotDataset:
+    """Read the metadata of the dataset in `settings.root`. Raises `UserError` for what is missing, broken, unknown."""
+    where = f"data.sources.{name}"
+    info = read_info(Path(settings.root or ""), where)
+    features = info.features
+    cameras = choose_cameras(features, options.cameras, f"{where}.cameras")
+    state, actions = _state_and_actions(info, options)
+    prompts = choose_texts(features, options.prompt_columns, f"{where}.prompt_columns")
+    videos = _videos(info, cameras)
+    tasked = "task_index" in features
+    listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
+    listing = Listing(info, _stored(info, listed, videos), listed.extra, listed.names)
+    listing = _with_control_mode(listing.select(kept_positions(listing, settings)), settings)
+    stored = listing.stored
+    blocks = filter_blocks(listing, settings) if settings.use_filter_dict else whole_episodes(stored.table.length)
+    fps = float(info.get("fps"))
+    by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
+    reading = Reading(
+        dataset=name,
+        root=info.root,
+        stored=stored,
+        images={camera: column for camera, column in cameras.items() if camera not in videos},
+        cameras=tuple(cameras),
+        state=state,
+        actions=actions,
+        prompt_columns=prompts,
+        prompt_separator=options.prompt_separator,
+        task_column="task_index" if tasked else None,
+        tasks=read_tasks(info) if tasked else {},
+        tolerance_s=options.tolerance_s,
+        fps=fps,
+        timed=bool(videos) or by_time,
+    )
+    fingerprint, rows_stamp = identify(info, stored)
+    return LeRobotDataset(
+        name=name,
+        robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
+        fps=fps,
+        state_names=dimension_names(features, state),
+        action_names=dimension_names(features, actions),
+        fingerprint=fingerprint,
+        rows_stamp=rows_stamp,
+        reading=reading,
+        blocks=blocks,
+        frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
+    )
+
+
+def _state_and_actions(info: Info, options: LeRobotSource) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
     """The columns of both, with a warning of what an unset choice passes over. Raises `UserError`."""
     where = info.where
-    state = choose_numbers(info.features, settings.state, "observation.state", f"{where}.state")
-    actions = choose_numbers(info.features, settings.actions, "action", f"{where}.actions")
+    state = choose_numbers(info.features, options.state, "observation.state", f"{where}.state")
+    actions = choose_numbers(info.features, options.actions, "action", f"{where}.actions")
     if not actions:
         raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
-    if settings.state is None:
+    if options.state is None:
         _warn_of_left_out(info, f"{where}.state", "observation.state", state)
-    if settings.actions is None:
+    if options.actions is None:
         _warn_of_left_out(info, f"{where}.actions", "action", actions)
     return state, actions
 
@@ -194,26 +181,20 @@ def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
     return videos
 
 
-def _episode_table(
-    info: Info, listed: Episodes, videos: dict[str, str]
-) -> tuple[EpisodeTable, FileTable, dict[str, FileTable]]:
-    """The table of all episodes, still without control modes, and the files that it numbers."""
-    data_files, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
-    files, numbers, starts = {}, {}, {}
+def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEpisodes:
+    """All episodes, still without control modes, and the files that hold them; `videos` {camera: column}."""
+    data, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
+    places = {}
     for camera, column in videos.items():
-        chunk, file, starts[camera] = listed.videos[column]
-        files[camera], numbers[camera] = _number_files(info, "video_path", chunk, file, column)
+        chunk, file, start = listed.videos[column]
+        places[camera] = VideoPlaces(*_number_files(info, "video_path", chunk, file, column), start)
     table = EpisodeTable(
-        listed.episode_index,
-        listed.length.astype(np.int32),
-        np.zeros(len(listed.length), np.int16),
-        (DEFAULT_CONTROL_MODE,),
-        data_file,
-        listed.row_start,
-        numbers,
-        starts,
+        episode_index=listed.episode_index,
+        length=listed.length.astype(np.int32),
+        control_mode=np.zeros(len(listed.length), np.int16),
+        control_modes=(DEFAULT_CONTROL_MODE,),
     )
-    return table, data_files, files
+    return StoredEpisodes(table, data, data_file, listed.row_start, places)
 
 
 def _number_files(
@@ -232,30 +213,30 @@ def _number_files(
     return files, number.reshape(-1).astype(np.int32)
 
 
-def _with_control_mode(
-    table: EpisodeTable, info: Info, settings: SourceSettings, extra: list | None, data_files: FileTable
-) -> EpisodeTable:
-    column = settings.control_mode_column
+def _with_control_mode(listing: Listing, settings: SourceSettings) -> Listing:
+    """The listing with the control mode of each episode. Raises `UserError` for a column that isn't there."""
+    info, stored, column = listing.info, listing.stored, settings.control_mode_column
     same = settings.control_mode or info.tree.get("control_mode")
     if same:
-        modes = [str(same)] * len(table)
-    elif extra is not None:
-        modes = [str(mode) if mode else DEFAULT_CONTROL_MODE for mode in extra]
+        modes = [str(same)] * len(stored.table)
+    elif column in listing.extra:
+        modes = [str(mode) if mode else DEFAULT_CONTROL_MODE for mode in listing.extra[column]]
     elif column in info.features:
-        modes = _modes_in_rows(table, column, data_files, info.where)
-    elif column != CONTROL_MODE_COLUMN:
+        modes = _modes_in_rows(stored, column, info.where)
+    elif column != SourceSettings.control_mode_column:
         raise UserError(
             f"'{column}' is not in the dataset{did_you_mean(column, info.features)}",
             where=f"{info.where}.control_mode_column",
             remedy=f"name a column of the dataset, or set {info.where}.control_mode=NAME",
         )
     else:
-        modes = [DEFAULT_CONTROL_MODE] * len(table)
+        modes = [DEFAULT_CONTROL_MODE] * len(stored.table)
     known, code = np.unique(modes, return_inverse=True)
-    return replace(table, control_mode=code.astype(np.int16), control_modes=tuple(str(k) for k in known))
+    table = replace(stored.table, control_mode=code.astype(np.int16), control_modes=tuple(str(k) for k in known))
+    return replace(listing, stored=replace(stored, table=table))
 
 
-def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, where: str) -> list[str]:
+def _modes_in_rows(stored: StoredEpisodes, column: str, where: str) -> list[str]:
     """Each episode's text in the data column; 'mixed' where it changes inside the episode."""
 
     def take(rows: pa.Table) -> str:
@@ -263,5 +244,5 @@ def _modes_in_rows(table: EpisodeTable, column: str, data_files: FileTable, wher
         distinct = {known[c] if c >= 0 else DEFAULT_CONTROL_MODE for c in np.unique(code)}
         return distinct.pop() if len(distinct) == 1 else "mixed"
 
-    found = rows.of_episodes(where, data_files, table, range(len(table)), [column], take)
-    return [mode for _, mode in found]
+    everywhere = range(len(stored.table))
+    return [mode for _, mode in rows.of_episodes(where, stored, everywhere, [column], take)]

@@ -1,4 +1,4 @@
-"""The mixture: named sources in their places, split, grouped and normalised. `assemble.py` makes one."""
+"""The mixture: named sources in their places, split, grouped and normalised. `open` makes one."""
 
 from __future__ import annotations
 

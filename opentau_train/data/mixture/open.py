@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.data import DataSettings, SourceSettings
+from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
 from opentau_train.config.settings import Settings
-from opentau_train.config.typed import locate
+from opentau_train.config.typed import TARGET, instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture import normalize, statistics
@@ -23,9 +23,7 @@ from opentau_train.data.mixture.normalize import Affine, HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
-from opentau_train.data.source import Source
-from opentau_train.distributed.preflight import check_same
-from opentau_train.distributed.world import World
+from opentau_train.data.source import Source, SourceOptions
 from opentau_train.errors import UserError
 from opentau_train.types import BatchSpec, Group
 
@@ -40,82 +38,77 @@ CHOOSING = (
 """Settings of a source that choose its windows, or what they are read as."""
 
 
-def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
-    """Open every source, split, group and normalise. `stats` (a checkpoint's) replace computing them.
+def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) -> Mixture:
+    """Open every source, split, group and normalise, in one process. `stats` (a checkpoint's) replace computing them.
 
-    Collective: statistics are computed on rank 0 and broadcast. Raises `UserError` on all ranks alike.
+    What several processes do together is `job.open_together`, of the same parts. Raises `UserError`.
     """
-    sources = resolve_sources(settings, world)
-    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
-    _check_same_tables(datasets, world)
+    mixture = open_plan(settings, resolve_sources(settings))
     if stats is None:
-        make: Callable[[], dict[str, HeadStats]] = dict
-        if world.is_main:
-            make = partial(statistics.compute, settings, datasets, groups)
-        stats = world.broadcast(world.agree(make))
-    statistics.check(stats, datasets, groups)
-    if world.is_main:
-        for head, found in stats.items():
-            flat = normalize.constant_dimensions(found, settings.data.normalization)
-            if flat:
-                log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
-    return _mixture(settings, datasets, groups, stats)
+        stats = statistics.compute(settings, mixture.datasets, mixture.groups)
+    return with_statistics(mixture, stats)
 
 
-def open_plan(settings: Settings, world: World) -> Mixture:
-    """The mixture as far as metadata tell it: it has a tape and its sources, but no statistics, so no samples.
-
-    Collective. Raises `UserError` on all ranks alike.
-    """
-    sources = resolve_sources(settings, world)
-    datasets, groups = world.agree(lambda: _open_datasets(settings, sources))
-    return _mixture(settings, datasets, groups, {})
-
-
-def _mixture(settings: Settings, datasets: list[Dataset], groups: list[Group], stats: dict[str, HeadStats]) -> Mixture:
+def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture:
+    """The mixture of the resolved `sources` as far as metadata tell it: it has a tape and its datasets, but no
+    statistics, so no samples. Raises `UserError`."""
     data = settings.data
-    affine = {
-        head: (Affine.of(s.state, data.normalization), Affine.of(s.actions, data.normalization))
-        for head, s in stats.items()
-    }
+    datasets: list[Dataset] = []
+    groups: list[Group] = []
+    for name in sources:
+        dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
+        datasets.append(dataset)
+        groups += _groups_of(dataset.source)
+    _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = _with_shares(groups, datasets, draws)
     spec = _batch_spec(data, datasets)
-    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, affine, spec)
+    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), {}, {}, spec)
 
 
-def _check_same_tables(datasets: list[Dataset], world: World) -> None:
-    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
-    tables = {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in datasets}
-    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
-    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
-        remedy = "give every node the same files and filters of this dataset"
-        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
+def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
+    """The mixture normalised by `stats`; logs which dimensions don't vary. Raises `UserError` where they don't fit."""
+    statistics.check(stats, mixture.datasets, mixture.groups)
+    method = mixture.settings.normalization
+    for head, known in stats.items():
+        flat = normalize.constant_dimensions(known, method)
+        if flat:
+            log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+    affine = {head: (Affine.of(s.state, method), Affine.of(s.actions, method)) for head, s in stats.items()}
+    return dataclasses.replace(mixture, stats=stats, affine=affine)
 
 
-def _open_datasets(settings: Settings, sources: dict[str, SourceSettings]) -> tuple[list[Dataset], list[Group]]:
-    groups: list[Group] = []
-    datasets = [
-        _open_dataset(index, name, source, sources, settings, groups)
-        for index, (name, source) in enumerate(sources.items())
-    ]
-    _warn_of_rates(datasets)
-    return datasets, groups
+def table_digests(mixture: Mixture) -> dict[str, str]:
+    """{dataset: a hash of its episodes and windows}: the same in all processes that read the same files."""
+    return {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in mixture.datasets}
+
+
+def open_source(name: str, settings: SourceSettings) -> Source:
+    """The dataset of `data.sources.NAME`, its files being where `settings.root` says. Raises `UserError`."""
+    where = f"data.sources.{name}"
+    options: SourceOptions = instantiate({TARGET: settings.target, **settings.options}, where)
+    if not options.selects:
+        unset = SourceSettings()
+        key = next((key for key in SELECTING if getattr(settings, key) != getattr(unset, key)), None)
+        if key is not None:
+            raise UserError(
+                f"{settings.target} doesn't follow {where}.{key}",
+                where=f"{where}.{key}",
+                remedy="leave it out, or let the class's `open` follow it and say so with `selects = True`",
+            )
+    return options.open(name, settings)
 
 
 def _open_dataset(
-    index: int,
-    name: str,
-    chosen: SourceSettings,
-    sources: dict[str, SourceSettings],
-    settings: Settings,
-    groups: list[Group],
+    index: int, name: str, sources: dict[str, SourceSettings], settings: Settings, first_group: int
 ) -> Dataset:
+    """The dataset `name`, the `index`-th of the mixture; its groups are numbered from `first_group` on."""
+    chosen = sources[name]
     data = settings.data
     chunk_length = chosen.chunk_length or data.chunk_length
     stride = chosen.sample_stride or data.sample_stride
     chosen = dataclasses.replace(chosen, chunk_length=chunk_length, sample_stride=stride)
-    source: Source = locate(chosen.target, f"data.sources.{name}").open(name, chosen, Path(chosen.root or ""))
+    source = open_source(name, chosen)
     table = source.episodes
     held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
     blocks = source.get_shuffle_blocks()
@@ -148,7 +141,7 @@ def _open_dataset(
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
-        group_of=_add_groups(source, groups),
+        group_of=first_group + np.unique(table.control_mode, return_inverse=True)[1],
     )
 
 
@@ -174,22 +167,17 @@ def _check_usable(
         )
 
 
-def _add_groups(source: Source, groups: list[Group]) -> NDArray[np.int64]:
-    """[E] i64: the group of each episode; the source's control modes are appended to `groups`."""
+def _groups_of(source: Source) -> list[Group]:
+    """A group for each control mode that an episode of the source has, by rising code; shares are not known yet."""
     table = source.episodes
-    group_of = np.zeros(len(table), np.int64)
-    for code in np.unique(table.control_mode):
-        mode = table.control_modes[code]
-        group_of[table.control_mode == code] = len(groups)
-        groups.append(Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0))
-    return group_of
+    modes = [table.control_modes[code] for code in np.unique(table.control_mode)]
+    return [Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0) for mode in modes]
 
 
 def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
     """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
-    chosen_so = repr(
-        [getattr(chosen, name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
-    )
+    values: dict[str, Any] = {**vars(chosen), **chosen.options}
+    chosen_so = repr([values.get(name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0])
     path = Path(chosen.filter_dict_path or "").expanduser()
     return {
         "settings": hashlib.blake2b(chosen_so.encode(), digest_size=6).hexdigest(),
@@ -208,7 +196,7 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
         )
 
 
-def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int]) -> list[Group]:
+def _with_shares(groups: Sequence[Group], datasets: Sequence[Dataset], draws: Sequence[int]) -> list[Group]:
     """Groups with their weight in aggregates: the dataset's, split by the group's training windows.
 
     The dataset's weight is what no other dataset changes, its windows or its configured weight, wherever either is

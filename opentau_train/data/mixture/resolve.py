@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
-from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
-def resolve_sources(settings: Settings, world: World) -> dict[str, SourceSettings]:
-    """The sources to open, each with a local root: given, downloaded once a node, or the built-in sample's."""
-    data = settings.data
-    if data.builtin_sample and not any(s.root or s.repo_id for s in data.sources.values()):
-        return _builtin_sample(settings, world)
-    return {name: _with_root(name, source, world) for name, source in sorted(data.sources.items())}
+T = TypeVar("T")
 
 
-def _with_root(name: str, source: SourceSettings, world: World) -> SourceSettings:
+class OnceANode(Protocol):
+    """Calls `make` on one process of each node first, then on the node's others: for files that one of them prepares.
+    All processes call it alike."""
+
+    def __call__(self, make: Callable[[], T]) -> T: ...
+
+
+def alone(make: Callable[[], T]) -> T:
+    """`OnceANode` where there is one process."""
+    return make()
+
+
+def resolve_sources(
+    settings: Settings, once_a_node: OnceANode = alone, num_nodes: int = 1
+) -> dict[str, SourceSettings]:
+    """The sources to open, sorted by name, with local roots: given, downloaded once a node, or the built-in sample's.
+
+    Raises `UserError`, of the configuration on all processes alike.
+    """
+    sources = settings.data.sources
+    if settings.data.builtin_sample and not any(s.root or s.repo_id for s in sources.values()):
+        sources = _builtin_sample(settings, once_a_node, num_nodes)
+    return {name: _with_root(name, source, once_a_node) for name, source in sorted(sources.items())}
+
+
+def _with_root(name: str, source: SourceSettings, once_a_node: OnceANode) -> SourceSettings:
     if source.root:
         return dataclasses.replace(source, root=str(Path(source.root).expanduser()))
-    if not source.repo_id:
-        raise UserError(
-            f"data.sources.{name} has neither root nor repo_id",
-            where=f"data.sources.{name}",
-            remedy=f"set data.sources.{name}.root=PATH or data.sources.{name}.repo_id=OWNER/NAME",
-        )
-    return dataclasses.replace(source, root=world.once_a_node(lambda: _download(name, source)))
+    if source.repo_id:
+        return dataclasses.replace(source, root=once_a_node(lambda: _download(name, source)))
+    return source
 
 
 def _download(name: str, source: SourceSettings) -> str:
@@ -51,28 +66,28 @@ def _download(name: str, source: SourceSettings) -> str:
         ) from error
 
 
-def _builtin_sample(settings: Settings, world: World) -> dict[str, SourceSettings]:
-    """The sample's two datasets in place of the unset source: `NAME` (joint control) and `NAME_ee` (ee control)."""
-    nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
-    if nodes > 1:
+def _builtin_sample(settings: Settings, once_a_node: OnceANode, num_nodes: int) -> dict[str, SourceSettings]:
+    """The sources with the sample's two datasets in place of the unset one: `NAME` (joint control) and `NAME_ee` (ee
+    control). Sources of other classes, which may need no files, stay."""
+    if num_nodes > 1:
         raise UserError(
-            f"DROID_ROOT is not set, and {nodes} nodes would train on the built-in sample",
+            f"DROID_ROOT is not set, and {num_nodes} nodes would train on the built-in sample",
             where="data.builtin_sample",
             remedy="export DROID_ROOT=PATH of the real dataset (or set data.sources.NAME.root)",
         )
-    if world.is_main:
-        line = "no dataset is configured: training on the BUILT-IN DROID SAMPLE (set DROID_ROOT=PATH for the real one)"
-        log.warning("%s\n  %s\n%s", "=" * (len(line) + 4), line, "=" * (len(line) + 4))
-    roots = world.once_a_node(lambda: ensure_droid_sample(settings.paths.cache))
-    name, source = next(iter(settings.data.sources.items()))
+    line = "no dataset is configured: training on the BUILT-IN DROID SAMPLE (set DROID_ROOT=PATH for the real one)"
+    log.warning("%s\n  %s\n%s", "=" * (len(line) + 4), line, "=" * (len(line) + 4))
+    roots = once_a_node(lambda: ensure_droid_sample(settings.paths.cache))
+    others = {n: s for n, s in settings.data.sources.items() if s.target != SourceSettings.target}
+    name, source = next((n, s) for n, s in settings.data.sources.items() if n not in others)
     held_out = max(source.val_split_ratio, 0.15)  # a hundredth of 16 episodes would be one
-    ee = dataclasses.replace(
-        source,
-        state=("observation.state.cartesian_position", "observation.state.gripper_position"),
-        actions=("action.cartesian_position", "action.gripper_position"),
-        control_mode="ee",
-    )
+    options = {
+        "state": ("observation.state.cartesian_position", "observation.state.gripper_position"),
+        "actions": ("action.cartesian_position", "action.gripper_position"),
+    }
+    ee = dataclasses.replace(source, control_mode="ee", options={**source.options, **options})
     return {
+        **others,
         name: dataclasses.replace(source, root=str(roots["joint"]), val_split_ratio=held_out),
         f"{name}_ee": dataclasses.replace(ee, root=str(roots["ee"]), val_split_ratio=held_out),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from opentau_train.types import Group
 log = logging.getLogger(__name__)
 
 
-def compute(settings: Settings, datasets: list[Dataset], groups: list[Group]) -> dict[str, HeadStats]:
+def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, HeadStats]:
     """{norm head: statistics} over all training episodes of the datasets that share the head."""
     heads: dict[str, HeadStats] = {}
     for head in sorted({g.norm_head for g in groups}):
@@ -75,17 +76,17 @@ def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
     log.warning("%s share norm head %s, though dimensions are named %s: %s", both, head, differs, apart)
 
 
-def _in_head(dataset: Dataset, groups: list[Group], head: str) -> NDArray[np.bool_]:
+def _in_head(dataset: Dataset, groups: Sequence[Group], head: str) -> NDArray[np.bool_]:
     return np.array([groups[g].norm_head == head for g in dataset.group_of], bool)
 
 
-def check(stats: dict[str, HeadStats], datasets: list[Dataset], groups: list[Group]) -> None:
+def check(stats: dict[str, HeadStats], datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:
     """Raises `UserError` for a norm head of the mixture that `stats` don't know, or know with other dimensions."""
     for dataset in datasets:
         for g in np.unique(dataset.group_of):
             head = groups[g].norm_head
-            found = stats.get(head)
-            if found is None or len(found.action_names) != len(dataset.source.action_names):
+            known = stats.get(head)
+            if known is None or len(known.action_names) != len(dataset.source.action_names):
                 raise UserError(
                     f"the checkpoint has no statistics for norm head {head} "
                     f"with {len(dataset.source.action_names)} action dimensions",

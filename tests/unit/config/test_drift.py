@@ -36,6 +36,15 @@ def kinds(old, new):
     return {c.key: c.kind for c in drift.compare(old, new)}
 
 
+def test_an_option_of_a_source_that_one_tree_lacks_counts_with_its_default(tree):
+    fewer = copy.deepcopy(tree)
+    del fewer["data"]["sources"]["main"]["cameras"]
+    assert kinds(fewer, tree) == kinds(tree, fewer) == {}
+    fake = changed(tree, data__sources__fake={"_target_": "tests.fake_source.FakeSource", "lengths": [3]})
+    slow = changed(fake, data__sources__fake__slow=False, data__sources__fake__bad=0.5)
+    assert kinds(fake, slow) == {"data.sources.fake.bad": "refused"}
+
+
 EXPECTED = {
     "safe": {
         "paths__run_dir": "x",

@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import build, convert, instantiate, locate
+from opentau_train.config.typed import at_least, build, convert, instantiate, locate, positive
+from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import UserError
 
 HERE = __name__
@@ -141,6 +142,15 @@ def test_the_path_of_the_whole_tree_leads_every_message():
     refused(lambda: build(Outer, {}, "data"), "data.inner is required")
 
 
+def test_a_hint_may_bound_its_value():
+    even_less = Annotated[int | None, positive, lambda path, value: at_least(path, value, 3)]
+    assert convert(even_less, 3, "x") == 3 and convert(even_less, None, "x") is None
+    refused(lambda: convert(even_less, 0, "x"), "x must be greater than 0, got 0")
+    refused(lambda: convert(even_less, 2, "x"), "x must be at least 3, got 2")
+    refused(lambda: convert(even_less, "3", "x"), "x must be an integer, got '3'")
+    refused(lambda: instantiate({"_target_": f"{HERE}.bounded", "size": -1}, "model"), "model.size must be greater")
+
+
 def test_equal_values_of_another_type_are_no_choice():
     assert convert(Literal[1, 2], 1, "x") == 1
     refused(lambda: convert(Literal[1, 2], True, "x"), "x=True")
@@ -215,6 +225,10 @@ class Open:
 
 class Empty:
     pass
+
+
+def bounded(size: Annotated[int, positive] = 1) -> int:
+    return size
 
 
 class Unresolved:
@@ -405,5 +419,6 @@ def test_settings_need_no_torch():
 
 def test_a_source_without_a_file_of_conf_has_the_defaults_that_the_file_shows():
     overrides = ["+recipe=lerobot", "data.sources.main.root=/a", "data.sources.other.root=/a"]
-    sources = load_settings(cli.compose(overrides)).data.sources
-    assert sources["main"] == sources["other"] == SourceSettings(root="/a")
+    main, other = (load_settings(cli.compose(overrides)).data.sources[name] for name in ("main", "other"))
+    assert dataclasses.replace(main, options={}) == other == SourceSettings(root="/a")
+    assert LeRobotSource(**main.options) == LeRobotSource()

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.config.data import SourceSettings
+from opentau_train.config.typed import build
 from opentau_train.data import keep_ranges
-from opentau_train.data.lerobot.source import LeRobotSource
+from opentau_train.data.mixture.open import open_source
 from opentau_train.errors import UserError
 from opentau_train.tools import keep_ranges as tool
 from opentau_train.tools.keep_ranges import nonidle_ranges
@@ -56,9 +57,8 @@ def filter_file(tmp_path, tree):
 
 
 def open_filtered(root, path, **settings):
-    return LeRobotSource.open(
-        "main", SourceSettings(root=str(root), use_filter_dict=True, filter_dict_path=path, **settings), root
-    )
+    chosen = {"root": str(root), "use_filter_dict": True, "filter_dict_path": path, **settings}
+    return open_source("main", build(SourceSettings, chosen, "data.sources.main"))
 
 
 def kept(source):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from opentau_train.config.data import SourceSettings
-from opentau_train.data.lerobot.source import LeRobotSource
+from opentau_train.config.typed import build
+from opentau_train.data.mixture import open as mixture
 from opentau_train.errors import UserError
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import DEFAULT_COLUMNS, Camera, Dataset, write
@@ -15,7 +16,7 @@ ROWS_ONLY = Dataset(cameras={})
 
 
 def open_source(root, **settings):
-    return LeRobotSource.open("main", SourceSettings(root=str(root), **settings), root)
+    return mixture.open_source("main", build(SourceSettings, {"root": str(root), **settings}, "data.sources.main"))
 
 
 def flag(values):

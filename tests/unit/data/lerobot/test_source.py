@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opentau_train.config.data import SourceSettings
+from opentau_train.config.typed import build
 from opentau_train.data.decode.video import reader_bytes
 from opentau_train.data.lerobot.identity import file_stats
-from opentau_train.data.lerobot.source import LeRobotSource
+from opentau_train.data.lerobot.source import LeRobotDataset
+from opentau_train.data.mixture import open as mixture
 from opentau_train.errors import BadSample, UserError
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import (
@@ -76,8 +78,8 @@ def written(tmp_path_factory):
     return make
 
 
-def open_source(root: Path, **changes) -> LeRobotSource:
-    return LeRobotSource.open("main", SourceSettings(**changes), root)
+def open_source(root: Path, **changes) -> LeRobotDataset:
+    return mixture.open_source("main", build(SourceSettings, {"root": str(root), **changes}, "data.sources.main"))
 
 
 class Oracle:
@@ -613,7 +615,7 @@ def test_missing_episode_metadata_is_named(tmp_path):
         open_source(root)
 
 
-def _assert_rows_fail(source: LeRobotSource, bad: int, good: int, cause: str) -> None:
+def _assert_rows_fail(source: LeRobotDataset, bad: int, good: int, cause: str) -> None:
     """The episode at `bad` fails in both ways of reading rows, naming its file, and `good` can be read after that."""
     cursor = source.cursors(WindowSpec(1)).cursor()
     file = rf"episode_{bad:06d}\.parquet"

@@ -10,7 +10,7 @@ from opentau_train import cli
 from opentau_train.config.settings import load_settings
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.errors import UserError
-from tests.fake_source import ONE, addresses, global_batches, in_order, mixture_of, with_data
+from tests.fake_source import addresses, global_batches, in_order, mixture_of, with_data
 from tests.lerobot_writer import DEFAULT_COLUMNS, Camera, Dataset, write
 from tests.program import TOY
 
@@ -24,7 +24,7 @@ def mixture(tmp_path, *overrides):
 
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         chosen = [cli._settable(o) for o in [*TOY, f"paths.cache_dir={tmp_path / 'cache'}", *overrides]]
-        return open_mixture(load_settings(cli.plain(hydra.compose("train", chosen))), ONE)
+        return open_mixture(load_settings(cli.plain(hydra.compose("train", chosen))))
 
 
 def content(batch):

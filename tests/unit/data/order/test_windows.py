@@ -13,17 +13,7 @@ from opentau_train.validation.plan import equal_spans, validation_windows
 
 def table(lengths: list[int]) -> EpisodeTable:
     n = len(lengths)
-    zeros = np.zeros(n, np.int64)
-    return EpisodeTable(
-        np.arange(n) * 10,
-        np.array(lengths, np.int32),
-        zeros.astype(np.int16),
-        ("m",),
-        zeros.astype(np.int32),
-        zeros,
-        {},
-        {},
-    )
+    return EpisodeTable(np.arange(n) * 10, np.array(lengths, np.int32), np.zeros(n, np.int16), ("m",))
 
 
 @given(st.sets(st.integers(0, 10_000), min_size=2), st.floats(0.001, 0.9), st.integers(0, 5))

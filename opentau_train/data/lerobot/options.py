@@ -1,0 +1,48 @@
+"""What `data.sources.NAME` may say of a LeRobot dataset beyond the settings of the mixture.
+
+Apart from `source`, which reads it: options are checked, and named in answers, where nothing else is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from opentau_train.config.data import SourceSettings
+from opentau_train.config.typed import positive
+from opentau_train.errors import UserError
+
+if TYPE_CHECKING:
+    from opentau_train.data.lerobot.source import LeRobotDataset
+
+
+@dataclass(frozen=True)
+class LeRobotSource:
+    """A LeRobot dataset, v2.1 or v3.0, of `data.sources.NAME`: see `opentau_train.data.source.SourceOptions`."""
+
+    selects: ClassVar[bool] = True
+
+    cameras: dict[str, str] | tuple[str, ...] | None = None
+    """{camera name: column}, or columns; null = every camera of the dataset."""
+    state: tuple[str, ...] | None = None
+    actions: tuple[str, ...] | None = None
+    prompt_columns: tuple[str, ...] = ()
+    """String columns that hold the instruction; none = the dataset's tasks."""
+    prompt_separator: str | None = None
+    """Splits one text into alternatives, e.g. ' | '."""
+    tolerance_s: Annotated[float, positive] = 1e-4
+    """Seconds by which a video's frame may miss its row's time."""
+
+    def open(self, name: str, settings: SourceSettings) -> LeRobotDataset:
+        """Read the metadata of the dataset in `settings.root`. Raises `UserError` for what is missing, broken or
+        unknown."""
+        from opentau_train.data.lerobot.source import open_dataset
+
+        where = f"data.sources.{name}"
+        if settings.root is None:
+            raise UserError(
+                f"{where} has neither root nor repo_id",
+                where=where,
+                remedy=f"set {where}.root=PATH or {where}.repo_id=OWNER/NAME",
+            )
+        return open_dataset(name, settings, self)
