@@ -197,7 +197,7 @@ def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
     assert re.search(r"^sine +12 ", done.stderr, flags=re.M), "the source's own option is followed"
     for key, text in (("num_episode=3", "did you mean 'num_episodes'?"), ("success_only=true", "doesn't follow")):
         refused = subprocess.run(
-            [*words, f"paths.run_dir={tmp_path / key}", f"data.sources.sine.{key}"],
+            [*words, f"paths.run_dir={tmp_path / 'refused'}", f"data.sources.sine.{key}"],
             cwd=tmp_path,
             env=env,
             capture_output=True,
