@@ -121,6 +121,7 @@ def open_case(root: Path, world):
     mixture = open_mixture(settings, world)
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
+    mixture = mixture.for_policy(policy.wants())
     return settings, mixture, policy, spread(policy, policy.blocks(), world, world.size, 1, "no")
 
 
@@ -143,12 +144,13 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from opentau_train.data.load.collate import collate
+    from opentau_train.batch import stack
     from opentau_train.data.load.samples import SampleBuilder
-    from opentau_train.models.noise import draw_noise
+    from opentau_train.models.draws import Draws
+    from opentau_train.types import Address
     from opentau_train.validation.plan import validation_windows
 
-    builder = SampleBuilder(mixture, train=False)
+    builder = SampleBuilder(mixture, training=False)
 
     class Windows(Dataset):
         def __init__(self, index: int):
@@ -159,16 +161,16 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
             return len(self.frame)
 
         def __getitem__(self, i):
-            return builder.build(self.index, self.index, int(self.episode[i]), int(self.frame[i]), 0)
+            return builder.build(self.index, Address(self.index, int(self.episode[i]), int(self.frame[i]), 0))
 
     report = {}
     policy.eval()
     with torch.no_grad():
         for index, dataset in enumerate(mixture.datasets):
-            loader = DataLoader(Windows(index), BATCH, collate_fn=lambda samples: collate(samples, mixture.spec))
+            loader = DataLoader(Windows(index), BATCH, collate_fn=lambda samples: stack(samples, mixture.spec))
             losses = []
             for batch in accelerator.prepare(loader):
-                sums, counts = policy(batch, draw_noise(batch.key, 0, batch.actions.shape[1:]))["mse"]
+                sums, counts = policy(batch, Draws(batch.key))["mse"]
                 with clock.waiting():
                     losses.append(accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1)))
             total = torch.cat(losses).double().sum(0)

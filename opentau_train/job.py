@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -92,6 +93,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
     policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     state = _train_state(policy, settings, world, degrees)
     share = trainer.global_batch_size // world.size
@@ -164,10 +166,16 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
     return {
         "actions": "as the dataset's action columns, normalised by the norm head's statistics",
         "normalization": mixture.settings.normalization,
-        "spec": asdict(mixture.spec),
+        "spec": mixture.spec.to_json(),
+        "transforms": {
+            d.name: pipeline.to_json() for d, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True)
+        },
+        "datasets": {
+            d.name: sorted({mixture.groups[g].norm_head for g in np.unique(d.group_of)}) for d in mixture.datasets
+        },
         "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
         "fps": {d.name: d.source.fps for d in mixture.datasets},
-        "action_names": {d.name: list(d.source.action_names) for d in mixture.datasets},
+        "action_names": {d.name: list(d.action_names) for d in mixture.datasets},
         "held_out": held_out_episodes(mixture),
     }
 

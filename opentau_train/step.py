@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from opentau_train.batch import Batch
 from opentau_train.config.settings import TrainerSettings
 from opentau_train.data.load.stream import RankBatch
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
-from opentau_train.models.noise import draw_noise
+from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
-from opentau_train.types import Batch, LossTerms
+from opentau_train.types import LossTerms
 
 
 @dataclass
@@ -87,9 +88,9 @@ def train_step(
     place.enter("forward and backward")
     losses = []
     for i, micro in enumerate(micro_batches):
-        noise = draw_noise(micro.key, 0, micro.actions.shape[1:])
+        draws = Draws(micro.key)
         with state.replicas.accumulate(last=i == len(micro_batches) - 1), world.accelerator.autocast():
-            terms = state.replicas.model(micro, noise)
+            terms = state.replicas.model(micro, draws)
         # Gradients are averaged over ranks; times the world size that average is the sum over the global batch. A term
         # that nothing supervises has sum 0 and stays in, so that its head gets a gradient of 0: DDP waits for all.
         loss = world.size * sum(weights[k] * terms[k][0].sum() / (denominators[k] or 1.0) for k in weights)

@@ -10,7 +10,6 @@ the checkpoint's directory, or to `out`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -98,6 +97,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         mixture = fit(open_mixture(settings, world, stats), card.policy)
         policy, replicas, ema, step = spread_policy(settings, mixture.spec, found, world)
+        mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.size)
         size = min(settings.data.max_samples_per_batch or share, share)
         plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.size)
@@ -132,8 +132,7 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
 
     Raises `UserError` naming the difference where `policy` (`policy.json`) is of another convention.
     """
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in policy["spec"].items()}
-    saved = BatchSpec(**fields)
+    saved = BatchSpec.from_json(policy["spec"])
     spec = mixture.spec
     if policy["normalization"] != mixture.settings.normalization:
         raise _refuse(
@@ -155,12 +154,12 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
     for dataset in mixture.datasets:
         for head in sorted({mixture.groups[g].norm_head for g in set(dataset.group_of.tolist())}):
             _check_actions(dataset, head, policy)
-    return dataclasses.replace(mixture, spec=saved)
+    return mixture.in_shape(saved)
 
 
 def _check_actions(dataset: Dataset, head: str, policy: dict[str, Any]) -> None:
     """The dataset's action dimensions are those that the head was trained with, name by name."""
-    mine = list(dataset.source.action_names)
+    mine = list(dataset.action_names)
     known = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
     if mine in known:
         return

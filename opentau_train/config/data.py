@@ -7,7 +7,7 @@ Torch is not imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from opentau_train.config.typed import at_least, fraction, positive
 from opentau_train.errors import UserError
@@ -33,8 +33,9 @@ class SourceSettings:
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
     robot_type: str | None = None
-    mode: Literal["policy", "flow", "tokens"] = "policy"
-    """Which heads the source supervises: both, only the flow head (mse), only the binned head (ce)."""
+    mode: str = "policy"
+    """What the policy learns from the source. Of the built-in one: `policy` both its heads, `flow` only the flow head
+    (mse), `tokens` only the binned head (ce)."""
     chunk_length: int | None = None
     sample_stride: int | None = None
     fps: float | None = None
@@ -64,6 +65,8 @@ class SourceSettings:
     success_only: bool = False
     success_column: str = "next.success"
     """Of the episodes' metadata, or of the rows, whose last one counts."""
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{name: {_target_, options}}: what is done to the dataset's columns and pictures first, in this order."""
 
     @property
     def validates_only(self) -> bool:
@@ -165,6 +168,8 @@ class DataSettings:
     phase_rows: int = 1024
     blank_images: bool = False
     """true = every image black: the ablation that shows what the images are worth."""
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{name: {_target_, options}}: made for every source after its own."""
     dropout: DropoutSettings = field(default_factory=DropoutSettings)
     bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
     correlation: CorrelationSettings = field(default_factory=CorrelationSettings)

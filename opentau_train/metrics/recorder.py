@@ -21,12 +21,12 @@ from typing import Any, Self
 
 import torch
 
+from opentau_train.batch import Batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.step import StepResult, TrainState
-from opentau_train.types import Batch
 
 FOLDER = "flight"
 MAX_BYTES = 16 * 2**20

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.batch import Batch
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture.mixture import Mixture
@@ -22,9 +24,8 @@ from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
 from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World
-from opentau_train.models.noise import draw_noise
+from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
-from opentau_train.types import Batch
 from opentau_train.validation.plan import ValidationPlan
 from opentau_train.validation.plots import Panel, draw_panels
 from opentau_train.validation.rounds import Rounds, evaluating
@@ -101,9 +102,9 @@ def measure_actions(
     rounds = Rounds(plan, replicas, world, settings, stop, place)
     with evaluating(policy, replicas):
         for batch, t in rounds:
-            noise = draw_noise(batch.key, ACTION_DRAW, batch.actions.shape[1:]).noise
+            draws = Draws(batch.key, ACTION_DRAW)
             with world.accelerator.autocast():
-                sampled = policy.sample_actions(batch, noise)
+                sampled = policy.sample_actions(batch, draws)
             _add(sums, chunks, shown, mixture, batch, sampled, t)
     packed = torch.cat([sums.flatten(), chunks.flatten(), rounds.outcome()])
     world.sum(packed)
@@ -127,11 +128,12 @@ def _add(
 ) -> None:
     """Add the first `len(t)` rows of a batch to the sums, and the plotted ones among them to the chunks."""
     truth, predicted = batch.actions.cpu().numpy(), sampled.float().cpu().numpy()
+    state = batch.state.cpu().numpy()
     valid = ~batch.action_is_pad.cpu().numpy()
     for i, place in enumerate(t):
         head = batch.norm_head[i]
-        affine = mixture.affine[head][1]
-        true, guess = affine.denormalize(truth[i]).astype(float), affine.denormalize(predicted[i]).astype(float)
+        units = partial(mixture.pipelines[int(batch.dataset_index[i])].units, norm_head=head, state=state[i])
+        true, guess = units(truth[i]).astype(float), units(predicted[i]).astype(float)
         middle = np.array([d.middle for d in dimensions(mixture, head)])
         num = true.shape[1]
         mine = np.stack([np.abs(guess - true), (guess > middle) == (true > middle), np.ones_like(true)], axis=-1)

@@ -20,7 +20,7 @@ from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.metrics.sums import Sums, exact, validation_row
-from opentau_train.models.noise import draw_noise
+from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
 from opentau_train.validation.plan import ValidationPlan
 from opentau_train.validation.rounds import Rounds, evaluating
@@ -67,9 +67,9 @@ def evaluate(
             seen.index_add_(0, item, torch.ones(len(t), dtype=torch.float64))
             counts = policy.term_counts(batch)
             for draw in range(settings.num_noise_draws):
-                noise = draw_noise(batch.key, draw, batch.actions.shape[1:])
+                draws = Draws(batch.key, draw)
                 with world.accelerator.autocast():
-                    found = policy(batch, noise)
+                    found = policy(batch, draws)
                 sums.add(item, {k: (s[: len(t)], c[: len(t)]) for k, (s, c) in exact(found).items()})
                 expected.add(item, {k: (counts[k][: len(t)], counts[k][: len(t)]) for k in found})
     packed = torch.cat([sums.values.flatten(), expected.values[..., 1].flatten(), seen, rounds.outcome()])

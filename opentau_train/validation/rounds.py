@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.batch import Batch, blank_batch
 from opentau_train.config.settings import ValidationSettings
-from opentau_train.data.load.collate import blank_batch
 from opentau_train.data.load.stream import Parts, loader
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag, Stopped
@@ -20,7 +19,6 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, UserError
 from opentau_train.models.policy import Policy
 from opentau_train.threads import InterruptibleIterator
-from opentau_train.types import Batch
 from opentau_train.validation.plan import ValidationPlan
 
 NOTHING = np.zeros(0, np.int64)
@@ -84,7 +82,7 @@ class Rounds:
                 self.left_out += part.left_out if part is not None else ()
                 batch, t = (None, NOTHING) if part is None else (part.batch, part.t)
                 if batch is not None or self.sharded:
-                    batch = fill_up(blank_batch(plan.mixture.spec) if batch is None else batch, plan.batch_size)
+                    batch = (batch or blank_batch(plan.mixture.spec)).filled_up(plan.batch_size)
                     yield batch.to(self.world.device), t
         self.place.enter("all-reduce of the validation")
 
@@ -105,14 +103,3 @@ class Rounds:
         if not num_left_out:
             return ()
         return tuple(bad for found in self.world.gather(self.left_out) for bad in found)
-
-
-def fill_up(batch: Batch, size: int) -> Batch:
-    """The batch with copies of its first row, of weight 0, up to `size` rows."""
-    missing = size - len(batch)
-    if missing == 0:
-        return batch
-    num = len(batch)
-    full = batch.map(lambda t: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]), lambda s: s + s[:1] * missing)
-    weight = torch.where(torch.arange(size) < num, full.weight, 0.0)
-    return dataclasses.replace(full, weight=weight)

@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from opentau_train.batch import Batch
 from opentau_train.distributed.parallel import Replicas, spread
 from opentau_train.distributed.world import World, launch
 from opentau_train.optim import Ema
 from opentau_train.step import _clip
-from opentau_train.types import Batch, Noise
-from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
+from tests.unit.models.flow_cases import Noise, make_batch, make_noise, make_policy
 
 GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
 REDUCTIONS = ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
@@ -41,7 +41,7 @@ def part_of(batch: Batch, noise: Noise, world: World, micro: int, num_micro: int
     size = NUM // world.size // num_micro
     start = (world.rank * num_micro + micro) * size
     rows = slice(start, start + size)
-    return batch.map(lambda t: t[rows], lambda s: s[rows]), Noise(noise.noise[rows], noise.time[rows])
+    return batch.rows(rows), Noise(noise.noise[rows], noise.time[rows])
 
 
 def step(

@@ -24,8 +24,9 @@ LAYERS = (
     {"step"},
     {"data/load/"},
     {"data/mixture/"},
-    {"data/lerobot/", "data/order/", "sinks/", "optim"},
-    {"config/", "data/builtin/", "data/keep_ranges", "data/source", "distributed/", "log", "models/"},
+    {"data/lerobot/", "data/order/", "models/", "sinks/", "optim"},
+    {"data/transforms/"},
+    {"batch", "config/", "data/builtin/", "data/keep_ranges", "data/source", "distributed/", "log"},
     {"data/chunk", "data/decode/", "errors", "rng", "threads", "types"},
     {"__init__", "data/__init__"},  # they import nothing
 )

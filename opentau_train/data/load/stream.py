@@ -24,13 +24,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from opentau_train import rng
+from opentau_train.batch import Batch, Sample, join, stack
 from opentau_train.data.decode.video import OpenDecoders
-from opentau_train.data.load.collate import collate, join
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
 from opentau_train.errors import BadSample, Fault, UserError
-from opentau_train.types import Batch, Sample
+from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
 GONE_S = 2.0
@@ -52,7 +52,7 @@ class Part:
     error: UserError | None = None
     left_out: tuple[BadSample, ...] = ()
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
-    """Those of the worker."""
+    """The decoders that the worker keeps open."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RankBatch:
     num_substituted: int = 0
     error: UserError | None = None
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
-    """Those of all of the rank's workers."""
+    """The decoders that all of the rank's workers keep open."""
 
 
 class Parts(IterableDataset):
@@ -88,7 +88,7 @@ class Parts(IterableDataset):
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        builder = SampleBuilder(self.mixture, train=self.train)
+        builder = SampleBuilder(self.mixture, training=self.train)
         try:
             for windows in self.plan(worker, num_workers):
                 yield self._build(builder, windows)
@@ -100,9 +100,10 @@ class Parts(IterableDataset):
     def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
         samples, substituted, left_out = [], 0, {}
         columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
-        for i, (lane, ahead, *address) in enumerate(zip(*(c.tolist() for c in columns))):
+        for i, (lane, ahead, *numbers) in enumerate(zip(*(c.tolist() for c in columns))):
+            address = Address(*numbers)
             try:
-                samples.append(builder.build(lane, *address, ahead=ahead))
+                samples.append(builder.build(lane, address, ahead=ahead))
             except BadSample as error:
                 if not self.train:
                     if not self.skip_bad:
@@ -111,21 +112,21 @@ class Parts(IterableDataset):
                     continue
                 samples.append(self._substitute(builder, lane, address, error))
                 substituted += 1
-        batch = collate(samples, self.mixture.spec) if samples else None
+        batch = stack(samples, self.mixture.spec) if samples else None
         t = np.delete(windows.t, list(left_out))
         return Part(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
 
-    def _substitute(self, builder: SampleBuilder, lane: int, address: list[int], error: BadSample) -> Sample:
+    def _substitute(self, builder: SampleBuilder, lane: int, address: Address, error: BadSample) -> Sample:
         """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
-        dataset, episode, frame, pass_index = address
-        blocks = self.mixture.datasets[dataset].train
-        number = int(self.mixture.datasets[dataset].source.episodes.episode_index[episode])
+        dataset = self.mixture.datasets[address.dataset]
+        blocks, pass_index = dataset.train, address.pass_index
+        number = int(dataset.source.episodes.episode_index[address.episode])
         self._record(error, pass_index)
-        key = rng.key(self.mixture.seed, "substitute", blocks.name, number, frame, pass_index)
+        key = rng.key(self.mixture.seed, "substitute", blocks.name, number, address.frame, pass_index)
         for draw in rng.uniform(key, SUBSTITUTE_TRIES):
             other = blocks.window(int(draw * blocks.num_windows))
             try:
-                return builder.build(lane, dataset, *other, pass_index)
+                return builder.build(lane, Address(address.dataset, *other, pass_index))
             except BadSample as again:
                 self._record(again, pass_index)
         raise UserError(

@@ -19,11 +19,15 @@ from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.normalize import Affine, HeadStats
+from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source
+from opentau_train.data.transforms.base import Transform
+from opentau_train.data.transforms.drop import BlankImages, DropInputs
+from opentau_train.data.transforms.pipeline import Pipeline, compose
+from opentau_train.data.transforms.shape import ChoosePrompt, Pad
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
@@ -74,14 +78,31 @@ def open_plan(settings: Settings, world: World) -> Mixture:
 
 def _mixture(settings: Settings, datasets: list[Dataset], groups: list[Group], stats: dict[str, HeadStats]) -> Mixture:
     data = settings.data
-    affine = {
-        head: (Affine.of(s.state, data.normalization), Affine.of(s.actions, data.normalization))
-        for head, s in stats.items()
-    }
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = _with_shares(groups, datasets, draws)
-    spec = _batch_spec(data, datasets)
-    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, affine, spec)
+    spec = _batch_spec(data, datasets, groups)
+    pipelines = _pipelines(data, datasets, groups, stats, spec) if stats else ()
+    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), stats, pipelines, spec)
+
+
+def _pipelines(
+    data: DataSettings, datasets: list[Dataset], groups: list[Group], stats: dict[str, HeadStats], spec: BatchSpec
+) -> tuple[Pipeline, ...]:
+    """Each dataset's transforms: its own, then those that all have, in this order."""
+    made = []
+    for dataset in datasets:
+        heads = {groups[g].norm_head: stats[groups[g].norm_head] for g in np.unique(dataset.group_of)}
+        dims = dict.fromkeys(heads, (len(dataset.state_names), len(dataset.action_names)))
+        shared: dict[str, Transform] = {
+            "choose_prompt": ChoosePrompt(),
+            "normalize": normalize.normalizer(heads, data.normalization),
+            "pad": Pad(spec.state_dim, spec.action_dim, spec.chunk_length, dims),
+            "drop_inputs": DropInputs(**dataclasses.asdict(data.dropout)),
+        }
+        if data.blank_images:
+            shared["blank_images"] = BlankImages()
+        made.append(Pipeline({**dataset.transforms, **shared}))
+    return tuple(made)
 
 
 def _check_same_tables(datasets: list[Dataset], world: World) -> None:
@@ -136,6 +157,9 @@ def _open_dataset(
         for keep in (~held_out, held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
+    given = (chosen.transforms, data.transforms)
+    path = f"data.sources.{name}.transforms"
+    transforms, state_names, action_names = compose(given, source.state_names, source.action_names, path)
     repo_id = chosen.repo_id or Path(chosen.root or name).name
     twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
     return Dataset(
@@ -149,6 +173,9 @@ def _open_dataset(
         train=sides[0],
         validation=sides[1],
         group_of=_add_groups(source, groups),
+        transforms=transforms,
+        state_names=state_names,
+        action_names=action_names,
     )
 
 
@@ -231,9 +258,9 @@ def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int])
     return [dataclasses.replace(g, share=float(s)) for g, s in zip(groups, share, strict=True)]
 
 
-def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:
-    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.source.state_names)) for d in datasets])
-    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.source.action_names)) for d in datasets])
+def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
+    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
+    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
     return BatchSpec(
         cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
         image_size=data.image_size,
@@ -241,6 +268,8 @@ def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:
         state_dim=state_dim,
         action_dim=action_dim,
         chunk_length=max(d.chunk_length for d in datasets),
+        norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
+        modes=tuple(dict.fromkeys(d.settings.mode for d in datasets)),
     )
 
 
