@@ -20,7 +20,8 @@ from opentau_train.errors import did_you_mean
 from opentau_train.types import BatchSpec
 
 Sample = Mapping[str, Any]
-"""One sample: {field: value}, a numpy array or a number, a string, or for pictures {camera: array}."""
+"""One sample: {field: value}, a numpy array, a number, a string, or for pictures {camera: array}. What is left out is
+blank."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Field:
         """One sample's value where nothing is there."""
         return np.full(self.shape(spec), self.fill, self.dtype)
 
+    def of(self, samples: Sequence[Sample], spec: BatchSpec) -> list[Any]:
+        """The samples' values."""
+        return [sample[self.name] if self.name in sample else self.blank(spec) for sample in samples]
+
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> Any:
         """The batch's value of samples' values."""
-        values: NDArray = np.array(
-            [sample[self.name] for sample in samples], self.dtype
-        )  # a third of what np.stack takes
+        values: NDArray = np.array(self.of(samples, spec), self.dtype)  # a third of what np.stack takes
         return torch.from_numpy(values.view(np.int64) if self.dtype is np.uint64 else values)
 
     def join(self, values: Sequence[Any], order: Sequence[int]) -> Any:
@@ -76,7 +79,7 @@ class TextField(Field):
         return self.fill
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> list[str]:
-        return [sample[self.name] for sample in samples]
+        return self.of(samples, spec)
 
     def join(self, values: Sequence[list[str]], order: Sequence[int]) -> list[str]:
         flat = [text for value in values for text in value]
@@ -122,7 +125,8 @@ class PictureField(_PerCamera):
         return (spec.history + 1, *spec.image_size, 3)
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        return {camera: self._stack([s[self.name].get(camera) for s in samples], spec) for camera in spec.cameras}
+        values = self.of(samples, spec)
+        return {camera: self._stack([value.get(camera) for value in values], spec) for camera in spec.cameras}
 
     def _stack(self, pictures: Sequence[NDArray | None], spec: BatchSpec) -> Tensor:
         stacked = np.zeros((len(pictures), *self.shape(spec)), np.uint8)
@@ -154,7 +158,7 @@ class PresenceField(_PerCamera):
     pictures: str = "images"
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        return {c: torch.tensor([c in sample[self.pictures] for sample in samples]) for c in spec.cameras}
+        return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in spec.cameras}
 
 
 FIELDS: tuple[Field, ...] = (
@@ -254,14 +258,9 @@ def join(parts: Sequence[Batch], order: Sequence[int]) -> Batch:
     return Batch(fields, {f.name: f.join([part.values[f.name] for part in parts], order) for f in fields})
 
 
-def blank_sample(spec: BatchSpec) -> dict[str, Any]:
-    """A sample in which nothing is there, of weight 0."""
-    return {field.name: field.blank(spec) for field in fields_of(spec)}
-
-
 def blank_batch(spec: BatchSpec) -> Batch:
-    """One such sample: for a rank that has none but must take part in a forward."""
-    return stack([blank_sample(spec)], spec)
+    """One sample in which nothing is there, of weight 0: for a rank that has none but must take part in a forward."""
+    return stack([{}], spec)
 
 
 def centred(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

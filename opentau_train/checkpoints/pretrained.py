@@ -27,7 +27,7 @@ from opentau_train.batch import Batch
 from opentau_train.checkpoints import commit
 from opentau_train.config import typed
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.transforms.pipeline import Pipeline, meet
+from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
@@ -142,8 +142,10 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise _unreadable(file, error) from error
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
-    spec = meet(BatchSpec.from_json(card.policy["spec"]), policy.wants())
-    return Loaded(policy.to(device).eval(), stats, meta, _pipelines(card), spec)
+    pipelines = _pipelines(card)
+    transforms = [t for p in pipelines.values() for t in p.transforms.values()]
+    spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
+    return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
 
 
 def _pipelines(card: Pretrained) -> dict[str, Pipeline]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.batch import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
@@ -24,10 +26,8 @@ class TokenizeBytes(Transform):
     writes: ClassVar = ("prompt_tokens",)
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        tokens = np.full(self.num_bytes, PAD_BYTE, np.int64)
-        data = record["prompt"].encode()[: self.num_bytes]
-        tokens[: len(data)] = np.frombuffer(data, np.uint8)
-        return record | {"prompt_tokens": tokens}
+        record["prompt_tokens"] = _bytes(record["prompt"], self.num_bytes)
+        return record
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         return (Field("prompt_tokens", (self.num_bytes,), np.int64, PAD_BYTE),)
@@ -44,8 +44,21 @@ class Supervise(Transform):
     writes: ClassVar = ("supervised",)
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        supervises = self.modes[record["mode"]] if "mode" in record else ()
-        return record | {"supervised": np.array([term in supervises for term in self.terms])}
+        if "mode" in record:
+            record["supervised"] = self._masks[record["mode"]]
+        return record
+
+    @cached_property
+    def _masks(self) -> dict[str, NDArray[np.bool_]]:
+        return {mode: np.array([term in terms for term in self.terms]) for mode, terms in self.modes.items()}
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         return (Field("supervised", (len(self.terms),), np.bool_, False),)
+
+
+@lru_cache(4096)
+def _bytes(text: str, num: int) -> NDArray[np.int64]:
+    tokens = np.full(num, PAD_BYTE, np.int64)
+    data = text.encode()[:num]
+    tokens[: len(data)] = np.frombuffer(data, np.uint8)
+    return tokens

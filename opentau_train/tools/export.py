@@ -70,7 +70,7 @@ def golden_batch(policy: Any, num: int = 4) -> Any:
     import numpy as np
 
     from opentau_train import rng
-    from opentau_train.batch import blank_sample, stack
+    from opentau_train.batch import stack
     from opentau_train.data.transforms.pipeline import Pipeline, meet
 
     spec = meet(policy.spec, policy.wants())
@@ -84,7 +84,7 @@ def golden_batch(policy: Any, num: int = 4) -> Any:
         whole, lacks_last = number != 1, number == 2
         state_dims = np.arange(spec.state_dim) < (spec.state_dim - lacks_last) * whole
         frames = (spec.history + 1, *spec.image_size, 3)
-        record = blank_sample(spec) | {
+        record = {
             "images": {c: (draw(c, *frames) * 64 + 128).clip(0, 255).astype(np.uint8) for c in spec.cameras if whole},
             "state": draw("state", spec.state_dim) * state_dims,
             "state_dim_mask": state_dims,

@@ -115,7 +115,7 @@ def test_every_room_says_what_it_is_for():
         ("step.py", "from opentau_train import metrics"),
         ("optim.py", "from opentau_train.sinks.base import Sink"),
         ("rng.py", "from opentau_train.config.settings import Settings"),
-        ("errors.py", "from opentau_train.types import Batch"),
+        ("errors.py", "from opentau_train.types import Address"),
         ("train.py", "from opentau_train.tools.check import main"),
         ("train.py", "import hydra"),
         ("step.py", "from accelerate import Accelerator"),

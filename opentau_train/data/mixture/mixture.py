@@ -70,6 +70,7 @@ class Mixture:
 
     def in_shape(self, spec: BatchSpec) -> Mixture:
         """The same mixture with batches of another shape, no dimension of which is smaller."""
+        spec = dataclasses.replace(spec, modes=self.spec.modes, fields=self.spec.fields)
         pipelines = []
         for pipeline in self.pipelines:
             pad = pipeline.transforms["pad"]
@@ -78,9 +79,7 @@ class Mixture:
                 pad, state_dim=spec.state_dim, action_dim=spec.action_dim, chunk_length=spec.chunk_length
             )
             pipelines.append(Pipeline({**pipeline.transforms, "pad": wide}))
-        return dataclasses.replace(
-            self, pipelines=tuple(pipelines), spec=dataclasses.replace(spec, modes=self.spec.modes)
-        )
+        return dataclasses.replace(self, pipelines=tuple(pipelines), spec=spec)
 
     def for_policy(self, wants: Wants) -> Mixture:
         """The same mixture, its samples made ready for a policy. Raises `UserError` for what the mixture hasn't."""

@@ -26,7 +26,7 @@ from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source
 from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
-from opentau_train.data.transforms.pipeline import Pipeline, compose
+from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
 from opentau_train.data.transforms.shape import ChoosePrompt, Pad
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
@@ -97,8 +97,9 @@ def _pipelines(
             "choose_prompt": ChoosePrompt(),
             "normalize": normalize.normalizer(heads, data.normalization),
             "pad": Pad(spec.state_dim, spec.action_dim, spec.chunk_length, dims),
-            "drop_inputs": DropInputs(**dataclasses.asdict(data.dropout)),
         }
+        if any(dataclasses.astuple(data.dropout)):
+            shared["drop_inputs"] = DropInputs(**dataclasses.asdict(data.dropout))
         if data.blank_images:
             shared["blank_images"] = BlankImages()
         made.append(Pipeline({**dataset.transforms, **shared}))
@@ -261,7 +262,7 @@ def _with_shares(groups: list[Group], datasets: list[Dataset], draws: list[int])
 def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
     state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
     action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
-    return BatchSpec(
+    spec = BatchSpec(
         cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
         image_size=data.image_size,
         history=data.history,
@@ -271,6 +272,7 @@ def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]
         norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
         modes=tuple(dict.fromkeys(d.settings.mode for d in datasets)),
     )
+    return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
 
 
 def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:

@@ -20,13 +20,14 @@ whatever else its source reads (`RawWindow.extra`).
 """
 
 
-@dataclass(frozen=True)
 class SampleDraws:
     """The random numbers of one transform for one sample: functions of the sample's key, the transform's name and what
     the number is for, so that no transform's numbers depend on which others there are."""
 
-    key: int
-    transform: str
+    __slots__ = ("key", "transform")
+
+    def __init__(self, key: int, transform: str):
+        self.key, self.transform = key, transform
 
     def uniform(self, *what: str) -> float:
         """In [0, 1)."""
@@ -41,9 +42,9 @@ def _name_key(transform: str, what: tuple[str, ...]) -> int:
 class Transform:
     """One step, as a frozen dataclass whose fields are its options.
 
-    A call takes a record and returns one; it may reuse the mapping, and never writes into the arrays that it is given
-    (a source's arrays serve several windows). What it draws comes from `draws`. Its class states what it reads and
-    writes; what is absent, as the actions of an observation are, is passed over.
+    A call takes a record and returns it with other values. It never writes into the arrays that it is given, since a
+    source's arrays serve several windows. What it draws comes from `draws`. Its class states what it reads and writes;
+    what is absent, as the actions of an observation are, is passed over.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()

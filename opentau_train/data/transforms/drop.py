@@ -23,15 +23,15 @@ class DropInputs(Transform):
     training_only: ClassVar = True
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        changed: Record = {}
         if self.prompt and draws.uniform("prompt") < self.prompt:
-            changed["prompt"] = ""
+            record["prompt"] = ""
         if self.state and draws.uniform("state") < self.state:
-            changed |= {name: np.zeros_like(record[name]) for name in ("state", "state_dim_mask")}
+            for name in ("state", "state_dim_mask"):
+                record[name] = np.zeros_like(record[name])
         if self.camera:
             images = record["images"].items()
-            changed["images"] = {c: v for c, v in images if draws.uniform("camera", c) >= self.camera}
-        return record | changed
+            record["images"] = {c: v for c, v in images if draws.uniform("camera", c) >= self.camera}
+        return record
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,5 @@ class BlankImages(Transform):
     writes: ClassVar = ("images",)
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        return record | {"images": {camera: np.zeros_like(image) for camera, image in record["images"].items()}}
+        record["images"] = {camera: np.zeros_like(image) for camera, image in record["images"].items()}
+        return record

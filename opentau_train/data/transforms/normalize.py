@@ -43,12 +43,16 @@ class Normalize(Transform):
     writes: ClassVar = ("state", "actions")
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        affine = self.affine[record["norm_head"]]
-        return record | {name: affine[name].normalize(record[name]) for name in self.writes if name in record}
+        for name, affine in self.affine[record["norm_head"]].items():
+            if name in record:
+                record[name] = affine.normalize(record[name])
+        return record
 
     def inverse(self, record: Record) -> Record:
-        affine = self.affine[record["norm_head"]]
-        return record | {name: affine[name].denormalize(record[name]) for name in self.writes if name in record}
+        for name, affine in self.affine[record["norm_head"]].items():
+            if name in record:
+                record[name] = affine.denormalize(record[name])
+        return record
 
     @cached_property
     def affine(self) -> dict[str, dict[str, Affine]]:

@@ -5,14 +5,14 @@ predicted chunks back to the robot's units. Saved with a checkpoint as data, so 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.batch import Batch, blank_sample, stack
+from opentau_train.batch import Batch, Field, stack
 from opentau_train.config.typed import TARGET, instantiate
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform, Transforms, Wants
 from opentau_train.errors import UserError, did_you_mean
@@ -27,6 +27,7 @@ class Pipeline:
 
     def __call__(self, record: Record, key: int, *, training: bool) -> Record:
         """The record after all transforms; those for training only are left out elsewhere. `key` is the sample's."""
+        record = dict(record)
         for name, transform in self.transforms.items():
             if training or not transform.training_only:
                 record = transform(record, SampleDraws(key, name))
@@ -63,8 +64,7 @@ class Pipeline:
                 "prompts": (observation["prompt"],) if observation.get("prompt") else (),
                 "norm_head": norm_head,
             }
-            sample = blank_sample(spec) | self(record, number, training=False)
-            samples.append(sample | {"key": number, "weight": 1.0})
+            samples.append(self(record, number, training=False) | {"key": number, "weight": 1.0})
         return stack(samples, spec)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -117,8 +117,21 @@ def meet(spec: BatchSpec, wants: Wants) -> BatchSpec:
                 where="data.sources.NAME.mode",
                 remedy=f"set it to one of {', '.join(wants.modes)}",
             )
-    added = tuple(field for transform in wants.transforms.values() for field in transform.fields(spec))
-    return dataclasses.replace(spec, fields=added)
+    return with_fields(spec, wants.transforms.values())
+
+
+def with_fields(spec: BatchSpec, transforms: Iterable[Transform]) -> BatchSpec:
+    """The batch with the fields that transforms add. Raises `UserError` where two declare one differently."""
+    fields: dict[str, Field] = {field.name: field for field in spec.fields}
+    for transform in transforms:
+        for field in transform.fields(spec):
+            if fields.setdefault(field.name, field) != field:
+                raise UserError(
+                    f"two transforms declare the field '{field.name}' differently: {fields[field.name]} and {field}",
+                    where=_path(type(transform)),
+                    remedy="let one of them write another name",
+                )
+    return dataclasses.replace(spec, fields=tuple(fields.values()))
 
 
 def _path(cls: type) -> str:

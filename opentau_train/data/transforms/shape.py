@@ -22,7 +22,8 @@ class ChoosePrompt(Transform):
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         prompts = record["prompts"]
         place = int(draws.uniform("choice") * len(prompts)) if len(prompts) > 1 else 0
-        return record | {"prompt": prompts[place] if prompts else ""}
+        record["prompt"] = prompts[place] if prompts else ""
+        return record
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,25 @@ class Pad(Transform):
         state_dim, action_dim = self.dims[record["norm_head"]]
         state = np.zeros(self.state_dim, np.float32)
         state[:state_dim] = record["state"]
-        record = record | {
-            "state": state,
-            "state_dim_mask": _first(self.state_dim, state_dim),
-            "action_dim_mask": _first(self.action_dim, action_dim),
-        }
+        record["state"] = state
+        record["state_dim_mask"] = _first(self.state_dim, state_dim)
+        record["action_dim_mask"] = _first(self.action_dim, action_dim)
         if "actions" in record:
             steps = len(record["actions"])
             actions = np.zeros((self.chunk_length, self.action_dim), np.float32)
             actions[:steps, :action_dim] = record["actions"]
-            is_pad = np.ones(self.chunk_length, bool)
-            is_pad[:steps] = record["action_is_pad"]
-            record |= {"actions": actions, "action_is_pad": is_pad}
+            record["actions"] = actions
+            if steps < self.chunk_length:
+                missing = np.ones(self.chunk_length - steps, bool)
+                record["action_is_pad"] = np.append(record["action_is_pad"], missing)
         return record
 
     def inverse(self, record: Record) -> Record:
         """Takes away the dimensions that the norm head's robot hasn't, not the steps: a policy fills the chunk."""
-        real = dict(zip(("state", "actions"), self.dims[record["norm_head"]], strict=True))
-        return record | {name: record[name][..., :num] for name, num in real.items() if name in record}
+        for name, num in zip(("state", "actions"), self.dims[record["norm_head"]], strict=True):
+            if name in record:
+                record[name] = record[name][..., :num]
+        return record
 
 
 @cache

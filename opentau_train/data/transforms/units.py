@@ -32,10 +32,16 @@ class Scale(Transform):
     writes: ClassVar = ("state", "actions")
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        return record | {name: record[name] * by for name, by in self._factors.items() if name in record}
+        for name, factors in self._factors.items():
+            if name in record:
+                record[name] = record[name] * factors
+        return record
 
     def inverse(self, record: Record) -> Record:
-        return record | {name: record[name] / by for name, by in self._factors.items() if name in record}
+        for name, factors in self._factors.items():
+            if name in record:
+                record[name] = record[name] / factors
+        return record
 
     def for_names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> Scale:
         made = replace(self, state_names=state, action_names=actions)

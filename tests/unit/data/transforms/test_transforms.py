@@ -1,6 +1,7 @@
 """Transforms: what each does, undone by its inverse; keyed draws; the same list for training and for a robot."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.transforms.base import SampleDraws, Wants
+from opentau_train.batch import Field
+from opentau_train.data.transforms.base import SampleDraws, Transform, Wants
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.normalize import Normalize
-from opentau_train.data.transforms.pipeline import Pipeline, compose, meet
+from opentau_train.data.transforms.pipeline import Pipeline, compose, meet, with_fields
 from opentau_train.data.transforms.shape import ChoosePrompt, Pad
 from opentau_train.data.transforms.units import Scale
 from opentau_train.errors import UserError
@@ -176,3 +178,16 @@ def test_what_a_policy_needs_and_the_mixture_lacks_is_an_error_at_start():
     with pytest.raises(UserError, match=r"no mode 'policy'.*did you mean 'policies'"):
         meet(SPEC, Wants(modes=("policies",)))
     assert meet(SPEC, Wants(image_size=(8, 8), modes=("policy", "x"))) == SPEC
+
+
+def test_a_field_declared_twice_must_be_the_same_one():
+    @dataclass(frozen=True)
+    class Adds(Transform):
+        size: int
+
+        def fields(self, spec):
+            return (Field("depth", (self.size,)),)
+
+    assert [f.name for f in with_fields(SPEC, [Adds(2), Adds(2)]).fields] == ["depth"]
+    with pytest.raises(UserError, match="declare the field 'depth' differently"):
+        with_fields(SPEC, [Adds(2), Adds(3)])
