@@ -34,6 +34,7 @@ from opentau_train.errors import UserError
 from opentau_train.step import TrainState
 
 VERSION = 1
+RUN = "run.json"
 
 # A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -106,9 +107,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in empty.items()}
 
 
+def as_json(run: dict[str, Any]) -> str:
+    """The text of `run.json`."""
+    return json.dumps(run, indent=1) + "\n"
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = json.loads((path / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"not a checkpoint: {error}",
