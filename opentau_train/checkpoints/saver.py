@@ -55,7 +55,7 @@ class Saver:
 
     With `checkpoint.async` a save copies the state to memory, returns, and a thread writes it; `poll` at the step
     boundaries commits it once all ranks have written. One save is under way at a time. Every method is collective, and
-    waits no longer than `world.limit`.
+    waits no longer than `world.timeout`.
     """
 
     def __init__(self, run_dir: Path, world: World, settings: CheckpointSettings, card: Pretrained):
@@ -150,10 +150,11 @@ class Saver:
     def _is_done(self, call: Future[None]) -> bool:
         """Whether `call` ends in time; one that doesn't is left behind. The watchdog, which shows where it is, comes
         before."""
-        seconds = self.world.limit.total_seconds()
-        done = bool(wait([call], seconds).done)
+        timeout = self.world.timeout
+        limit = None if timeout is None else timeout.total_seconds()
+        done = bool(wait([call], limit).done)
         if not done:
-            log.warning("%s: the storage has not answered for %g s", self.folder, seconds)
+            log.warning("%s: the storage has not answered for %g s", self.folder, limit)
         return done
 
     def _content(self, state: TrainState, run: dict[str, Any]) -> _Content:

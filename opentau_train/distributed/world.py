@@ -42,8 +42,8 @@ class World:
     device: torch.device
     accelerator: Accelerator = field(repr=False)
     roll: RollCall | None = field(default=None, repr=False)
-    limit: timedelta = timedelta(minutes=30)
-    """How long a collective, or any other wait of the program, may take."""
+    timeout: timedelta | None = field(default=None, repr=False)
+    """How long a collective of any group, or another wait for what may hang, may take; None where nothing says so."""
 
     @property
     def is_main(self) -> bool:
@@ -76,8 +76,9 @@ class World:
         return out
 
     def background_group(self) -> dist.ProcessGroup | None:
-        """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix."""
-        return dist.new_group(backend="gloo", timeout=self.limit) if self.size > 1 else None
+        """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix. They wait
+        no longer than the main thread's; torch's own limit would be half an hour."""
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else None
 
     @contextmanager
     def roll_call(self) -> Iterator[None]:
@@ -185,7 +186,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         device=accelerator.device,
         accelerator=accelerator,
         roll=roll,
-        limit=limit,
+        timeout=limit,
     )
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.

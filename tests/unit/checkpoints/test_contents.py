@@ -149,7 +149,7 @@ def test_a_write_that_hangs_is_waited_for_no_longer_than_the_limit(world, tmp_pa
     with Saver(tmp_path, world, settings, CARD) as saver:
         save(saver, state)
     train(state)
-    with Saver(tmp_path, dataclasses.replace(world, limit=timedelta(seconds=0.2)), settings, CARD) as saver:
+    with Saver(tmp_path, dataclasses.replace(world, timeout=timedelta(seconds=0.2)), settings, CARD) as saver:
         hold_back(saver, threading.Event())
         save(saver, state)
         with pytest.raises(Fault, match=r"can't save .*00000001: rank 0: .*last good checkpoint is .*00000000"):
