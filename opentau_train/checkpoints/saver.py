@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from opentau_train.checkpoints import commit
-from opentau_train.checkpoints.contents import RUN, VERSION, ambient_random_state, as_json, read_weights, tensors_of
+from opentau_train.checkpoints.contents import RUN, VERSION, as_json, read_weights, tensors_of
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.world import World
@@ -39,7 +39,6 @@ class _Content:
 
     tensors: dict[str, Any] = field(repr=False)
     sharded: bool
-    rng: dict[str, Any] = field(repr=False)
     run: dict[str, Any]
 
 
@@ -161,24 +160,22 @@ class Saver:
         tensors = tensors_of(state)
         if self.settings.asynchronous:
             tensors = cast(dict[str, Any], self._stager.stage(tensors))  # it copies before it returns
-        return _Content(tensors, state.replicas.sharded, ambient_random_state(), run)
+        return _Content(tensors, state.replicas.sharded, run)
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
         def shards() -> None:
             alone = self.world.size == 1
             dcp.save(content.tensors, checkpoint_id=partial / "state", process_group=group, no_dist=alone)
 
-        def own() -> None:
-            torch.save(content.rng, partial / "rng" / f"{self.world.rank}.pt")
-            if self.world.is_main:
-                (partial / RUN).write_text(as_json(content.run))
-                # From the files just written: to gather the shards would be a collective that training waits for.
-                weights = read_weights(partial) if content.sharded else content.tensors["model"]
-                write_folder(partial / FOLDER, weights, self.card)
+        def readable() -> None:
+            (partial / RUN).write_text(as_json(content.run))
+            # From the files just written: to gather the shards would be a collective that training waits for.
+            weights = read_weights(partial) if content.sharded else content.tensors["model"]
+            write_folder(partial / FOLDER, weights, self.card)
+            commit.seal(partial)
 
         self._together(partial, shards, group)
-        self._together(partial, own, group)
-        self._together(partial, lambda: commit.seal(partial), group, main_only=True)
+        self._together(partial, readable, group, main_only=True)
 
     def _publish(self, partial: Path) -> Path:
         leftovers = self._together(partial, lambda: commit.publish(partial, self.retention), main_only=True)
@@ -201,7 +198,7 @@ class Saver:
         try:
             if self.world.is_main or not main_only:
                 result = work()
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
             problem = f"rank {self.world.rank}: {_root_cause(error)}"
         answers = self.world.gather((problem, result if self.world.is_main else None), group)
         problems = [p for p, _ in answers if p]
@@ -225,8 +222,7 @@ def _cannot_save(partial: Path, problem: str) -> Fault:
 
 def _prepare(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    for name in ("rng", FOLDER):
-        (partial / name).mkdir(parents=True)
+    (partial / FOLDER).mkdir(parents=True)
 
 
 def _root_cause(error: BaseException) -> str:

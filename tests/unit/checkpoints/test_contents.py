@@ -177,7 +177,7 @@ def test_a_save_that_fails_names_the_last_good_one_and_leaves_no_trace(asynchron
     with Saver(tmp_path, world, CheckpointSettings(asynchronous=asynchronous), card) as saver:
         _ = save(saver, state) or saver.finish()
         state.step = 5
-        blocked = tmp_path / "checkpoints" / "00000005.tmp" / "rng"
+        blocked = tmp_path / "checkpoints" / "00000005.tmp" / "pretrained_model"
         with pytest.raises(RuntimeError, match=r"can't save .*00000005: rank 0: .*last good checkpoint is .*00000000"):
             original = saver._content
 
