@@ -16,15 +16,23 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def outcome(call: Callable[[], T]) -> Future[T]:
-    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised."""
-    future: Future[T] = Future()
+def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised. The answer is
+    `future` where one is given."""
+    future = Future() if future is None else future
     try:
         future.set_result(call())
     except BaseException as error:
         # Broad, and not to be split: nothing is handled here. Whatever ended it, StopIteration included, is raised
         # again on the thread that asks; a kind left out would end this one and leave that waiting.
         future.set_exception(error)
+    return future
+
+
+def in_background(call: Callable[[], T], name: str) -> Future[T]:
+    """`call()` on a thread of its own, called `name`. The end of the program doesn't wait for it."""
+    future: Future[T] = Future()
+    threading.Thread(target=outcome, args=(call, future), name=name, daemon=True).start()
     return future
 
 

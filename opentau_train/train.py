@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, check_health, train_step
-from opentau_train.threads import InterruptibleIterator
+from opentau_train.threads import InterruptibleIterator, first_line
 from opentau_train.validation.passes import PICTURE, run_passes
 from opentau_train.validation.plots import save_png
 
@@ -47,7 +48,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
     """
     trainer = settings.trainer
     torch.use_deterministic_algorithms(trainer.deterministic)
-    with ExitStack() as stack:
+    with ExitStack() as watched, ExitStack() as stack:
         entered = launch(
             device=trainer.device,
             precision=trainer.precision,
@@ -59,6 +60,10 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         stop = stack.enter_context(stop_signals())
         with world.roll_call():
             job = prepare(settings, tree, world)
+        # Its end comes last: a saver, a tracker or the ranks' last barrier may hang too.
+        watched.enter_context(
+            watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
+        )
         stop.watch(job.run_dir, clear=world.is_main)
         console.also_to(job.run_dir / "train.log")
         if job.state.step >= trainer.steps and not job.owes_validation:
@@ -68,14 +73,19 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
-        watchdog = watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
-        with watchdog, world.roll_call():
+        stack.push(partial(_enter_closing, job))
+        with world.roll_call():
             code = _loop(job, sinks, recorder, stop)
         if world.is_main:
             if code == 1:
                 mark_preempted(job.run_dir, job.state.step)
             log.info(next_steps(job.run_dir, job.state.step, code, job.counters["bad"]))
         return STOP_CODES[code]
+
+
+def _enter_closing(job: Job, kind: type | None, error: BaseException | None, trace: object) -> None:
+    """The watchdog, should it be the last to speak, says what the end was that hangs."""
+    job.place.enter("closing" if error is None else f"closing after {type(error).__name__}: {first_line(error)}")
 
 
 def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> int:

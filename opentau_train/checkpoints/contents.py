@@ -1,10 +1,11 @@
 """What a checkpoint holds, and how it is read back on any number of ranks, however they share the policy.
 
     state/              torch.distributed.checkpoint: parameters, moments, average, each rank its shards
-    rng/{rank}.pt       the ambient random state of each rank
     run.json            step, counters, the stream's state
     pretrained_model/   the policy by itself (`pretrained`)
     files.json          every file and its size (`commit`)
+
+No random state: all draws are keyed, and ambient ones are seeded anew in every step (`step`).
 
 `saver` writes it; how the directory becomes a checkpoint, and which one is the newest, is `commit`'s.
 """
@@ -12,12 +13,10 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -34,6 +33,7 @@ from opentau_train.errors import UserError
 from opentau_train.step import TrainState
 
 VERSION = 1
+RUN = "run.json"
 
 # A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -69,9 +69,6 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
         group.update(own)
     if state.ema is not None:  # one that begins now begins at the parameters
         state.ema.load_state_dict(tensors.get("ema") or dict(state.policy.named_parameters()))
-    own_rng = path / "rng" / f"{world.rank}.pt"
-    if own_rng.is_file():
-        _set_rng_state(torch.load(own_rng, weights_only=False))
     state.step = run["step"]
     return run
 
@@ -106,9 +103,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in empty.items()}
 
 
+def as_json(run: dict[str, Any]) -> str:
+    """The text of `run.json`."""
+    return json.dumps(run, indent=1) + "\n"
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = json.loads((path / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"not a checkpoint: {error}",
@@ -143,34 +145,21 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
             where=str(path),
             remedy="take the weights themselves: trainer.ema_decay=null, or weights=model for an export",
         )
-    mine = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
-    theirs = {k: tuple(v.size) for k, v in saved.items() if hasattr(v, "size") and k.split(".")[0] in parts}
-    missing = sorted(set(mine) - set(theirs))
-    extra = sorted(set(theirs) - set(mine))
-    shapes = sorted(k for k in mine.keys() & theirs.keys() if mine[k] != theirs[k])
+    here = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
+    there = {
+        k: tuple(v.size) for k, v in saved.items() if isinstance(v, TensorStorageMetadata) and k.split(".")[0] in parts
+    }
+    missing = sorted(set(here) - set(there))
+    extra = sorted(set(there) - set(here))
+    shapes = sorted(k for k in here.keys() & there.keys() if here[k] != there[k])
     if missing or extra or shapes:
-        said = [
-            *(f"shape of {k}: {theirs[k]} there, {mine[k]} here" for k in shapes[:2]),
+        differences = [
+            *(f"shape of {k}: {there[k]} there, {here[k]} here" for k in shapes[:2]),
             *([f"{len(missing)} keys missing there: {', '.join(missing[:3])}"] if missing else []),
             *([f"{len(extra)} keys unknown here: {', '.join(extra[:3])}"] if extra else []),
         ]
         raise UserError(
-            "the checkpoint is of another model: " + "; ".join(said),
+            "the checkpoint is of another model: " + "; ".join(differences),
             where=str(path),
             remedy="use the model and camera settings of its pretrained_model/config.json, or start a new run",
         )
-
-
-def ambient_random_state() -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

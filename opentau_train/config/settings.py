@@ -13,28 +13,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opentau_train.config.data import DataSettings
+from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import at_least, build, fraction, positive
 from opentau_train.errors import UserError
 
 
+def _longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """`trainer.steps`: a constant rate doesn't depend on it."""
+    if str(now.get("scheduler._target_")).endswith(".Constant") and isinstance(old, int) and new > old:
+        return Meaning("safe")
+    return Meaning("warned", "the schedule is stretched to the new length")
+
+
+def _other_average(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """`trainer.ema_decay`."""
+    if old is None:
+        return Meaning("refused", "the average isn't in the checkpoint: it begins here")
+    return FROM_HERE_ON if new is not None else Meaning("refused", "the average is lost")
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
-    steps: int
-    global_batch_size: int
+    steps: int = field(metadata=judged(_longer))
+    global_batch_size: int = field(metadata=NEW_PLAN)
     grad_clip: float | None = 1.0
-    log_every: int = 10
-    step_timeout: float = 1800.0
+    log_every: int = field(default=10, metadata=SAFE)
+    step_timeout: float = field(default=1800.0, metadata=SAFE)
     """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
     precision: Literal["no", "bf16"] = "no"
-    compile: bool = False
+    compile: bool = field(default=False, metadata=SAFE)
     """torch.compile, block by block."""
-    compile_backend: str = "inductor"
-    stop_after: int | None = None
+    compile_backend: str = field(default="inductor", metadata=SAFE)
+    stop_after: int | None = field(default=None, metadata=SAFE)
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
-    ema_decay: float | None = None
-    max_skipped_steps: int = 20
+    ema_decay: float | None = field(default=None, metadata=judged(_other_average))
+    max_skipped_steps: int = field(default=20, metadata=SAFE)
     """Consecutive steps with a non-finite gradient before the run stops."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
     deterministic: bool = False
 
     def check(self, path: str) -> None:
@@ -80,9 +95,9 @@ class ParallelismSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    every: int = 500
+    every: int = field(default=500, metadata=SAFE)
     """Steps between passes; 0 = never. The last step always validates when this is not 0."""
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=SAFE)
     max_samples_per_group: int | None = None
     num_noise_draws: int = 1
     metrics: tuple[Literal["action"], ...] = ()
@@ -155,28 +170,40 @@ class ResumeSettings:
             )
 
 
+TRAINED_FOR_IT = "the weights were trained for it; none can be loaded whose shape changes"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The whole composed configuration.
 
     `model`, `scheduler` and each entry of `logger` name a class with `_target_`; their other keys are checked
-    against that class's signature when it is built (`typed.instantiate`).
+    against that class's signature when it is built (`typed.instantiate`). What a change of a setting means for a run
+    that is resumed stands in its field's metadata (`resuming`).
     """
 
-    data: DataSettings
-    model: dict[str, Any]
+    data: DataSettings = field(metadata=refused(TRAINED_FOR_IT))
+    model: dict[str, Any] = field(
+        metadata=refused(
+            TRAINED_FOR_IT,
+            keys={
+                "*_weight": Meaning("warned", "the losses' weights from here on"),
+                "num_flow_steps": Meaning("safe"),
+            },
+        )
+    )
     trainer: TrainerSettings
     optimizer: OptimizerSettings
     scheduler: dict[str, Any]
-    validation: ValidationSettings
-    checkpoint: CheckpointSettings
-    parallelism: ParallelismSettings
-    paths: PathSettings
-    logger: dict[str, dict[str, Any]]
-    name: str = "train"
-    seed: int = 0
-    resume: ResumeSettings = field(default_factory=ResumeSettings)
-    flight_recorder: bool = False
+    validation: ValidationSettings = field(metadata=warned("validation numbers don't compare to those before"))
+    checkpoint: CheckpointSettings = field(metadata=SAFE)
+    parallelism: ParallelismSettings = field(metadata=SAFE)
+    paths: PathSettings = field(metadata=SAFE)
+    logger: dict[str, dict[str, Any]] = field(metadata=SAFE)
+    name: str = field(default="train", metadata=SAFE)
+    seed: int = field(default=0, metadata=NEW_PLAN)
+    resume: ResumeSettings = field(default_factory=ResumeSettings, metadata=SAFE)
+    flight_recorder: bool = field(default=False, metadata=SAFE)
     """true = every rank records each step's samples and their losses (`recorder.py`)."""
 
     def check(self, path: str) -> None:

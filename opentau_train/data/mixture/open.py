@@ -35,14 +35,6 @@ from opentau_train.types import BatchSpec, Group
 
 log = logging.getLogger(__name__)
 
-CHOOSING = (
-    *("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "val_episodes"),
-    *("chunk_length", "sample_stride", "fps", "iterable_shuffle"),
-    *("use_filter_dict", "filter_key", "filter_rule", "filter_trim_tail"),
-    *("state", "actions", "cameras", "control_mode", "control_mode_column", "target"),
-)
-"""Settings of a source that choose its windows, or what they are read as."""
-
 
 def open_mixture(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
     """Open every source, split, group and normalise. `stats` (a checkpoint's) replace computing them.
@@ -142,7 +134,7 @@ def _open_dataset(
     held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
     blocks = source.get_shuffle_blocks()
     rows = chunk_rows(chunk_length, row_step(source.fps, chosen.fps))
-    made_of = _made_of(source, chosen, data, settings.seed)
+    made_of = _made_of(source, chosen)
     sides = [
         make_blocks(
             name,
@@ -213,14 +205,11 @@ def _add_groups(source: Source, groups: list[Group]) -> NDArray[np.int64]:
     return group_of
 
 
-def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
-    """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
-    chosen_so = repr(
-        [getattr(chosen, name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0]
-    )
+def _made_of(source: Source, chosen: SourceSettings) -> dict[str, str]:
+    """The files that a dataset's blocks follow from, each as a short hash: a resume compares them to say what has
+    changed. The settings that they follow from are compared by themselves (`config/drift`)."""
     path = Path(chosen.filter_dict_path or "").expanduser()
     return {
-        "settings": hashlib.blake2b(chosen_so.encode(), digest_size=6).hexdigest(),
         "filter": keep_ranges.file_digest(path)[:12] if chosen.use_filter_dict else "",
         "files": hashlib.blake2b(source.fingerprint.encode(), digest_size=6).hexdigest(),
     }
