@@ -41,6 +41,7 @@ RULES: tuple[tuple[str, Kind, str], ...] = (
     ("trainer.step_timeout", "safe", ""),
     ("trainer.stop_after", "safe", ""),
     ("trainer.max_skipped_steps", "safe", ""),
+    ("trainer.profile_steps", "safe", ""),
     ("trainer.compile*", "safe", ""),
     ("trainer.device", "safe", ""),
     ("trainer.global_batch_size", "refused", _PLAN),

@@ -26,7 +26,7 @@ LAYERS = (
     {"data/mixture/"},
     {"data/lerobot/", "data/order/", "sinks/", "optim"},
     {"config/", "data/builtin/", "data/keep_ranges", "data/source", "distributed/", "log", "models/"},
-    {"data/chunk", "data/decode/", "errors", "rng", "threads", "types"},
+    {"data/chunk", "data/decode/", "errors", "performance", "rng", "threads", "types"},
     {"__init__", "data/__init__"},  # they import nothing
 )
 """Rooms (a folder of modules, or a module by itself) from the top down. A room imports from itself and from lower
