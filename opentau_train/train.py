@@ -152,13 +152,9 @@ def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None
     job.progress.enter("log")
     _check_windows(job, agreement.num_substituted)
     trainer, step = job.settings.trainer, job.state.step
-    logs = step % trainer.log_every == 0 or step == trainer.steps or agreement.stop is not Stop.NONE
-    if not logs and job.world.device.type != "cpu":
-        return  # to look at the device's numbers is to wait for it: once an interval
-    reading = meter.read()
-    job.counters["skipped"] = reading.skipped
-    check_skipped(step, reading.in_a_row, trainer.max_skipped_steps)
-    if logs:
+    if step % trainer.log_every == 0 or step == trainer.steps or agreement.stop is not Stop.NONE:
+        reading = meter.read()
+        check_skipped(step, reading.in_a_row, trainer.max_skipped_steps)
         sinks.write(step, meter.row(reading, job.counters["bad"]))
 
 

@@ -33,7 +33,7 @@ class TrainerSettings:
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
     ema_decay: float | None = None
     max_skipped_steps: int = 20
-    """Consecutive steps with a non-finite gradient before the run stops."""
+    """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
     device: Literal["auto", "cpu"] = "auto"
     deterministic: bool = False
     """Only kernels that give the same result each time."""
