@@ -49,12 +49,11 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 class Keyed(nn.Module):
-    """A policy whose forward reads nothing from the host, so that a step of it can run where there is nothing to read."""
-
-    loss_weights = {"mse": 1.0}
+    """A policy whose forward takes nothing from the host: a step of it can run where tensors have no values."""
 
     def __init__(self):
         super().__init__()
+        self.loss_weights = {"mse": 1.0}
         self.layer = nn.Linear(4, 4)
 
     def forward(self, batch, noise):
@@ -119,7 +118,7 @@ def test_an_interval_reads_the_device_once(world, tmp_path, monkeypatch):
     }
 
 
-# -- a gradient that is no number ----------------------------------------------------------------------------------------
+# -- a gradient that is no number --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,16 +151,15 @@ def test_too_many_skipped_in_a_row_stop_the_run_with_the_step():
     assert fault.value.where == "step 8"
 
 
-# -- ambient randomness --------------------------------------------------------------------------------------------------
+# -- ambient randomness ------------------------------------------------------------------------------------------------
 
 
 class Dropping(nn.Module):
     """Shows the mask of its dropout as its losses."""
 
-    loss_weights = {"mse": 1.0}
-
     def __init__(self):
         super().__init__()
+        self.loss_weights = {"mse": 1.0}
         self.scale = nn.Parameter(torch.ones(64))
 
     def forward(self, batch, noise):

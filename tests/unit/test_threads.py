@@ -1,10 +1,12 @@
 """What a call on one thread gave or raised reaches the thread that asks."""
 
 import threading
+import time
 
 import pytest
 
-from opentau_train.threads import Background, outcome
+from opentau_train import threads
+from opentau_train.threads import Background, InterruptibleIterator, outcome
 
 
 def test_a_result_is_given_and_every_kind_of_error_is_raised_where_it_is_asked_for():
