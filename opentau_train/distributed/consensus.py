@@ -71,6 +71,7 @@ class Ballot:
         self._parent = (world.rank - 1) // 2 if world.rank else None
         self._parts = [torch.empty_like(self._sums) for _ in self._children]
         self._arriving = [_sure(dist.irecv(part, rank, tag=TAG)) for part, rank in zip(self._parts, self._children)]
+        self._leaving: list[dist.Work] = []
 
     def result(self) -> Agreement:
         """What was agreed on. Raises on all ranks the first rank's error, if any has one, and what a broken collective
@@ -88,31 +89,31 @@ class Ballot:
     def _travel(self) -> None:
         """Up the tree, adding, and the sums down again. A rank that sees a neighbour gone tells the others: each would
         otherwise learn of it only when its own neighbour has ended."""
+        up = [] if self._parent is None else [self._parent]
         try:
             for part, work in zip(self._parts, self._arriving):
                 work.wait()
                 self._sums += part
-            if self._parent is not None:
-                self._send(self._sums, [self._parent])
-                dist.recv(self._sums, self._parent, tag=TAG)
-            self._send(self._sums, self._children)
+            for parent in up:
+                _sure(dist.isend(self._sums, parent, tag=TAG)).wait()
+                dist.recv(self._sums, parent, tag=TAG)
         except RuntimeError:
-            self._send_broken()
+            self._sums = torch.full_like(self._sums, BROKEN)
+            self._tell([*self._children, *up])
             raise
+        self._tell(self._children)
         if self._sums.isnan().any():
             raise dist.DistNetworkError("a rank is gone: another one has lost its connection to it")
-
-    def _send(self, sums: torch.Tensor, ranks: list[int]) -> None:
-        for work in [_sure(dist.isend(sums, rank, tag=TAG)) for rank in ranks]:
+        for work in self._leaving:
             work.wait()
 
-    def _send_broken(self) -> None:
-        neighbours = [*self._children, *([] if self._parent is None else [self._parent])]
-        for rank in neighbours:
+    def _tell(self, ranks: list[int]) -> None:
+        """Send the sums, without waiting for a rank that may no longer listen."""
+        for rank in ranks:
             try:
-                self._send(torch.full_like(self._sums, BROKEN), [rank])
+                self._leaving.append(_sure(dist.isend(self._sums, rank, tag=TAG)))
             except RuntimeError:
-                continue  # it is the one that is gone
+                continue  # it is gone: the next vote, or its own children, will tell
 
 
 def _sure(work: dist.Work | None) -> dist.Work:

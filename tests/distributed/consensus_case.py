@@ -48,9 +48,8 @@ def lose(world: World) -> None:
     assert is_broken_collective(lost.value), lost.value
     store = dist.distributed_c10d._get_default_store()
     store.add("heard", 1)
-    if world.rank == 1:
-        while store.add("heard", 0) < 3:  # 0 and 2 must hear while this rank, their only way to 3, is still there
-            time.sleep(0.05)
+    while store.add("heard", 0) < 3:  # 0 and 2 must hear while rank 1, their only way to rank 3, is still there
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
