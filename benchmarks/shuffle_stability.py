@@ -30,18 +30,16 @@ from opentau_train import rng
 from opentau_train.batch import Batch, stack
 from opentau_train.config.settings import Settings
 from opentau_train.data.load.samples import SampleBuilder
-from opentau_train.data.load.stream import RankBatch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Windows
 from opentau_train.distributed.parallel import Replicas
-from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import Cosine, adamw
-from opentau_train.step import TrainState, train_step
+from opentau_train.step import StepSetup, TrainState, train_step
 from opentau_train.tools import vif
 from opentau_train.types import Address, BatchSpec, WindowSpec
 from opentau_train.validation.plan import validation_windows
@@ -139,11 +137,11 @@ def train(data: Decoded, order: Order, settings: Settings, world: World, seed: i
     optimizer = adamw(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
     state = TrainState(policy, Replicas(policy, sharded=False), optimizer, None)
     schedule, norms = Cosine(warmup_steps=10, final_ratio=0.1), []
+    setup = StepSetup(world, BATCH, settings.trainer.grad_clip, seed)
     for step in range(steps):
-        part = RankBatch(data.batch(order(step)))
-        lr = 1e-3 * schedule(step, steps)
-        result = train_step(state, part, world, settings.trainer, lr=lr, max_samples=BATCH, stop=0, place=Place())
-        norms.append(result.grad_norm)
+        batch = data.batch(order(step))
+        counts = {term: float(count.double().sum()) for term, count in policy.term_counts(batch).items()}
+        norms.append(float(train_step(state, batch, counts, 1e-3 * schedule(step, steps), setup).grad_norm))
     return Run(np.array(norms), held_out_loss(policy, data), policy)
 
 

@@ -30,12 +30,14 @@ from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.parallel import check_batch, data_parallel_degrees, spread
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.stopping import Stop
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, adamw
-from opentau_train.step import TrainState
+from opentau_train.performance import ForwardFlops
+from opentau_train.step import StepSetup, TrainState
 from opentau_train.validation.passes import Plans, plan_passes
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class Job:
     saver: Saver
     max_samples: int
     counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
-    place: Place = field(default_factory=Place)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def owes_validation(self) -> bool:
@@ -71,6 +73,23 @@ class Job:
     def is_best(self) -> bool:
         """The state's weights are the best that were validated."""
         return self.best is not None and self.best.step == self.state.step
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that comes."""
+        return self.settings.optimizer.lr * self.schedule(self.state.step, self.settings.trainer.steps)
+
+    def must_save(self, stop: Stop) -> bool:
+        """Whether the state is one to save: the run ends with it, it is the best, or it is a regular one's turn."""
+        step, every = self.state.step, self.settings.checkpoint.every
+        due = every > 0 and step % every == 0
+        return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
+
+    def step_setup(self) -> StepSetup:
+        """How this job's steps are taken."""
+        grad_clip, seed = self.settings.trainer.grad_clip, self.settings.seed
+        flops = ForwardFlops() if self.world.device.type == "cuda" else None
+        return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops)
 
 
 def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
@@ -188,7 +207,7 @@ def _resume(job: Job, found: Path) -> None:
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
-    job.state.skipped = job.counters["skipped"]
+    job.state.skipped = torch.tensor([job.counters["skipped"], 0])
     if job.best is not None:
         job.best.restore(job.world, job.state.step)
     if job.world.is_main:

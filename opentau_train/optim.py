@@ -82,9 +82,12 @@ class Ema:
         self.average = {n: p.detach().clone().float() for n, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
+        """Move towards the parameters, unless `applies` [] bool is False, which is found out on the device."""
         for name, parameter in model.named_parameters():
-            self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
+            average = self.average[name]
+            moved = average.lerp(parameter.float(), 1.0 - self.decay)
+            average.copy_(moved if applies is None else torch.where(applies, moved, average))
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -31,6 +30,7 @@ from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.split import trained_on
+from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.parallel import Replicas, data_parallel_degrees, spread
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
@@ -83,7 +83,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     `UserError` on all ranks alike.
     """
     trainer = settings.trainer
-    torch.use_deterministic_algorithms(trainer.deterministic)
+    set_numerics(deterministic=trainer.deterministic, matmul_precision=trainer.matmul_precision)
     with (
         launch(
             device=trainer.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -62,6 +63,14 @@ class Stuck(_ThirdStep):
     def happen(self):
         while True:
             time.sleep(0.1)
+
+
+class Dropout(FlowPolicy):
+    """Hides half of the state's dimensions at random while it trains, by the ambient generator."""
+
+    def forward(self, batch, noise):
+        state = torch.nn.functional.dropout(batch.state, 0.5, self.training)
+        return super().forward(dataclasses.replace(batch, state=state), noise)
 
 
 class SlowValidation(FlowPolicy):

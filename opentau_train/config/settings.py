@@ -48,14 +48,21 @@ class TrainerSettings:
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
     ema_decay: float | None = field(default=None, metadata=judged(_other_average))
     max_skipped_steps: int = field(default=20, metadata=SAFE)
-    """Consecutive steps with a non-finite gradient before the run stops."""
+    """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
     device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
     deterministic: bool = False
+    """Only kernels that give the same result each time."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products on a device that has faster ones: `highest`, torch's own default, is float32; `high` lets
+    CUDA round the factors to TF32 (10 bits of mantissa), `medium` to bfloat16. bf16 autocast doesn't depend on it."""
+    profile_steps: int = 0
+    """Steps that torch.profiler records on rank 0, after the first three: RUN/profile/trace.json."""
 
     def check(self, path: str) -> None:
         for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
             positive(f"{path}.{name}", getattr(self, name))
         positive(f"{path}.stop_after", self.stop_after)
+        at_least(f"{path}.profile_steps", self.profile_steps, 0)
         if self.ema_decay is not None:
             fraction(f"{path}.ema_decay", self.ema_decay)
 

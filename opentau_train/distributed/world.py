@@ -167,6 +167,9 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         # Before Accelerate does it: its own choice on CUDA is NCCL alone, which can't reduce the CPU's float64 sums.
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # A broken NCCL collective is given up and the process lives on: the next vote over gloo finds the same peer
+            # gone and raises, which the roll call explains. By default NCCL's watchdog would end the process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
         store, rank, size = _join_store(min(timeout, RENDEZVOUS_SECONDS))
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))

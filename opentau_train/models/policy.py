@@ -45,7 +45,8 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def term_counts(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """{term: count [B] f32} as `forward` returns them, from the masks alone."""
+        """{term: count [B] f32} as `forward` returns them, from the masks alone, on the device where the batch is: the
+        training loop asks while it is still in the host's memory, on the thread that reads the data."""
 
     @abstractmethod
     def sample_actions(self, batch: Batch, draws: Draws) -> torch.Tensor:

@@ -22,7 +22,7 @@ from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
@@ -86,7 +86,7 @@ def measure_actions(
     world: World,
     settings: ValidationSettings,
     stop: StopFlag | None = None,
-    place: Place | None = None,
+    place: Progress | None = None,
 ) -> ActionScores:
     """Sample a chunk for every window of `plan`; every rank must call it. One all-reduce; raises as `evaluate`.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.metrics.sums import Sums, exact, validation_row
@@ -48,7 +48,7 @@ def evaluate(
     settings: ValidationSettings,
     prefix: str = "Validation",
     stop: StopFlag | None = None,
-    place: Place | None = None,
+    place: Progress | None = None,
 ) -> Scores:
     """One pass over the losses; every rank must call it and gets the same scores. One all-reduce.
 

@@ -13,7 +13,7 @@ from opentau_train.config.settings import ValidationSettings
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.models.policy import Policy
@@ -64,7 +64,7 @@ def run_passes(
     world: World,
     settings: ValidationSettings,
     stop: StopFlag | None = None,
-    place: Place | None = None,
+    place: Progress | None = None,
 ) -> Outcome:
     """The loss pass, then with an average `Validation-EMA/...` with its weights, then the action errors. Collective;
     parameters and ambient random state are afterwards what they were. Raises as `evaluate.evaluate`."""

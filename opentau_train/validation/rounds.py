@@ -14,7 +14,7 @@ from opentau_train.config.settings import ValidationSettings
 from opentau_train.data.load.stream import Parts, loader
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag, Stopped
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, UserError
 from opentau_train.models.policy import Policy
@@ -51,10 +51,10 @@ class Rounds:
         world: World,
         settings: ValidationSettings,
         stop: StopFlag | None,
-        place: Place | None,
+        place: Progress | None,
     ):
         self.plan, self.world, self.sharded = plan, world, replicas.sharded
-        self.stop, self.place = stop or StopFlag(), place or Place()
+        self.stop, self.place = stop or StopFlag(), place or Progress()
         self.skip_bad = settings.on_bad_sample == "skip"
         self.error: UserError | None = None
         self.halted = False

@@ -94,7 +94,7 @@ def main(replicate: int, shard: int) -> None:
         close(eager, expected, 1e-4)
 
         # One norm over all shards, the same on every rank; the limit holds afterwards.
-        norm = _clip(policy, 0.5)
+        norm = float(_clip(policy, 0.5))
         reference = float(torch.cat([g.flatten() for g in expected.values()]).norm())
         assert abs(norm - reference) <= 1e-4 * reference, (norm, reference)
         after = float(torch.cat([g.flatten() for g in gradients(policy).values()]).norm())

@@ -27,7 +27,7 @@ LAYERS = (
     {"data/lerobot/", "data/order/", "models/", "sinks/", "optim"},
     {"data/transforms/"},
     {"batch", "config/", "data/builtin/", "data/keep_ranges", "data/source", "distributed/", "log"},
-    {"data/chunk", "data/decode/", "errors", "rng", "threads", "types"},
+    {"data/chunk", "data/decode/", "errors", "performance", "rng", "threads", "types"},
     {"__init__", "data/__init__"},  # they import nothing
 )
 """Rooms (a folder of modules, or a module by itself) from the top down. A room imports from itself and from lower

@@ -29,7 +29,7 @@ from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, Fault, UserError
+from opentau_train.errors import BadSample, Fault, Teller, UserError
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
@@ -269,14 +269,13 @@ def _worker_death(workers: list[BaseProcess]) -> Fault:
         for w in workers
         if w.exitcode
     ]
-    fault = Fault(
+    return Fault(
         f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})",
         where="the operating system's log (dmesg) tells whether memory ran out",
         remedy="if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
         "resume=auto",
+        teller=Teller.THIS_RANK,
     )
-    fault.told_here = True  # this rank alone knows
-    return fault
 
 
 def _same(item: Any) -> Any:
@@ -289,3 +288,4 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.
     gc.freeze()
+    gc.enable()  # the main process may have put it off (`performance.scheduled_collection`): here nobody would make up
