@@ -40,7 +40,7 @@ from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.noise import draw_noise
-from opentau_train.optim import Cosine, adamw
+from opentau_train.optim import Cosine, build_optimizer
 from opentau_train.step import TrainState, train_step
 from opentau_train.tools import vif
 from opentau_train.types import Batch, WindowSpec
@@ -131,7 +131,7 @@ class Run:
 def train(data: Decoded, order: Order, settings: Settings, world: World, seed: int, steps: int) -> Run:
     torch.manual_seed(rng.key(seed, "init") >> 1)
     policy = FlowPolicy(data.mixture.spec, width=64, depth=2, heads=4, patch_size=8, max_prompt_bytes=16)
-    optimizer = adamw(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
+    optimizer = build_optimizer(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
     state = TrainState(policy, Replicas(policy, sharded=False), optimizer, None)
     schedule, norms = Cosine(warmup_steps=10, final_ratio=0.1), []
     for step in range(steps):

@@ -33,7 +33,7 @@ from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, adamw
+from opentau_train.optim import Ema, build_optimizer, check_optimizer
 from opentau_train.step import TrainState
 from opentau_train.validation.passes import Plans, plan_passes
 
@@ -114,6 +114,7 @@ def _check_targets(settings: Settings) -> None:
     """A mistake in the keys of what `_target_` names ends the run now, not after minutes of opening data."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
+    check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
         bind(options, f"logger.{name}", ["context"])
 
@@ -156,7 +157,8 @@ def _train_state(policy: Policy, settings: Settings, world: World, degrees: tupl
         compile_backend=trainer.compile_backend if trainer.compile else None,
     )
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
-    return TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
+    optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
+    return TrainState(policy, replicas, optimizer, ema)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

@@ -172,16 +172,22 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
-    """The document's sink, model and source, with its own YAML files, in one run."""
+    """The document's sink, model, optimizer and source, with its own YAML files, in one run."""
     code, configs = blocks("python"), blocks("yaml")
-    for name, text in zip(("my_sinks", "my_models", "my_sources"), code, strict=True):
+    for name, text in zip(("my_sinks", "my_models", "my_optimizers", "my_sources"), code, strict=True):
         (tmp_path / f"{name}.py").write_text(text)
-    for name, text in zip(("logger/csv", "model/linear", "data/source/sine"), configs, strict=True):
+    for name, text in zip(("logger/csv", "model/linear", "optimizer/lion", "data/source/sine"), configs, strict=True):
         path = tmp_path / "configs" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     words = [sys.executable, "-m", "opentau_train", "--config-dir", str(tmp_path / "configs"), "+recipe=lerobot"]
-    words += ["logger=[console,csv]", "model=linear", "+data/source@data.sources.sine=sine", "trainer.steps=3"]
+    words += [
+        "logger=[console,csv]",
+        "model=linear",
+        "optimizer=lion",
+        "+data/source@data.sources.sine=sine",
+        "trainer.steps=3",
+    ]
     words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "trainer.log_every=1", "trainer.global_batch_size=4"]
     words += [
         f"paths.run_dir={tmp_path / 'run'}",
