@@ -25,7 +25,7 @@ from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
 from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
-from opentau_train.distributed.parallel import spread
+from opentau_train.distributed.parallel import data_mesh, spread
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import Ema, build_optimizer
@@ -38,7 +38,7 @@ SPEC = BatchSpec(cameras=("left",), image_size=(64, 64), history=0, state_dim=8,
 
 def make_state(width: int, depth: int, world: World) -> TrainState:
     policy = FlowPolicy(SPEC, width=width, depth=depth, heads=8)
-    replicas = spread(policy, policy.blocks(), world, 1, world.size, "no")
+    replicas = spread(policy, policy.blocks(), world, data_mesh(world, 1, world.size))
     optimizer = build_optimizer(policy, OptimizerSettings(lr=1e-4))
     for parameter in policy.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)

@@ -121,7 +121,7 @@ def open_case(root: Path, world):
     mixture = open_mixture(settings, world)
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
-    return settings, mixture, policy, spread(policy, policy.blocks(), world, world.size, 1, "no")
+    return settings, mixture, policy, spread(policy, policy.blocks(), world, None)
 
 
 # -- the two sides -----------------------------------------------------------------------------------------------------

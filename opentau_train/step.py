@@ -90,9 +90,9 @@ def train_step(
         noise = draw_noise(micro.key, 0, micro.actions.shape[1:])
         with state.replicas.accumulate(last=i == len(micro_batches) - 1), world.accelerator.autocast():
             terms = state.replicas.model(micro, noise)
-        # Gradients are averaged over ranks; times the world size that average is the sum over the global batch. A term
+        # Gradients are averaged over ranks; times their number that average is the sum over the global batch. A term
         # that nothing supervises has sum 0 and stays in, so that its head gets a gradient of 0: DDP waits for all.
-        loss = world.size * sum(weights[k] * terms[k][0].sum() / (denominators[k] or 1.0) for k in weights)
+        loss = world.data_size * sum(weights[k] * terms[k][0].sum() / (denominators[k] or 1.0) for k in weights)
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
     place.enter("gradient norm and update")

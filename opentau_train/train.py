@@ -84,8 +84,8 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
     batches = training_batches(
         job.mixture,
         job.tape,
-        rank=world.rank,
-        size=world.size,
+        rank=world.data_rank,
+        size=world.data_size,
         first_step=state.step,
         last_step=trainer.steps,
         quarantine=job.run_dir / QUARANTINE,
