@@ -38,7 +38,7 @@ from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.optim import Cosine, adamw
+from opentau_train.optim import Cosine, build_optimizer
 from opentau_train.step import StepSetup, TrainState, train_step
 from opentau_train.tools import vif
 from opentau_train.types import Address, BatchSpec, WindowSpec
@@ -134,7 +134,7 @@ def make_policy(spec: BatchSpec) -> FlowPolicy:
 def train(data: Decoded, order: Order, settings: Settings, world: World, seed: int, steps: int) -> Run:
     torch.manual_seed(rng.key(seed, "init") >> 1)
     policy = make_policy(data.mixture.spec)
-    optimizer = adamw(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
+    optimizer = build_optimizer(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
     state = TrainState(policy, Replicas(policy, sharded=False), optimizer, None)
     schedule, norms = Cosine(warmup_steps=10, final_ratio=0.1), []
     setup = StepSetup(world, BATCH, settings.trainer.grad_clip, seed)

@@ -122,7 +122,7 @@ def open_case(root: Path, world):
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
     mixture = mixture.for_policy(policy.wants())
-    return settings, mixture, policy, spread(policy, policy.blocks(), world, world.size, 1, "no")
+    return settings, mixture, policy, spread(policy, policy.blocks(), world, None)
 
 
 # -- the two sides -----------------------------------------------------------------------------------------------------

@@ -225,6 +225,10 @@ class Batch:
         """The same batch with `call` made for every tensor."""
         return Batch(self.fields, {f.name: f.each(self.values[f.name], call) for f in self.fields})
 
+    def visit(self, call: Callable[[Tensor], object]) -> None:
+        """`call` made for every tensor, for what it does."""
+        self.each(lambda tensor: (call(tensor), tensor)[1])
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; where they are pinned, the copies run beside the program."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))

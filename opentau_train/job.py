@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
 from opentau_train.checkpoints import commit, contents
@@ -29,15 +32,16 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, adamw
+from opentau_train.optim import Ema, build_optimizer, check_optimizer
 from opentau_train.performance import ForwardFlops
 from opentau_train.step import StepSetup, TrainState
+from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import Plans, plan_passes
 
 log = logging.getLogger(__name__)
@@ -98,11 +102,9 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     Raises `UserError` for mistakes in configuration or data, on all ranks alike.
     """
     trainer = settings.trainer
-    check_batch(trainer.global_batch_size, world.size)
+    check_batch(trainer.global_batch_size, world.data_size)
     _check_targets(settings)
-    degrees = data_parallel_degrees(
-        settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
-    )
+    mesh = mesh_of(settings, world)
     run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
     if found is not None:
@@ -111,13 +113,21 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     mixture = open_mixture(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
-    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    execution = Execution(
+        trainer.precision,
+        settings.parallelism.activation_checkpointing,
+        settings.parallelism.gather_once,
+        trainer.compile_backend if trainer.compile else None,
+    )
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
-    state = _train_state(policy, settings, world, degrees)
-    share = trainer.global_batch_size // world.size
+    optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
+    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    state = TrainState(policy, replicas, optimizer, ema)
+    share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
-    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.data_size)
     margin = settings.validation.best_margin
     best = None if margin is None else Best(run_dir, plans.loss, policy.loss_weights, margin)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
@@ -135,6 +145,7 @@ def _check_targets(settings: Settings) -> None:
     """A mistake in the keys of what `_target_` names ends the run now, not after minutes of opening data."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
+    check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
         bind(options, f"logger.{name}", ["context"])
 
@@ -163,21 +174,28 @@ def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
         log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
 
 
-def _train_state(policy: Policy, settings: Settings, world: World, degrees: tuple[int, int]) -> TrainState:
-    """The policy spread over the ranks, with a new optimizer; `degrees`: (replicate, shard)."""
-    trainer = settings.trainer
-    replicas = spread(
-        policy,
-        policy.blocks(),
-        world,
-        *degrees,
-        trainer.precision,
-        activation_checkpointing=settings.parallelism.activation_checkpointing,
-        gather_once=settings.parallelism.gather_once,
-        compile_backend=trainer.compile_backend if trainer.compile else None,
-    )
-    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
-    return TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
+def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
+    """The mesh that `parallelism` asks for (`data_mesh`). Collective; raises `UserError` on all ranks alike."""
+    degrees = settings.parallelism
+    return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
+
+
+def spread_policy(
+    model: Mapping[str, Any], spec: BatchSpec, world: World, mesh: DeviceMesh | None, execution: Execution
+) -> tuple[Policy, Replicas]:
+    """The policy that the settings `model` name, untrained and spread over the ranks. Where its class allows
+    (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global generator. Collective; raises
+    `UserError` on all ranks alike."""
+    target, _ = bind(model, "model", ["spec"])
+    on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
+
+    def build() -> Policy:
+        with torch.device("meta") if on_meta else nullcontext():
+            return instantiate(model, "model", spec=spec)
+
+    policy = world.agree(build)
+    init = policy.init_weights if on_meta else None
+    return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr:
         accumulate = state.replicas.accumulate(last=i == len(micro_batches) - 1)
         with accumulate, world.accelerator.autocast(), counting:
             terms = state.replicas.model(micro, draws)
-        # Gradients are averaged over ranks; times the world size that average is the sum over the global batch. A term
+        # Gradients are averaged over ranks; times their number that average is the sum over the global batch. A term
         # that nothing supervises has sum 0 and stays in, so that its head gets a gradient of 0: DDP waits for all.
-        loss = world.size * sum(weights[k] * terms[k][0].sum() / (counts[k] or 1.0) for k in weights)
+        loss = world.data_size * sum(weights[k] * terms[k][0].sum() / (counts[k] or 1.0) for k in weights)
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
     differentiated = Stamp(world.device)

@@ -138,8 +138,8 @@ def _incoming(job: Job) -> InterruptibleIterator[Arrival]:
     parts = training_batches(
         job.mixture,
         job.tape,
-        rank=job.world.rank,
-        size=job.world.size,
+        rank=job.world.data_rank,
+        size=job.world.data_size,
         first_step=job.state.step,
         last_step=job.settings.trainer.steps,
         quarantine=job.run_dir / QUARANTINE,

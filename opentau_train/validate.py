@@ -25,16 +25,16 @@ from opentau_train import cli
 from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import instantiate
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.split import trained_on
 from opentau_train.distributed.numerics import set_numerics
-from opentau_train.distributed.parallel import Replicas, data_parallel_degrees, spread
+from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
+from opentau_train.job import mesh_of, spread_policy
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
@@ -96,11 +96,11 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         mixture = fit(open_mixture(settings, world, stats), card.policy)
-        policy, replicas, ema, step = spread_policy(settings, mixture.spec, found, world)
+        policy, replicas, ema, step = restore_policy(settings, mixture.spec, found, world)
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
-        share = max(1, trainer.global_batch_size // world.size)
+        share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
-        plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.size)
+        plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.data_size)
         if not len(plans.loss.windows):
             raise UserError(
                 "the mixture holds nothing out",
@@ -181,17 +181,14 @@ def _refuse(difference: str, where: str) -> UserError:
     )
 
 
-def spread_policy(
+def restore_policy(
     settings: Settings, spec: BatchSpec, found: Path, world: World
 ) -> tuple[Policy, Replicas, Ema | None, int]:
     """(policy, replicas, average or None, step) of the checkpoint `found`, spread over the ranks. Collective; raises
     `UserError` on all ranks alike."""
-    trainer, parallelism = settings.trainer, settings.parallelism
-    degrees = data_parallel_degrees(
-        parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree, world.size
-    )
-    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=spec))
-    replicas = spread(policy, policy.blocks(), world, *degrees, trainer.precision)
+    trainer = settings.trainer
+    mesh = mesh_of(settings, world)
+    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision))
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
     tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
     if ema is not None:

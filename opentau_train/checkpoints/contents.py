@@ -53,20 +53,19 @@ def tensors_of(state: TrainState) -> dict[str, Any]:
 def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     """Fill `state` from the checkpoint at `path`, on any number of ranks and however sharded; returns `run.json`.
 
-    The optimizer keeps its own options (weight decay, betas): those in the checkpoint are what the run was, not what it
-    shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of another model or
-    format.
+    The optimizer keeps its own groups and their options (weight decay, betas): those in the checkpoint are what the run
+    was, not what it shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of
+    another model, optimizer or format.
     """
     run = world.agree(lambda: _read_run(path))
-    options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     tensors = tensors_of(state)
+    groups = tensors["optimizer"].pop("param_groups")
     if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
         del tensors["ema"]
     read_tensors(path, tensors, world)
     set_model_state_dict(state.policy, tensors["model"])
-    set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
-    for group, own in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(own)
+    moments = {**tensors["optimizer"], "param_groups": groups}
+    set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=moments)
     if state.ema is not None:  # one that begins now begins at the parameters
         state.ema.load_state_dict(tensors.get("ema") or dict(state.policy.named_parameters()))
     state.step = run["step"]
@@ -84,15 +83,22 @@ def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
 def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
     """Fill the parameters of `policy`, in one process, from a checkpoint's shards: `model`, or `ema`, the average.
 
-    Raises `UserError` where they don't fit or there is no average.
+    What isn't averaged (frozen parameters, buffers) is the model's in both. Raises `UserError` where they don't fit or
+    there is no average.
     """
-    mine: dict[str, torch.Tensor] = dict(policy.named_parameters() if part == "ema" else policy.state_dict())
-    tensors = {part: {name: torch.empty_like(value, dtype=torch.float32) for name, value in mine.items()}}
+    own: dict[str, dict[str, torch.Tensor]] = {"model": policy.state_dict()}
+    if part == "ema":
+        own["ema"] = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    tensors = {
+        kind: {name: torch.empty_like(value, dtype=torch.float32) for name, value in values.items()}
+        for kind, values in own.items()
+    }
     _check_schema(path, tensors)
     dcp.load(tensors, checkpoint_id=path / "state", no_dist=True)
     with torch.no_grad():
-        for name, value in mine.items():
-            value.copy_(tensors[part][name])
+        for kind, values in own.items():
+            for name, value in values.items():
+                value.copy_(tensors[kind][name])
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -135,8 +141,8 @@ def _has(path: Path, part: str) -> bool:
 
 
 def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
-    """The optimizer's keys follow the model's; a part that only the checkpoint has (an average that is no longer kept)
-    is left there."""
+    """A part that only the checkpoint has (an average that is no longer kept, moments of another optimizer, averages of
+    frozen parameters) is left there."""
     saved = _saved(path)
     parts = [part for part in tensors if part != "optimizer"]
     if "ema" in parts and not any(key.startswith("ema.") for key in saved):
@@ -150,7 +156,7 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
         k: tuple(v.size) for k, v in saved.items() if isinstance(v, TensorStorageMetadata) and k.split(".")[0] in parts
     }
     missing = sorted(set(here) - set(there))
-    extra = sorted(set(there) - set(here))
+    extra = sorted(key for key in set(there) - set(here) if not key.startswith("ema."))
     shapes = sorted(k for k in here.keys() & there.keys() if here[k] != there[k])
     if missing or extra or shapes:
         differences = [
@@ -163,3 +169,11 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
             where=str(path),
             remedy="use the model and camera settings of its pretrained_model/config.json, or start a new run",
         )
+    for name, moments in tensors.get("optimizer", {}).get("state", {}).items():
+        for moment in moments:
+            if f"optimizer.state.{name}.{moment}" not in saved:
+                raise UserError(
+                    f"the checkpoint is of another optimizer: it has no {moment} of {name}",
+                    where=str(path),
+                    remedy="use the optimizer's settings of its pretrained_model/config.json, or start a new run",
+                )

@@ -68,18 +68,44 @@ class TrainerSettings:
 
 
 @dataclass(frozen=True)
+class ParameterRule:
+    """What the parameters that `pattern` fits have of their own; what it doesn't say stays as it was."""
+
+    pattern: str
+    """As a shell's, over the parameter's whole name: `*_out.*`, `layers.3.*`."""
+    lr_scale: float | None = None
+    """Their learning rate is this times the schedule's."""
+    weight_decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+    """Other options that the optimizer keeps by group."""
+
+    def check(self, path: str) -> None:
+        at_least(f"{path}.lr_scale", self.lr_scale, 0.0)
+        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
+    """`target` is called with the groups of parameters, `lr`, `weight_decay` and `options`, and checked as a model's
+    class is."""
+
     lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    target: str = field(default="opentau_train.optim.adamw", metadata={"key": "_target_"})
     weight_decay: float = 1e-4
+    no_decay: tuple[str, ...] = ("*embed*",)
+    """Patterns of names that weight decay leaves out, besides all vectors (norms, biases); they may fit nothing."""
+    groups: dict[str, ParameterRule] = field(default_factory=dict)
+    """Rules by a name of their own, in order: where two fit a parameter, the later one's word counts."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer's class is built from, as the tree that `typed.instantiate` takes."""
+        return {"_target_": self.target, "lr": self.lr, "weight_decay": self.weight_decay, **self.options}
 
     def check(self, path: str) -> None:
         positive(f"{path}.lr", self.lr)
-        positive(f"{path}.eps", self.eps)
         at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
-        for beta in self.betas:
-            fraction(f"{path}.betas", beta)
 
 
 @dataclass(frozen=True)

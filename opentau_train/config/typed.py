@@ -22,15 +22,20 @@ TARGET = "_target_"
 def build(cls: type, tree: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from the mapping `tree`; `path` is the mapping's place in the config.
 
-    A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. Raises
-    `UserError` for an unknown key, a missing one, a wrong type, and whatever the class's own `check(path)` finds.
+    A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. One
+    with `{"rest": True}` holds the keys that no field has, as they are. Raises `UserError` for an unknown key (where no
+    field is such), a missing one, a wrong type, and whatever the class's own `check(path)` finds.
     """
     if not isinstance(tree, Mapping):
         raise _wrong(path or "the configuration", "a mapping of settings", tree)
     hints = typing.get_type_hints(cls)
     fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
-    _refuse_unknown(tree, fields, path)
+    rest = next((fields.pop(key) for key, f in list(fields.items()) if f.metadata.get("rest")), None)
     values = {}
+    if rest is None:
+        _refuse_unknown(tree, fields, path)
+    else:
+        values[rest.name] = {key: value for key, value in tree.items() if key not in fields}
     for key, field in fields.items():
         where = f"{path}.{key}" if path else key
         if key in tree:
@@ -186,9 +191,12 @@ def instantiate(tree: Mapping[str, Any], path: str, /, **given: Any) -> Any:
     return target(**given, **values)
 
 
-def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def bind(
+    tree: Mapping[str, Any], path: str, given: Collection[str], others: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]]:
     """The target and the converted arguments that `instantiate` would call it with, without calling it: a mistake in
-    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself."""
+    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself;
+    `others`, keys of `path` that the program reads elsewhere and that an error lists with the target's."""
     if TARGET not in tree:
         raise UserError(
             f"{path} has no {TARGET}", remedy=f"choose a file of conf/{path.replace('.', '/')}/, or name a class"
@@ -199,7 +207,8 @@ def bind(tree: Mapping[str, Any], path: str, given: Collection[str]) -> tuple[An
     known = {n: p for n, p in by_name.items() if n not in given}
     options = {k: v for k, v in tree.items() if k != TARGET}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    _refuse_unknown({k: v for k, v in options.items() if k in given or not takes_any}, known, path)
+    checked = {k: v for k, v in options.items() if k in given or not takes_any}
+    _refuse_unknown(checked, {**known, **dict.fromkeys(others)}, path)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
         raise UserError(f"{path}.{missing[0]} is required but not set", remedy=f"add {path}.{missing[0]}=VALUE")

@@ -46,6 +46,17 @@ class World:
     """How long a collective of any group, or another wait for what may hang, may take; None where nothing says so."""
 
     @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` shares of a global batch, and of a validation, this rank reads. Each rank has its
+        own; ranks that split one copy of the policy between them (tensor or context parallel) would have the same."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the data are cut."""
+        return self.size
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

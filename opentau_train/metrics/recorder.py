@@ -52,7 +52,8 @@ class FlightRecorder:
         max_bytes: int = MAX_BYTES,
         max_files: int = MAX_FILES,
     ):
-        self.folder, self.tape, self.rank, self.size = run_dir / FOLDER, tape, world.rank, world.size
+        self.folder, self.tape, self.rank = run_dir / FOLDER, tape, world.rank
+        self.share = world.data_rank, world.data_size
         self.datasets = [d.name for d in mixture.datasets]
         self.max_bytes, self.max_files = max_bytes, max_files
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class FlightRecorder:
             self._file.close()
             self._open_next()
         terms = taken.losses[0][1]
-        (windows,) = self.tape.owned(range(state.step - 1, state.step), self.rank, self.size, 0, 1)
+        (windows,) = self.tape.owned(range(state.step - 1, state.step), *self.share, 0, 1)
         pairs = {
             name: [torch.cat([micro[name][i].detach().cpu() for _, micro in taken.losses]) for i in range(2)]
             for name in terms

@@ -38,6 +38,8 @@ class FlowPolicy(Policy):
     bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
     """
 
+    meta_init = True
+
     def __init__(
         self,
         spec: BatchSpec,
@@ -87,7 +89,10 @@ class FlowPolicy(Policy):
         self.norm_bins = RMSNorm(width)
         self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
         self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
-        init_weights(self, depth)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init_weights(self, len(self.layers))
 
     def wants(self) -> Wants:
         transforms: dict[str, Transform] = {"supervise": Supervise(tuple(self.loss_weights), SUPERVISES)}

@@ -7,6 +7,7 @@ same. A policy knows nothing of datasets: the validation takes its per-sample te
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +27,14 @@ class Policy(nn.Module, ABC):
 
     loss_weights: dict[str, float]
     """{term: its weight in the total loss}, one entry for each term that `forward` returns."""
+
+    meta_init: ClassVar[bool] = False
+    """True: the constructor may run on torch's meta device, and `init_weights` sets what no `reset_parameters` of the
+    modules inside sets. The policy is then sharded before it has memory. False: each process builds the whole on its
+    CPU and moves it to the device block by block."""
+
+    def init_weights(self) -> None:
+        """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 
     def wants(self) -> Wants:
         """What it needs of the data: transforms that make its own fields (tokens, masks), modes, a size of pictures.

@@ -61,7 +61,7 @@ class Rounds:
         self.left_out: list[BadSample] = []
 
     def __iter__(self) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-        plan, rank, data = self.plan, self.world.rank, self.plan.mixture.settings
+        plan, rank, data = self.plan, self.world.data_rank, self.plan.mixture.settings
         parts = Parts(
             plan.mixture,
             lambda worker, width: plan.for_worker(rank, worker, width),

@@ -183,7 +183,7 @@ def test_each_example_of_extending_is_short():
 
 
 def test_the_examples_of_extending_train_together(tmp_path):
-    """The document's sink, policy, source, transform and field, with its own YAML files, in one run."""
+    """The document's sink, policy, optimizer, source, transform and field, with its own YAML files, in one run."""
     for name, text in examples().items():
         path = tmp_path / name if name.endswith(".py") else tmp_path / "configs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def test_the_examples_of_extending_train_together(tmp_path):
         str(tmp_path / "configs"),
         "+recipe=[lerobot,clocked]",
     ]
-    words += ["logger=[console,csv]", "model=linear", "+data/source@data.sources.sine=sine", "trainer.steps=3"]
+    words += ["logger=[console,csv]", "model=linear", "optimizer=lion", "+data/source@data.sources.sine=sine", "trainer.steps=3"]
     words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "trainer.log_every=1", "trainer.global_batch_size=4"]
     words += [
         f"paths.run_dir={tmp_path / 'run'}",

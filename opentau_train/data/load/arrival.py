@@ -31,7 +31,7 @@ class Arrival:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._copied)
             # Allocated for another stream, which may have the memory back only when this one is done with it.
-            self._copy.each(lambda t: t.record_stream(stream))
+            self._copy.visit(lambda tensor: tensor.record_stream(stream))
         return self._copy
 
 

@@ -11,11 +11,11 @@ import torch
 from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
+from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import launch
 from opentau_train.errors import Fault, UserError
-from opentau_train.optim import Ema, adamw
+from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import TrainState
 from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
 
@@ -31,7 +31,8 @@ def world():
 
 def make_state(seed: int = 0, ema: bool = True, optimizer: OptimizerSettings = OPTIMIZER, **model) -> TrainState:
     policy = make_policy(seed=seed, **model)
-    return TrainState(policy, Replicas(policy, False), adamw(policy, optimizer), Ema(policy, 0.9) if ema else None)
+    average = Ema(policy, 0.9) if ema else None
+    return TrainState(policy, Replicas(policy, False), build_optimizer(policy, optimizer), average)
 
 
 def train(state: TrainState, steps: int = 1) -> None:
@@ -198,7 +199,7 @@ def test_a_resumed_optimizer_has_the_options_of_now_and_stays_fused(world, tmp_p
     train(state)
     with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
         path = save(saver, state)
-    now = OptimizerSettings(lr=5e-4, betas=(0.5, 0.6), weight_decay=0.25)
+    now = OptimizerSettings(lr=5e-4, weight_decay=0.25, options={"betas": [0.5, 0.6]})
     other = make_state(seed=1, optimizer=now)
     contents.load(path, other, world)
     decayed, plain = other.optimizer.param_groups
@@ -242,3 +243,48 @@ def test_weights_alone_can_be_read_from_the_shards(part, world, tmp_path):
     contents.load_weights(path, policy, part)
     expected = state.ema.average if part == "ema" else dict(state.policy.named_parameters())
     assert all(torch.equal(p, expected[n]) for n, p in policy.named_parameters())
+
+
+def test_groups_may_change_at_a_resume_and_moments_stay_with_their_parameters(world, tmp_path):
+    state = make_state()
+    train(state)
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    rules = {"heads": ParameterRule("*_out.weight", lr_scale=5.0)}
+    other = make_state(seed=1, optimizer=OptimizerSettings(lr=1e-3, groups=rules))
+    assert len(other.optimizer.param_groups) == 3
+    contents.load(path, other, world)
+    assert [g["lr_scale"] for g in other.optimizer.param_groups] == [1.0, 5.0, 1.0]
+    assert same(everything(other), everything(state))
+
+
+def test_muon_goes_on_bit_for_bit_and_no_other_optimizer_takes_its_moments(world, tmp_path):
+    rules = {"layers": ParameterRule("layers.*", options={"muon": True})}
+    muon = OptimizerSettings(lr=1e-3, target="opentau_train.optim.MuonAdamW", groups=rules)
+    state, other = make_state(optimizer=muon), make_state(seed=1, optimizer=muon)
+    train(state, 2)
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    contents.load(path, other, world)
+    train(state), train(other)
+    assert same(everything(other), everything(state))
+    with pytest.raises(UserError, match=r"of another optimizer: it has no (step|exp_avg\w*) of layers\."):
+        contents.load(path, make_state(seed=1), world)
+
+
+def test_an_average_leaves_out_frozen_parameters_and_reads_back_whole(world, tmp_path):
+    def make(seed: int) -> TrainState:
+        policy = make_policy(seed=seed)
+        policy.stem.requires_grad_(False)
+        return TrainState(policy, Replicas(policy, False), build_optimizer(policy, OPTIMIZER), Ema(policy, 0.9))
+
+    state, other = make(0), make(1)
+    train(state, 2)
+    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+        path = save(saver, state)
+    contents.load(path, other, world)
+    assert same(everything(other), everything(state)) and "stem.project.weight" not in state.ema.average
+    policy = make(2).policy
+    contents.load_weights(path, policy, "ema")
+    assert torch.equal(policy.stem.project.weight, state.policy.stem.project.weight)
+    assert torch.equal(policy.velocity_out.weight, state.ema.average["velocity_out.weight"])
