@@ -55,7 +55,7 @@ class TrainerSettings:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 products on a device that has faster ones: `highest`, torch's own default, is float32; `high` lets
     CUDA round the factors to TF32 (10 bits of mantissa), `medium` to bfloat16. bf16 autocast doesn't depend on it."""
-    profile_steps: int = 0
+    profile_steps: int = field(default=0, metadata=SAFE)
     """Steps that torch.profiler records on rank 0, after the first three: RUN/profile/trace.json."""
 
     def check(self, path: str) -> None:

@@ -196,7 +196,13 @@ def test_the_examples_of_extending_train_together(tmp_path):
         str(tmp_path / "configs"),
         "+recipe=[lerobot,clocked]",
     ]
-    words += ["logger=[console,csv]", "model=linear", "optimizer=lion", "+data/source@data.sources.sine=sine", "trainer.steps=3"]
+    words += [
+        "logger=[console,csv]",
+        "model=linear",
+        "optimizer=lion",
+        "+data/source@data.sources.sine=sine",
+        "trainer.steps=3",
+    ]
     words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "trainer.log_every=1", "trainer.global_batch_size=4"]
     words += [
         f"paths.run_dir={tmp_path / 'run'}",

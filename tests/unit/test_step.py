@@ -33,7 +33,8 @@ def world():
 def make_state(optimizer=None, policy=None) -> TrainState:
     policy = policy or make_policy()
     optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, fused=True))
-    return TrainState(policy, Replicas(policy, sharded=False), optimizer(policy.parameters()), Ema(policy, 0.9))
+    groups = [{"params": list(policy.parameters()), "lr_scale": 1.0}]
+    return TrainState(policy, Replicas(policy, sharded=False), optimizer(groups), Ema(policy, 0.9))
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:

@@ -344,7 +344,6 @@ def test_a_mixture_without_a_dataset_is_refused(sources):
         ("data.sources.main.val_split_ratio", -0.1, 0.99),
         ("data.sources.main.chunk_length", 0, 1),
         ("data.sources.main.tolerance_s", 0.0, 1e-9),
-        ("data.sources.main.mode", "polciy", "flow"),
         ("data.sources.main.filter_rule", "end", "whole"),
         ("data.builtin_sample", "droids", "droid"),
         ("data.image_size", [7, 96], [8, 8]),

@@ -10,7 +10,8 @@ import torch
 from opentau_train.data.load.stream import training_batches
 from opentau_train.distributed.world import World
 from opentau_train.metrics.recorder import FOLDER, FlightRecorder
-from opentau_train.step import StepResult, TrainState
+from opentau_train.performance import Stamp
+from opentau_train.step import StepTaken, TrainState
 from tests.fake_source import ONE, mixture_of
 
 PACKAGE = Path(__file__).parents[3] / "opentau_train"
@@ -20,7 +21,8 @@ PROCESSES = {
     "checkpoints/saver.py",  # what each process writes
     "distributed/",
     "metrics/recorder.py",  # a file a process
-    "step.py",  # every process has written
+    "metrics/meter.py",  # what each process's device does
+    "step.py",  # ambient randomness of each process
     "train.py",  # the watchdog of each process
     "validate.py",  # how many processes there were
 }
@@ -65,9 +67,10 @@ def test_processes_that_share_a_policy_record_the_same_samples_in_files_of_their
         world = TwoShareOne(**{**vars(ONE), "rank": rank, "size": 4})
         options = {"rank": world.data_rank, "size": world.data_size, "first_step": 0, "last_step": 1}
         part = next(training_batches(mixture, tape, quarantine=tmp_path / "quarantine.jsonl", **options))
-        result = StepResult([(torch.zeros(2), {"mse": (torch.ones(2), torch.ones(2))})], 1.0, 1e-3, 0, 0)
+        losses = [(torch.zeros(2), {"mse": (torch.ones(2), torch.ones(2))})]
+        taken = StepTaken(losses, torch.tensor(1.0), 1e-3, (Stamp(world.device),) * 3)
         with FlightRecorder(tmp_path, tape, mixture, world) as recorder:
-            recorder.write(TrainState(policy, None, None, None, step=1), part.batch, result)
+            recorder.write(TrainState(policy, None, None, None, step=1), part.batch, taken)
         (file,) = (tmp_path / FOLDER).glob(f"rank{rank:05d}-*.jsonl")
         recorded.append(json.loads(file.read_text()))
     assert [line["t"] for line in recorded] == [[0, 2], [0, 2], [1, 3], [1, 3]]
