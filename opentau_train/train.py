@@ -31,7 +31,6 @@ from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepResult, check_health, train_step
 from opentau_train.threads import InterruptibleIterator
-from opentau_train.validation.passes import PICTURE, run_passes
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        stack.enter_context(closing(job.validation))
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
@@ -160,18 +160,17 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
     """The passes and their row; the stop code when they were left unfinished, which leaves no row."""
     started, state, step = time.perf_counter(), job.state, job.state.step
     try:
-        found = run_passes(
-            state.policy, state.replicas, state.ema, job.plans, job.world, job.settings.validation, stop, job.place
-        )
+        measured = job.validation.run(state.policy, state.replicas, state.ema, stop, job.place)
     except Stopped as stopped:
         return stopped.code
     job.counters["validated"] = step
-    sinks.write(step, {**found.row, "Timing/ValidationSeconds": time.perf_counter() - started})
-    if found.picture is not None and job.world.is_main:
-        save_png(job.run_dir / "plots" / f"actions_{step:08d}.png", found.picture)
-        sinks.image(step, PICTURE, found.picture)
-    if job.best is not None:
-        job.best.offer(job.world, step, found.scores)
+    sinks.write(step, {**measured.row, "Timing/ValidationSeconds": time.perf_counter() - started})
+    if job.world.is_main:
+        for picture in measured.pictures:
+            save_png(job.run_dir / "plots" / f"{picture.file}_{step:08d}.png", picture.pixels)
+            sinks.image(step, picture.tag, picture.pixels)
+    if job.best is not None and measured.scores is not None:
+        job.best.update(job.world, step, measured.scores)
     return 0
 
 
