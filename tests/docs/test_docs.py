@@ -172,11 +172,11 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
-    """The document's sink, model and source, with its own YAML files, in one run."""
+    """The document's sink, model, source and evaluator, with its own YAML files, in one run."""
     code, configs = blocks("python"), blocks("yaml")
-    for name, text in zip(("my_sinks", "my_models", "my_sources"), code, strict=True):
+    for name, text in zip(("my_sinks", "my_models", "my_sources", "my_evaluators"), code, strict=True):
         (tmp_path / f"{name}.py").write_text(text)
-    for name, text in zip(("logger/csv", "model/linear", "data/source/sine"), configs, strict=True):
+    for name, text in zip(("logger/csv", "model/linear", "data/source/sine", "validation/smooth"), configs, strict=True):
         path = tmp_path / "configs" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -187,13 +187,15 @@ def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
         f"paths.run_dir={tmp_path / 'run'}",
         "data.image_size=[32,32]",
         "data.num_workers=0",
+        "validation=smooth",
         "validation.every=3",
     ]
     env = environment(PYTHONPATH=f"{REPO}{os.pathsep}{tmp_path}", OPENTAU_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "tag.csv").read_text().splitlines()) == 3
-    assert "Validation/sine/joint/MSE" in metrics(tmp_path / "run")[3]
+    row = metrics(tmp_path / "run")[3]
+    assert "Validation/sine/joint/MSE" in row and row["Validation-Smoothness/sine/joint"] > 0
 
 
 def test_the_readme_names_what_a_run_leaves(tmp_path):
