@@ -31,8 +31,8 @@ from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.reader import Reader
 
 NOTHING = np.zeros(0, np.int64)
-OUTCOME = "outcome"
-"""The name under which a pass's own flags travel beside an evaluator's sums."""
+FLAGS = "(flags of the pass)"
+"""The name under which they travel beside an evaluator's sums."""
 
 Visit = Callable[[Batch, NDArray[np.int64]], None]
 
@@ -123,8 +123,8 @@ class Context:
             for batch, t in self._batches(progress):
                 with self.world.accelerator.autocast():
                     visit(batch, t)
-        totals = self.world.sum_all({**sums, OUTCOME: progress.outcome(self.stop)})
-        return Totals(totals, self._left_out(totals.pop(OUTCOME), progress))
+        totals = self.world.sum_all({**sums, FLAGS: progress.flags(self.stop)})
+        return Totals(totals, self._left_out(totals.pop(FLAGS), progress))
 
     def _batches(self, progress: _Progress) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
@@ -147,10 +147,10 @@ class Context:
         self.reader.end(poll, complete=not progress.halted)
         self.place.enter("all-reduce of the validation")
 
-    def _left_out(self, outcome: torch.Tensor, progress: _Progress) -> tuple[BadSample, ...]:
-        """All ranks' left-out windows, given the summed `outcome`. Raises on all the first failed rank's error, or
+    def _left_out(self, flags: torch.Tensor, progress: _Progress) -> tuple[BadSample, ...]:
+        """All ranks' left-out windows, given the summed `flags`. Raises on all the first failed rank's error, or
         `Stopped` where any left the pass."""
-        failed, preempted, interrupted, num_left_out = outcome.tolist()
+        failed, preempted, interrupted, num_left_out = flags.tolist()
         if failed:
             raise next(e for e in self.world.gather(progress.error) if e is not None)
         if preempted or interrupted:
@@ -168,7 +168,7 @@ class _Progress:
     halted: bool = False
     left_out: list[BadSample] = field(default_factory=list)
 
-    def outcome(self, stop: StopFlag) -> torch.Tensor:
+    def flags(self, stop: StopFlag) -> torch.Tensor:
         """[4] float64 for the pass's all-reduce: this rank failed, stopped with code 1 or 2, and left windows out."""
         stopped = self.error is None and self.halted
         flags = [self.error is not None, stopped and stop.code == 1, stopped and stop.code == 2]

@@ -174,9 +174,10 @@ def blocks(kind: str) -> list[str]:
 def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
     """The document's sink, model, source and evaluator, with its own YAML files, in one run."""
     code, configs = blocks("python"), blocks("yaml")
+    files = ("logger/csv", "model/linear", "data/source/sine", "validation/smooth")
     for name, text in zip(("my_sinks", "my_models", "my_sources", "my_evaluators"), code, strict=True):
         (tmp_path / f"{name}.py").write_text(text)
-    for name, text in zip(("logger/csv", "model/linear", "data/source/sine", "validation/smooth"), configs, strict=True):
+    for name, text in zip(files, configs, strict=True):
         path = tmp_path / "configs" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
