@@ -18,7 +18,7 @@ from opentau_train.errors import Fault
 from opentau_train.optim import Ema
 from opentau_train.validation.passes import Validation, open_evaluators
 from tests.fake_source import with_data
-from tests.program import TOY
+from tests.program import TOY, metrics, train_here
 
 EVERYTHING = ["validation.evaluators=[loss,action]", "validation.max_samples_per_group=13", "validation.batch_size=4"]
 
@@ -91,6 +91,27 @@ def test_a_worker_killed_between_two_passes_is_named(opened, validation):
     assert "data.num_workers" in fault.value.remedy
     killed.close()
     assert workers() == before
+
+
+def test_a_run_whose_validation_worker_is_killed_trains_on_and_ends_with_its_name_at_the_next_pass(
+    tmp_path, monkeypatch
+):
+    before, run, killed = workers(), Validation.run, []
+
+    def then_kill(validation, *arguments):
+        others = workers()
+        measured = run(validation, *arguments)
+        killed.extend(workers() - others)
+        os.kill(killed[0], signal.SIGKILL)
+        return measured
+
+    monkeypatch.setattr(Validation, "run", then_kill)
+    overrides = ["trainer.steps=4", "validation.every=2", "data.num_workers=1", "checkpoint.every=0"]
+    with pytest.raises(Fault, match=r"a data worker on .* died \(pid \d+, killed by SIGKILL\)"):
+        train_here([*TOY, *overrides], tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert len(killed) == 1 and "Training/Loss" in rows[4] and "Validation/Loss" in rows[2]
+    assert "Validation/Loss" not in rows[4] and workers() == before
 
 
 def test_a_pass_that_was_left_ends_its_workers_and_the_next_one_reads_all(opened, validation):
