@@ -42,8 +42,9 @@ class Reader:
 
     def begin(self, number: int) -> None:
         """Read plan `number` from now on."""
+        if self._begun:
+            self.close()  # an error ended the pass before, of which parts are left
         self._number.fill_(number)
-        self._begun = False
 
     def next(self, stop: Callable[[], int]) -> Part | None:
         """The plan's next batch; None when `stop()` turns true before it is there. Raises `Fault` for a worker that
@@ -61,9 +62,11 @@ class Reader:
         elif self._begun and self._parts is not None:
             end = self._parts.next(stop)
             assert end is None, "a plan has as many batches as it says"
+            self._begun = False
 
     def close(self) -> None:
         """End the workers."""
+        self._begun = False
         if self._parts is not None:
             self._parts.close()
             self._parts = None

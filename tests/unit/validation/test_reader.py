@@ -124,6 +124,25 @@ def test_a_pass_that_was_left_ends_its_workers_and_the_next_one_reads_all(opened
     same(whole, left.run(*trained))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_after_one_that_an_error_ended_reads_its_own_windows(num_workers, opened, validation):
+    *_, (policy, *others) = opened
+    broken = validation(num_workers)
+    whole = broken.run(policy, *others)
+
+    class Broken(Exception):
+        """Ends the pass in the middle, as a lack of memory may."""
+
+    def fail(*_):
+        raise Broken
+
+    hook = policy.register_forward_pre_hook(fail)
+    with pytest.raises(Broken):
+        broken.run(policy, *others)
+    hook.remove()
+    same(whole, broken.run(policy, *others))
+
+
 def test_a_pass_is_one_all_reduce(opened, validation, monkeypatch):
     """For the losses, for the average's, and for the actions: sums, counts, failures and stops travel together."""
     *_, (policy, replicas, average) = opened
