@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +183,11 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
 
 def balanced(mixture, settings, policy, replicas, world) -> dict[str, float]:
     """The one pass."""
-    from opentau_train.validation.losses import evaluate
-    from opentau_train.validation.plan import plan_validation
+    from opentau_train.validation.passes import Validation, open_evaluators
 
-    plan = plan_validation(mixture, None, batch_size=BATCH, num_ranks=world.size)
-    row = evaluate(policy, replicas, plan, world, settings.validation).row
+    evaluators = open_evaluators(settings.validation)
+    with closing(Validation(mixture, settings.validation, evaluators, world, BATCH)) as validation:
+        row = validation.run(policy, replicas, None).row
     return {d.name: row[f"Validation/{d.name}/default/MSE"] for d in mixture.datasets}
 
 

@@ -24,7 +24,7 @@ from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config import drift
-from opentau_train.config.settings import Settings
+from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
@@ -42,7 +42,7 @@ from opentau_train.optim import Ema, build_optimizer, check_optimizer
 from opentau_train.performance import ForwardFlops
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.types import BatchSpec
-from opentau_train.validation.passes import Plans, plan_passes
+from opentau_train.validation.passes import Validation, open_evaluators
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Job:
     run_dir: Path
     mixture: Mixture
     tape: Tape
-    plans: Plans
+    validation: Validation
     best: Best | None
     state: TrainState
     schedule: Any
@@ -71,7 +71,7 @@ class Job:
         """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
-        return due and len(self.plans.loss.windows) > 0 and self.counters["validated"] < step
+        return due and self.validation.num_windows > 0 and self.counters["validated"] < step
 
     @property
     def is_best(self) -> bool:
@@ -104,6 +104,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     trainer = settings.trainer
     check_batch(trainer.global_batch_size, world.data_size)
     _check_targets(settings)
+    evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
@@ -127,14 +128,15 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     state = TrainState(policy, replicas, optimizer, ema)
     share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
-    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.data_size)
+    validation = Validation(mixture, settings.validation, evaluators, world, max_samples)
     margin = settings.validation.best_margin
-    best = None if margin is None else Best(run_dir, plans.loss, policy.loss_weights, margin)
+    compared = validation.loss_plan
+    best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
     saver = Saver(run_dir, world, settings.checkpoint, card)
-    job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
+    job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
-        log.info(mixture_table(mixture, len(plans.loss.windows), sum(p.numel() for p in policy.parameters())))
+        log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if found is not None:
         _resume(job, found)
@@ -166,7 +168,7 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
 
 def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
     """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
-    changes = drift.compare(read_card(found / FOLDER).config, tree)
+    changes = drift.compare(current(read_card(found / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
     shown = drift.report(changes, resume.force, restart=resume.data == "restart")

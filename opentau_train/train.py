@@ -34,7 +34,6 @@ from opentau_train.performance import scheduled_collection, traced
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
-from opentau_train.validation.passes import PICTURE, run_passes
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
@@ -72,6 +71,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        stack.enter_context(closing(job.validation))
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
@@ -182,18 +182,17 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
     """The passes and their row; the stop when they were left unfinished, which leaves no row."""
     started, state, step = time.perf_counter(), job.state, job.state.step
     try:
-        outcome = run_passes(
-            state.policy, state.replicas, state.ema, job.plans, job.world, job.settings.validation, stop, job.progress
-        )
+        measured = job.validation.run(state.policy, state.replicas, state.ema, stop, job.progress)
     except Stopped as stopped:
         return stopped.code
     job.counters["validated"] = step
-    sinks.write(step, {**outcome.row, "Timing/Validation": time.perf_counter() - started})
-    if outcome.picture is not None and job.world.is_main:
-        save_png(job.run_dir / "plots" / f"actions_{step:08d}.png", outcome.picture)
-        sinks.image(step, PICTURE, outcome.picture)
-    if job.best is not None:
-        job.best.offer(job.world, step, outcome.scores)
+    sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
+    if job.world.is_main:
+        for picture in measured.pictures:
+            save_png(job.run_dir / "plots" / f"{picture.file}_{step:08d}.png", picture.pixels)
+            sinks.image(step, picture.tag, picture.pixels)
+    if job.best is not None and measured.scores is not None:
+        job.best.update(job.world, step, measured.scores)
     return Stop.NONE
 
 

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 -m opentau_train.validate checkpoint=RUN/checkpoints/00001000
 
 The checkpoint's own configuration says what is validated; `data=NAME` takes other sources, `KEY=VALUE` changes a
-setting, for instance `validation.metrics=[action]`. The same passes as in training run; they write `validation.json` in
-the checkpoint's directory, or to `out`.
+setting, for instance `validation.evaluators=[loss,action]`. The same passes as in training run; they write
+`validation.json` in the checkpoint's directory, or to `out`, and pictures beside it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from opentau_train import cli
 from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card
-from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.settings import Settings, current, load_settings
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_mixture
@@ -40,7 +39,8 @@ from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
 from opentau_train.sinks.console import read_scores, table
 from opentau_train.types import BatchSpec
-from opentau_train.validation.passes import plan_passes, run_passes
+from opentau_train.validation.evaluator import Picture
+from opentau_train.validation.passes import Validation, open_evaluators
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={own['checkpoint']}", remedy=remedy) from error
     card = read_card(found / FOLDER)
-    tree = cli.recompose(card.config, others, FIXED)
+    tree = cli.recompose(current(card.config), others, FIXED)
     out = Path(own["out"]).expanduser() if "out" in own else found / "validation.json"
     validate_checkpoint(load_settings(tree), tree, found, card, out)
     return EXIT_OK
@@ -82,7 +82,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     `tree` is the same configuration as plain data; `card`, what the checkpoint's `pretrained_model/` says. Raises
     `UserError` on all ranks alike.
     """
-    trainer = settings.trainer
+    trainer, evaluators = settings.trainer, open_evaluators(settings.validation)
     set_numerics(deterministic=trainer.deterministic, matmul_precision=trainer.matmul_precision)
     with (
         launch(
@@ -100,8 +100,8 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
-        plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.data_size)
-        if not len(plans.loss.windows):
+        validation = Validation(mixture, settings.validation, evaluators, world, size)
+        if not validation.num_windows:
             raise UserError(
                 "the mixture holds nothing out",
                 where="data.sources",
@@ -111,20 +111,21 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         if world.is_main:
             for name, episodes in seen.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
-        outcome = run_passes(policy, replicas, ema, plans, world, settings.validation)
+        with closing(validation):
+            measured = validation.run(policy, replicas, ema)
         if world.is_main:
             result = {
                 "checkpoint": str(found),
                 "step": step,
                 "ranks": world.size,
-                "batch_size": plans.loss.batch_size,
-                "windows": len(plans.loss.windows),
+                "batch_size": validation.batch_size,
+                "windows": validation.num_windows,
                 "trained_on": seen,
-                "left_out": [vars(bad) for bad in outcome.scores.left_out],
-                "metrics": outcome.row,
+                "left_out": [vars(bad) for bad in measured.left_out],
+                "metrics": measured.row,
             }
-            write(out, result, outcome.picture)
-            log.info("%s\nwritten to %s", table(read_scores(outcome.row), {}), out)
+            write(out, result, measured.pictures)
+            log.info("%s\nwritten to %s", table(read_scores(measured.row), {}), out)
 
 
 def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
@@ -200,13 +201,14 @@ def restore_policy(
     return policy, replicas, ema, json.loads((found / "run.json").read_text())["step"]
 
 
-def write(out: Path, result: dict[str, Any], picture: NDArray[np.uint8] | None) -> None:
-    """`result` as JSON to `out`, the picture beside it as PNG. NaN and infinities are written as null."""
+def write(out: Path, result: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """`result` as JSON to `out`, pictures beside it as PNG, `{out}_{file}.png`. NaN and infinities are written as
+    null."""
     result["metrics"] = {k: v if abs(v) < float("inf") else None for k, v in result["metrics"].items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if picture is not None:
-        save_png(out.with_suffix(".png"), picture)
+    for picture in pictures:
+        save_png(out.with_name(f"{out.stem}_{picture.file}.png"), picture.pixels)
 
 
 if __name__ == "__main__":

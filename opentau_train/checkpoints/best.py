@@ -21,7 +21,7 @@ from opentau_train.checkpoints import commit
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import aggregate_shares, group_means
 from opentau_train.types import Group
-from opentau_train.validation.losses import Scores
+from opentau_train.validation.evaluator import Scores
 from opentau_train.validation.plan import ValidationPlan
 
 log = logging.getLogger(__name__)
@@ -97,13 +97,13 @@ class Best:
             return
         self.step, _, self.sums = record
 
-    def offer(self, world: World, step: int, scores: Scores) -> bool:
+    def update(self, world: World, step: int, scores: Scores) -> bool:
         """Whether the pass at `step` is the best so far; then its sums are kept, and the step's checkpoint is to be
         saved; `point` after that."""
         if len(scores.sums) < MIN_EPISODES:
             log.info("no best checkpoint is kept: the noise of one validation episode can't be told")
             return False
-        if not np.isfinite(scores.row["Validation/Loss"]):
+        if not np.isfinite(scores.loss):
             return False
         if self.sums is not None and not self._improves(step, scores.sums, self.sums):
             return False

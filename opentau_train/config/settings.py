@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from opentau_train.config.data import DataSettings
 from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, SAFE, Meaning, judged, refused, warned
-from opentau_train.config.typed import at_least, build, fraction, positive
-from opentau_train.errors import UserError
+from opentau_train.config.typed import at_least, build, convert, fraction, positive
+from opentau_train.errors import UserError, did_you_mean
 
 
 def _longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
@@ -126,6 +126,13 @@ class ParallelismSettings:
                 raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
 
 
+EVALUATORS = {
+    "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
+    "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
+}
+"""The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""
+
+
 @dataclass(frozen=True)
 class ValidationSettings:
     every: int = field(default=500, metadata=SAFE)
@@ -133,12 +140,10 @@ class ValidationSettings:
     batch_size: int | None = field(default=None, metadata=SAFE)
     max_samples_per_group: int | None = None
     num_noise_draws: int = 1
-    metrics: tuple[Literal["action"], ...] = ()
-    """What else a pass measures: `action` = the open-loop error of sampled action chunks, in the data's units."""
-    max_action_samples: int = 32
-    """Windows a (dataset, control_mode) that `action` samples: a fixed systematic sample."""
-    num_action_plots: int = 4
-    """Windows of the whole mixture that `action` draws, predicted against true."""
+    evaluators: tuple[str, ...] = ("loss",)
+    """What a pass measures, in this order: names of `evaluator`."""
+    evaluator: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(EVALUATORS))
+    """{name: {_target_, its own options}}: what may be named. The settings around it are those of all evaluators."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A window that can't be read: end the run with its name, or leave it out, count and name it."""
     best_margin: float | None = 2.0
@@ -147,10 +152,26 @@ class ValidationSettings:
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
-        for name in ("batch_size", "max_samples_per_group", "num_noise_draws", "max_action_samples"):
+        for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):
             positive(f"{path}.{name}", getattr(self, name))
-        at_least(f"{path}.num_action_plots", self.num_action_plots, 0)
         at_least(f"{path}.best_margin", self.best_margin, 0)
+        for name in self.evaluators:
+            if name not in self.evaluator:
+                raise UserError(
+                    f"no evaluator is called '{name}'{did_you_mean(name, self.evaluator)}",
+                    where=f"{path}.evaluators",
+                    remedy=f"choose of {', '.join(self.evaluator)}, or define it with {path}.evaluator.{name}._target_",
+                )
+        if len(set(self.evaluators)) < len(self.evaluators):
+            raise UserError(
+                f"{path}.evaluators names one twice: {', '.join(self.evaluators)}",
+                remedy=f"set {path}.evaluators=[{','.join(dict.fromkeys(self.evaluators))}]",
+            )
+        if self.every and not self.evaluators:
+            raise UserError(
+                f"{path}.evaluators is empty",
+                remedy=f"set {path}.evaluators=[loss], or {path}.every=0 for a run without validation",
+            )
 
 
 @dataclass(frozen=True)
@@ -252,4 +273,26 @@ def load_settings(tree: Mapping[str, Any]) -> Settings:
     """The typed settings of a composed, resolved configuration tree. Raises `UserError`."""
     if isinstance(tree.get("resume"), str):
         tree = {**tree, "resume": {"checkpoint": tree["resume"]}}
-    return build(Settings, tree, "")
+    return build(Settings, current(tree), "")
+
+
+def current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration tree with what older versions called otherwise under its name of now, so that their runs go on:
+    `validation.metrics`, a list beside the losses, and the options of the action errors."""
+    validation = tree.get("validation")
+    if not isinstance(validation, Mapping):
+        return tree
+    values = dict(validation)
+    more = values.pop("metrics", ())
+    options = {new: values.pop(old) for old, new in _ACTION_OPTIONS.items() if old in values}
+    if values.keys() == validation.keys():
+        return tree
+    names, path = tuple[str, ...], "validation.evaluators"
+    chosen = [*convert(names, values.get("evaluators", ("loss",)), path), *convert(names, more, "validation.metrics")]
+    defined = convert(dict[str, dict[str, Any]], values.get("evaluator", EVALUATORS), "validation.evaluator")
+    defined["action"] = {**defined.get("action", EVALUATORS["action"]), **options}
+    return {**tree, "validation": {**values, "evaluators": list(dict.fromkeys(chosen)), "evaluator": defined}}
+
+
+_ACTION_OPTIONS = {"max_action_samples": "max_samples_per_group", "num_action_plots": "num_plots"}
+"""{key of validation: option of its evaluator `action`}"""

@@ -70,6 +70,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_all(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The elementwise sums over ranks of several tensors of one dtype and device, by ONE all-reduce."""
+        kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
+        assert len(kinds) == 1, f"one all-reduce adds tensors of one dtype and device, not of {kinds}"
+        packed = self.sum(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+        parts = packed.split([tensor.numel() for tensor in tensors.values()])
+        return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank (pickled)."""
         if self.size == 1:

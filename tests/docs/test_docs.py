@@ -208,13 +208,15 @@ def test_the_examples_of_extending_train_together(tmp_path):
         f"paths.run_dir={tmp_path / 'run'}",
         "data.image_size=[32,32]",
         "data.num_workers=0",
+        "validation=smooth",
         "validation.every=3",
     ]
     env = environment(PYTHONPATH=f"{REPO}{os.pathsep}{tmp_path}", OPENTAU_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "tag.csv").read_text().splitlines()) == 3
-    assert "Validation/sine/joint/MSE" in metrics(tmp_path / "run")[3]
+    row = metrics(tmp_path / "run")[3]
+    assert "Validation/sine/joint/MSE" in row and row["Validation-Smoothness/sine/joint"] > 0
     card = json.loads((tmp_path / "run" / "checkpoints" / "last" / "pretrained_model" / "policy.json").read_text())
     assert any(entry["_target_"] == "my_transforms.Clock" for entry in card["transforms"]["sine"])
 

@@ -217,27 +217,40 @@ def _join(parts: list[Part]) -> RankBatch:
 
 
 def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:
-    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ...
+    """The first of `passes`."""
+    with closing(passes(parts, num_workers, prefetch_factor)) as endless:
+        for part in endless:
+            if part is None:
+                return
+            yield part
 
-    The workers live until the generator is exhausted or closed. Raises `Fault` for a worker that died.
+
+def passes(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part | None]:
+    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ..., and None at the end;
+    then the same workers begin again, with what `parts.plan` gives then.
+
+    The workers live until the generator is closed. Raises `Fault` for a worker that died.
     """
-    iterator: Any = iter(  # whose workers torch offers no public way to end
-        DataLoader(
-            parts,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            collate_fn=_same,
-            worker_init_fn=_begin_worker if num_workers else None,
-            # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
-            # then change every later ambient draw of the training loop.
-            generator=torch.Generator().manual_seed(0),
-            in_order=True,
-        )
+    data_loader = DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        collate_fn=_same,
+        worker_init_fn=_begin_worker if num_workers else None,
+        # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
+        # then change every later ambient draw of the training loop.
+        generator=torch.Generator().manual_seed(0),
+        in_order=True,
     )
+    iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
     workers: list[BaseProcess] = iterator._workers if num_workers else []
     try:
-        yield from iterator
+        while True:
+            yield from iterator
+            yield None
+            iterator = iter(data_loader)  # with workers the same one, begun again
     except (RuntimeError, OSError, EOFError) as error:
         if not _tells_of_death(error, workers):
             raise
