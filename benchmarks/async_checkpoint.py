@@ -25,10 +25,10 @@ from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
 from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
-from opentau_train.distributed.parallel import spread
+from opentau_train.distributed.parallel import data_mesh, spread
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.optim import Ema, adamw
+from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import TrainState
 from opentau_train.types import BatchSpec
 
@@ -38,8 +38,8 @@ SPEC = BatchSpec(cameras=("left",), image_size=(64, 64), history=0, state_dim=8,
 
 def make_state(width: int, depth: int, world: World) -> TrainState:
     policy = FlowPolicy(SPEC, width=width, depth=depth, heads=8)
-    replicas = spread(policy, policy.blocks(), world, 1, world.size, "no")
-    optimizer = adamw(policy, OptimizerSettings(lr=1e-4))
+    replicas = spread(policy, policy.blocks(), world, data_mesh(world, 1, world.size))
+    optimizer = build_optimizer(policy, OptimizerSettings(lr=1e-4))
     for parameter in policy.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()  # now there are moments

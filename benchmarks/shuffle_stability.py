@@ -27,23 +27,21 @@ from support.orders import BATCH, NAMES, Order, all_windows, make_order
 from support.program import machine, settings_of
 
 from opentau_train import rng
+from opentau_train.batch import Batch, stack
 from opentau_train.config.settings import Settings
-from opentau_train.data.load.collate import collate
 from opentau_train.data.load.samples import SampleBuilder
-from opentau_train.data.load.stream import RankBatch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Windows
 from opentau_train.distributed.parallel import Replicas
-from opentau_train.distributed.watchdog import Place
 from opentau_train.distributed.world import World, launch
+from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.models.noise import draw_noise
-from opentau_train.optim import Cosine, adamw
-from opentau_train.step import TrainState, train_step
+from opentau_train.optim import Cosine, build_optimizer
+from opentau_train.step import StepSetup, TrainState, train_step
 from opentau_train.tools import vif
-from opentau_train.types import Batch, WindowSpec
+from opentau_train.types import Address, BatchSpec, WindowSpec
 from opentau_train.validation.plan import validation_windows
 
 ARGUMENTS = [
@@ -67,6 +65,7 @@ def main() -> None:
     settings = settings_of(ARGUMENTS)
     with launch(device="cpu", precision="no", timeout=60.0, identity={}) as world:
         mixture = open_mixture(settings)
+        mixture = mixture.for_policy(make_policy(mixture.spec).wants())
         data = Decoded(mixture)
         runs: dict[str, list[Run]] = {name: [] for name in NAMES}
         for seed in range(options.seeds):
@@ -97,8 +96,8 @@ class Decoded:
             [d.validation for d in mixture.datasets], [d.group_of for d in mixture.datasets], 192
         )
         rows = np.concatenate([all_windows(mixture), np.stack(held_out, axis=1)])
-        builder = SampleBuilder(mixture, train=False)
-        self.every = collate([builder.build(0, *map(int, row), 0) for row in rows], mixture.spec)
+        builder = SampleBuilder(mixture, training=False)
+        self.every = stack([builder.build(0, Address(*map(int, row), 0)) for row in rows], mixture.spec)
         builder.close()
         self.held_out = np.arange(len(rows) - len(held_out[0]), len(rows))
         self.place = {tuple(row): i for i, row in enumerate(rows.tolist())}
@@ -110,10 +109,10 @@ class Decoded:
         index = [self.place[row[:3]] for row in zip(*columns, strict=True)]
         keys = [rng.fold_one(self.keys[d], e, f, p) for d, e, f, p in zip(*columns, strict=True)]
         key = torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
-        return dataclasses.replace(self.at(index), key=key)
+        return self.at(index).replace(key=key)
 
     def at(self, index: list[int]) -> Batch:
-        return self.every.map(lambda t: t[index], lambda s: [s[i] for i in index])
+        return self.every.rows(torch.tensor(index))
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -128,17 +127,21 @@ class Run:
     policy: FlowPolicy
 
 
+def make_policy(spec: BatchSpec) -> FlowPolicy:
+    return FlowPolicy(spec, width=64, depth=2, heads=4, patch_size=8, max_prompt_bytes=16)
+
+
 def train(data: Decoded, order: Order, settings: Settings, world: World, seed: int, steps: int) -> Run:
     torch.manual_seed(rng.key(seed, "init") >> 1)
-    policy = FlowPolicy(data.mixture.spec, width=64, depth=2, heads=4, patch_size=8, max_prompt_bytes=16)
-    optimizer = adamw(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
+    policy = make_policy(data.mixture.spec)
+    optimizer = build_optimizer(policy, dataclasses.replace(settings.optimizer, lr=1e-3))
     state = TrainState(policy, Replicas(policy, sharded=False), optimizer, None)
     schedule, norms = Cosine(warmup_steps=10, final_ratio=0.1), []
+    setup = StepSetup(world, BATCH, settings.trainer.grad_clip, seed)
     for step in range(steps):
-        part = RankBatch(data.batch(order(step)))
-        lr = 1e-3 * schedule(step, steps)
-        result = train_step(state, part, world, settings.trainer, lr=lr, max_samples=BATCH, stop=0, place=Place())
-        norms.append(result.grad_norm)
+        batch = data.batch(order(step))
+        counts = {term: float(count.double().sum()) for term, count in policy.term_counts(batch).items()}
+        norms.append(float(train_step(state, batch, counts, 1e-3 * schedule(step, steps), setup).grad_norm))
     return Run(np.array(norms), held_out_loss(policy, data), policy)
 
 
@@ -148,7 +151,7 @@ def held_out_loss(policy: FlowPolicy, data: Decoded, draws: int = 4) -> float:
     counts = dict.fromkeys(policy.loss_weights, 0.0)
     for batch in data.at(data.held_out.tolist()).split(64):
         for draw in range(draws):
-            for k, (total, count) in policy(batch, draw_noise(batch.key, draw, batch.actions.shape[1:])).items():
+            for k, (total, count) in policy(batch, Draws(batch.key, draw)).items():
                 sums[k] += float(total.double().sum())
                 counts[k] += float(count.double().sum())
     return sum(w * sums[k] / counts[k] for k, w in policy.loss_weights.items())

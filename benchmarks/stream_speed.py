@@ -39,6 +39,7 @@ from opentau_train.data.load.stream import Parts, TrainPlan
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
+from opentau_train.types import Address
 
 SMALL, LARGE = (180, 320), (480, 640)
 VARIANTS = {
@@ -196,14 +197,14 @@ def scaling(size: tuple[int, int]) -> Callable[[av.VideoFrame], np.ndarray]:
 
 def random_access(mixture: Mixture, num: int) -> float:
     """CPU milliseconds a window in random order; one open reader a video file."""
-    builder = SampleBuilder(mixture, train=True)
+    builder = SampleBuilder(mixture, training=True)
     source = mixture.datasets[0].source
     table, files = source.episodes, source.reading.stored.videos[source.cameras[0]].file
     for file in np.unique(files):  # open the files before the clock starts
-        builder.build(int(file), 0, int(np.flatnonzero(files == file)[0]), 0, 0)
+        builder.build(int(file), Address(0, int(np.flatnonzero(files == file)[0]), 0, 0))
     started = time.process_time()
     for episode, frame in random_windows(table.length, num):
-        builder.build(int(files[episode]), 0, episode, frame, 0)
+        builder.build(int(files[episode]), Address(0, episode, frame, 0))
     spent = 1e3 * (time.process_time() - started) / num
     builder.close()
     return spent

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,8 @@ def open_case(root: Path, world):
     mixture = open_together(settings, world)
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
-    return settings, mixture, policy, spread(policy, policy.blocks(), world, world.size, 1, "no")
+    mixture = mixture.for_policy(policy.wants())
+    return settings, mixture, policy, spread(policy, policy.blocks(), world, None)
 
 
 # -- the two sides -----------------------------------------------------------------------------------------------------
@@ -143,12 +145,13 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from opentau_train.data.load.collate import collate
+    from opentau_train.batch import stack
     from opentau_train.data.load.samples import SampleBuilder
-    from opentau_train.models.noise import draw_noise
+    from opentau_train.models.draws import Draws
+    from opentau_train.types import Address
     from opentau_train.validation.plan import validation_windows
 
-    builder = SampleBuilder(mixture, train=False)
+    builder = SampleBuilder(mixture, training=False)
 
     class Windows(Dataset):
         def __init__(self, index: int):
@@ -159,16 +162,16 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
             return len(self.frame)
 
         def __getitem__(self, i):
-            return builder.build(self.index, self.index, int(self.episode[i]), int(self.frame[i]), 0)
+            return builder.build(self.index, Address(self.index, int(self.episode[i]), int(self.frame[i]), 0))
 
     report = {}
     policy.eval()
     with torch.no_grad():
         for index, dataset in enumerate(mixture.datasets):
-            loader = DataLoader(Windows(index), BATCH, collate_fn=lambda samples: collate(samples, mixture.spec))
+            loader = DataLoader(Windows(index), BATCH, collate_fn=lambda samples: stack(samples, mixture.spec))
             losses = []
             for batch in accelerator.prepare(loader):
-                sums, counts = policy(batch, draw_noise(batch.key, 0, batch.actions.shape[1:]))["mse"]
+                sums, counts = policy(batch, Draws(batch.key))["mse"]
                 with clock.waiting():
                     losses.append(accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1)))
             total = torch.cat(losses).double().sum(0)
@@ -180,11 +183,11 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
 
 def balanced(mixture, settings, policy, replicas, world) -> dict[str, float]:
     """The one pass."""
-    from opentau_train.validation.losses import evaluate
-    from opentau_train.validation.plan import plan_validation
+    from opentau_train.validation.passes import Validation, open_evaluators
 
-    plan = plan_validation(mixture, None, batch_size=BATCH, num_ranks=world.size)
-    row = evaluate(policy, replicas, plan, world, settings.validation).row
+    evaluators = open_evaluators(settings.validation)
+    with closing(Validation(mixture, settings.validation, evaluators, world, BATCH)) as validation:
+        row = validation.run(policy, replicas, None).row
     return {d.name: row[f"Validation/{d.name}/default/MSE"] for d in mixture.datasets}
 
 

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_override, refused_section
 from opentau_train.config.settings import load_settings
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, UserError
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError
 from opentau_train.threads import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
@@ -79,9 +79,9 @@ def answer(work: Callable[[], int]) -> int:
     except Fault as error:
         if full_error:
             traceback.print_exc()
-        if error.told_here is None:
+        if error.teller is Teller.RANK_0:
             _print_once(str(error))
-        elif error.told_here:
+        elif error.teller is Teller.THIS_RANK:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
 
 EXIT_OK = 0
 EXIT_FAULT = 1
@@ -45,13 +46,22 @@ class UserError(Explained, ValueError):
     """A user's mistake, in configuration or data."""
 
 
+class Teller(Enum):
+    """Who prints a fault."""
+
+    RANK_0 = "rank 0"
+    """All ranks have the same one."""
+    THIS_RANK = "this rank"
+    """At once: no other rank knows of it, or this one was chosen to tell."""
+    ANOTHER_RANK = "another rank"
+
+
 class Fault(Explained, RuntimeError):
-    """A fault of the surroundings that no line of the program explains (a full disk), raised on all ranks alike.
+    """A fault of the surroundings that no line of the program explains (a full disk, a rank that is gone)."""
 
-    `told_here`: None = rank 0 prints it; else whether this rank does, at once, while the others end in silence.
-    """
-
-    told_here: bool | None = None
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", teller: Teller = Teller.RANK_0):
+        super().__init__(what, where=where, remedy=remedy)
+        self.teller = teller
 
 
 class BadSample(RuntimeError):

@@ -9,12 +9,16 @@ import hashlib
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
 from opentau_train.checkpoints import commit, contents
@@ -22,7 +26,7 @@ from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config import drift
-from opentau_train.config.settings import Settings
+from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
@@ -33,15 +37,18 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.parallel import check_batch, data_parallel_degrees, spread
+from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.preflight import check_same
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.stopping import Stop
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, adamw
-from opentau_train.step import TrainState
-from opentau_train.validation.passes import Plans, plan_passes
+from opentau_train.optim import Ema, build_optimizer, check_optimizer
+from opentau_train.performance import ForwardFlops
+from opentau_train.step import StepSetup, TrainState
+from opentau_train.types import BatchSpec
+from opentau_train.validation.passes import Validation, open_evaluators
 
 log = logging.getLogger(__name__)
 
@@ -56,26 +63,43 @@ class Job:
     run_dir: Path
     mixture: Mixture
     tape: Tape
-    plans: Plans
+    validation: Validation
     best: Best | None
     state: TrainState
     schedule: Any
     saver: Saver
     max_samples: int
     counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
-    place: Place = field(default_factory=Place)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def owes_validation(self) -> bool:
         """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
-        return due and len(self.plans.loss.windows) > 0 and self.counters["validated"] < step
+        return due and self.validation.num_windows > 0 and self.counters["validated"] < step
 
     @property
     def is_best(self) -> bool:
         """The state's weights are the best that were validated."""
         return self.best is not None and self.best.step == self.state.step
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that comes."""
+        return self.settings.optimizer.lr * self.schedule(self.state.step, self.settings.trainer.steps)
+
+    def must_save(self, stop: Stop) -> bool:
+        """Whether the state is one to save: the run ends with it, it is the best, or it is a regular one's turn."""
+        step, every = self.state.step, self.settings.checkpoint.every
+        due = every > 0 and step % every == 0
+        return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
+
+    def step_setup(self) -> StepSetup:
+        """How this job's steps are taken."""
+        grad_clip, seed = self.settings.trainer.grad_clip, self.settings.seed
+        flops = ForwardFlops() if self.world.device.type == "cuda" else None
+        return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops)
 
 
 def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
@@ -84,11 +108,10 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     Raises `UserError` for mistakes in configuration or data, on all ranks alike.
     """
     trainer = settings.trainer
-    check_batch(trainer.global_batch_size, world.size)
+    check_batch(trainer.global_batch_size, world.data_size)
     _check_targets(settings)
-    degrees = data_parallel_degrees(
-        settings.parallelism.data_parallel_replicate_degree, settings.parallelism.data_parallel_shard_degree, world.size
-    )
+    evaluators = open_evaluators(settings.validation)
+    mesh = mesh_of(settings, world)
     run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
     if found is not None:
@@ -97,19 +120,29 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)
-    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=mixture.spec))
+    execution = Execution(
+        trainer.precision,
+        settings.parallelism.activation_checkpointing,
+        settings.parallelism.gather_once,
+        trainer.compile_backend if trainer.compile else None,
+    )
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution)
+    mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
-    state = _train_state(policy, settings, world, degrees)
-    share = trainer.global_batch_size // world.size
+    optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
+    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    state = TrainState(policy, replicas, optimizer, ema)
+    share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
-    plans = plan_passes(mixture, settings.validation, batch_size=max_samples, num_ranks=world.size)
+    validation = Validation(mixture, settings.validation, evaluators, world, max_samples)
     margin = settings.validation.best_margin
-    best = None if margin is None else Best(run_dir, plans.loss, policy.loss_weights, margin)
+    compared = validation.loss_plan
+    best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
     saver = Saver(run_dir, world, settings.checkpoint, card)
-    job = Job(settings, world, run_dir, mixture, tape, plans, best, state, schedule, saver, max_samples)
+    job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
-        log.info(mixture_table(mixture, len(plans.loss.windows), sum(p.numel() for p in policy.parameters())))
+        log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if found is not None:
         _resume(job, found)
@@ -120,6 +153,7 @@ def _check_targets(settings: Settings) -> None:
     """A mistake in the keys of what `_target_` names ends the run now, not after minutes of opening data."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
+    check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
         bind(options, f"logger.{name}", ["context"])
 
@@ -165,7 +199,7 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
 
 def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
     """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
-    changes = drift.compare(read_card(found / FOLDER).config, tree)
+    changes = drift.compare(current(read_card(found / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
     shown = drift.report(changes, resume.force, restart=resume.data == "restart")
@@ -173,21 +207,28 @@ def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
         log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
 
 
-def _train_state(policy: Policy, settings: Settings, world: World, degrees: tuple[int, int]) -> TrainState:
-    """The policy spread over the ranks, with a new optimizer; `degrees`: (replicate, shard)."""
-    trainer = settings.trainer
-    replicas = spread(
-        policy,
-        policy.blocks(),
-        world,
-        *degrees,
-        trainer.precision,
-        activation_checkpointing=settings.parallelism.activation_checkpointing,
-        gather_once=settings.parallelism.gather_once,
-        compile_backend=trainer.compile_backend if trainer.compile else None,
-    )
-    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
-    return TrainState(policy, replicas, adamw(policy, settings.optimizer), ema)
+def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
+    """The mesh that `parallelism` asks for (`data_mesh`). Collective; raises `UserError` on all ranks alike."""
+    degrees = settings.parallelism
+    return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
+
+
+def spread_policy(
+    model: Mapping[str, Any], spec: BatchSpec, world: World, mesh: DeviceMesh | None, execution: Execution
+) -> tuple[Policy, Replicas]:
+    """The policy that the settings `model` name, untrained and spread over the ranks. Where its class allows
+    (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global generator. Collective; raises
+    `UserError` on all ranks alike."""
+    target, _ = bind(model, "model", ["spec"])
+    on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
+
+    def build() -> Policy:
+        with torch.device("meta") if on_meta else nullcontext():
+            return instantiate(model, "model", spec=spec)
+
+    policy = world.agree(build)
+    init = policy.init_weights if on_meta else None
+    return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:
@@ -195,10 +236,16 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
     return {
         "actions": "as the dataset's action columns, normalised by the norm head's statistics",
         "normalization": mixture.settings.normalization,
-        "spec": asdict(mixture.spec),
+        "spec": mixture.spec.to_json(),
+        "transforms": {
+            d.name: pipeline.to_json() for d, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True)
+        },
+        "datasets": {
+            d.name: sorted({mixture.groups[g].norm_head for g in np.unique(d.group_of)}) for d in mixture.datasets
+        },
         "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
         "fps": {d.name: d.source.fps for d in mixture.datasets},
-        "action_names": {d.name: list(d.source.action_names) for d in mixture.datasets},
+        "action_names": {d.name: list(d.action_names) for d in mixture.datasets},
         "held_out": held_out_episodes(mixture),
     }
 
@@ -211,7 +258,7 @@ def _resume(job: Job, found: Path) -> None:
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
-    job.state.skipped = job.counters["skipped"]
+    job.state.skipped = torch.tensor([job.counters["skipped"], 0])
     if job.best is not None:
         job.best.restore(job.world, job.state.step)
     if job.world.is_main:

@@ -1,16 +1,21 @@
-"""AdamW with parameter groups, learning-rate schedules as pure functions of the step, and the moving average."""
+"""Optimizers over groups of parameters, learning-rate schedules as pure functions of the step, the moving average."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from opentau_train.config.settings import OptimizerSettings
+from opentau_train.config.settings import OptimizerSettings, ParameterRule
+from opentau_train.config.typed import bind
+from opentau_train.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -55,52 +60,181 @@ def _progress(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices with weight decay; norms, biases and embeddings (1-D, or named `*embed*`)
-    without. Fused where the device has it (CPU and CUDA do)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or "embed" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+Group = dict[str, Any]
+"""A group of parameters as torch's optimizers take them: `params`, and what they have of their own."""
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer that `settings` name, over the model's trainable parameters in groups (`group_parameters`).
+
+    Raises `UserError` for a rule that fits no parameter or has an option that the optimizer doesn't keep by group.
+    """
+    optimizer = _make(settings, group_parameters(model, settings))
+    for name, rule in settings.groups.items():
+        for option in rule.options:
+            if option not in optimizer.defaults:
+                raise UserError(
+                    f"{settings.target} has no option '{option}' a group{did_you_mean(option, optimizer.defaults)}",
+                    where=f"optimizer.groups.{name}",
+                    remedy=f"options of a group: pattern, lr_scale, {', '.join(sorted(optimizer.defaults))}",
+                )
+    return optimizer
+
+
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Raises `UserError` for options that the optimizer's class doesn't take, before there is a model: it is tried on a
+    parameter of its own."""
+    _make(settings, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+
+
+def _make(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    target, values = bind(settings.arguments, "optimizer", ["params"], ["groups", "no_decay"])
+    try:
+        return target(params=groups, **values)
+    except ValueError as error:
+        raise UserError(
+            f"{settings.target} refuses its options: {error}", where="optimizer", remedy="change the one that it names"
+        ) from error
+
+
+def group_parameters(model: nn.Module, settings: OptimizerSettings) -> list[Group]:
+    """The trainable parameters, each in the group of those with the same options, highest weight decay first.
+
+    Matrices have the weight decay of `settings`; vectors (norms, biases) and what `no_decay` fits have none. Then the
+    rules of `groups` are applied in order. `lr_scale` stays in the group, for `set_lr`. Raises `UserError` for a rule
+    that fits no trainable parameter.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, rule in settings.groups.items():
+        if not any(fnmatchcase(parameter, rule.pattern) for parameter in trainable):
+            raise _fits_nothing(f"optimizer.groups.{name}.pattern", rule.pattern, trainable)
+    groups: list[Group] = []
+    for name, parameter in trainable.items():
+        plain = parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in settings.no_decay)
+        options: Group = {"lr_scale": 1.0, "weight_decay": 0.0 if plain else settings.weight_decay}
+        for rule in settings.groups.values():
+            if fnmatchcase(name, rule.pattern):
+                options |= _own_options(rule)
+        group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == options), None)
+        if group is None:
+            group = {"params": [], **options}
+            groups.append(group)
+        group["params"].append(parameter)
+    for group in groups:
+        group["lr"] = settings.lr * group["lr_scale"]
+    return sorted(groups, key=lambda group: -group["weight_decay"])
+
+
+def _own_options(rule: ParameterRule) -> Group:
+    stated = {"lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
+    return {**rule.options, **{key: value for key, value in stated.items() if value is not None}}
+
+
+def _fits_nothing(where: str, pattern: str, names: Iterable[str]) -> UserError:
+    names = list(names)
+    near = did_you_mean(pattern.replace("*", ""), [*names, *{part for name in names for part in name.split(".")}])
+    shown = ", ".join(names[:: max(1, len(names) // 6)])
+    return UserError(
+        f"no trainable parameter's name fits '{pattern}'{near}",
+        where=where,
+        remedy=f"write it over whole names, with * for anything; the policy has {len(names)}, such as {shown}",
     )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Each group's rate is `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
+
+
+def adamw(
+    params: Sequence[Group],
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    fused: bool = True,
+) -> torch.optim.AdamW:
+    """Torch's AdamW, fused: one kernel for all parameters, on CPU too."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices of the groups that say `muon: true`, AdamW for all else; both torch's.
+
+    `adjust_lr=match_rms_adamw` gives Muon's update the size of AdamW's (Liu et al. 2025), so that one learning rate and
+    weight decay serve both. Sharded matrices work: their products are then summed over ranks, in bfloat16 as Muon
+    computes them, and agree with the unsharded ones to its rounding.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Group],
+        lr: float,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr: Literal["original", "match_rms_adamw"] = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool = True,
+    ):
+        muon, rest = [], []
+        for group in params:
+            matrices = [p for p in group["params"] if p.ndim == 2 and group.get("muon", False)]
+            others = [p for p in group["params"] if all(p is not matrix for matrix in matrices)]
+            muon += [{**group, "params": matrices, "muon": True}] if matrices else []
+            rest += [{**group, "params": others, "muon": False}] if others else []
+        self._parts: dict[bool, torch.optim.Optimizer] = {}
+        if muon:
+            self._parts[True] = torch.optim.Muon(
+                muon, lr, weight_decay, momentum, nesterov, ns_steps=ns_steps, adjust_lr_fn=adjust_lr
+            )
+        if rest:
+            self._parts[False] = adamw(rest, lr, weight_decay, betas=betas, eps=eps, fused=fused)
+        # Each part has filled its groups with its own options: the groups, and the moments below, are this optimizer's.
+        super().__init__([*muon, *rest], {"lr": lr, "weight_decay": weight_decay, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "both parts would call it"
+        for is_muon, part in self._parts.items():
+            # Anew in each step: loading a state makes new ones.
+            part.state = self.state
+            part.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
+            part.step()
 
 
 class Ema:
-    """Exponential moving average of the parameters, in float32: `average = decay * average + (1 - decay) * now`."""
+    """Exponential moving average of the trainable parameters, in float32:
+    `average = decay * average + (1 - decay) * now`. Each rank averages its shards."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.average = {n: p.detach().clone().float() for n, p in model.named_parameters()}
+        self.average = {name: p.detach().clone().float() for name, p in _trainable(model).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
+    def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
+        """Move towards the parameters, unless `applies` [] bool is False, which is found out on the device."""
+        averages = _locals(self.average)
+        moved = torch._foreach_lerp(averages, [p.float() for p in _locals(_trainable(model))], 1.0 - self.decay)
+        if applies is not None:
+            moved = tuple(torch.where(applies, new, old) for new, old in zip(moved, averages, strict=True))
+        torch._foreach_copy_(averages, moved)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """The model with the averages as its parameters; its own come back bit for bit."""
-        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self._write(model, self.average)
+        parameters = _locals(_trainable(model))
+        own = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, _locals(self.average))
         try:
             yield
         finally:
-            self._write(model, own)
-
-    @staticmethod
-    @torch.no_grad()
-    def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
+            torch._foreach_copy_(parameters, own)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.average
@@ -108,3 +242,13 @@ class Ema:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, value in self.average.items():
             value.copy_(state[name])
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _locals(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's shards, in the order of `tensors`, sharing their memory."""
+    values = (tensor.detach() for tensor in tensors.values())
+    return [value.to_local() if isinstance(value, DTensor) else value for value in values]

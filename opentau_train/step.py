@@ -1,164 +1,153 @@
 """One optimizer step over one global batch: micro-batches x ranks, one set of denominators.
 
-The counts of valid loss elements of the whole global batch are known from the masks, so they are summed over ranks
-before the first forward, together with the flags that all ranks must agree on; each micro-batch then divides by the
-same numbers. One rank with eight micro-batches and eight ranks with one give the same gradient.
+The counts of supervised loss elements of the whole global batch are known from the masks, and agreed on by all ranks
+before the first forward (`distributed.consensus`); each micro-batch divides by the same numbers. One rank with eight
+micro-batches and eight ranks with one give the same gradient.
+
+Nothing here reads from the device: the host runs ahead of it, and what a step found out stays there until it is logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from opentau_train.config.settings import TrainerSettings
-from opentau_train.data.load.stream import RankBatch
+from opentau_train import rng
+from opentau_train.batch import Batch
+from opentau_train.config.data import BadSampleSettings
 from opentau_train.distributed.parallel import Replicas
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
-from opentau_train.models.noise import draw_noise
+from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
-from opentau_train.types import Batch, LossTerms
+from opentau_train.performance import ForwardFlops, Stamp
+from opentau_train.types import LossTerms
 
 
 @dataclass
 class TrainState:
-    """What training changes: the policy's parameters, the optimizer's moments, the average, and two counters."""
+    """What training changes: the policy's parameters, the optimizer's moments, the average, the number of steps, and
+    how many of them left the update out: `skipped` [2] int64 on the device, in all and in a row up to now."""
 
     policy: Policy
     replicas: Replicas
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """`losses`: (group [B], terms) of this rank's micro-batches, still on the device; `grad_norm` before clipping;
-    `num_substituted` over all ranks; `stop`: the highest stop code that any rank raised (0 = go on); `written`: every
-    rank has said so; `taken` is False where a stop was asked for while a rank still waited for its data: nothing has
-    changed."""
+class StepSetup:
+    """How every step of a run is taken: at most `max_samples` in a micro-batch, gradients clipped to a global norm of
+    `grad_clip`; `seed` of a policy's ambient randomness; `progress` is told what goes on; `flops`, where they are to be
+    counted."""
+
+    world: World
+    max_samples: int
+    grad_clip: float | None
+    seed: int
+    progress: Progress = field(default_factory=Progress)
+    flops: ForwardFlops | None = None
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """What a step found out, still on the device: `losses`, (group [B], terms) of each of this rank's micro-batches;
+    `grad_norm` [] f32 before clipping. `stamps`: before the forward, after the backward, after the update."""
 
     losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
-    grad_norm: float
+    grad_norm: torch.Tensor
     lr: float
-    num_substituted: int
-    stop: int
-    written: bool = False
-    taken: bool = True
+    stamps: tuple[Stamp, Stamp, Stamp] = field(repr=False)
 
 
-def train_step(
-    state: TrainState,
-    part: RankBatch | None,
-    world: World,
-    settings: TrainerSettings,
-    *,
-    lr: float,
-    max_samples: int,
-    stop: int,
-    place: Place,
-    written: bool = False,
-) -> StepResult:
-    """Take one optimizer step on this rank's `part` of the global batch; every rank must call it.
+def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr: float, setup: StepSetup) -> StepTaken:
+    """Take one optimizer step on this rank's `batch` of the global batch; every rank must call it.
 
-    None as the `part`, with a `stop` code, says that this rank gave up waiting for its data: then no rank takes the
-    step. `place` is told what goes on, for the watchdog. `written` says that this rank has written what it had to of a
-    checkpoint in the background, and travels with the counts.
-
-    A gradient norm that isn't finite, which all ranks see alike, skips the update: parameters, moments and average
-    stay as they are while the data moves on. Raises on all ranks what any rank's stream raised.
+    `counts` {term: supervised loss elements of the global batch}. A global gradient norm that isn't finite, which all
+    ranks see alike, leaves the update out: parameters, moments and average stay as they are, bit for bit.
     """
-    weights = state.policy.loss_weights
-    batch = None if part is None or part.batch is None else part.batch.to(world.device)
-    place.enter("all-reduce of the counts")
-    denominators, substituted, stop, all_written, taken = _agree(state.policy, batch, part, world, stop, written)
-    if not taken:
-        return StepResult([], float("nan"), lr, 0, stop, all_written, taken=False)
-    assert batch is not None, "a part has a batch or an error, and _agree raises errors"
-    micro_batches = list(batch.split(max_samples))
-    place.enter("forward and backward")
+    world, weights = setup.world, state.policy.loss_weights
+    begun = Stamp(world.device)
+    setup.progress.enter("forward and backward")
+    micro_batches = list(batch.split(setup.max_samples))
     losses = []
     for i, micro in enumerate(micro_batches):
-        noise = draw_noise(micro.key, 0, micro.actions.shape[1:])
-        with state.replicas.accumulate(last=i == len(micro_batches) - 1), world.accelerator.autocast():
-            terms = state.replicas.model(micro, noise)
-        # Gradients are averaged over ranks; times the world size that average is the sum over the global batch. A term
+        seed_ambient(rng.key(setup.seed, "ambient", state.step, world.rank, i))
+        draws = Draws(micro.key)
+        counting = nullcontext() if setup.flops is None else setup.flops.counting(len(micro))
+        accumulate = state.replicas.accumulate(last=i == len(micro_batches) - 1)
+        with accumulate, world.accelerator.autocast(), counting:
+            terms = state.replicas.model(micro, draws)
+        # Gradients are averaged over ranks; times their number that average is the sum over the global batch. A term
         # that nothing supervises has sum 0 and stays in, so that its head gets a gradient of 0: DDP waits for all.
-        loss = world.size * sum(weights[k] * terms[k][0].sum() / (denominators[k] or 1.0) for k in weights)
+        loss = world.data_size * sum(weights[k] * terms[k][0].sum() / (counts[k] or 1.0) for k in weights)
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
-    place.enter("gradient norm and update")
-    grad_norm = _clip(state.policy, settings.grad_clip)
-    _update(state, grad_norm, lr)
-    return StepResult(losses, grad_norm, lr, substituted, stop, all_written)
+    differentiated = Stamp(world.device)
+    setup.progress.enter("gradient norm and update")
+    grad_norm = _clip(state.policy, setup.grad_clip)
+    _update(state, torch.isfinite(grad_norm), lr)
+    return StepTaken(losses, grad_norm, lr, (begun, differentiated, Stamp(world.device)))
 
 
-def _agree(
-    policy: Policy, batch: Batch | None, part: RankBatch | None, world: World, stop: int, written: bool
-) -> tuple[dict[str, float], int, int, bool, bool]:
-    """One all-reduce: each term's valid count in the global batch, substituted windows, failures, stop codes, ranks
-    that have written, ranks without a part."""
-    absent = part is None
-    part = part or RankBatch(None)
-    terms = list(policy.loss_weights)
-    counts = {k: 0.0 for k in terms} if batch is None else policy.term_counts(batch)
-    stops = [float(stop == code) for code in (1, 2)]
-    # On the device: there NCCL reduces in a tree, while gloo's ring would take 2 (N - 1) hops in every step.
-    head = [torch.as_tensor(counts[k], dtype=torch.float64, device=world.device).sum() for k in terms]
-    flags = torch.tensor([part.num_substituted, part.error is not None, absent, written, *stops]).double()
-    sums = world.sum(torch.stack([*head, *flags.to(world.device)])).tolist()
-    *valid, substituted, failed, absences, writers, preempted, interrupted = sums
-    if failed:
-        raise next(error for error in world.gather(part.error) if error is not None)
-    stop = 2 if interrupted else int(preempted > 0)
-    return dict(zip(terms, valid, strict=True)), int(substituted), stop, writers == world.size, not absences
+def seed_ambient(key: int) -> None:
+    """Make what draws from no key of its own (nn.Dropout) a function of `key`, 64 bits: seeds torch, on all devices,
+    NumPy's global generator and Python's."""
+    torch.manual_seed(key >> 1)  # some devices take 63 bits
+    np.random.seed(key & 0xFFFFFFFF)
+    random.seed(key)
 
 
-def _clip(policy: nn.Module, limit: float | None) -> float:
-    """Clip to a global norm of `limit` and return the norm before."""
+def _clip(policy: nn.Module, limit: float | None) -> torch.Tensor:
+    """Clip to a global norm of `limit` and return the norm before, [] f32 on the device."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), limit if limit is not None else float("inf"))
-    whole: Callable | None = getattr(norm, "full_tensor", None)  # a sharded model's norm is a DTensor
-    return float(norm if whole is None else whole())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's is made of the shards'
 
 
-def _update(state: TrainState, grad_norm: float, lr: float) -> None:
-    if np.isfinite(grad_norm):
-        set_lr(state.optimizer, lr)
+def _update(state: TrainState, finite: torch.Tensor, lr: float) -> None:
+    """The update where `finite` [] bool, and none where not: decided on the device, wherever the optimizer can."""
+    set_lr(state.optimizer, lr)
+    if all(group.get("fused") for group in state.optimizer.param_groups):
+        # As for torch's GradScaler: where it is 1, the fused kernels write nothing.
+        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update(state.policy)
-        state.skipped_in_a_row = 0
-    else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
+    elif finite:  # this reads from the device: an optimizer without such kernels can't be called in vain
+        state.optimizer.step()
+    if state.ema is not None:
+        state.ema.update(state.policy, finite)
     state.optimizer.zero_grad(set_to_none=True)
+    skip = (~finite).long()
+    in_all, in_a_row = state.skipped.to(skip.device)
+    state.skipped = torch.stack([in_all + skip, (in_a_row + 1) * skip])
     state.step += 1
 
 
-def check_health(
-    state: TrainState, settings: TrainerSettings, bad: int, seen: int, max_fraction: float, grace: int
-) -> None:
-    """Stop a run that has gone wrong, on all ranks at the same step.
-
-    Raises `Fault` after too many skipped steps in a row, `UserError` when too many windows can't be read.
-    """
-    if state.skipped_in_a_row >= settings.max_skipped_steps:
+def check_skipped(step: int, in_a_row: int, limit: int) -> None:
+    """Raises `Fault`, on all ranks alike, where `limit` steps in a row had no finite gradient."""
+    if in_a_row >= limit:
         raise Fault(
-            f"the gradient norm was not finite in {state.skipped_in_a_row} steps in a row",
-            where=f"step {state.step}",
+            f"the gradient norm was not finite in {in_a_row} steps in a row",
+            where=f"step {step}",
             remedy="lower optimizer.lr, or look at the data of these steps",
         )
-    if bad > grace and bad > max_fraction * seen:
+
+
+def check_windows(bad: int, seen: int, limits: BadSampleSettings) -> None:
+    """Raises `UserError`, on all ranks alike, where more of the windows `seen` can't be read than `limits` allow."""
+    if bad > limits.grace and bad > limits.max_fraction * seen:
         raise UserError(
-            f"{bad} of {seen} windows could not be read (data.bad_samples.max_fraction={max_fraction})",
+            f"{bad} of {seen} windows could not be read (data.bad_samples.max_fraction={limits.max_fraction})",
             where="quarantine.jsonl in the run directory names each with its cause",
             remedy="repair or exclude these episodes, or raise data.bad_samples.max_fraction",
         )

@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def outcome(call: Callable[[], T]) -> Future[T]:
-    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised."""
-    future: Future[T] = Future()
+def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised. The answer is
+    `future` where one is given."""
+    future = Future() if future is None else future
     try:
         future.set_result(call())
     except BaseException as error:
@@ -28,14 +29,27 @@ def outcome(call: Callable[[], T]) -> Future[T]:
     return future
 
 
+def in_background(call: Callable[[], T], name: str) -> Future[T]:
+    """`call()` on a thread of its own, called `name`. The end of the program doesn't wait for it."""
+    future: Future[T] = Future()
+    threading.Thread(target=outcome, args=(call, future), name=name, daemon=True).start()
+    return future
+
+
+CLOSE_SECONDS = 5.0
+"""How long an item that nobody will take may keep its iterator from being closed."""
+
+
 class InterruptibleIterator(Generic[T]):
     """An iterator whose `next` can be given up when a stop is asked for: a read that hangs must not outlive its run.
 
-    The iterator runs on a thread of its own and only on demand, so order and side effects are those of plain `next`.
+    The iterator runs on a thread of its own and only on demand, so order and side effects are those of plain `next`;
+    `ahead`: from the first `next` on it is always one item ahead, made while the caller works on the one before.
     """
 
-    def __init__(self, iterator: Iterator[T]):
+    def __init__(self, iterator: Iterator[T], *, ahead: bool = False):
         self._iterator: Iterator[T] | None = iterator
+        self._ahead, self._num_asked = ahead, 0
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
         self._given_up = False
@@ -47,7 +61,7 @@ class InterruptibleIterator(Generic[T]):
 
         Raises what the iterator raises, StopIteration included.
         """
-        self._asked.put(True)
+        self._ask()
         while True:
             try:
                 answer = self._answers.get(timeout=0.2)
@@ -56,13 +70,22 @@ class InterruptibleIterator(Generic[T]):
                     self._given_up = True
                     return None
                 continue
+            self._num_asked -= 1
+            if self._ahead:
+                self._ask()
             return answer.result()
 
+    def _ask(self) -> None:
+        if self._num_asked == 0:
+            self._num_asked += 1
+            self._asked.put(True)
+
     def close(self) -> None:
-        """End the iterator and its thread; one that was given up is left to the end of the process."""
+        """End the iterator and its thread; one that was given up, or whose next item isn't there in `CLOSE_SECONDS`, is
+        left to the end of the process."""
         self._asked.put(False)
         if not self._given_up:
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS if self._num_asked else None)
 
     def _serve(self) -> None:
         assert self._iterator is not None, "one thread serves, once"

@@ -11,33 +11,35 @@ import logging
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opentau_train.config.settings import Settings
+from opentau_train.data.load.arrival import Arrival, arrivals
 from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.state import save_state
+from opentau_train.distributed.consensus import Agreement, Ballot, Vote
+from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.preflight import identity
-from opentau_train.distributed.stopping import StopFlag, Stopped, mark_preempted, stop_signals
+from opentau_train.distributed.stopping import Stop, StopFlag, Stopped, mark_preempted, stop_signals
 from opentau_train.distributed.watchdog import watch
 from opentau_train.distributed.world import launch
-from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
+from opentau_train.errors import EXIT_OK
 from opentau_train.job import Job, prepare
 from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
+from opentau_train.performance import scheduled_collection, traced
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
-from opentau_train.step import StepResult, check_health, train_step
-from opentau_train.threads import InterruptibleIterator
-from opentau_train.validation.passes import PICTURE, run_passes
+from opentau_train.step import check_skipped, check_windows, train_step
+from opentau_train.threads import InterruptibleIterator, first_line
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
-STOP_CODES = {0: EXIT_OK, 1: EXIT_PREEMPTED, 2: EXIT_INTERRUPTED}
+TRACE = "profile/trace.json"
 
 
 def run(settings: Settings, tree: dict[str, Any]) -> int:
@@ -46,8 +48,8 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
     Raises `UserError` for mistakes in configuration or data, on all ranks alike.
     """
     trainer = settings.trainer
-    torch.use_deterministic_algorithms(trainer.deterministic)
-    with ExitStack() as stack:
+    set_numerics(deterministic=trainer.deterministic, matmul_precision=trainer.matmul_precision)
+    with ExitStack() as watched, ExitStack() as stack:
         entered = launch(
             device=trainer.device,
             precision=trainer.precision,
@@ -59,126 +61,146 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         stop = stack.enter_context(stop_signals())
         with world.roll_call():
             job = prepare(settings, tree, world)
+        # Its end comes last: a saver, a tracker or the ranks' last barrier may hang too.
+        watched.enter_context(
+            watch(job.progress, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
+        )
         stop.watch(job.run_dir, clear=world.is_main)
         console.also_to(job.run_dir / "train.log")
         if job.state.step >= trainer.steps and not job.owes_validation:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        stack.enter_context(closing(job.validation))
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
-        watchdog = watch(job.place, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
-        with watchdog, world.roll_call():
-            code = _loop(job, sinks, recorder, stop)
+        stack.push(partial(_enter_closing, job))
+        with world.roll_call():
+            stopped = _loop(job, sinks, recorder, stop)
         if world.is_main:
-            if code == 1:
+            if stopped is Stop.PREEMPTED:
                 mark_preempted(job.run_dir, job.state.step)
-            log.info(next_steps(job.run_dir, job.state.step, code, job.counters["bad"]))
-        return STOP_CODES[code]
+            log.info(next_steps(job.run_dir, job.state.step, stopped, job.counters["bad"]))
+        return stopped.exit_code
 
 
-def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> int:
-    """Train until the last step or a stop; returns the stop code that all ranks agreed on."""
-    settings, trainer, state, world = job.settings, job.settings.trainer, job.state, job.world
-    batches = training_batches(
-        job.mixture,
-        job.tape,
-        rank=world.rank,
-        size=world.size,
-        first_step=state.step,
-        last_step=trainer.steps,
-        quarantine=job.run_dir / QUARANTINE,
-    )
-    code = _validate(job, sinks, stop) if job.owes_validation else 0
+def _enter_closing(job: Job, kind: type | None, error: BaseException | None, trace: object) -> None:
+    """The watchdog, should it be the last to speak, says what the end was that hangs."""
+    job.progress.enter("closing" if error is None else f"closing after {type(error).__name__}: {first_line(error)}")
+
+
+def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> Stop:
+    """Train until the last step or a stop; returns the stop that all ranks agreed on."""
+    state, world, last_step = job.state, job.world, job.settings.trainer.steps
+    stopped = _validate(job, sinks, stop) if job.owes_validation else Stop.NONE
     _point_to_best(job)  # an owed validation may have found the resumed checkpoint to be it
-    stop_at = state.step + (trainer.stop_after or trainer.steps)
-    meter = Meter(job.mixture, job.tape, state, world)
-    with closing(InterruptibleIterator(batches)) as parts:
-        while state.step < trainer.steps and code == 0:
-            job.place.enter("data wait", state.step + 1)
+    stop_at = state.step + (job.settings.trainer.stop_after or last_step)
+    setup = job.step_setup()
+    meter = Meter(job.mixture, job.tape, state, world, setup.flops)
+    trace = traced(job.run_dir / TRACE, job.settings.trainer.profile_steps if world.is_main else 0)
+    with scheduled_collection() as collect, trace as traced_step, closing(_incoming(job)) as incoming:
+        while state.step < last_step and stopped is Stop.NONE:
+            job.progress.enter("data wait", state.step + 1)
             with meter.waiting():
-                part = parts.next(stop.poll)
-            asked = max(stop.poll(), int(state.step + 1 == stop_at < trainer.steps))
-            if part is not None:
-                meter.open_decoders = part.open_decoders
-            lr = settings.optimizer.lr * job.schedule(state.step, trainer.steps)
-            result = train_step(
-                state,
-                part,
-                world,
-                trainer,
-                lr=lr,
-                max_samples=job.max_samples,
-                stop=asked,
-                place=job.place,
-                written=job.saver.written,
-            )
-            code = result.stop
-            if result.taken:
-                if recorder is not None and part is not None and part.batch is not None:
-                    recorder.write(state, part.batch, result)
-                _account(job, meter, sinks, result)
-            _report_save(job, job.saver.poll(result.written))
-            if job.owes_validation and not code:
+                arrival = incoming.next(stop.poll)
+            asked = Stop.PREEMPTED if state.step + 1 == stop_at < last_step else Stop.NONE
+            ballot = Ballot(_vote(job, arrival, max(stop.poll(), asked)), world)
+            job.progress.enter("vote of the ranks")
+            agreement = ballot.result()
+            stopped = agreement.stop
+            if agreement.take_step:
+                assert arrival is not None and arrival.part.batch is not None, "a vote without a batch takes no step"
+                taken = train_step(state, arrival.on_device(), agreement.counts, job.lr, setup)
+                if recorder is not None:
+                    recorder.write(state, arrival.part.batch, taken)
+                meter.open_decoders = arrival.part.open_decoders
+                meter.add(taken)
+                _account(job, meter, sinks, agreement)
+                traced_step()
+                collect(state.step)
+            _report_save(job, job.saver.poll(agreement.all_written))
+            if job.owes_validation and stopped is Stop.NONE:
                 with meter.paused():
-                    code = _validate(job, sinks, stop)
-            if code or state.step == trainer.steps or job.is_best or _due(settings.checkpoint.every, state.step):
-                with meter.paused():
+                    stopped = _validate(job, sinks, stop)
+            if job.must_save(stopped):
+                with meter.saving():
                     _save(job, sinks)
     _report_save(job, job.saver.finish())
-    return code
+    return stopped
 
 
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def _incoming(job: Job) -> InterruptibleIterator[Arrival]:
+    """This rank's part of every global batch from the state's step on, each on its way to the device.
+
+    With loader workers one step ahead: without, this process reads the files itself, and only while nothing else does.
+    """
+    parts = training_batches(
+        job.mixture,
+        job.tape,
+        rank=job.world.data_rank,
+        size=job.world.data_size,
+        first_step=job.state.step,
+        last_step=job.settings.trainer.steps,
+        quarantine=job.run_dir / QUARANTINE,
+    )
+    ahead = job.settings.data.num_workers > 0
+    return InterruptibleIterator(arrivals(parts, job.state.policy, job.world.device), ahead=ahead)
 
 
-def _account(job: Job, meter: Meter, sinks: Sinks, result: StepResult) -> None:
+def _vote(job: Job, arrival: Arrival | None, stop: Stop) -> Vote:
+    """What this rank says before the step; `arrival` is None where it gave up waiting for its data."""
+    written = job.saver.written
+    if arrival is None:
+        return Vote(dict.fromkeys(job.state.policy.loss_weights, 0.0), has_batch=False, has_written=written, stop=stop)
+    part = arrival.part
+    return Vote(arrival.counts, part.num_substituted, part.error, has_written=written, stop=stop)
+
+
+def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None:
     """What a step that was taken leaves behind: counters, and a row of numbers now and then."""
-    job.place.enter("log")
-    meter.add(result)
-    _check(job, result)
+    job.progress.enter("log")
+    _check_windows(job, agreement.num_substituted)
     trainer, step = job.settings.trainer, job.state.step
-    if _due(trainer.log_every, step) or step == trainer.steps or result.stop:
-        sinks.write(step, meter.row(result, job.counters["bad"]))
+    if step % trainer.log_every == 0 or step == trainer.steps or agreement.stop is not Stop.NONE:
+        reading = meter.read()
+        check_skipped(step, reading.in_a_row, trainer.max_skipped_steps)
+        sinks.write(step, meter.row(reading, job.counters["bad"]))
 
 
-def _check(job: Job, result: StepResult) -> None:
+def _check_windows(job: Job, num_substituted: int) -> None:
     before = job.counters["bad"]
-    job.counters["bad"] += result.num_substituted
+    job.counters["bad"] += num_substituted
     if job.counters["bad"].bit_length() > before.bit_length():  # the first, then at each doubling
-        said = "step %d: %d windows so far can't be read and were replaced by others: %s"
-        log.warning(said, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
-    job.counters["skipped"] = job.state.skipped
-    limits = job.settings.data.bad_samples
+        message = "step %d: %d windows so far can't be read and were replaced by others: %s"
+        log.warning(message, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
     seen = job.state.step * job.settings.trainer.global_batch_size
-    check_health(job.state, job.settings.trainer, job.counters["bad"], seen, limits.max_fraction, limits.grace)
+    check_windows(job.counters["bad"], seen, job.settings.data.bad_samples)
 
 
-def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> int:
-    """The passes and their row; the stop code when they were left unfinished, which leaves no row."""
+def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
+    """The passes and their row; the stop when they were left unfinished, which leaves no row."""
     started, state, step = time.perf_counter(), job.state, job.state.step
     try:
-        found = run_passes(
-            state.policy, state.replicas, state.ema, job.plans, job.world, job.settings.validation, stop, job.place
-        )
+        measured = job.validation.run(state.policy, state.replicas, state.ema, stop, job.progress)
     except Stopped as stopped:
         return stopped.code
     job.counters["validated"] = step
-    sinks.write(step, {**found.row, "Timing/ValidationSeconds": time.perf_counter() - started})
-    if found.picture is not None and job.world.is_main:
-        save_png(job.run_dir / "plots" / f"actions_{step:08d}.png", found.picture)
-        sinks.image(step, PICTURE, found.picture)
-    if job.best is not None:
-        job.best.offer(job.world, step, found.scores)
-    return 0
+    sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
+    if job.world.is_main:
+        for picture in measured.pictures:
+            save_png(job.run_dir / "plots" / f"{picture.file}_{step:08d}.png", picture.pixels)
+            sinks.image(step, picture.tag, picture.pixels)
+    if job.best is not None and measured.scores is not None:
+        job.best.update(job.world, step, measured.scores)
+    return Stop.NONE
 
 
 def _save(job: Job, sinks: Sinks) -> None:
-    job.place.enter("save")
+    job.progress.enter("save")
     sinks.flush()
     stream = save_state(job.tape, job.state.step)
+    job.counters["skipped"] = int(job.state.skipped[0])
     # The one before first, so that `best` holds it where it is to stay before the next one retires what nothing names.
     _report_save(job, job.saver.finish())
     _report_save(job, job.saver.save(job.state, stream=stream, counters=job.counters))
@@ -207,16 +229,16 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
     return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))
 
 
-def next_steps(run_dir: Path, step: int, stop: int, num_bad: int) -> str:
+def next_steps(run_dir: Path, step: int, stopped: Stop, num_bad: int) -> str:
     """The last words: where everything is and what to look at. `num_bad`: windows that were replaced."""
-    said = {0: f"finished at step {step}", 1: f"preempted at step {step}", 2: f"interrupted at step {step}"}[stop]
-    lines = [f"{said}. Run directory: {run_dir}"]
+    how = "finished" if stopped is Stop.NONE else stopped.name.lower()
+    lines = [f"{how} at step {step}. Run directory: {run_dir}"]
     if (run_dir / "tensorboard").is_dir():
         lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
     lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
     lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
     if num_bad:
         lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
-    if stop:
+    if stopped is not Stop.NONE:
         lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
     return "\n".join(lines)

@@ -4,44 +4,42 @@
     torchrun --nproc-per-node 4 -m opentau_train.validate checkpoint=RUN/checkpoints/00001000
 
 The checkpoint's own configuration says what is validated; `data=NAME` takes other sources, `KEY=VALUE` changes a
-setting, for instance `validation.metrics=[action]`. The same passes as in training run; they write `validation.json` in
-the checkpoint's directory, or to `out`.
+setting, for instance `validation.evaluators=[loss,action]`. The same passes as in training run; they write
+`validation.json` in the checkpoint's directory, or to `out`, and pictures beside it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from opentau_train import cli
 from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card
-from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import instantiate
+from opentau_train.config.settings import Settings, current, load_settings
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import trained_on
-from opentau_train.distributed.parallel import Replicas, data_parallel_degrees, spread
+from opentau_train.distributed.numerics import set_numerics
+from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
-from opentau_train.job import open_together
+from opentau_train.job import mesh_of, open_together, spread_policy
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
 from opentau_train.sinks.console import read_scores, table
 from opentau_train.types import BatchSpec
-from opentau_train.validation.passes import plan_passes, run_passes
+from opentau_train.validation.evaluator import Picture
+from opentau_train.validation.passes import Validation, open_evaluators
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={own['checkpoint']}", remedy=remedy) from error
     card = read_card(found / FOLDER)
-    tree = cli.recompose(card.config, others, FIXED)
+    tree = cli.recompose(current(card.config), others, FIXED)
     out = Path(own["out"]).expanduser() if "out" in own else found / "validation.json"
     validate_checkpoint(load_settings(tree), tree, found, card, out)
     return EXIT_OK
@@ -83,8 +81,8 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     `tree` is the same configuration as plain data; `card`, what the checkpoint's `pretrained_model/` says. Raises
     `UserError` on all ranks alike.
     """
-    trainer = settings.trainer
-    torch.use_deterministic_algorithms(trainer.deterministic)
+    trainer, evaluators = settings.trainer, open_evaluators(settings.validation)
+    set_numerics(deterministic=trainer.deterministic, matmul_precision=trainer.matmul_precision)
     with (
         launch(
             device=trainer.device,
@@ -97,11 +95,12 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         mixture = fit(open_together(settings, world, stats), card.policy)
-        policy, replicas, ema, step = spread_policy(settings, mixture.spec, found, world)
-        share = max(1, trainer.global_batch_size // world.size)
+        policy, replicas, ema, step = restore_policy(settings, mixture.spec, found, world)
+        mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
+        share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
-        plans = plan_passes(mixture, settings.validation, batch_size=size, num_ranks=world.size)
-        if not len(plans.loss.windows):
+        validation = Validation(mixture, settings.validation, evaluators, world, size)
+        if not validation.num_windows:
             raise UserError(
                 "the mixture holds nothing out",
                 where="data.sources",
@@ -111,20 +110,21 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
         if world.is_main:
             for name, episodes in seen.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
-        outcome = run_passes(policy, replicas, ema, plans, world, settings.validation)
+        with closing(validation):
+            measured = validation.run(policy, replicas, ema)
         if world.is_main:
             result = {
                 "checkpoint": str(found),
                 "step": step,
                 "ranks": world.size,
-                "batch_size": plans.loss.batch_size,
-                "windows": len(plans.loss.windows),
+                "batch_size": validation.batch_size,
+                "windows": validation.num_windows,
                 "trained_on": seen,
-                "left_out": [vars(bad) for bad in outcome.scores.left_out],
-                "metrics": outcome.row,
+                "left_out": [vars(bad) for bad in measured.left_out],
+                "metrics": measured.row,
             }
-            write(out, result, outcome.picture)
-            log.info("%s\nwritten to %s", table(read_scores(outcome.row), {}), out)
+            write(out, result, measured.pictures)
+            log.info("%s\nwritten to %s", table(read_scores(measured.row), {}), out)
 
 
 def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
@@ -132,8 +132,7 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
 
     Raises `UserError` naming the difference where `policy` (`policy.json`) is of another convention.
     """
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in policy["spec"].items()}
-    saved = BatchSpec(**fields)
+    saved = BatchSpec.from_json(policy["spec"])
     spec = mixture.spec
     if policy["normalization"] != mixture.settings.normalization:
         raise _refuse(
@@ -155,12 +154,12 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
     for dataset in mixture.datasets:
         for head in sorted({mixture.groups[g].norm_head for g in set(dataset.group_of.tolist())}):
             _check_actions(dataset, head, policy)
-    return dataclasses.replace(mixture, spec=saved)
+    return mixture.in_shape(saved)
 
 
 def _check_actions(dataset: Dataset, head: str, policy: dict[str, Any]) -> None:
     """The dataset's action dimensions are those that the head was trained with, name by name."""
-    mine = list(dataset.source.action_names)
+    mine = list(dataset.action_names)
     known = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
     if mine in known:
         return
@@ -182,17 +181,14 @@ def _refuse(difference: str, where: str) -> UserError:
     )
 
 
-def spread_policy(
+def restore_policy(
     settings: Settings, spec: BatchSpec, found: Path, world: World
 ) -> tuple[Policy, Replicas, Ema | None, int]:
     """(policy, replicas, average or None, step) of the checkpoint `found`, spread over the ranks. Collective; raises
     `UserError` on all ranks alike."""
-    trainer, parallelism = settings.trainer, settings.parallelism
-    degrees = data_parallel_degrees(
-        parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree, world.size
-    )
-    policy: Policy = world.agree(lambda: instantiate(settings.model, "model", spec=spec))
-    replicas = spread(policy, policy.blocks(), world, *degrees, trainer.precision)
+    trainer = settings.trainer
+    mesh = mesh_of(settings, world)
+    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision))
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
     tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
     if ema is not None:
@@ -204,13 +200,14 @@ def spread_policy(
     return policy, replicas, ema, json.loads((found / "run.json").read_text())["step"]
 
 
-def write(out: Path, result: dict[str, Any], picture: NDArray[np.uint8] | None) -> None:
-    """`result` as JSON to `out`, the picture beside it as PNG. NaN and infinities are written as null."""
+def write(out: Path, result: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """`result` as JSON to `out`, pictures beside it as PNG, `{out}_{file}.png`. NaN and infinities are written as
+    null."""
     result["metrics"] = {k: v if abs(v) < float("inf") else None for k, v in result["metrics"].items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if picture is not None:
-        save_png(out.with_suffix(".png"), picture)
+    for picture in pictures:
+        save_png(out.with_name(f"{out.stem}_{picture.file}.png"), picture.pixels)
 
 
 if __name__ == "__main__":

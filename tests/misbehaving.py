@@ -17,10 +17,10 @@ RANK = int(os.environ.get("RANK", "0"))
 class Slow(FlowPolicy):
     """A tenth of a second more a training step: time for a scheduler to act."""
 
-    def forward(self, batch, noise):
+    def forward(self, batch, draws):
         if self.training:
             time.sleep(0.1)
-        return super().forward(batch, noise)
+        return super().forward(batch, draws)
 
 
 class Poisoned(FlowPolicy):
@@ -28,8 +28,8 @@ class Poisoned(FlowPolicy):
 
     steps = 0
 
-    def forward(self, batch, noise):
-        terms = super().forward(batch, noise)
+    def forward(self, batch, draws):
+        terms = super().forward(batch, draws)
         if self.training:
             self.steps += 1
             if RANK == 1 and self.steps == 3:
@@ -42,12 +42,12 @@ class _ThirdStep(FlowPolicy):
 
     steps = 0
 
-    def forward(self, batch, noise):
+    def forward(self, batch, draws):
         if self.training:
             self.steps += 1
             if RANK == 1 and self.steps == 3:
                 self.happen()
-        return super().forward(batch, noise)
+        return super().forward(batch, draws)
 
 
 class Broken(_ThirdStep):
@@ -65,14 +65,22 @@ class Stuck(_ThirdStep):
             time.sleep(0.1)
 
 
+class Dropout(FlowPolicy):
+    """Hides half of the state's dimensions at random while it trains, by the ambient generator."""
+
+    def forward(self, batch, draws):
+        state = torch.nn.functional.dropout(batch.state, 0.5, self.training)
+        return super().forward(batch.replace(state=state), draws)
+
+
 class SlowValidation(FlowPolicy):
     """A validation batch takes a fifth of a second more, time to send a signal into the pass: only where the
     environment has SLOW_VALIDATION, since the run that resumes with the same configuration needs no such time."""
 
-    def forward(self, batch, noise):
+    def forward(self, batch, draws):
         if not self.training and "SLOW_VALIDATION" in os.environ:
             time.sleep(0.2)
-        return super().forward(batch, noise)
+        return super().forward(batch, draws)
 
 
 class HangingSource(LeRobotSource):

@@ -90,12 +90,18 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
 
 def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """{step: its numbers}, those of the clock and of rank 0's own process left out."""
-    clocks = ("time", "Training/StepTime", "Training/DataWait", "Training/SamplesPerSecond", "Timing/ValidationSeconds")
-    clocks += ("Training/OpenDecoders", "Training/DecoderMemory")
+    clocks = (
+        "time",
+        "Timing/",
+        "Memory/",
+        "Training/SamplesPerSecond",
+        "Training/OpenDecoders",
+        "Training/DecoderMemory",
+    )
     rows: dict[int, dict[str, float]] = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        rows.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k not in clocks})
+        rows.setdefault(row["step"], {}).update({k: v for k, v in row.items() if not k.startswith(clocks)})
     return rows
 
 

@@ -21,7 +21,7 @@ from opentau_train.checkpoints import commit
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import aggregate_shares, group_means
 from opentau_train.types import Group
-from opentau_train.validation.losses import Scores
+from opentau_train.validation.evaluator import Scores
 from opentau_train.validation.plan import ValidationPlan
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Best:
 
     def restore(self, world: World, step: int) -> None:
         """Take up the record as it was at `step`: what a resumed run does again is forgotten. Collective."""
-        found = None
+        record = None
         if world.is_main:
             records = self._records()
             for later in [s for s in records if s > step]:
@@ -88,22 +88,22 @@ class Best:
             if records:
                 self._move_link()
                 with np.load(records[max(records)]) as saved:
-                    found = max(records), [str(n) for n in saved["episodes"]], saved["sums"]
-        found = world.broadcast(found)
-        if found is None:
+                    record = max(records), [str(n) for n in saved["episodes"]], saved["sums"]
+        record = world.broadcast(record)
+        if record is None:
             return
-        if found[1] != self._names() or found[2].shape[1] != len(self.weights):
-            log.warning("the validation windows are others than at step %d: the best checkpoint starts anew", found[0])
+        if record[1] != self._names() or record[2].shape[1] != len(self.weights):
+            log.warning("the validation windows are others than at step %d: the best checkpoint starts anew", record[0])
             return
-        self.step, _, self.sums = found
+        self.step, _, self.sums = record
 
-    def offer(self, world: World, step: int, scores: Scores) -> bool:
+    def update(self, world: World, step: int, scores: Scores) -> bool:
         """Whether the pass at `step` is the best so far; then its sums are kept, and the step's checkpoint is to be
         saved; `point` after that."""
         if len(scores.sums) < MIN_EPISODES:
             log.info("no best checkpoint is kept: the noise of one validation episode can't be told")
             return False
-        if not np.isfinite(scores.row["Validation/Loss"]):
+        if not np.isfinite(scores.loss):
             return False
         if self.sums is not None and not self._improves(step, scores.sums, self.sums):
             return False

@@ -4,8 +4,9 @@
     checkpoints/{step:08d}/       renamed: now it is a checkpoint
     checkpoints/last -> {step}    moved after that; only then older ones are pruned
 
-Whatever is interrupted leaves a `.tmp` directory, which nothing ever reads. `files.json` names every file with its
-size, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
+A checkpoint that is whole is never moved to make room for another of its step, so that at every moment the newest one
+can be read. Whatever is interrupted leaves a `.tmp` directory, which nothing reads. `files.json` names every file with
+its size, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
 PARTIAL = ".tmp"
+"""What the name of a directory ends with that is being written."""
+RETIRED = f".old{PARTIAL}"
+"""What the name of a directory ends with that is being deleted."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +51,39 @@ def seal(partial: Path) -> None:
     survive a power cut that its content did not."""
     files = [p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST]
     sizes = {p.relative_to(partial).as_posix(): p.stat().st_size for p in files}
-    (partial / MANIFEST).write_text(json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
+    (partial / MANIFEST).write_text(_manifest(sizes))
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
 
 
 def publish(partial: Path, retention: Retention) -> list[Path]:
     """Make the sealed directory `{step}.tmp` the last checkpoint, then retire those that `retention` doesn't keep.
+    Where the step has a whole checkpoint already, that one stays and the new directory goes.
 
     Returns what is to be deleted, which `sweep` does: nothing reads it any more. A kill between any two of these
     operations leaves the former checkpoint, or the new one, whole and found.
     """
     folder, final = partial.parent, partial.with_suffix("")
-    if final.exists():  # torn by something else, or it would be resumed: see `resolve`
-        _retire(final)
-    partial.rename(final)
-    _flush(folder)
+    if flaw(final) is not None:
+        if final.exists():  # something else has torn it
+            _retire(final)
+        partial.rename(final)
+        _flush(folder)
     point(folder / "last", final.name)
     named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for name in retention.obsolete([p.name for p in complete(folder)]):
         if name not in named:
             _retire(folder / name)
     return list(folder.glob(f"[0-9]*{PARTIAL}"))  # of kills too, now that nothing is being written
+
+
+def amend(checkpoint: Path, name: str, text: str) -> None:
+    """Replace the small file `name` of a whole checkpoint. A kill leaves it whole, with the old file or the new one."""
+    sizes = json.loads((checkpoint / MANIFEST).read_text())
+    others = {file: size for file, size in sizes.items() if file != name}
+    _replace(checkpoint / MANIFEST, _manifest(others))
+    _replace(checkpoint / name, text)
+    _replace(checkpoint / MANIFEST, _manifest({**others, name: len(text.encode())}))
 
 
 def sweep(paths: Collection[Path]) -> None:
@@ -87,9 +102,22 @@ def point(link: Path, target: str) -> None:
 
 def _retire(path: Path) -> None:
     """A kill in the middle of the deletion must not leave half a checkpoint with a good name."""
-    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+    doomed = path.with_name(path.name + RETIRED)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
+
+
+def _manifest(sizes: Mapping[str, int]) -> str:
+    return json.dumps(dict(sorted(sizes.items())), indent=1) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give the file `path` another content in one operation, when that content is on the disk."""
+    fresh = path.with_name(path.name + PARTIAL)
+    fresh.write_text(text)
+    _flush(fresh)
+    os.replace(fresh, path)
+    _flush(path.parent)
 
 
 def _flush(path: Path) -> None:
@@ -105,37 +133,47 @@ def _flush(path: Path) -> None:
 
 def flaw(path: Path) -> str | None:
     """Why the directory `path` is no whole checkpoint; None when it is one."""
-    if path.name.endswith(PARTIAL):
+    if path.name.endswith(RETIRED):
+        return "it was being deleted"
+    loss = _loss(path)
+    if not path.name.endswith(PARTIAL):
+        return loss
+    if loss is not None:
         return "its save did not finish"
+    return f"its save was stopped just before the end; all is there, so rename it to {path.stem} to use it"
+
+
+def _loss(path: Path) -> str | None:
+    """What a directory lacks of its manifest."""
     try:
         sizes = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"no readable {MANIFEST} ({type(error).__name__})"
     for name, size in sizes.items():
         try:
-            found = (path / name).stat().st_size
+            actual = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes of {size}"
+        if actual != size:
+            return f"{name} has {actual} bytes of {size}"
     return None
 
 
 def complete(folder: Path) -> list[Path]:
     """The whole checkpoints of a `checkpoints/` directory, oldest first."""
-    found = [p for p in folder.glob("[0-9]*") if p.name.isdigit() and flaw(p) is None]
-    return sorted(found, key=lambda p: int(p.name))
+    whole = [p for p in folder.glob("[0-9]*") if p.name.isdigit() and flaw(p) is None]
+    return sorted(whole, key=lambda p: int(p.name))
 
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a `checkpoints/` directory; what is newer and isn't whole is logged."""
-    found = complete(folder)
-    step = int(found[-1].name) if found else -1
+    whole = complete(folder)
+    step = int(whole[-1].name) if whole else -1
     for path in sorted(folder.glob("[0-9]*")):
         number = path.name.split(".")[0]
         if number.isdigit() and int(number) > step:
             log.warning("skipped %s: %s", path, flaw(path))
-    return found[-1] if found else None
+    return whole[-1] if whole else None
 
 
 def resolve(resume: str, run_dir: Path | None) -> Path | None:
@@ -147,26 +185,26 @@ def resolve(resume: str, run_dir: Path | None) -> Path | None:
     """
     if resume == "auto":
         return newest(run_dir / "checkpoints") if run_dir is not None else None
-    found = None if resume == "never" else at(resume)
-    if run_dir is None and found is not None:
-        run_dir = found.parent.parent
+    checkpoint = None if resume == "never" else at(resume)
+    if run_dir is None and checkpoint is not None:
+        run_dir = checkpoint.parent.parent
     existing = complete(run_dir / "checkpoints") if run_dir is not None else []
-    if existing and (found is None or existing[-1].resolve() != found):
+    if existing and (checkpoint is None or existing[-1].resolve() != checkpoint):
         raise UserError(
             f"the run directory already has a checkpoint of step {int(existing[-1].name)}",
             where=f"paths.run_dir={run_dir}",
             remedy="add resume=auto to continue it, or choose another paths.run_dir",
         )
-    return found
+    return checkpoint
 
 
 def at(given: str) -> Path:
     """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`."""
     path = Path(given).expanduser().resolve()
     if (path / "run.json").is_file():
-        if (found := flaw(path)) is not None:
+        if (why := flaw(path)) is not None:
             raise UserError(
-                f"the checkpoint is not whole: {found}",
+                f"the checkpoint is not whole: {why}",
                 where=given,
                 remedy="give its run directory, whose newest whole one is taken",
             )

@@ -1,10 +1,11 @@
 """What a checkpoint holds, and how it is read back on any number of ranks, however they share the policy.
 
     state/              torch.distributed.checkpoint: parameters, moments, average, each rank its shards
-    rng/{rank}.pt       the ambient random state of each rank
     run.json            step, counters, the stream's state
     pretrained_model/   the policy by itself (`pretrained`)
     files.json          every file and its size (`commit`)
+
+No random state: all draws are keyed, and ambient ones are seeded anew in every step (`step`).
 
 `saver` writes it; how the directory becomes a checkpoint, and which one is the newest, is `commit`'s.
 """
@@ -12,12 +13,10 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -34,6 +33,7 @@ from opentau_train.errors import UserError
 from opentau_train.step import TrainState
 
 VERSION = 1
+RUN = "run.json"
 
 # A world of one is meant, not forgotten. For good: a filter set around the call isn't safe in a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -53,25 +53,21 @@ def tensors_of(state: TrainState) -> dict[str, Any]:
 def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     """Fill `state` from the checkpoint at `path`, on any number of ranks and however sharded; returns `run.json`.
 
-    The optimizer keeps its own options (weight decay, betas): those in the checkpoint are what the run was, not what it
-    shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of another model or
-    format.
+    The optimizer keeps its own groups and their options (weight decay, betas): those in the checkpoint are what the run
+    was, not what it shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of
+    another model, optimizer or format.
     """
     run = world.agree(lambda: _read_run(path))
-    options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     tensors = tensors_of(state)
+    groups = tensors["optimizer"].pop("param_groups")
     if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
         del tensors["ema"]
     read_tensors(path, tensors, world)
     set_model_state_dict(state.policy, tensors["model"])
-    set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=tensors["optimizer"])
-    for group, own in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(own)
+    moments = {**tensors["optimizer"], "param_groups": groups}
+    set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=moments)
     if state.ema is not None:  # one that begins now begins at the parameters
         state.ema.load_state_dict(tensors.get("ema") or dict(state.policy.named_parameters()))
-    own_rng = path / "rng" / f"{world.rank}.pt"
-    if own_rng.is_file():
-        _set_rng_state(torch.load(own_rng, weights_only=False))
     state.step = run["step"]
     return run
 
@@ -87,15 +83,22 @@ def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
 def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
     """Fill the parameters of `policy`, in one process, from a checkpoint's shards: `model`, or `ema`, the average.
 
-    Raises `UserError` where they don't fit or there is no average.
+    What isn't averaged (frozen parameters, buffers) is the model's in both. Raises `UserError` where they don't fit or
+    there is no average.
     """
-    mine: dict[str, torch.Tensor] = dict(policy.named_parameters() if part == "ema" else policy.state_dict())
-    tensors = {part: {name: torch.empty_like(value, dtype=torch.float32) for name, value in mine.items()}}
+    own: dict[str, dict[str, torch.Tensor]] = {"model": policy.state_dict()}
+    if part == "ema":
+        own["ema"] = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    tensors = {
+        kind: {name: torch.empty_like(value, dtype=torch.float32) for name, value in values.items()}
+        for kind, values in own.items()
+    }
     _check_schema(path, tensors)
     dcp.load(tensors, checkpoint_id=path / "state", no_dist=True)
     with torch.no_grad():
-        for name, value in mine.items():
-            value.copy_(tensors[part][name])
+        for kind, values in own.items():
+            for name, value in values.items():
+                value.copy_(tensors[kind][name])
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -106,9 +109,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in empty.items()}
 
 
+def as_json(run: dict[str, Any]) -> str:
+    """The text of `run.json`."""
+    return json.dumps(run, indent=1) + "\n"
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = json.loads((path / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"not a checkpoint: {error}",
@@ -133,8 +141,8 @@ def _has(path: Path, part: str) -> bool:
 
 
 def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
-    """The optimizer's keys follow the model's; a part that only the checkpoint has (an average that is no longer kept)
-    is left there."""
+    """A part that only the checkpoint has (an average that is no longer kept, moments of another optimizer, averages of
+    frozen parameters) is left there."""
     saved = _saved(path)
     parts = [part for part in tensors if part != "optimizer"]
     if "ema" in parts and not any(key.startswith("ema.") for key in saved):
@@ -143,34 +151,29 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
             where=str(path),
             remedy="take the weights themselves: trainer.ema_decay=null, or weights=model for an export",
         )
-    mine = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
-    theirs = {k: tuple(v.size) for k, v in saved.items() if hasattr(v, "size") and k.split(".")[0] in parts}
-    missing = sorted(set(mine) - set(theirs))
-    extra = sorted(set(theirs) - set(mine))
-    shapes = sorted(k for k in mine.keys() & theirs.keys() if mine[k] != theirs[k])
+    here = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
+    there = {
+        k: tuple(v.size) for k, v in saved.items() if isinstance(v, TensorStorageMetadata) and k.split(".")[0] in parts
+    }
+    missing = sorted(set(here) - set(there))
+    extra = sorted(key for key in set(there) - set(here) if not key.startswith("ema."))
+    shapes = sorted(k for k in here.keys() & there.keys() if here[k] != there[k])
     if missing or extra or shapes:
-        said = [
-            *(f"shape of {k}: {theirs[k]} there, {mine[k]} here" for k in shapes[:2]),
+        differences = [
+            *(f"shape of {k}: {there[k]} there, {here[k]} here" for k in shapes[:2]),
             *([f"{len(missing)} keys missing there: {', '.join(missing[:3])}"] if missing else []),
             *([f"{len(extra)} keys unknown here: {', '.join(extra[:3])}"] if extra else []),
         ]
         raise UserError(
-            "the checkpoint is of another model: " + "; ".join(said),
+            "the checkpoint is of another model: " + "; ".join(differences),
             where=str(path),
             remedy="use the model and camera settings of its pretrained_model/config.json, or start a new run",
         )
-
-
-def ambient_random_state() -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for name, moments in tensors.get("optimizer", {}).get("state", {}).items():
+        for moment in moments:
+            if f"optimizer.state.{name}.{moment}" not in saved:
+                raise UserError(
+                    f"the checkpoint is of another optimizer: it has no {moment} of {name}",
+                    where=str(path),
+                    remedy="use the optimizer's settings of its pretrained_model/config.json, or start a new run",
+                )

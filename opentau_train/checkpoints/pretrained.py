@@ -3,25 +3,32 @@
 A checkpoint holds it as the directory `pretrained_model/`, `tools.export` writes it as one file. `load_policy` reads
 either:
 
-    policy, stats, meta = load_policy("runs/droid/checkpoints/last")
-    chunk = policy.sample_actions(batch, noise)     # normalised as meta["normalization"] and stats[norm head] say
+    loaded = load_policy("runs/droid/checkpoints/last")
+    batch = loaded.observe([{"images": {"wrist": picture}, "state": q, "prompt": "open the drawer"}], norm_head)
+    chunk = loaded.policy.sample_actions(batch, Draws(batch.key))
+    actions = loaded.units(chunk, batch)            # [B, T, A'] in the dataset's units
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from opentau_train.batch import Batch
 from opentau_train.checkpoints import commit
 from opentau_train.config import typed
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.errors import UserError
+from opentau_train.data.transforms.pipeline import Pipeline, with_fields
+from opentau_train.errors import UserError, did_you_mean
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 
@@ -41,13 +48,37 @@ class Pretrained:
     policy: dict[str, Any]
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """`policy` in eval mode; `stats` {norm head: statistics}; `meta`: the convention (`actions`, `normalization`,
-    `spec`, `norm_heads`, `fps`) and the run's settings under `config`."""
+    `norm_heads`, `fps`, ...) and the run's settings under `config`; `pipelines` {norm head: the transforms of its
+    dataset's windows}; `spec`, the shape of a batch for the policy."""
 
     policy: Policy
     stats: dict[str, HeadStats]
     meta: dict[str, Any]
+    pipelines: dict[str, Pipeline]
+    spec: BatchSpec
+
+    def observe(self, observations: Sequence[Mapping[str, Any]], norm_head: str) -> Batch:
+        """A batch of what robots of one kind see, as the training made its samples: see `Pipeline.observe`."""
+        return self._pipeline(norm_head).observe(observations, norm_head, self.spec)
+
+    def units(self, actions: torch.Tensor, batch: Batch) -> NDArray[np.float32]:
+        """Predicted chunks [B, T, A] of a batch of one norm head -> [B, T, A'] in the robot's units and dimensions."""
+        (norm_head,) = set(batch.norm_head)
+        pipeline, chunks = self._pipeline(norm_head), actions.float().cpu().numpy()
+        states = batch.state.cpu().numpy()
+        return np.stack([pipeline.units(c, norm_head, state=s) for c, s in zip(chunks, states, strict=True)])
+
+    def _pipeline(self, norm_head: str) -> Pipeline:
+        if norm_head not in self.pipelines:
+            raise UserError(
+                f"the policy has no norm head '{norm_head}'{did_you_mean(norm_head, self.pipelines)}",
+                where="norm_head",
+                remedy=f"it knows {', '.join(self.pipelines) or 'none: it was saved by an older version'}",
+            )
+        return self.pipelines[norm_head]
 
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
@@ -109,8 +140,22 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         policy.load_state_dict(weights)
     except RuntimeError as error:
         raise _unreadable(file, error) from error
-    stats = {head: HeadStats.from_json(found) for head, found in card.stats.items()}
-    return Loaded(policy.to(device).eval(), stats, {**card.policy, "config": card.config})
+    stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
+    meta = {**card.policy, "config": card.config}
+    pipelines = _pipelines(card)
+    transforms = [t for p in pipelines.values() for t in p.transforms.values()]
+    spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
+    return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
+
+
+def _pipelines(card: Pretrained) -> dict[str, Pipeline]:
+    """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
+    made: dict[str, Pipeline] = {}
+    for name, tree in card.policy.get("transforms", {}).items():
+        pipeline = Pipeline.from_json(tree)
+        for head in card.policy["datasets"][name]:
+            made.setdefault(head, pipeline)
+    return made
 
 
 def locate(path: Path) -> Path:
@@ -122,9 +167,8 @@ def locate(path: Path) -> Path:
 
 def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained. Torch's random state stays as it is."""
-    spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.policy["spec"].items()}
     with torch.random.fork_rng(devices=[]):
-        return typed.instantiate(card.config["model"], "model", spec=BatchSpec(**spec))
+        return typed.instantiate(card.config["model"], "model", spec=BatchSpec.from_json(card.policy["spec"]))
 
 
 def _unreadable(path: Path, cause: object) -> UserError:

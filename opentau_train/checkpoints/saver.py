@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from opentau_train.checkpoints import commit
-from opentau_train.checkpoints.contents import VERSION, ambient_random_state, read_weights, tensors_of
+from opentau_train.checkpoints.contents import RUN, VERSION, as_json, read_weights, tensors_of
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault
 from opentau_train.step import TrainState
+from opentau_train.threads import in_background
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+THREAD = "checkpoint"
+"""The name of the threads that write in the background."""
 
 
 @dataclass(frozen=True)
@@ -31,63 +39,84 @@ class _Content:
 
     tensors: dict[str, Any] = field(repr=False)
     sharded: bool
-    rng: dict[str, Any] = field(repr=False)
     run: dict[str, Any]
+
+
+class _UnderWay(NamedTuple):
+    """A save of which this rank's part is being written, or has been."""
+
+    partial: Path
+    written: Future[None]
 
 
 class Saver:
     """Writes the checkpoints of one run. As a context manager it ends what is under way.
 
     With `checkpoint.async` a save copies the state to memory, returns, and a thread writes it; `poll` at the step
-    boundaries commits it once all ranks have written. One save is under way at a time. Every method is collective.
+    boundaries commits it once all ranks have written. One save is under way at a time. Every method is collective, and
+    waits no longer than `world.timeout`.
     """
 
     def __init__(self, run_dir: Path, world: World, settings: CheckpointSettings, card: Pretrained):
         self.folder = run_dir / "checkpoints"
         self.world, self.settings, self.card = world, settings, card
-        self._pending: tuple[Path, commit.Retention, Future] | None = None
+        self.retention = commit.Retention(settings.keep_last, settings.keep_every)
+        self._under_way: _UnderWay | None = None
+        self._sweeping: Future[None] | None = None
         if settings.asynchronous:
             self._group = world.background_group()
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             on_cuda = world.device.type == "cuda"
             # Its buffers stay, so that only the first copy pays for fresh memory.
-            self._stager = DefaultStager(StagingOptions(on_cuda, False, False, on_cuda))
+            options = StagingOptions(
+                use_pinned_memory=on_cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_cuda,
+            )
+            self._stager = DefaultStager(options)
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """After an error other ranks may be gone: no collective, but what they all have written isn't given up."""
-        if self._pending is not None:
-            partial, retention, written = self._pending
-            wait([written])
-            if written.exception() is None and self.world.is_main:
-                commit.sweep(commit.publish(partial, retention))
-            self._pending = None
+        if self._under_way is not None:
+            (partial, written), self._under_way = self._under_way, None
+            if self._is_done(written) and written.exception() is None and self.world.is_main:
+                commit.sweep(commit.publish(partial, self.retention))
+        if self._sweeping is not None:
+            self._is_done(self._sweeping)
         if self.settings.asynchronous:
-            self._thread.shutdown()
             self._stager.close()
 
     def save(self, state: TrainState, *, stream: dict[str, Any], counters: dict[str, int]) -> Path | None:
-        """Write the checkpoint of `state.step`. Returns its path once it is the last one, None while it is written.
+        """Write the checkpoint of `state.step`. Returns its path once it is the last one, None while it is written and
+        where it was there already: a run that goes on from its newest checkpoint, or is stopped right after a save,
+        has nothing new but maybe counters.
 
         Raises `Fault` on all ranks when any of them couldn't write; the checkpoints before stay as they were.
         """
         self.finish()
         partial = self.folder / f"{state.step:08d}{commit.PARTIAL}"
-        retention = commit.Retention(self.settings.keep_last, self.settings.keep_every)
+        run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
+        if self._together(partial, lambda: self._is_there(run), main_only=True):
+            return None
+        if self._sweeping is not None:
+            self._is_done(self._sweeping)  # it may be deleting what a kill left under this very name
         self._together(partial, lambda: _prepare(partial), main_only=True)
-        content = self._content(state, stream, counters)
+        content = self._content(state, run)
         if self.settings.asynchronous:
-            self._pending = partial, retention, self._thread.submit(self._write, partial, content, self._group)
+            self._under_way = _UnderWay(
+                partial, in_background(lambda: self._write(partial, content, self._group), THREAD)
+            )
             return None
         self._write(partial, content, None)
-        return self._publish(partial, retention)
+        return self._publish(partial)
 
     @property
     def written(self) -> bool:
         """Whether this rank has written, or failed to write, its part of the save that is under way."""
-        return self._pending is not None and self._pending[2].done()
+        return self._under_way is not None and self._under_way.written.done()
 
     def poll(self, all_written: bool) -> Path | None:
         """At a step boundary: commit what every rank has finished writing and return its path, else None.
@@ -98,65 +127,86 @@ class Saver:
         return self.finish() if all_written else None
 
     def finish(self) -> Path | None:
-        """Wait for the save that is under way, if any, and commit it. Raises as `poll` does."""
-        if self._pending is None:
+        """Wait for the save that is under way, if any, and commit it. Raises as `poll` does, and where it hangs."""
+        if self._under_way is None:
             return None
-        (partial, retention, written), self._pending = self._pending, None
+        (partial, written), self._under_way = self._under_way, None
+        if not self._is_done(written):
+            raise _cannot_save(partial, f"rank {self.world.rank}: its part is still not written")
         written.result()
-        return self._publish(partial, retention)
+        return self._publish(partial)
 
-    def _content(self, state: TrainState, stream: dict[str, Any], counters: dict[str, int]) -> _Content:
+    def _is_there(self, run: dict[str, Any]) -> bool:
+        """Whether the step is a whole checkpoint, after bringing its `run.json` up to date. No two histories of a run
+        share a directory (`commit.resolve`), so its weights are those of now."""
+        checkpoint = self.folder / f"{run['step']:08d}"
+        if commit.flaw(checkpoint) is not None:
+            return False
+        if (checkpoint / RUN).read_text() != as_json(run):
+            commit.amend(checkpoint, RUN, as_json(run))
+        return True
+
+    def _is_done(self, call: Future[None]) -> bool:
+        """Whether `call` ends in time; one that doesn't is left behind. The watchdog, which shows where it is, comes
+        before."""
+        timeout = self.world.timeout
+        limit = None if timeout is None else timeout.total_seconds()
+        done = bool(wait([call], limit).done)
+        if not done:
+            log.warning("%s: the storage has not answered for %g s", self.folder, limit)
+        return done
+
+    def _content(self, state: TrainState, run: dict[str, Any]) -> _Content:
         tensors = tensors_of(state)
         if self.settings.asynchronous:
             tensors = cast(dict[str, Any], self._stager.stage(tensors))  # it copies before it returns
-        run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
-        return _Content(tensors, state.replicas.sharded, ambient_random_state(), run)
+        return _Content(tensors, state.replicas.sharded, run)
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
         def shards() -> None:
             alone = self.world.size == 1
             dcp.save(content.tensors, checkpoint_id=partial / "state", process_group=group, no_dist=alone)
 
-        def own() -> None:
-            torch.save(content.rng, partial / "rng" / f"{self.world.rank}.pt")
-            if self.world.is_main:
-                (partial / "run.json").write_text(json.dumps(content.run, indent=1) + "\n")
-                # From the files just written: to gather the shards would be a collective that training waits for.
-                weights = read_weights(partial) if content.sharded else content.tensors["model"]
-                write_folder(partial / FOLDER, weights, self.card)
+        def readable() -> None:
+            (partial / RUN).write_text(as_json(content.run))
+            # From the files just written: to gather the shards would be a collective that training waits for.
+            weights = read_weights(partial) if content.sharded else content.tensors["model"]
+            write_folder(partial / FOLDER, weights, self.card)
+            commit.seal(partial)
 
         self._together(partial, shards, group)
-        self._together(partial, own, group)
-        self._together(partial, lambda: commit.seal(partial), group, main_only=True)
+        self._together(partial, readable, group, main_only=True)
 
-    def _publish(self, partial: Path, retention: commit.Retention) -> Path:
-        leftovers: list[Path] = []
-        self._together(partial, lambda: leftovers.extend(commit.publish(partial, retention)), main_only=True)
-        if self.settings.asynchronous:
-            self._thread.submit(commit.sweep, leftovers)
-        else:
+    def _publish(self, partial: Path) -> Path:
+        leftovers = self._together(partial, lambda: commit.publish(partial, self.retention), main_only=True)
+        if self.world.is_main and self.settings.asynchronous:
+            self._sweeping = in_background(lambda: commit.sweep(leftovers), THREAD)
+        elif self.world.is_main:
             commit.sweep(leftovers)
         return partial.with_suffix("")
 
     def _together(
         self,
         partial: Path,
-        work: Callable[[], object],
+        work: Callable[[], T],
         group: dist.ProcessGroup | None = None,
         main_only: bool = False,
-    ) -> None:
-        """`work()` on the ranks; where it failed on any, the unfinished directory goes and all ranks raise."""
-        problem = None
+    ) -> T:
+        """What `work()`, made on the ranks, gave on rank 0. Where it failed on any, the unfinished directory goes and
+        all ranks raise."""
+        problem, result = None, None
         try:
             if self.world.is_main or not main_only:
-                work()
-        except (OSError, RuntimeError, CheckpointException) as error:
+                result = work()
+        except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
             problem = f"rank {self.world.rank}: {_root_cause(error)}"
-        problems = [p for p in self.world.gather(problem, group) if p]
+        answers = self.world.gather((problem, result if self.world.is_main else None), group)
+        problems = [p for p, _ in answers if p]
         if problems:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise _cannot_save(partial, problems[0])
+        return answers[0][1]  # type: ignore[return-value]
 
 
 def _cannot_save(partial: Path, problem: str) -> Fault:
@@ -172,8 +222,7 @@ def _cannot_save(partial: Path, problem: str) -> Fault:
 
 def _prepare(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    for name in ("rng", FOLDER):
-        (partial / name).mkdir(parents=True)
+    (partial / FOLDER).mkdir(parents=True)
 
 
 def _root_cause(error: BaseException) -> str:

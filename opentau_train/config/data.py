@@ -6,11 +6,16 @@ Torch is not imported here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from opentau_train.config.typed import at_least, fraction, positive
+from opentau_train.config.resuming import NEW_PLAN, SAFE, refused, warned
+from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
 from opentau_train.errors import UserError
+
+TRANSFORMED = refused("the policy was trained on inputs and actions transformed otherwise")
+
+HELD_OUT = warned("the held-out episodes themselves are compared")  # by data/mixture/split
 
 
 @dataclass(frozen=True)
@@ -21,34 +26,35 @@ class SourceSettings:
     """
 
     target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
-    root: str | None = None
+    root: str | None = field(default=None, metadata=SAFE)  # what lies there is compared by itself (`data/order/state`)
     """Local directory of the dataset."""
     repo_id: str | None = None
     """Hugging Face Hub name, downloaded once a node when `root` is null."""
     revision: str | None = None
     weight: float | None = None
     """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
-    val_split_ratio: float = 0.1
+    val_split_ratio: float = field(default=0.1, metadata=HELD_OUT)
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
-    val_episodes: tuple[int, ...] | None = None
+    val_episodes: tuple[int, ...] | None = field(default=None, metadata=HELD_OUT)
     """The held-out episode numbers themselves, in place of `val_split_ratio`."""
     control_mode: str | None = None
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
     robot_type: str | None = None
-    mode: Literal["policy", "flow", "tokens"] = "policy"
-    """Which heads the source supervises: both, only the flow head (mse), only the binned head (ce)."""
+    mode: str = field(default="policy", metadata=warned("other losses supervise the source from here on"))
+    """What the policy learns from the source. Of the built-in one: `policy` both its heads, `flow` only the flow head
+    (mse), `tokens` only the binned head (ce)."""
     chunk_length: int | None = None
     sample_stride: int | None = None
     fps: float | None = None
     """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
     use_filter_dict: bool = False
-    filter_dict_path: str | None = None
+    filter_dict_path: str | None = field(default=None, metadata=SAFE)  # its content is compared by itself
     filter_key: str = "{recording_folderpath}--{file_path}"
     """An episode's key in the filter file, over its metadata. Where this is left as it is and all keys of the file are
     whole numbers, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
-    filter_min_match: float = 0.5
+    filter_min_match: float = field(default=0.5, metadata=SAFE)
     """Least fraction of the episodes that must be in the filter file."""
     filter_trim_tail: int | None = None
     """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
@@ -58,8 +64,15 @@ class SourceSettings:
     success_only: bool = False
     success_column: str = "next.success"
     """The column that says so: of the episodes' metadata, or of the rows, whose last one counts."""
-    options: dict[str, Any] = field(default_factory=dict, metadata={"options_of": "target"})
-    """The class's own options, by name."""
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
+    """{name: {_target_, options}}: what is done to the dataset's columns and pictures first, in this order."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+    """The class's own options, by name, as they are given."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the class is built from, as the tree that `typed.instantiate` takes."""
+        return {TARGET: self.target, **self.options}
 
     @property
     def validates_only(self) -> bool:
@@ -67,6 +80,8 @@ class SourceSettings:
         return self.val_split_ratio == 1.0 and self.val_episodes is None
 
     def check(self, path: str) -> None:
+        mixture = [f.metadata.get("key", f.name) for f in fields(self) if f.name != "options"]
+        bind(self.arguments, path, (), mixture)
         positive(f"{path}.weight", self.weight)
         if not 0.0 <= self.val_split_ratio <= 1.0:
             raise UserError(
@@ -149,29 +164,33 @@ class CorrelationSettings:
 class DataSettings:
     """The mixture, the windows cut from it, and how they are loaded: `data`."""
 
-    sources: dict[str, SourceSettings] = field(default_factory=dict)
-    builtin_sample: Literal["droid"] | None = None
+    sources: dict[str, SourceSettings] = field(default_factory=dict, metadata=NEW_PLAN)
+    builtin_sample: Literal["droid"] | None = field(default=None, metadata=NEW_PLAN)
     """The sample that stands in when no source has a root or repo_id."""
     image_size: tuple[int, int] = (96, 96)
     chunk_length: int = 16
     history: int = 0
-    sample_stride: int = 1
+    sample_stride: int = field(default=1, metadata=NEW_PLAN)
     """Windows start every so many frames."""
-    drop_tail: bool = False
+    drop_tail: bool = field(default=False, metadata=NEW_PLAN)
     """true = only windows whose chunk lies wholly inside the episode."""
     state_dim: int | None = None
     action_dim: int | None = None
-    normalization: Literal["mean_std", "min_max", "quantiles"] = "mean_std"
-    num_workers: int = 2
-    prefetch_factor: int = 2
-    max_samples_per_batch: int | None = None
-    lanes_per_sample: int = 4
-    phase_rows: int = 1024
-    blank_images: bool = False
+    normalization: Literal["mean_std", "min_max", "quantiles"] = field(
+        default="mean_std", metadata=refused("the policy was trained on inputs normalised otherwise")
+    )
+    num_workers: int = field(default=2, metadata=SAFE)
+    prefetch_factor: int = field(default=2, metadata=SAFE)
+    max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
+    lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
+    phase_rows: int = field(default=1024, metadata=NEW_PLAN)
+    blank_images: bool = field(default=False, metadata=warned())
     """true = every image black: the ablation that shows what the images are worth."""
-    dropout: DropoutSettings = field(default_factory=DropoutSettings)
-    bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings)
-    correlation: CorrelationSettings = field(default_factory=CorrelationSettings)
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
+    """{name: {_target_, options}}: made for every source after its own."""
+    dropout: DropoutSettings = field(default_factory=DropoutSettings, metadata=warned())
+    bad_samples: BadSampleSettings = field(default_factory=BadSampleSettings, metadata=SAFE)
+    correlation: CorrelationSettings = field(default_factory=CorrelationSettings, metadata=SAFE)
 
     def check(self, path: str) -> None:
         for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):

@@ -5,6 +5,8 @@
 - refused: what was trained so far wouldn't fit any more. A changed data plan (seed, global batch, mixture) is forced
   by `resume.data=restart`; others (shapes, normalisation) by `resume.force`, which lists keys or the start of them, up
   to a dot.
+
+What each means stands beside the setting (`resuming`).
 """
 
 from __future__ import annotations
@@ -13,72 +15,12 @@ import dataclasses
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from opentau_train.config.data import SourceSettings
+from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, ON_RESUME, Kind, Meaning
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import TARGET, defaults
 from opentau_train.errors import UserError
-
-Kind = Literal["safe", "warned", "refused"]
-
-_PLAN = "the data plan changes"
-_SHAPES_WHY = "the weights were trained for it; none can be loaded whose shape changes"
-
-RULES: tuple[tuple[str, Kind, str], ...] = (
-    ("name", "safe", ""),
-    ("resume", "safe", ""),
-    ("resume.*", "safe", ""),
-    ("paths.*", "safe", ""),
-    ("logger.*", "safe", ""),
-    ("flight_recorder", "safe", ""),
-    ("checkpoint.*", "safe", ""),
-    ("parallelism.*", "safe", ""),
-    ("validation.every", "safe", ""),
-    ("validation.batch_size", "safe", ""),
-    ("validation.*", "warned", "validation numbers don't compare to those before"),
-    ("trainer.log_every", "safe", ""),
-    ("trainer.step_timeout", "safe", ""),
-    ("trainer.stop_after", "safe", ""),
-    ("trainer.max_skipped_steps", "safe", ""),
-    ("trainer.compile*", "safe", ""),
-    ("trainer.device", "safe", ""),
-    ("trainer.global_batch_size", "refused", _PLAN),
-    ("trainer.steps", "warned", "the schedule is stretched to the new length"),
-    ("trainer.*", "warned", "from here on"),
-    ("optimizer.*", "warned", "from here on"),
-    ("scheduler.*", "warned", "from here on"),
-    ("seed", "refused", _PLAN),
-    ("data.num_workers", "safe", ""),
-    ("data.prefetch_factor", "safe", ""),
-    ("data.max_samples_per_batch", "safe", ""),
-    ("data.bad_samples.*", "safe", ""),
-    ("data.correlation.*", "safe", ""),
-    # What lies there is compared by itself, with the tape's state.
-    ("data.sources.*.root", "safe", ""),
-    ("data.sources.*.filter_dict_path", "safe", ""),
-    ("data.sources.*.filter_min_match", "safe", ""),
-    ("data.sources.*.val_*", "warned", "the held-out episodes themselves are compared"),  # by data/split.py
-    ("data.sources.*.mode", "warned", "other losses supervise the source from here on"),
-    ("data.sources.*.tolerance_s", "safe", ""),
-    ("data.sources.*.prompt_*", "warned", "other prompts from here on"),
-    ("data.dropout.*", "warned", "from here on"),
-    ("data.blank_images", "warned", "from here on"),
-    ("data.lanes_per_sample", "refused", _PLAN),
-    ("data.sample_stride", "refused", _PLAN),
-    ("data.drop_tail", "refused", _PLAN),
-    ("data.builtin_sample", "refused", _PLAN),
-    ("data.phase_rows", "refused", _PLAN),
-    ("data.sources.*", "refused", _PLAN),
-    ("data.normalization", "refused", "the policy was trained on inputs normalised otherwise"),
-    ("data.*", "refused", _SHAPES_WHY),
-    ("model.*_weight", "warned", "the losses' weights from here on"),
-    ("model.num_flow_steps", "safe", ""),
-    ("model.*", "refused", _SHAPES_WHY),
-    ("*", "warned", "from here on"),
-)
-"""(pattern of the key, kind, what the change means); the first that fits decides."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +30,19 @@ class Change:
     key: str
     old: Any
     new: Any
-    kind: Kind
-    why: str = ""
+    meaning: Meaning
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}" + (f" ({self.why})" if self.why else "")
+        why = self.meaning.why
+        return f"{self.key}: {self.old} -> {self.new}" + (f" ({why})" if why else "")
 
     @property
-    def of_plan(self) -> bool:
-        """Whether the order of the samples depends on it."""
-        return self.why == _PLAN
+    def kind(self) -> Kind:
+        return self.meaning.kind
 
     def forced_by(self, force: Collection[str], restart: bool) -> bool:
         """Whether `resume.force` or `resume.data=restart` allow it."""
-        return restart if self.of_plan else any(_inside(self.key, start) for start in force)
+        return restart if self.meaning.new_plan else any(_inside(self.key, start) for start in force)
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -109,17 +50,18 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
     A key that only one tree has counts with its default: a newer program may have settings that an older one hadn't.
     """
-    old, new = (dict(_flat(_filled(Settings, tree))) for tree in (saved, now))
+    old, new = (dict(_leaves(Settings, tree, "", FROM_HERE_ON)) for tree in (saved, now))
+    values = {key: leaf.value for key, leaf in new.items()}
     changes = []
     sources = [set(_mapping(_mapping(tree.get("data")).get("sources"))) for tree in (saved, now)]
     for name in sorted(sources[0] ^ sources[1]):
-        said = ["present" if name in names else "absent" for names in sources]
-        changes.append(Change(f"data.sources.{name}", said[0], said[1], "refused", _PLAN))
+        before, after = ("present" if name in names else "absent" for names in sources)
+        changes.append(Change(f"data.sources.{name}", before, after, NEW_PLAN[ON_RESUME]))
     alone = tuple(f"{c.key}." for c in changes)
-    for key in [*new, *(k for k in old if k not in new)]:
-        before, after = old.get(key), new.get(key)
+    for key, leaf in {**new, **old}.items():
+        before, after = old.get(key, _ABSENT).value, new.get(key, _ABSENT).value
         if before != after and not key.startswith(alone):
-            changes.append(Change(key, before, after, *_judge(key, before, after, new)))
+            changes.append(Change(key, before, after, leaf.meaning.of_change(before, after, values)))
     return changes
 
 
@@ -128,8 +70,8 @@ def check(changes: Sequence[Change], force: Collection[str] = (), *, restart: bo
     overrides that would."""
     refused = [c for c in changes if c.kind == "refused" and not c.forced_by(force, restart)]
     if refused:
-        keys = [c.key for c in refused if not c.of_plan]
-        plan = ["resume.data=restart"] if any(c.of_plan for c in refused) else []
+        keys = [c.key for c in refused if not c.meaning.new_plan]
+        plan = ["resume.data=restart"] if any(c.meaning.new_plan for c in refused) else []
         overrides = [*plan, *(["resume.force=[" + ",".join(dict.fromkeys([*force, *keys])) + "]"] if keys else [])]
         raise UserError(
             "settings differ from the checkpoint's: " + "; ".join(map(str, refused)),
@@ -143,50 +85,48 @@ def report(changes: Sequence[Change], force: Collection[str] = (), *, restart: b
     return [f"{'forced' if c.kind == 'refused' and c.forced_by(force, restart) else c.kind:8}{c}" for c in changes]
 
 
-def _judge(key: str, old: Any, new: Any, now: Mapping[str, Any]) -> tuple[Kind, str]:
-    if key == "trainer.ema_decay" and (old is None or new is None):
-        return (
-            "refused",
-            "the average isn't in the checkpoint: it begins here" if old is None else "the average is lost",
-        )
-    if key == "trainer.steps" and str(now.get("scheduler._target_")).endswith(".Constant") and new > old:
-        return "safe", ""
-    return next((kind, why) for pattern, kind, why in RULES if fnmatchcase(key, pattern))
-
-
 def _inside(key: str, start: str) -> bool:
     return key == start or key.startswith(f"{start}.")
 
 
-def _filled(cls: Any, tree: Any) -> dict[str, Any]:
-    """`tree` with the defaults of the settings class `cls` where it has no key, and of the classes inside."""
-    filled, hints = dict(_mapping(tree)), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        key, hint = field.metadata.get("key", field.name), hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            filled[key] = _filled(hint, filled.get(key))
-        elif hint == dict[str, SourceSettings]:
-            filled[key] = {name: _filled_source(source) for name, source in _mapping(filled.get(key)).items()}
-        elif key not in filled and field.default is not dataclasses.MISSING:
-            filled[key] = field.default
-    return filled
+class _Leaf(NamedTuple):
+    value: Any
+    meaning: Meaning
 
 
-def _filled_source(tree: Any) -> dict[str, Any]:
-    """A source with the defaults of the settings that every source has, and of its own class's options."""
-    filled = _filled(SourceSettings, tree)
-    return {**defaults(filled[TARGET]), **filled}
+_ABSENT = _Leaf(None, FROM_HERE_ON)
+
+
+def _leaves(hint: Any, value: Any, path: str, meaning: Meaning) -> Iterator[tuple[str, _Leaf]]:
+    """(dotted key, leaf) of all settings in `value`, whose type is `hint`, place `path`, and meaning, as far as the
+    settings inside have none of their own, `meaning`. Sections have their defaults filled in; lists are leaves."""
+    if dataclasses.is_dataclass(hint):
+        yield from _section(hint, _mapping(value), path, meaning)
+    elif isinstance(value, Mapping):
+        inside = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
+        for key, item in value.items():
+            yield from _leaves(inside, item, f"{path}.{key}", meaning.of_key(str(key)))
+    else:
+        yield path, _Leaf(list(value) if isinstance(value, tuple) else value, meaning)
+
+
+def _section(cls: Any, tree: Mapping[str, Any], path: str, meaning: Meaning) -> Iterator[tuple[str, _Leaf]]:
+    hints = typing.get_type_hints(cls)
+    fields = {field.metadata.get("key", field.name): field for field in dataclasses.fields(cls)}
+    options: Mapping[str, Any] = {}
+    if TARGET in fields and any(field.metadata.get("rest") for field in fields.values()):
+        options = defaults(tree.get(TARGET, fields[TARGET].default))
+    for key in dict.fromkeys([*tree, *options, *fields]):
+        field, place = fields.get(key), f"{path}.{key}" if path else key
+        if field is None:  # an option of the class that the section names, or of another version
+            default, metadata = options.get(key, (None, {}))
+            yield from _leaves(Any, tree.get(key, default), place, metadata.get(ON_RESUME, meaning))
+            continue
+        hint, value = hints[field.name], tree.get(key, field.default)
+        if value is not dataclasses.MISSING or dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, value, place, field.metadata.get(ON_RESUME, meaning))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     """A checkpoint of another version may hold anything at any place."""
     return value if isinstance(value, Mapping) else {}
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of the leaves; lists are leaves, tuples read as lists."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", list(value) if isinstance(value, tuple) else value

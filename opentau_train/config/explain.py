@@ -12,6 +12,7 @@ from importlib import resources
 import yaml
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
+from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import defaults
 from opentau_train.errors import UserError, did_you_mean
@@ -139,9 +140,8 @@ def _dotted(cls: type, path: str = "") -> Iterator[str]:
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{path}{field.name}"
         inner = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else hint
-        if "options_of" in field.metadata:  # whose keys stand beside the others: those of the usual class
-            usual = next(f.default for f in dataclasses.fields(cls) if f.name == field.metadata["options_of"])
-            yield from (f"{path}{name}" for name in defaults(usual))
+        if field.metadata.get("rest"):  # options stand beside the settings; the usual source's can be had without torch
+            yield from (f"{path}{name}" for name in (defaults(SourceSettings.target) if cls is SourceSettings else ()))
         elif dataclasses.is_dataclass(inner) and isinstance(inner, type):
             yield from _dotted(inner, f"{key}." if inner is hint else f"{key}.NAME.")
         else:

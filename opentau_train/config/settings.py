@@ -13,51 +13,99 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import at_least, build, fraction, positive
-from opentau_train.errors import UserError
+from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, SAFE, Meaning, judged, refused, warned
+from opentau_train.config.typed import at_least, build, convert, fraction, positive
+from opentau_train.errors import UserError, did_you_mean
+
+
+def _longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """`trainer.steps`: a constant rate doesn't depend on it."""
+    if str(now.get("scheduler._target_")).endswith(".Constant") and isinstance(old, int) and new > old:
+        return Meaning("safe")
+    return Meaning("warned", "the schedule is stretched to the new length")
+
+
+def _other_average(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """`trainer.ema_decay`."""
+    if old is None:
+        return Meaning("refused", "the average isn't in the checkpoint: it begins here")
+    return FROM_HERE_ON if new is not None else Meaning("refused", "the average is lost")
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    steps: int
-    global_batch_size: int
+    steps: int = field(metadata=judged(_longer))
+    global_batch_size: int = field(metadata=NEW_PLAN)
     grad_clip: float | None = 1.0
-    log_every: int = 10
-    step_timeout: float = 1800.0
+    log_every: int = field(default=10, metadata=SAFE)
+    step_timeout: float = field(default=1800.0, metadata=SAFE)
     """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
     precision: Literal["no", "bf16"] = "no"
-    compile: bool = False
+    compile: bool = field(default=False, metadata=SAFE)
     """torch.compile, block by block."""
-    compile_backend: str = "inductor"
-    stop_after: int | None = None
+    compile_backend: str = field(default="inductor", metadata=SAFE)
+    stop_after: int | None = field(default=None, metadata=SAFE)
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
-    ema_decay: float | None = None
-    max_skipped_steps: int = 20
-    """Consecutive steps with a non-finite gradient before the run stops."""
-    device: Literal["auto", "cpu"] = "auto"
+    ema_decay: float | None = field(default=None, metadata=judged(_other_average))
+    max_skipped_steps: int = field(default=20, metadata=SAFE)
+    """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
+    device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
     deterministic: bool = False
+    """Only kernels that give the same result each time."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products on a device that has faster ones: `highest`, torch's own default, is float32; `high` lets
+    CUDA round the factors to TF32 (10 bits of mantissa), `medium` to bfloat16. bf16 autocast doesn't depend on it."""
+    profile_steps: int = field(default=0, metadata=SAFE)
+    """Steps that torch.profiler records on rank 0, after the first three: RUN/profile/trace.json."""
 
     def check(self, path: str) -> None:
         for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
             positive(f"{path}.{name}", getattr(self, name))
         positive(f"{path}.stop_after", self.stop_after)
+        at_least(f"{path}.profile_steps", self.profile_steps, 0)
         if self.ema_decay is not None:
             fraction(f"{path}.ema_decay", self.ema_decay)
 
 
 @dataclass(frozen=True)
+class ParameterRule:
+    """What the parameters that `pattern` fits have of their own; what it doesn't say stays as it was."""
+
+    pattern: str
+    """As a shell's, over the parameter's whole name: `*_out.*`, `layers.3.*`."""
+    lr_scale: float | None = None
+    """Their learning rate is this times the schedule's."""
+    weight_decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+    """Other options that the optimizer keeps by group."""
+
+    def check(self, path: str) -> None:
+        at_least(f"{path}.lr_scale", self.lr_scale, 0.0)
+        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
+    """`target` is called with the groups of parameters, `lr`, `weight_decay` and `options`, and checked as a model's
+    class is."""
+
     lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    target: str = field(default="opentau_train.optim.adamw", metadata={"key": "_target_"})
     weight_decay: float = 1e-4
+    no_decay: tuple[str, ...] = ("*embed*",)
+    """Patterns of names that weight decay leaves out, besides all vectors (norms, biases); they may fit nothing."""
+    groups: dict[str, ParameterRule] = field(default_factory=dict)
+    """Rules by a name of their own, in order: where two fit a parameter, the later one's word counts."""
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer's class is built from, as the tree that `typed.instantiate` takes."""
+        return {"_target_": self.target, "lr": self.lr, "weight_decay": self.weight_decay, **self.options}
 
     def check(self, path: str) -> None:
         positive(f"{path}.lr", self.lr)
-        positive(f"{path}.eps", self.eps)
         at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
-        for beta in self.betas:
-            fraction(f"{path}.betas", beta)
 
 
 @dataclass(frozen=True)
@@ -78,19 +126,24 @@ class ParallelismSettings:
                 raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
 
 
+EVALUATORS = {
+    "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
+    "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
+}
+"""The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""
+
+
 @dataclass(frozen=True)
 class ValidationSettings:
-    every: int = 500
+    every: int = field(default=500, metadata=SAFE)
     """Steps between passes; 0 = never. The last step always validates when this is not 0."""
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=SAFE)
     max_samples_per_group: int | None = None
     num_noise_draws: int = 1
-    metrics: tuple[Literal["action"], ...] = ()
-    """What else a pass measures: `action` = the open-loop error of sampled action chunks, in the data's units."""
-    max_action_samples: int = 32
-    """Windows a (dataset, control_mode) that `action` samples: a fixed systematic sample."""
-    num_action_plots: int = 4
-    """Windows of the whole mixture that `action` draws, predicted against true."""
+    evaluators: tuple[str, ...] = ("loss",)
+    """What a pass measures, in this order: names of `evaluator`."""
+    evaluator: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(EVALUATORS))
+    """{name: {_target_, its own options}}: what may be named. The settings around it are those of all evaluators."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A window that can't be read: end the run with its name, or leave it out, count and name it."""
     best_margin: float | None = 2.0
@@ -99,10 +152,26 @@ class ValidationSettings:
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
-        for name in ("batch_size", "max_samples_per_group", "num_noise_draws", "max_action_samples"):
+        for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):
             positive(f"{path}.{name}", getattr(self, name))
-        at_least(f"{path}.num_action_plots", self.num_action_plots, 0)
         at_least(f"{path}.best_margin", self.best_margin, 0)
+        for name in self.evaluators:
+            if name not in self.evaluator:
+                raise UserError(
+                    f"no evaluator is called '{name}'{did_you_mean(name, self.evaluator)}",
+                    where=f"{path}.evaluators",
+                    remedy=f"choose of {', '.join(self.evaluator)}, or define it with {path}.evaluator.{name}._target_",
+                )
+        if len(set(self.evaluators)) < len(self.evaluators):
+            raise UserError(
+                f"{path}.evaluators names one twice: {', '.join(self.evaluators)}",
+                remedy=f"set {path}.evaluators=[{','.join(dict.fromkeys(self.evaluators))}]",
+            )
+        if self.every and not self.evaluators:
+            raise UserError(
+                f"{path}.evaluators is empty",
+                remedy=f"set {path}.evaluators=[loss], or {path}.every=0 for a run without validation",
+            )
 
 
 @dataclass(frozen=True)
@@ -155,28 +224,40 @@ class ResumeSettings:
             )
 
 
+TRAINED_FOR_IT = "the weights were trained for it; none can be loaded whose shape changes"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The whole composed configuration.
 
     `model`, `scheduler` and each entry of `logger` name a class with `_target_`; their other keys are checked
-    against that class's signature when it is built (`typed.instantiate`).
+    against that class's signature when it is built (`typed.instantiate`). What a change of a setting means for a run
+    that is resumed stands in its field's metadata (`resuming`).
     """
 
-    data: DataSettings
-    model: dict[str, Any]
+    data: DataSettings = field(metadata=refused(TRAINED_FOR_IT))
+    model: dict[str, Any] = field(
+        metadata=refused(
+            TRAINED_FOR_IT,
+            keys={
+                "*_weight": Meaning("warned", "the losses' weights from here on"),
+                "num_flow_steps": Meaning("safe"),
+            },
+        )
+    )
     trainer: TrainerSettings
     optimizer: OptimizerSettings
     scheduler: dict[str, Any]
-    validation: ValidationSettings
-    checkpoint: CheckpointSettings
-    parallelism: ParallelismSettings
-    paths: PathSettings
-    logger: dict[str, dict[str, Any]]
-    name: str = "train"
-    seed: int = 0
-    resume: ResumeSettings = field(default_factory=ResumeSettings)
-    flight_recorder: bool = False
+    validation: ValidationSettings = field(metadata=warned("validation numbers don't compare to those before"))
+    checkpoint: CheckpointSettings = field(metadata=SAFE)
+    parallelism: ParallelismSettings = field(metadata=SAFE)
+    paths: PathSettings = field(metadata=SAFE)
+    logger: dict[str, dict[str, Any]] = field(metadata=SAFE)
+    name: str = field(default="train", metadata=SAFE)
+    seed: int = field(default=0, metadata=NEW_PLAN)
+    resume: ResumeSettings = field(default_factory=ResumeSettings, metadata=SAFE)
+    flight_recorder: bool = field(default=False, metadata=SAFE)
     """true = every rank records each step's samples and their losses (`recorder.py`)."""
 
     def check(self, path: str) -> None:
@@ -192,4 +273,26 @@ def load_settings(tree: Mapping[str, Any]) -> Settings:
     """The typed settings of a composed, resolved configuration tree. Raises `UserError`."""
     if isinstance(tree.get("resume"), str):
         tree = {**tree, "resume": {"checkpoint": tree["resume"]}}
-    return build(Settings, tree, "")
+    return build(Settings, current(tree), "")
+
+
+def current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration tree with what older versions called otherwise under its name of now, so that their runs go on:
+    `validation.metrics`, a list beside the losses, and the options of the action errors."""
+    validation = tree.get("validation")
+    if not isinstance(validation, Mapping):
+        return tree
+    values = dict(validation)
+    more = values.pop("metrics", ())
+    options = {new: values.pop(old) for old, new in _ACTION_OPTIONS.items() if old in values}
+    if values.keys() == validation.keys():
+        return tree
+    names, path = tuple[str, ...], "validation.evaluators"
+    chosen = [*convert(names, values.get("evaluators", ("loss",)), path), *convert(names, more, "validation.metrics")]
+    defined = convert(dict[str, dict[str, Any]], values.get("evaluator", EVALUATORS), "validation.evaluator")
+    defined["action"] = {**defined.get("action", EVALUATORS["action"]), **options}
+    return {**tree, "validation": {**values, "evaluators": list(dict.fromkeys(chosen)), "evaluator": defined}}
+
+
+_ACTION_OPTIONS = {"max_action_samples": "max_samples_per_group", "num_action_plots": "num_plots"}
+"""{key of validation: option of its evaluator `action`}"""

@@ -23,19 +23,19 @@ def build(cls: type, tree: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from the mapping `tree`; `path` is the mapping's place in the config.
 
     A field with the metadata `{"key": NAME}` is read from that key: `_target_`, or a word that Python reserves. One
-    with `{"options_of": FIELD}` takes all keys that no field has: options of the class that FIELD names. Raises
-    `UserError` for an unknown key, a missing one, a wrong type, and whatever the class's own `check(path)` finds.
+    with `{"rest": True}` holds the keys that no field has, as they are. Raises `UserError` for an unknown key (where no
+    field is such), a missing one, a wrong type, and whatever the class's own `check(path)` finds.
     """
     if not isinstance(tree, Mapping):
         raise _wrong(path or "the configuration", "a mapping of settings", tree)
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(cls)}
-    rest = next((f for f in fields.values() if "options_of" in f.metadata), None)
+    rest = next((fields.pop(key) for key, f in list(fields.items()) if f.metadata.get("rest")), None)
+    values = {}
     if rest is None:
         _refuse_unknown(tree, fields, path)
     else:
-        del fields[rest.name]
-    values = {}
+        values[rest.name] = {key: value for key, value in tree.items() if key not in fields}
     for key, field in fields.items():
         where = f"{path}.{key}" if path else key
         if key in tree:
@@ -43,10 +43,6 @@ def build(cls: type, tree: Any, path: str) -> Any:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} is required but not set", remedy=f"add {where}=VALUE")
     made = cls(**values)
-    if rest is not None:
-        options = {k: v for k, v in tree.items() if k not in fields}
-        own = {TARGET: getattr(made, rest.metadata["options_of"]), **options}
-        made = dataclasses.replace(made, **{rest.name: bind(own, path, (), beside=fields)[1]})
     made.check(path)
     return made
 
@@ -201,11 +197,11 @@ def instantiate(tree: Mapping[str, Any], path: str, /, **given: Any) -> Any:
 
 
 def bind(
-    tree: Mapping[str, Any], path: str, given: Collection[str], *, beside: Collection[str] = ()
+    tree: Mapping[str, Any], path: str, given: Collection[str], others: Collection[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """The target and the converted arguments that `instantiate` would call it with, without calling it: a mistake in
-    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself,
-    `beside` the keys that stand at the same place and have another reader."""
+    the model's keys is found before minutes are spent on the data. `given` names what the program passes itself;
+    `others`, keys of `path` that the program reads elsewhere and that an error lists with the target's."""
     if TARGET not in tree:
         raise UserError(
             f"{path} has no {TARGET}", remedy=f"choose a file of conf/{path.replace('.', '/')}/, or name a class"
@@ -214,7 +210,7 @@ def bind(
     signature = inspect.signature(target)
     by_name = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     known = {n: p for n, p in by_name.items() if n not in given}
-    taken = next((n for n in known if n in beside), None)
+    taken = next((n for n in known if n in others), None)
     if taken is not None:
         raise UserError(
             f"'{tree[TARGET]}' has an argument '{taken}', but {path}.{taken} is not its to read",
@@ -223,7 +219,8 @@ def bind(
         )
     options = {k: v for k, v in tree.items() if k != TARGET}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    _refuse_unknown({k: v for k, v in options.items() if k in given or not takes_any}, [*known, *beside], path)
+    checked = {k: v for k, v in options.items() if k in given or not takes_any}
+    _refuse_unknown(checked, [*known, *others], path)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
         raise UserError(f"{path}.{missing[0]} is required but not set", remedy=f"add {path}.{missing[0]}=VALUE")
@@ -235,13 +232,16 @@ def bind(
     return target, values
 
 
-def defaults(target: Any) -> dict[str, Any]:
-    """{argument: its default} of what `target` names; empty where that isn't installed."""
+def defaults(target: Any) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """{argument: (its default, its field's metadata)} of what `target` names, for those that have a default; the
+    metadata are empty where it is no dataclass. None of what isn't installed."""
     try:
-        signature = inspect.signature(locate(target, TARGET))
+        located = locate(target, TARGET)
     except UserError:
         return {}
-    return {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+    metadata = {f.name: f.metadata for f in dataclasses.fields(located)} if dataclasses.is_dataclass(located) else {}
+    parameters = inspect.signature(located).parameters.items()
+    return {n: (p.default, metadata.get(n, {})) for n, p in parameters if p.default is not p.empty}
 
 
 def _hints(target: Any, path: str) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, did_you_mean
 
@@ -53,6 +54,26 @@ def data_parallel_degrees(replicate: int, shard: int, size: int) -> tuple[int, i
             remedy=f"choose two degrees whose product is {size}, or leave one at -1",
         )
     return replicate, shard
+
+
+def data_mesh(world: World, replicate: int, shard: int) -> DeviceMesh | None:
+    """The data ranks as a mesh of (replicate, shard), None where every rank holds the whole policy; -1 as in
+    `data_parallel_degrees`. Collective, and the only place that makes a mesh. Raises `UserError` on all ranks alike."""
+    replicate, shard = data_parallel_degrees(replicate, shard, world.data_size)
+    if shard == 1:
+        return None
+    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return mesh["shard"] if replicate == 1 else mesh  # else FSDP would all-reduce in groups of one
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a policy is computed, block by block. `precision`: no | bf16; `gather_once` as `Replicas` says."""
+
+    precision: str = "no"
+    activation_checkpointing: bool = False
+    gather_once: bool = False
+    compile_backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,15 +107,15 @@ def spread(
     policy: nn.Module,
     blocks: Sequence[nn.Module],
     world: World,
-    replicate: int,
-    shard: int,
-    precision: str,
-    *,
-    activation_checkpointing: bool = False,
-    gather_once: bool = False,
-    compile_backend: str | None = None,
+    mesh: DeviceMesh | None,
+    execution: Execution = Execution(),
+    init_weights: Callable[[], None] | None = None,
 ) -> Replicas:
-    """The policy under DDP, or with `shard` > 1 fully sharded over a (replicate, shard) mesh, block by block.
+    """The policy under DDP, or fully sharded over `mesh`, block by block. A block is moved to the device when it is
+    sharded, so that no device ever holds the whole.
+
+    With `init_weights` the policy was built on the meta device: it is sharded while it has no memory, and each rank
+    then allocates and initialises its shards (`materialise`), in numbers that no layout changes.
 
     Activation checkpointing and compilation wrap the blocks' `forward`, in this order, inside of FSDP's hooks, which
     belong to the module's call: a block's parameters are gathered before its compiled code runs, and are there when the
@@ -102,26 +123,27 @@ def spread(
     not.
     """
     for block in blocks:
-        block.forward = _block_forward(block.forward, activation_checkpointing, compile_backend)
-    if shard == 1:
+        block.forward = _block_forward(block.forward, execution)
+    if mesh is None:
+        if init_weights is not None:
+            materialise(policy, torch.device("cpu"), init_weights)
         return Replicas(world.accelerator.prepare_model(policy), sharded=False)
-    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if replicate == 1 else mesh  # else FSDP would all-reduce in groups of one
     # Inputs stay float32, as under autocast: a target rounded to bfloat16 falls into another of the 256 bins.
-    bf16 = torch.bfloat16 if precision == "bf16" else None
+    bf16 = torch.bfloat16 if execution.precision == "bf16" else None
     mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy.to(world.device)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not gather_once)
+        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not execution.gather_once)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
+    if init_weights is not None:
+        materialise(policy, world.device, init_weights)
     register_fsdp_forward_method(policy, "sample_actions")
-    return Replicas(policy, sharded=True, gather_once=gather_once)
+    return Replicas(policy, sharded=True, gather_once=execution.gather_once)
 
 
-def _block_forward(forward: Callable, activation_checkpointing: bool, compile_backend: str | None) -> Callable:
-    if activation_checkpointing:
+def _block_forward(forward: Callable, execution: Execution) -> Callable:
+    if execution.activation_checkpointing:
         forward = partial(checkpoint, forward, use_reentrant=False)
-    return compiled(forward, compile_backend) if compile_backend else forward
+    return compiled(forward, execution.compile_backend) if execution.compile_backend else forward
 
 
 def check_batch(global_batch_size: int, size: int) -> None:

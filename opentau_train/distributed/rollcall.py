@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from opentau_train.errors import Explained, Fault
+from opentau_train.errors import Explained, Fault, Teller
 
 ANSWER_SECONDS = 15.0
 """How long ranks of other machines have to answer: below the 30 s that torchrun leaves the ranks of a node of which one
@@ -51,17 +51,15 @@ class RollCall:
         try:
             if not broken and self._store.add("failures", 1) == 1:
                 name = "" if isinstance(error, Explained) else f"{type(error).__name__}: "
-                said = f"{name}{error}".partition("\n")[0]
-                self._store.set("failed", json.dumps([self._rank, said]))
+                message = f"{name}{error}".partition("\n")[0]
+                self._store.set("failed", json.dumps([self._rank, message]))
             self._store.set(f"answer/{self._rank}", "here")
             self._store.add("answers", 1)
             if not broken:
                 return None
-            first = self._store.add(f"told/{self._host}", 1) == 1
-            fault = self._judge() if first else Fault("a collective broke; another rank of this node tells why")
-            if fault is not None:
-                fault.told_here = first
-            return fault
+            if self._store.add(f"told/{self._host}", 1) == 1:
+                return self._find_out()
+            return Fault("a collective broke; another rank of this node tells why", teller=Teller.ANOTHER_RANK)
         except (dist.DistError, RuntimeError):  # the store's process is gone: it is on rank 0's node
             if not broken:
                 return None  # an error of this rank's own is told, whoever hears it
@@ -71,16 +69,17 @@ class RollCall:
                 remedy="look at that node's log; start again with resume=auto",
             )
 
-    def _judge(self) -> Fault | None:
+    def _find_out(self) -> Fault | None:
         end = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < end and not self._settled():
             time.sleep(0.2)
         if self._store.check(["failed"]):
-            rank, said = json.loads(self._get("failed"))
+            rank, message = json.loads(self._get("failed"))
             return Fault(
-                f"rank {rank} failed: {said}",
+                f"rank {rank} failed: {message}",
                 where=self._get(f"place/{rank}"),
                 remedy="look at what it printed; once that is mended, go on with resume=auto",
+                teller=Teller.THIS_RANK,
             )
         # A process of this machine that lives and is silent is in something else: that is the watchdog's business.
         gone = self._dead_here() or [r for r in self._missing(0, self._size) if r not in self._here()]
@@ -91,6 +90,7 @@ class RollCall:
             f"rank {gone[0]}{more} is gone: killed, crashed, or its node is down; the other ranks end",
             where=self._get(f"place/{gone[0]}"),
             remedy="look at its log, and at dmesg for memory that ran out; go on with the same command and resume=auto",
+            teller=Teller.THIS_RANK,
         )
 
     def _settled(self) -> bool:

@@ -1,10 +1,10 @@
 """How a run is asked to stop: signals, or a file named PREEMPT in the run directory.
 
-    SIGTERM, SIGUSR1, SIGUSR2, RUN/PREEMPT  ->  1, preempted: save and exit with EXIT_PREEMPTED
-    SIGINT                                  ->  2, interrupted: save and exit with EXIT_INTERRUPTED
+    SIGTERM, SIGUSR1, SIGUSR2, RUN/PREEMPT  ->  preempted: save and exit with EXIT_PREEMPTED
+    SIGINT                                  ->  interrupted: save and exit with EXIT_INTERRUPTED
 
 The file is for what torchrun doesn't hand on to its workers, and for people: `touch RUN/PREEMPT`. A rank only raises
-its own flag here; the step's all-reduce makes it everyone's.
+its own flag here; the vote before each step makes it everyone's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
-from typing import TypeVar
 
-T = TypeVar("T")
+from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 
 SENTINEL = "PREEMPT"
 """Its presence in the run directory asks the run to stop."""
@@ -32,21 +32,34 @@ POLL = 1.0
 """Seconds between two looks at the file, so that a fast loop doesn't burden a file server."""
 
 
+class Stop(IntEnum):
+    """Whether a run was asked to stop before its last step; of two requests the higher one counts."""
+
+    NONE = 0
+    PREEMPTED = 1
+    INTERRUPTED = 2
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with once everything is saved."""
+        return {Stop.NONE: EXIT_OK, Stop.PREEMPTED: EXIT_PREEMPTED, Stop.INTERRUPTED: EXIT_INTERRUPTED}[self]
+
+
 @dataclass
 class StopFlag:
-    """`code`: 0 = go on, 1 = preempted, 2 = interrupted. `sentinel`: the file to look for, None until known."""
+    """What this process was asked for. `sentinel`: the file to look for, None until known."""
 
-    code: int = 0
+    code: Stop = Stop.NONE
     sentinel: Path | None = None
     _looked: float = field(default=float("-inf"), repr=False)
 
-    def poll(self) -> int:
+    def poll(self) -> Stop:
         """The code, after a look at the file unless the last one was less than `POLL` seconds ago."""
         now = time.monotonic()
         if self.sentinel is not None and now - self._looked >= POLL:
             self._looked = now
             if self.sentinel.exists():
-                self.code = max(self.code, 1)
+                self.code = max(self.code, Stop.PREEMPTED)
         return self.code
 
     def watch(self, run_dir: Path, *, clear: bool) -> None:
@@ -63,11 +76,11 @@ def mark_preempted(run_dir: Path, step: int) -> None:
 
 
 class Stopped(Exception):
-    """A piece of work was left unfinished, on all ranks alike, because a stop was asked for. `code` as `StopFlag`'s."""
+    """A piece of work was left unfinished, on all ranks alike, because a stop was asked for."""
 
     def __init__(self, code: int):
-        self.code = code
-        super().__init__(f"stopped with code {code}")
+        self.code = Stop(code)
+        super().__init__(f"stopped: {self.code.name.lower()}")
 
 
 @contextmanager
@@ -76,13 +89,13 @@ def stop_signals() -> Iterator[StopFlag]:
     flag = StopFlag()
 
     def preempt(number: int, frame: object) -> None:
-        flag.code = max(flag.code, 1)
+        flag.code = max(flag.code, Stop.PREEMPTED)
 
     def interrupt(number: int, frame: object) -> None:
-        if flag.code == 2:
+        if flag.code is Stop.INTERRUPTED:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        flag.code = 2
+        flag.code = Stop.INTERRUPTED
         sys.stderr.write("\nstopping after this step and saving; press Ctrl-C again to end at once\n")
 
     handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt, signal.SIGUSR1: preempt, signal.SIGUSR2: preempt}

@@ -1,7 +1,8 @@
 """Where a rank is, and what happens when it stays there: every stack printed, the job ended.
 
 A step that never ends (a dead file server, a peer that is gone, a deadlock) must not hold a machine until somebody
-looks. Each rank has a thread that watches its `Place`; ranks need no communication for it, for that may be what hangs.
+looks. Each rank has a thread that watches its `Progress`; ranks need no communication for it, for that may be what
+hangs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GRACE = 5.0
 
 
 @dataclass
-class Place:
+class Progress:
     """What a rank is doing: the step being made (the first is 1) and the part of it. `moved` is monotonic, seconds."""
 
     step: int = 0
@@ -41,7 +42,7 @@ class Place:
 
 
 @contextmanager
-def watch(place: Place, run_dir: Path, *, rank: int, size: int, timeout: float) -> Iterator[None]:
+def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: float) -> Iterator[None]:
     """While inside: `timeout` seconds without progress end the process with `EXIT_FAULT`.
 
     Before that every rank writes its place and all its threads' stacks to `run_dir/stacks/rankN.txt` and to stderr,
@@ -51,11 +52,11 @@ def watch(place: Place, run_dir: Path, *, rank: int, size: int, timeout: float) 
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f"rank{rank}.txt"
     own.unlink(missing_ok=True)
-    place.enter(place.part)
+    progress.enter(progress.part)
     done = threading.Event()
     with own.with_suffix(".lock").open("w") as last_resort:
         watcher = threading.Thread(
-            target=_watch, args=(place, own, last_resort, rank, size, timeout, done), name="watchdog", daemon=True
+            target=_watch, args=(progress, own, last_resort, rank, size, timeout, done), name="watchdog", daemon=True
         )
         watcher.start()
         try:
@@ -67,21 +68,23 @@ def watch(place: Place, run_dir: Path, *, rank: int, size: int, timeout: float) 
     own.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _watch(place: Place, own: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event) -> None:
+def _watch(
+    progress: Progress, own: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event
+) -> None:
     while not done.wait(min(1.0, timeout / 4)):
         # This thread can't run while another one keeps the interpreter's lock, in a deadlock inside a library say. The
         # timer below lives in C, needs no lock, and fires only when this line stops being reached.
         faulthandler.dump_traceback_later(timeout + 4 * GRACE, exit=True, file=last_resort)
-        if time.monotonic() - place.moved > timeout:
-            _report(place, own, rank, timeout)
+        if time.monotonic() - progress.moved > timeout:
+            _report(progress, own, rank, timeout)
             time.sleep(GRACE)
             _summarize(own.parent, rank, size)
             os._exit(EXIT_FAULT)
 
 
-def _report(place: Place, own: Path, rank: int, timeout: float) -> None:
+def _report(progress: Progress, own: Path, rank: int, timeout: float) -> None:
     """This rank's place and stacks, on stderr and in its file; the file's first line is the place."""
-    head = f"rank {rank}: no progress for {timeout:g} s in: {place}"
+    head = f"rank {rank}: no progress for {timeout:g} s in: {progress}"
     partial = own.with_suffix(".part")
     with partial.open("w") as file:
         file.write(head + "\n")

@@ -42,6 +42,19 @@ class World:
     device: torch.device
     accelerator: Accelerator = field(repr=False)
     roll: RollCall | None = field(default=None, repr=False)
+    timeout: timedelta | None = field(default=None, repr=False)
+    """How long a collective of any group, or another wait for what may hang, may take; None where nothing says so."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` shares of a global batch, and of a validation, this rank reads. Each rank has its
+        own; ranks that split one copy of the policy between them (tensor or context parallel) would have the same."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the data are cut."""
+        return self.size
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +69,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The elementwise sums over ranks of several tensors of one dtype and device, by ONE all-reduce."""
+        kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
+        assert len(kinds) == 1, f"one all-reduce adds tensors of one dtype and device, not of {kinds}"
+        packed = self.sum(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+        parts = packed.split([tensor.numel() for tensor in tensors.values()])
+        return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank (pickled)."""
@@ -74,8 +95,9 @@ class World:
         return out
 
     def background_group(self) -> dist.ProcessGroup | None:
-        """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix."""
-        return dist.new_group(backend="gloo") if self.size > 1 else None
+        """All ranks over gloo, for the collectives of a thread: in the main thread's group the two would mix. They wait
+        no longer than the main thread's; torch's own limit would be half an hour."""
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.size > 1 else None
 
     @contextmanager
     def roll_call(self) -> Iterator[None]:
@@ -158,16 +180,19 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
     roll = None
+    # Longer than a step may take: the watchdog, which says where every rank was, comes first.
+    limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Before Accelerate does it: its own choice on CUDA is NCCL alone, which can't reduce the CPU's float64 sums.
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # A broken NCCL collective is given up and the process lives on: the next vote over gloo finds the same peer
+            # gone and raises, which the roll call explains. By default NCCL's watchdog would end the process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
         store, rank, size = _join_store(min(timeout, RENDEZVOUS_SECONDS))
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
         roll = RollCall(store, rank, size)
-        # Longer than a step may take: the watchdog, which says where every rank was, comes first.
-        limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     accelerator = Accelerator(
         cpu=cpu,
@@ -183,6 +208,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         device=accelerator.device,
         accelerator=accelerator,
         roll=roll,
+        timeout=limit,
     )
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.

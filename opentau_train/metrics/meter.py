@@ -1,10 +1,13 @@
-"""What happened between two log lines: losses by group, times, the batch's make-up."""
+"""What happened between two log lines: losses by group, times, memory, the batch's make-up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
 
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
@@ -12,29 +15,51 @@ from opentau_train.data.order.quality import ShuffleQuality
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import Sums, training_row
-from opentau_train.step import StepResult, TrainState
+from opentau_train.performance import ForwardFlops, Stamp, memory_row, utilization
+from opentau_train.step import StepTaken, TrainState
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the steps since the last row found out, on the host: `sums` [G, K, 2] float64 of this rank's losses; the
+    last step's `grad_norm`; steps `skipped` since the run began, and of those the last ones `in_a_row`."""
+
+    sums: torch.Tensor = field(repr=False)
+    grad_norm: float
+    skipped: int
+    in_a_row: int
 
 
 class Meter:
     """Gathers the steps of an interval; every rank has one, because the interval's sums are a collective."""
 
-    def __init__(self, mixture: Mixture, tape: Tape, state: TrainState, world: World):
-        self.mixture, self.tape, self.state, self.world = mixture, tape, state, world
+    def __init__(self, mixture: Mixture, tape: Tape, state: TrainState, world: World, flops: ForwardFlops | None):
+        self.mixture, self.tape, self.state, self.world, self.flops = mixture, tape, state, world, flops
         self.quality = ShuffleQuality(tape, mixture.settings.correlation)
         self.terms = tuple(state.policy.loss_weights)
-        self.pending: list[StepResult] = []
-        self.wait = 0.0
         self.open_decoders = OpenDecoders()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin an interval."""
+        self.sums = Sums(len(self.mixture.groups), self.terms, self.world.device)
+        self.stamps: list[tuple[Stamp, Stamp, Stamp]] = []
+        self.wait = self.save = 0.0
         self.started = time.perf_counter()
+
+    def add(self, taken: StepTaken) -> None:
+        """Add a step; nothing is read from the device."""
+        for group, terms in taken.losses:
+            self.sums.add(group, terms)
+        self.stamps.append(taken.stamps)
+        self.last = taken
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Around the wait for a step's data."""
         before = time.perf_counter()
         yield
         self.wait += time.perf_counter() - before
-
-    def add(self, result: StepResult) -> None:
-        self.pending.append(result)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -43,33 +68,60 @@ class Meter:
         yield
         self.started += time.perf_counter() - before
 
-    def row(self, last: StepResult, num_bad: int) -> dict[str, float]:
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save; its time stands in the next row."""
+        before = time.perf_counter()
+        with self.paused():
+            yield
+        self.save += time.perf_counter() - before
+
+    def read(self) -> Reading:
+        """Wait for the device to come to the end of the last step, and read what it found out, in one piece."""
+        found = torch.cat([self.last.grad_norm[None].double(), self.state.skipped.double(), self.sums.values.flatten()])
+        found = found.cpu()
+        grad_norm, skipped, in_a_row = found[:3].tolist()
+        return Reading(found[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
+
+    def row(self, reading: Reading, num_bad: int) -> dict[str, float]:
         """The interval's row, and the start of a new interval; collective: it sums the losses over ranks. `num_bad`:
         windows substituted since the run began."""
-        steps, groups = len(self.pending), self.mixture.groups
-        sums = Sums(len(groups), self.terms)
-        for result in self.pending:
-            for group, terms in result.losses:
-                sums.add(group, terms)
-        self.world.sum(sums.values)
-        seconds = (time.perf_counter() - self.started) / steps
+        groups, sums = self.mixture.groups, self.world.sum(reading.sums).numpy()
         batch = self.tape.batch(self.state.step - 1)
-        row = training_row(sums.values.numpy(), groups, self.terms, self.state.policy.loss_weights)
+        row = training_row(sums, groups, self.terms, self.state.policy.loss_weights)
         row |= {
-            "Training/GradNorm": last.grad_norm,
-            "Training/LearningRate": last.lr,
-            "Training/SkippedSteps": float(self.state.skipped),
+            "Training/GradNorm": reading.grad_norm,
+            "Training/LearningRate": self.last.lr,
+            "Training/SkippedSteps": float(reading.skipped),
             "Training/SubstitutedWindows": float(num_bad),
-            "Training/StepTime": seconds,
-            "Training/DataWait": self.wait / steps,
             "Training/OpenDecoders": float(self.open_decoders.num),
             "Training/DecoderMemory": self.open_decoders.num_bytes / 2**20,
-            "Training/SamplesPerSecond": self.tape.batch_size / seconds,
+            **self._costs(),
             **self.quality.row(batch, self.state.step - 1),
             "Training/Epoch": self.tape.epoch_of(self.tape.first_sample(self.state.step)),
             # The ordered sample ids of the step's global batch, hashed to what a float64 holds exactly: equal here
             # means the same batch in the same order.
             "Training/BatchId": float(batch.digest() >> 12),
         }
-        self.pending, self.wait, self.started = [], 0.0, time.perf_counter()
+        self._begin()
+        return row
+
+    def _costs(self) -> dict[str, float]:
+        """Seconds a step, of the host for the whole and its wait for data, of the device for its work; memory."""
+        steps = len(self.stamps)
+        seconds = (time.perf_counter() - self.started) / steps
+        row = {
+            "Timing/Step": seconds,
+            "Timing/DataWait": self.wait / steps,
+            "Timing/ForwardBackward": sum(middle.seconds_since(begun) for begun, middle, _ in self.stamps) / steps,
+            "Timing/Optimizer": sum(end.seconds_since(middle) for _, middle, end in self.stamps) / steps,
+            "Training/SamplesPerSecond": self.tape.batch_size / seconds,
+            **memory_row(self.world.device),
+        }
+        if self.save:
+            row["Timing/Save"] = self.save
+        if self.flops is not None and self.flops.per_sample is not None:
+            name = torch.cuda.get_device_name(self.world.device)
+            used = utilization(self.flops.per_sample, self.tape.batch_size / self.world.size, seconds, name)
+            row |= {} if used is None else {"Timing/MFU": used}
         return row

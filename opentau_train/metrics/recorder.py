@@ -21,12 +21,12 @@ from typing import Any, Self
 
 import torch
 
+from opentau_train.batch import Batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
-from opentau_train.step import StepResult, TrainState
-from opentau_train.types import Batch
+from opentau_train.step import StepTaken, TrainState
 
 FOLDER = "flight"
 MAX_BYTES = 16 * 2**20
@@ -52,7 +52,8 @@ class FlightRecorder:
         max_bytes: int = MAX_BYTES,
         max_files: int = MAX_FILES,
     ):
-        self.folder, self.tape, self.rank, self.size = run_dir / FOLDER, tape, world.rank, world.size
+        self.folder, self.tape, self.rank = run_dir / FOLDER, tape, world.rank
+        self.share = world.data_rank, world.data_size
         self.datasets = [d.name for d in mixture.datasets]
         self.max_bytes, self.max_files = max_bytes, max_files
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,23 +67,24 @@ class FlightRecorder:
     ) -> None:
         self._file.close()
 
-    def write(self, state: TrainState, batch: Batch, result: StepResult) -> None:
-        """Record that the step which led to `state` trained on this rank's `batch`, with the losses of `result`."""
+    def write(self, state: TrainState, batch: Batch, taken: StepTaken) -> None:
+        """Record that the step which led to `state` trained on this rank's `batch`, with the losses of `taken`,
+        which it waits for on an accelerator."""
         if self._file.tell() > self.max_bytes:
             self._file.close()
             self._open_next()
-        terms = result.losses[0][1]
-        (windows,) = self.tape.owned(range(state.step - 1, state.step), self.rank, self.size, 0, 1)
+        terms = taken.losses[0][1]
+        (windows,) = self.tape.owned(range(state.step - 1, state.step), *self.share, 0, 1)
         pairs = {
-            name: [torch.cat([micro[name][i].detach().cpu() for _, micro in result.losses]) for i in range(2)]
+            name: [torch.cat([micro[name][i].detach().cpu() for _, micro in taken.losses]) for i in range(2)]
             for name in terms
         }
         line = {
             "step": state.step,
             "rank": self.rank,
             "time": time.time(),
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
+            "grad_norm": float(taken.grad_norm),
+            "lr": taken.lr,
             "datasets": self.datasets,
             "loss_weights": state.policy.loss_weights,
             "batch": [self.tape.first_sample(state.step - 1), self.tape.first_sample(state.step)],

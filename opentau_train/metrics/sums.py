@@ -28,23 +28,23 @@ def exact(terms: LossTerms) -> LossTerms:
 
 
 class Sums:
-    """`[items, K, 2]` float64 on the CPU: for each item and loss term the sum and the count of loss elements.
+    """`[items, K, 2]` float64 on `device`: for each item and loss term the sum and the count of loss elements.
 
-    Adding samples reads the losses back from the device, so the training loop hands over several steps at a time.
+    Adding samples whose losses are on that device reads none of them back.
     """
 
-    def __init__(self, num_items: int, terms: Sequence[str]):
+    def __init__(self, num_items: int, terms: Sequence[str], device: torch.device | str = "cpu"):
         self.terms = tuple(terms)
-        self.values = torch.zeros(num_items, len(self.terms), 2, dtype=torch.float64)
+        self.values = torch.zeros(num_items, len(self.terms), 2, dtype=torch.float64, device=device)
 
     def add(self, item: torch.Tensor, terms: LossTerms) -> None:
         """Add samples: `item` [B] i64 and each term's per-sample (sum [B], count [B])."""
-        pairs = torch.zeros(len(item), len(self.terms), 2, dtype=torch.float64)
+        pairs = torch.zeros(len(item), len(self.terms), 2, dtype=torch.float64, device=self.values.device)
         for k, name in enumerate(self.terms):
             if name in terms:
                 for column, values in enumerate(terms[name]):
                     pairs[:, k, column] = values.detach()
-        self.values.index_add_(0, item.cpu(), pairs)
+        self.values.index_add_(0, item.to(self.values.device), pairs)
 
 
 @dataclass(frozen=True)

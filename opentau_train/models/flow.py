@@ -14,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentau_train.errors import UserError, did_you_mean
+from opentau_train.batch import Batch
+from opentau_train.data.transforms.base import Transform, Wants
+from opentau_train.errors import UserError
+from opentau_train.models.draws import Draws
+from opentau_train.models.inputs import PAD_BYTE, Supervise, TokenizeBytes
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
 from opentau_train.models.policy import Policy
-from opentau_train.types import Batch, BatchSpec, LossTerms, Noise
+from opentau_train.types import BatchSpec, LossTerms
 
 SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
 """{a sample's mode: the terms it supervises}."""
 
-PAD_BYTE = 256
 BYTES_PER_TOKEN = 4
 
 
@@ -34,6 +37,8 @@ class FlowPolicy(Policy):
     `bin_range` the normalised values between which an action is binned, what lies outside falling in the outermost
     bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
     """
+
+    meta_init = True
 
     def __init__(
         self,
@@ -84,7 +89,16 @@ class FlowPolicy(Policy):
         self.norm_bins = RMSNorm(width)
         self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
         self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
-        init_weights(self, depth)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init_weights(self, len(self.layers))
+
+    def wants(self) -> Wants:
+        transforms: dict[str, Transform] = {"supervise": Supervise(tuple(self.loss_weights), SUPERVISES)}
+        if self.num_prompt_tokens:
+            transforms["tokenize"] = TokenizeBytes(self.max_prompt_bytes)
+        return Wants(transforms, modes=tuple(SUPERVISES))
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
@@ -92,16 +106,18 @@ class FlowPolicy(Policy):
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.sum((1, 2), dtype=torch.float32) for term, mask in self._supervised(batch).items()}
 
-    def forward(self, batch: Batch, noise: Noise) -> LossTerms:
-        prefix, prefix_valid = self._prefix(batch, self.tokenize(batch.prompt).to(batch.state.device))
+    def forward(self, batch: Batch, draws: Draws) -> LossTerms:
+        prefix, prefix_valid = self._prefix(batch)
         real = _real(batch)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
-        actions, drawn = torch.where(real, batch.actions, 0.0), torch.where(real, noise.noise, 0.0)
-        time = noise.time[:, None, None]
+        noise = draws.normal("actions", batch.actions.shape[1:])
+        actions, drawn = torch.where(real, batch.actions, 0.0), torch.where(real, noise, 0.0)
+        flow_time = draws.uniform("time")
+        time = flow_time[:, None, None]
         noised = time * drawn + (1.0 - time) * actions
 
         steps_valid = ~batch.action_is_pad
-        queries = self._action_tokens(noised, noise.time), self.bin_embed.expand(len(batch), -1, -1)
+        queries = self._action_tokens(noised, flow_time), self.bin_embed.expand(len(batch), -1, -1)
         x = torch.cat([prefix, *queries], dim=1)
         mask = self._mask(torch.cat([prefix_valid, steps_valid, steps_valid], dim=1), prefix.shape[1])
         for layer in self.layers:
@@ -118,15 +134,15 @@ class FlowPolicy(Policy):
         }
 
     @torch.no_grad()
-    def sample_actions(self, batch: Batch, noise: Tensor) -> Tensor:
+    def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
         """Integrates from t = 1 to 0 in `num_flow_steps` Euler steps. Padded dims are 0. A robot doesn't know where
         its episode ends, so that `batch.action_is_pad` isn't looked at."""
-        prefix, valid = self._prefix(batch, self.tokenize(batch.prompt).to(batch.state.device))
+        prefix, valid = self._prefix(batch)
         past = self._cache(prefix, valid)
         dims = batch.action_dim_mask[:, None, :]
         seen = torch.ones(len(batch), self.spec.chunk_length, dtype=torch.bool, device=valid.device)
         mask = torch.cat([valid, seen], dim=1)[:, None, None, :]
-        x = torch.where(dims, noise.float(), 0.0)
+        x = torch.where(dims, draws.normal("actions", (self.spec.chunk_length, self.spec.action_dim)), 0.0)
         for step in range(self.num_flow_steps):
             tokens = self._action_tokens(x, torch.full_like(x[:, 0, 0], 1.0 - step / self.num_flow_steps))
             for layer, kept in zip(self.layers, past, strict=True):
@@ -134,18 +150,12 @@ class FlowPolicy(Policy):
             x = torch.where(dims, x - self._velocity(tokens) / self.num_flow_steps, 0.0)
         return x
 
-    @torch.compiler.disable
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """`[B, max_prompt_bytes]` int64: the UTF-8 bytes of each prompt, cut or filled up with `PAD_BYTE`."""
-        rows = [list(prompt.encode()[: self.max_prompt_bytes]) for prompt in prompts]
-        return torch.tensor([row + [PAD_BYTE] * (self.max_prompt_bytes - len(row)) for row in rows], dtype=torch.int64)
-
-    def _prefix(self, batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def _prefix(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The context's tokens `[B, P, D]` and which of them exist `[B, P]` bool. The first one always does, so that
         no row of the attention is empty when camera, prompt and state are all missing."""
         num = len(batch)
         tokens = [self.start_embed.expand(num, 1, -1)]
-        valid = [torch.ones(num, 1, dtype=torch.bool, device=prompt.device)]
+        valid = [torch.ones(num, 1, dtype=torch.bool, device=batch.state.device)]
         if self.spec.cameras:
             frames = torch.stack([batch.images[camera] for camera in self.spec.cameras], dim=1)  # [B, C, h+1, 3, H, W]
             patches = self.stem(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
@@ -154,6 +164,7 @@ class FlowPolicy(Policy):
             tokens.append(patches.flatten(1, 3))
             valid.append(seen[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
         if self.num_prompt_tokens:
+            prompt = batch.prompt_tokens
             bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
             tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
             valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
@@ -195,23 +206,13 @@ class FlowPolicy(Policy):
     def _supervised(self, batch: Batch) -> dict[str, Tensor]:
         """{term: [B, T, A] bool}, the elements that count."""
         real = _real(batch)
-        modes = {term: _in_mode(batch.mode, term).to(real.device, non_blocking=True) for term in self.loss_weights}
-        return {term: real & mode[:, None, None] for term, mode in modes.items()}
+        return {term: real & batch.supervised[:, k, None, None] for k, term in enumerate(self.loss_weights)}
 
 
 def _real(batch: Batch) -> Tensor:
     """`[B, T, A]` bool: the entries of `actions` that a dataset has and that aren't a filler's."""
     steps = ~batch.action_is_pad & (batch.weight != 0)[:, None]
     return steps[:, :, None] & batch.action_dim_mask[:, None, :]
-
-
-@torch.compiler.disable
-def _in_mode(modes: list[str], term: str) -> Tensor:
-    """`[B]` bool: the samples whose mode supervises `term`."""
-    for mode in modes:
-        if mode not in SUPERVISES:
-            raise UserError(f"sample mode '{mode}' is unknown{did_you_mean(mode, SUPERVISES)}", where="data.sources")
-    return torch.tensor([term in SUPERVISES[mode] for mode in modes])
 
 
 def _check(

@@ -56,51 +56,45 @@ def export(settings: ExportSettings) -> Path:
 
 def predict(policy: Any) -> bytes:
     """The bits of the actions that `policy` predicts for its golden batch."""
-    batch, noise = golden_batch(policy.spec)
-    return policy.sample_actions(batch, noise).numpy().tobytes()
+    from opentau_train.models.draws import Draws
+
+    batch = golden_batch(policy)
+    return policy.sample_actions(batch, Draws(batch.key)).numpy().tobytes()
 
 
-def golden_batch(spec: Any, num: int = 4) -> tuple[Any, Any]:
-    """A `Batch` for `spec` and noise `[num, T, A]` f32, from keyed random numbers alone: the same everywhere, for ever.
+def golden_batch(policy: Any, num: int = 4) -> Any:
+    """A `Batch` for `policy`, from keyed random numbers alone: the same everywhere, for ever.
 
     Sample 1 lacks prompt, state and cameras, sample 2 the last dimension of state and actions.
     """
     import numpy as np
-    import torch
 
     from opentau_train import rng
-    from opentau_train.types import Batch
+    from opentau_train.batch import stack
+    from opentau_train.data.transforms.pipeline import Pipeline, meet
 
-    def draw(name: str, *shape: int) -> np.ndarray:
-        return rng.normal(rng.key("golden", name), int(np.prod(shape))).reshape(shape)
+    spec = meet(policy.spec, policy.wants())
+    prompts = ("put the cup on the plate", "", "open the drawer", "wipe the table")
+    samples = []
+    for number in range(num):
 
-    place = np.arange(num)
-    state_dims = np.ones((num, spec.state_dim), bool)
-    action_dims = np.ones((num, spec.action_dim), bool)
-    state_dims[1:2] = state_dims[2:3, -1:] = False
-    action_dims[2:3, 1:][:, -1:] = False  # a policy of one dimension keeps it
-    frames = (num, spec.history + 1, 3, *spec.image_size)
-    index = torch.from_numpy(place)
-    batch = Batch(
-        images={c: torch.from_numpy((draw(c, *frames) * 64 + 128).clip(0, 255).astype(np.uint8)) for c in spec.cameras},
-        camera_mask={c: index != 1 for c in spec.cameras},
-        state=torch.from_numpy(draw("state", num, spec.state_dim) * state_dims),
-        state_dim_mask=torch.from_numpy(state_dims),
-        actions=torch.zeros(num, spec.chunk_length, spec.action_dim),
-        action_is_pad=torch.zeros(num, spec.chunk_length, dtype=torch.bool),
-        action_dim_mask=torch.from_numpy(action_dims),
-        prompt=["put the cup on the plate", "", "open the drawer", "wipe the table"][:num],
-        mode=["policy"] * num,
-        key=index,
-        group=index,
-        dataset_index=index,
-        episode_index=index,
-        frame_index=index,
-        pass_index=index,
-        norm_head=["golden"] * num,
-        weight=torch.ones(num),
-    )
-    return batch, torch.from_numpy(draw("noise", num, spec.chunk_length, spec.action_dim))
+        def draw(name: str, *shape: int, number: int = number) -> np.ndarray:
+            return rng.normal(rng.key("golden", name, number), int(np.prod(shape))).reshape(shape)
+
+        whole, lacks_last = number != 1, number == 2
+        state_dims = np.arange(spec.state_dim) < (spec.state_dim - lacks_last) * whole
+        frames = (spec.history + 1, *spec.image_size, 3)
+        record = {
+            "images": {c: (draw(c, *frames) * 64 + 128).clip(0, 255).astype(np.uint8) for c in spec.cameras if whole},
+            "state": draw("state", spec.state_dim) * state_dims,
+            "state_dim_mask": state_dims,
+            "action_dim_mask": np.arange(spec.action_dim) < max(1, spec.action_dim - lacks_last),
+            "prompt": prompts[number % len(prompts)],
+            "key": number,
+            "weight": 1.0,
+        }
+        samples.append(Pipeline(policy.wants().transforms)(record, number, training=False))
+    return stack(samples, spec)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.func import functional_call, grad
 
 from opentau_train import cli, rng
+from opentau_train.batch import Batch
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import load_settings
@@ -31,9 +32,8 @@ from opentau_train.data.mixture.table import align
 from opentau_train.data.order.quality import ShuffleQuality
 from opentau_train.data.order.tape import Windows, frames_ahead
 from opentau_train.errors import EXIT_OK, UserError
-from opentau_train.models.noise import draw_noise
+from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
-from opentau_train.types import Batch, Noise
 
 SKETCH = 4096
 """Numbers kept of a gradient: an inner product of two is off by about 1.6 % of the product of their lengths."""
@@ -59,13 +59,12 @@ class Sketcher:
         return np.stack([self._one(single) for single in batch.split(1)])
 
     def _one(self, single: Batch) -> F64:
-        # Outside of the transformed function: NumPy can't look into its tensors.
-        found = self._grad(self.parameters, single, draw_noise(single.key, 0, single.actions.shape[1:]))
+        found = self._grad(self.parameters, single)
         flat = torch.cat([found[name].flatten() for name in self.parameters])
         return torch.zeros(self.dims).index_add_(0, self.place, self.sign * flat).numpy().astype(np.float64)
 
-    def _loss(self, parameters: dict[str, torch.Tensor], single: Batch, noise: Noise) -> torch.Tensor:
-        terms = functional_call(self.policy, parameters, (single, noise))
+    def _loss(self, parameters: dict[str, torch.Tensor], single: Batch) -> torch.Tensor:
+        terms = functional_call(self.policy, parameters, (single, Draws(single.key)))
         weights = self.policy.loss_weights
         parts = [weights[k] * terms[k][0].sum() / self.counts[k] for k in weights if self.counts[k] > 0]
         return torch.stack(parts).sum()
@@ -211,10 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         for name, least in (("batches", 2), ("episodes", 2), ("frames", 2)):
             at_least(f"--{name}", getattr(options, name), least)
-        policy, stats, meta = load_policy(options.run)
-        settings = load_settings(meta["config"])
+        loaded = load_policy(options.run)
+        settings, policy, stats = load_settings(loaded.meta["config"]), loaded.policy, loaded.stats
         sizes = {"batches": options.batches, "episodes": options.episodes, "frames": options.frames}
-        mixture = open_mixture(settings, stats)
+        mixture = open_mixture(settings, stats).for_policy(policy.wants())
         batch_size = settings.trainer.global_batch_size
         print(describe(measure(policy, mixture, batch_size, **sizes), mixture, batch_size))
         return EXIT_OK

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.batch import Batch
 from opentau_train.config.settings import ValidationSettings
+from opentau_train.config.typed import at_least, positive
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.distributed.parallel import Replicas
-from opentau_train.distributed.stopping import StopFlag
-from opentau_train.distributed.watchdog import Place
-from opentau_train.distributed.world import World
-from opentau_train.models.noise import draw_noise
-from opentau_train.models.policy import Policy
-from opentau_train.types import Batch
-from opentau_train.validation.plan import ValidationPlan
+from opentau_train.models.draws import Draws
+from opentau_train.validation.evaluator import Context, Evaluation, Evaluator, Picture
+from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.plots import Panel, draw_panels
-from opentau_train.validation.rounds import Rounds, evaluating
 
 PREFIX = "Validation-Action"
 ACTION_DRAW = 1 << 20
@@ -69,84 +65,74 @@ def dimensions(mixture: Mixture, head: str) -> list[Dimension]:
     return [Dimension(n, unit_of(full), float(m)) for n, full, m in zip(names, stats.action_names, middle, strict=True)]
 
 
-@dataclass(frozen=True)
-class ActionScores:
-    """`row` of tags; `picture` [H, W, 3] uint8 of the plotted windows, None where none are; equal on all ranks."""
+class ActionEvaluator(Evaluator):
+    """`Validation-Action/{dataset}/{control_mode}/{dimension}/{MAE_unit}` over the chunk's valid steps,
+    `{dimension}/Agreement` (share of steps on the true side of half-open) for grippers, and for each unit `MAE_unit`,
+    `MAE_unit/First` and `MAE_unit/Last`: all its dimensions, at all steps, the chunk's first, its last.
 
-    row: dict[str, float]
-    picture: NDArray[np.uint8] | None = field(repr=False)
-
-
-@torch.no_grad()
-def measure_actions(
-    policy: Policy,
-    replicas: Replicas,
-    plan: ValidationPlan,
-    world: World,
-    settings: ValidationSettings,
-    stop: StopFlag | None = None,
-    place: Place | None = None,
-) -> ActionScores:
-    """Sample a chunk for every window of `plan`; every rank must call it. One all-reduce; raises as `evaluate`.
-
-    Tags: `Validation-Action/{dataset}/{control_mode}/{dimension}/{MAE_unit}` over the chunk's valid steps,
-    `{dimension}/Agreement` (share of steps on the true side of half-open) for grippers, and for each unit
-    `MAE_unit`, `MAE_unit/First` and `MAE_unit/Last`: all its dimensions, at all steps, the chunk's first, its last.
+    `max_samples_per_group`: windows a (dataset, control_mode), a fixed systematic sample, at most the settings' own;
+    `num_plots`: windows of the whole mixture that are drawn, predicted against true.
     """
-    mixture = plan.mixture
-    steps, dims = mixture.spec.chunk_length, mixture.spec.action_dim
-    sums = torch.zeros(len(mixture.groups), steps, dims, 3, dtype=torch.float64)  # |error|, agreement, count
-    shown = _plotted(plan, settings.num_action_plots)
-    chunks = torch.zeros(len(shown), 3, steps, dims, dtype=torch.float64)  # true, predicted, valid
-    rounds = Rounds(plan, replicas, world, settings, stop, place)
-    with evaluating(policy, replicas):
-        for batch, t in rounds:
-            noise = draw_noise(batch.key, ACTION_DRAW, batch.actions.shape[1:]).noise
-            with world.accelerator.autocast():
-                sampled = policy.sample_actions(batch, noise)
-            _add(sums, chunks, shown, mixture, batch, sampled, t)
-    packed = torch.cat([sums.flatten(), chunks.flatten(), rounds.outcome()])
-    world.sum(packed)
-    parts = packed.split([sums.numel(), chunks.numel(), 4])
-    rounds.settle(parts[2])
-    values = parts[0].view_as(sums).numpy()
+
+    def __init__(self, max_samples_per_group: int = 32, num_plots: int = 4):
+        positive("validation.evaluator.action.max_samples_per_group", max_samples_per_group)
+        at_least("validation.evaluator.action.num_plots", num_plots, 0)
+        self.max_samples_per_group, self.num_plots = max_samples_per_group, num_plots
+
+    def plan(self, mixture: Mixture, settings: ValidationSettings, batch_size: int, num_ranks: int) -> ValidationPlan:
+        limit = min(self.max_samples_per_group, settings.max_samples_per_group or self.max_samples_per_group)
+        return plan_validation(mixture, limit, batch_size=batch_size, num_ranks=num_ranks)
+
+    def run(self, context: Context) -> Evaluation:
+        """Sample a chunk for every window of the plan. One all-reduce; raises as `Context.measure`."""
+        plan = context.plan
+        errors = _Errors(plan.mixture, _plotted(plan, self.num_plots))
+
+        def visit(batch: Batch, t: NDArray[np.int64]) -> None:
+            errors.add(batch, context.policy.sample_actions(batch, Draws(batch.key, ACTION_DRAW)), t)
+
+        totals = context.measure(visit, {"sums": errors.sums, "chunks": errors.chunks})
+        row: dict[str, float] = {}
+        for group, sums in zip(plan.mixture.groups, totals.sums["sums"].numpy(), strict=True):
+            row |= group_row(sums, errors.heads[group.norm_head], f"{PREFIX}/{group.tag}")
+        pixels = _draw(plan, errors, totals.sums["chunks"].numpy())
+        pictures = () if pixels is None else (Picture("actions", f"{PREFIX}/Chunks", pixels),)
+        return Evaluation(row, pictures, totals.left_out)
+
+
+class _Errors:
+    """Sampled chunks against the dataset's, in the dataset's units.
+
+    `sums` [G, T, A, 3] float64 of |error|, agreement and count by group; `chunks` [P, 3, T, A] float64: true,
+    predicted and valid, of the P windows numbered `plotted`; `heads`: each norm head's dimensions.
+    """
+
+    def __init__(self, mixture: Mixture, plotted: NDArray[np.int64]):
+        steps, dims = mixture.spec.chunk_length, mixture.spec.action_dim
+        self.mixture, self.plotted = mixture, plotted
+        self.heads = {g.norm_head: dimensions(mixture, g.norm_head) for g in mixture.groups}
+        self.sums = torch.zeros(len(mixture.groups), steps, dims, 3, dtype=torch.float64)
+        self.chunks = torch.zeros(len(plotted), 3, steps, dims, dtype=torch.float64)
+
+    def add(self, batch: Batch, sampled: torch.Tensor, t: NDArray[np.int64]) -> None:
+        """Add the first `len(t)` rows of a batch; `sampled` [B, T, A], normalised."""
+        truth, predicted = batch.actions.cpu().numpy(), sampled.float().cpu().numpy()
+        valid, state = ~batch.action_is_pad.cpu().numpy(), batch.state.cpu().numpy()
+        for i, number in enumerate(t):
+            head = batch.norm_head[i]
+            pipeline = self.mixture.pipelines[int(batch.dataset_index[i])]
+            true, guess = (pipeline.units(x[i], head, state=state[i]).astype(float) for x in (truth, predicted))
+            middle = np.array([dimension.middle for dimension in self.heads[head]])
+            num, whole = true.shape[1], np.ones_like(true)
+            terms = np.stack([np.abs(guess - true), (guess > middle) == (true > middle), whole], axis=-1)
+            self.sums[int(batch.group[i]), :, :num] += torch.from_numpy(np.where(valid[i][:, None, None], terms, 0.0))
+            shown = torch.from_numpy(np.stack([true, guess, np.where(valid[i][:, None], whole, 0.0)]))
+            self.chunks[self.plotted == number, :, :, :num] = shown
+
+
+def group_row(sums: NDArray[np.float64], known: Sequence[Dimension], prefix: str) -> dict[str, float]:
+    """The tags of one group from its sums [T, A, 3] and its `known` dimensions; none where nothing was sampled."""
     row: dict[str, float] = {}
-    for g in range(len(mixture.groups)):
-        row |= group_row(values[g], mixture, g)
-    return ActionScores(row, _draw(plan, shown, parts[1].view_as(chunks).numpy()))
-
-
-def _add(
-    sums: torch.Tensor,
-    chunks: torch.Tensor,
-    shown: NDArray[np.int64],
-    mixture: Mixture,
-    batch: Batch,
-    sampled: torch.Tensor,
-    t: NDArray[np.int64],
-) -> None:
-    """Add the first `len(t)` rows of a batch to the sums, and the plotted ones among them to the chunks."""
-    truth, predicted = batch.actions.cpu().numpy(), sampled.float().cpu().numpy()
-    valid = ~batch.action_is_pad.cpu().numpy()
-    for i, place in enumerate(t):
-        head = batch.norm_head[i]
-        affine = mixture.affine[head][1]
-        true, guess = affine.denormalize(truth[i]).astype(float), affine.denormalize(predicted[i]).astype(float)
-        middle = np.array([d.middle for d in dimensions(mixture, head)])
-        num = true.shape[1]
-        mine = np.stack([np.abs(guess - true), (guess > middle) == (true > middle), np.ones_like(true)], axis=-1)
-        sums[int(batch.group[i]), :, :num] += torch.from_numpy(np.where(valid[i][:, None, None], mine, 0.0))
-        for row in np.flatnonzero(shown == place):
-            chunks[row, :, :, :num] = torch.from_numpy(
-                np.stack([true, guess, np.where(valid[i][:, None], mine[..., 2], 0.0)])
-            )
-
-
-def group_row(sums: NDArray[np.float64], mixture: Mixture, group: int) -> dict[str, float]:
-    """The tags of one group from its sums [T, A, 3]; none where nothing was sampled."""
-    row: dict[str, float] = {}
-    known = dimensions(mixture, mixture.groups[group].norm_head)
-    prefix = f"{PREFIX}/{mixture.groups[group].tag}"
     if not sums[..., 2].any():
         return row
     for d, dimension in enumerate(known):
@@ -156,8 +142,8 @@ def group_row(sums: NDArray[np.float64], mixture: Mixture, group: int) -> dict[s
             row[f"{prefix}/{dimension.name}/Agreement"] = float(agreed / count)
     last = int(np.flatnonzero(sums[:, 0, 2])[-1])
     for unit in dict.fromkeys(dimension.unit for dimension in known):
-        mine = [d for d, dimension in enumerate(known) if dimension.unit == unit]
-        error, count = sums[:, mine, 0].sum(1), sums[:, mine, 2].sum(1)
+        columns = [d for d, dimension in enumerate(known) if dimension.unit == unit]
+        error, count = sums[:, columns, 0].sum(1), sums[:, columns, 2].sum(1)
         row[f"{prefix}/{_mae(unit)}"] = float(error.sum() / count.sum())
         row[f"{prefix}/{_mae(unit)}/First"] = float(error[0] / count[0])
         row[f"{prefix}/{_mae(unit)}/Last"] = float(error[last] / count[last])
@@ -178,9 +164,10 @@ def _plotted(plan: ValidationPlan, num: int) -> NDArray[np.int64]:
     return t[np.unique(np.arange(num) * len(t) // max(1, num))] if len(t) else t
 
 
-def _draw(plan: ValidationPlan, shown: NDArray[np.int64], chunks: NDArray[np.float64]) -> NDArray[np.uint8] | None:
+def _draw(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) -> NDArray[np.uint8] | None:
+    """The plotted windows' `chunks` [P, 3, T, A], a row each; None where there are none."""
     rows: list[Sequence[Panel]] = []
-    for t, (true, guess, valid) in zip(shown, chunks, strict=True):
+    for t, (true, guess, valid) in zip(errors.plotted, chunks, strict=True):
         item = int(plan.item[t])
         group = plan.mixture.groups[plan.group_of[item]]
         place = f"{group.tag} episode {plan.episodes[item][1]} frame {int(plan.windows.frame[t])}"
@@ -188,7 +175,7 @@ def _draw(plan: ValidationPlan, shown: NDArray[np.int64], chunks: NDArray[np.flo
         rows.append(
             [
                 Panel(place if d == 0 else "", f"{x.name} [{x.unit or '-'}]", true[:steps, d], guess[:, d])
-                for d, x in enumerate(dimensions(plan.mixture, group.norm_head))
+                for d, x in enumerate(errors.heads[group.norm_head])
             ]
         )
     return draw_panels(rows) if rows else None

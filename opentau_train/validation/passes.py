@@ -1,85 +1,109 @@
-"""Everything that one validation measures: losses, the averaged weights' losses, action errors, the picture."""
+"""Everything that a run validates with: its evaluators, their plans, and the workers that read the windows."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
 
 from opentau_train.config.settings import ValidationSettings
+from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
-from opentau_train.distributed.watchdog import Place
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import BadSample
+from opentau_train.errors import BadSample, UserError
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
-from opentau_train.validation.actions import measure_actions
-from opentau_train.validation.losses import Scores, evaluate
-from opentau_train.validation.plan import ValidationPlan, plan_validation
+from opentau_train.validation.evaluator import Context, Evaluation, Evaluator
+from opentau_train.validation.losses import LossEvaluator
+from opentau_train.validation.plan import ValidationPlan
+from opentau_train.validation.reader import Reader
 
 log = logging.getLogger(__name__)
 
-PICTURE = "Validation-Action/Chunks"
+
+def open_evaluators(settings: ValidationSettings) -> dict[str, Evaluator]:
+    """The evaluators that `validation.evaluators` names, in its order. Raises `UserError` for a mistake in any
+    definition, also of one that isn't named."""
+    where = "validation.evaluator"
+    for name, options in settings.evaluator.items():
+        bind(options, f"{where}.{name}", [])
+    return {name: instantiate(settings.evaluator[name], f"{where}.{name}") for name in settings.evaluators}
 
 
-@dataclass(frozen=True)
-class Plans:
-    """What a validation reads: the windows of the loss pass, and the fewer ones that actions are sampled for (None
-    where they aren't)."""
+class Validation:
+    """Runs the evaluators, as often as it is asked to. Close it to end the workers.
 
-    loss: ValidationPlan
-    action: ValidationPlan | None
+    `plans`: what each evaluator reads, by its name; `batch_size` counts where the settings name none.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        settings: ValidationSettings,
+        evaluators: Mapping[str, Evaluator],
+        world: World,
+        batch_size: int,
+    ):
+        self.settings, self.evaluators, self.world = settings, evaluators, world
+        self.batch_size = settings.batch_size or batch_size
+        self.plans = {
+            name: evaluator.plan(mixture, settings, self.batch_size, world.size)
+            for name, evaluator in evaluators.items()
+        }
+        plans = list(self.plans.values())
+        self._reader = Reader(mixture, plans, world.rank, skip_bad=settings.on_bad_sample == "skip")
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the evaluator that reads the most."""
+        return max((len(plan.windows) for plan in self.plans.values()), default=0)
+
+    @property
+    def loss_plan(self) -> ValidationPlan | None:
+        """What the losses are of that choose the best checkpoint; None where no loss evaluator is named."""
+        names = (name for name, evaluator in self.evaluators.items() if isinstance(evaluator, LossEvaluator))
+        return next((self.plans[name] for name in names), None)
+
+    def run(
+        self,
+        policy: Policy,
+        replicas: Replicas,
+        ema: Ema | None,
+        stop: StopFlag | None = None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """All evaluators, one after the other, as one evaluation. Collective; parameters and ambient random state are
+        afterwards what they were. Raises as `Context.measure`, and `UserError` where two evaluators use a tag."""
+        stop, progress = stop or StopFlag(), progress or Progress()
+        whole = Evaluation({})
+        for number, (name, evaluator) in enumerate(self.evaluators.items()):
+            context = Context(
+                policy, replicas, ema, self.plans[name], number, self._reader, self.world, self.settings, stop, progress
+            )
+            whole = _joined(whole, evaluator.run(context), name)
+        if self.world.is_main:
+            _warn(whole.left_out)
+        return whole
+
+    def close(self) -> None:
+        self._reader.close()
 
 
-def plan_passes(mixture: Mixture, settings: ValidationSettings, *, batch_size: int, num_ranks: int) -> Plans:
-    """The plans of a mixture for `num_ranks` ranks. `batch_size` counts where the settings name none."""
-    size = settings.batch_size or batch_size
-    limit = settings.max_samples_per_group
-    loss = plan_validation(mixture, limit, batch_size=size, num_ranks=num_ranks)
-    if "action" not in settings.metrics:
-        return Plans(loss, None)
-    fewer = min(settings.max_action_samples, limit or settings.max_action_samples)
-    return Plans(loss, plan_validation(mixture, fewer, batch_size=size, num_ranks=num_ranks))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All tags in `row`, the loss pass's `scores`, and `picture` [H, W, 3] uint8 or None; equal on all ranks."""
-
-    row: dict[str, float]
-    scores: Scores
-    picture: NDArray[np.uint8] | None = field(default=None, repr=False)
-
-
-def run_passes(
-    policy: Policy,
-    replicas: Replicas,
-    ema: Ema | None,
-    plans: Plans,
-    world: World,
-    settings: ValidationSettings,
-    stop: StopFlag | None = None,
-    place: Place | None = None,
-) -> Outcome:
-    """The loss pass, then with an average `Validation-EMA/...` with its weights, then the action errors. Collective;
-    parameters and ambient random state are afterwards what they were. Raises as `evaluate.evaluate`."""
-    scores = evaluate(policy, replicas, plans.loss, world, settings, stop=stop, place=place)
-    row = dict(scores.row)
-    if ema is not None:
-        with ema.applied_to(policy):
-            row |= evaluate(policy, replicas, plans.loss, world, settings, "Validation-EMA", stop, place).row
-    picture = None
-    if plans.action is not None:
-        actions = measure_actions(policy, replicas, plans.action, world, settings, stop, place)
-        row, picture = row | actions.row, actions.picture
-    if world.is_main:
-        _warn(scores.left_out)
-    return Outcome(row, scores, picture)
+def _joined(whole: Evaluation, part: Evaluation, name: str) -> Evaluation:
+    """Both in one; the first scores are the whole's."""
+    twice = whole.row.keys() & part.row.keys()
+    if twice:
+        raise UserError(
+            f"the evaluator '{name}' gives {min(twice)}, and so does one before it",
+            where="validation.evaluators",
+            remedy=f"leave one of them out, or let {name} use tags of its own",
+        )
+    windows = {(bad.dataset, bad.episode, bad.frame): bad for bad in (*whole.left_out, *part.left_out)}
+    scores = part.scores if whole.scores is None else whole.scores
+    return Evaluation(whole.row | part.row, whole.pictures + part.pictures, tuple(windows.values()), scores)
 
 
 def _warn(left_out: tuple[BadSample, ...]) -> None:

@@ -85,11 +85,11 @@ class ValidationPlan:
         return np.bincount(self.item, minlength=len(self.group_of))
 
     @property
-    def num_rounds(self) -> int:
+    def num_batches(self) -> int:
         """Batches of the busiest rank."""
-        return max(self.num_rounds_of(rank) for rank in range(len(self.bounds) - 1))
+        return max(self.num_batches_of(rank) for rank in range(len(self.bounds) - 1))
 
-    def num_rounds_of(self, rank: int) -> int:
+    def num_batches_of(self, rank: int) -> int:
         return -int(-(self.bounds[rank + 1] - self.bounds[rank]) // self.batch_size)
 
     def for_worker(self, rank: int, worker: int, num_workers: int) -> Iterator[Windows]:

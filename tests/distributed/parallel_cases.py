@@ -10,15 +10,16 @@ from contextlib import nullcontext
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from opentau_train.distributed.parallel import Replicas, spread
+from opentau_train.batch import Batch
+from opentau_train.distributed.parallel import Execution, Replicas, data_mesh, spread
 from opentau_train.distributed.world import World, launch
 from opentau_train.optim import Ema
 from opentau_train.step import _clip
-from opentau_train.types import Batch, Noise
-from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
+from tests.unit.models.flow_cases import Noise, make_batch, make_noise, make_policy
 
 GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
 REDUCTIONS = ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
@@ -41,7 +42,7 @@ def part_of(batch: Batch, noise: Noise, world: World, micro: int, num_micro: int
     size = NUM // world.size // num_micro
     start = (world.rank * num_micro + micro) * size
     rows = slice(start, start + size)
-    return batch.map(lambda t: t[rows], lambda s: s[rows]), Noise(noise.noise[rows], noise.time[rows])
+    return batch.rows(rows), Noise(noise.noise[rows], noise.time[rows])
 
 
 def step(
@@ -83,7 +84,8 @@ def main(replicate: int, shard: int) -> None:
         expected = {name: p.grad.clone() for name, p in alone.named_parameters()}
 
         policy = make_policy()
-        replicas = spread(policy, policy.blocks(), world, replicate, shard, "no")
+        mesh = data_mesh(world, replicate, shard)
+        replicas = spread(policy, policy.blocks(), world, mesh)
         assert replicas.sharded == (shard > 1)
         assert get_model_state_dict(policy).keys() == plain.state_dict().keys()
 
@@ -94,7 +96,7 @@ def main(replicate: int, shard: int) -> None:
         close(eager, expected, 1e-4)
 
         # One norm over all shards, the same on every rank; the limit holds afterwards.
-        norm = _clip(policy, 0.5)
+        norm = float(_clip(policy, 0.5))
         reference = float(torch.cat([g.flatten() for g in expected.values()]).norm())
         assert abs(norm - reference) <= 1e-4 * reference, (norm, reference)
         after = float(torch.cat([g.flatten() for g in gradients(policy).values()]).norm())
@@ -109,16 +111,16 @@ def main(replicate: int, shard: int) -> None:
         close({n: whole(v) for n, v in ema.average.items()}, dict(plain.named_parameters()), 1e-6)
 
         if shard > 1:
-            gathered_once(world, replicate, shard, batch, noise, eager)
-        wrapped(world, replicate, shard, batch, noise, eager)
-        bf16(world, replicate, shard, batch, noise, eager)
+            gathered_once(world, mesh, batch, noise, eager)
+        wrapped(world, mesh, batch, noise, eager)
+        bf16(world, mesh, batch, noise, eager)
 
 
-def gathered_once(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, eager: dict) -> None:
+def gathered_once(world: World, mesh: DeviceMesh, batch: Batch, noise: Noise, eager: dict) -> None:
     """By default every micro-batch gathers; with `gather_once` only the first one of a step, to the same gradients."""
     for once in (False, True):
         policy = make_policy()
-        replicas = spread(policy, policy.blocks(), world, replicate, shard, "no", gather_once=once)
+        replicas = spread(policy, policy.blocks(), world, mesh, Execution(gather_once=once))
         for _ in range(2):  # two steps: the first one's last micro-batch lets go of the parameters
             policy.zero_grad()
             first, *others = step(replicas, world, batch, noise, num_micro=NUM // world.size, counted=GATHERS)
@@ -128,22 +130,14 @@ def gathered_once(world: World, replicate: int, shard: int, batch: Batch, noise:
     close(gradients(policy), eager, 1e-5)
 
 
-def wrapped(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, eager: dict) -> None:
+def wrapped(world: World, mesh: DeviceMesh | None, batch: Batch, noise: Noise, eager: dict) -> None:
     """Activation checkpointing computes a block twice and changes no bit; compiled blocks agree with eager ones."""
     for compile_backend, tolerance in ((None, 0.0), ("aot_eager", 1e-4)):
         policy = make_policy()
         runs = []
         policy.layers[0].mlp.up.register_forward_hook(lambda *_, seen=runs: seen.append(1))
-        replicas = spread(
-            policy,
-            policy.blocks(),
-            world,
-            replicate,
-            shard,
-            "no",
-            activation_checkpointing=True,
-            compile_backend=compile_backend,
-        )
+        execution = Execution(activation_checkpointing=True, compile_backend=compile_backend)
+        replicas = spread(policy, policy.blocks(), world, mesh, execution)
         assert get_model_state_dict(policy).keys() == make_policy().state_dict().keys()
         step(replicas, world, batch, noise, num_micro=2)
         if compile_backend is None:
@@ -152,12 +146,12 @@ def wrapped(world: World, replicate: int, shard: int, batch: Batch, noise: Noise
         close(gradients(policy), eager, tolerance)
 
 
-def bf16(world: World, replicate: int, shard: int, batch: Batch, noise: Noise, eager: dict) -> None:
+def bf16(world: World, mesh: DeviceMesh | None, batch: Batch, noise: Noise, eager: dict) -> None:
     """Computed in bfloat16; parameters and gradients stay float32 and aren't rounded by the reduction."""
     policy = make_policy()
     seen = []
     policy.layers[0].mlp.up.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    replicas = spread(policy, policy.blocks(), world, replicate, shard, "bf16")
+    replicas = spread(policy, policy.blocks(), world, mesh, Execution("bf16"))
     step(replicas, world, batch, noise, num_micro=1, precision="bf16")
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())

@@ -185,6 +185,14 @@ def test_a_changed_plan_is_refused_by_name_and_goes_on_with_restart(change, begu
     assert sorted(metrics(run_dir)) == list(range(1, 10))
 
 
+def test_a_share_that_holds_out_the_same_episodes_is_no_change_of_the_plan(tmp_path):
+    share = "data.sources.main.val_split_ratio="  # at least one episode
+    command = [*QUICK, "scheduler=constant", f"{share}0.01"]
+    run_dir = train_here([*command, "trainer.steps=2"], tmp_path / "run")
+    train_here([*command, "trainer.steps=3", f"{share}0.001", "resume=auto"], run_dir)
+    assert sorted(metrics(run_dir)) == [1, 2, 3]
+
+
 def test_weights_are_named_when_only_they_change(tmp_path):
     command = [*QUICK, "scheduler=constant", "checkpoint.every=2"]
     run_dir = train_here([*command, "trainer.steps=2"], tmp_path / "run")

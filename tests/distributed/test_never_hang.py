@@ -47,7 +47,7 @@ def rows(run_dir: Path) -> int:
 BY_HAND = "from opentau_train import cli; cli.HEAD_START_S = 1.0; cli.main()"
 
 
-def ranks_by_hand(commands: list[dict], size: int = 2) -> list[subprocess.Popen]:
+def ranks_by_hand(commands: list[dict], size: int = 2, program: str = BY_HAND) -> list[subprocess.Popen]:
     """Processes without torchrun: {rank, arguments, and what else is to be different in the environment}."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def ranks_by_hand(commands: list[dict], size: int = 2) -> list[subprocess.Popen]
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": given.get("size", size), "LOCAL_WORLD_SIZE": size}
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{k: str(v) for k, v in world.items()})
         env |= given.get("env", {})
-        command = [sys.executable, "-c", BY_HAND, *arguments]
+        command = [sys.executable, "-c", program, *arguments]
         pipe = subprocess.PIPE
         cwd = given.get("cwd")  # `python -c` imports from there first
         started.append(subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT))
@@ -225,6 +225,92 @@ def _state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return flat | load_file(folder / "pretrained_model" / "model.safetensors")
 
 
+# -- an end that hangs -----------------------------------------------------------------------------------------------
+
+STALLED_STORAGE = """
+import os
+from opentau_train import cli
+from opentau_train.checkpoints import commit
+
+def stalled_seal(partial):
+    open(os.environ["FIFO"]).read()
+
+commit.seal = stalled_seal
+cli.main()
+"""
+
+STALLED_CLOSE = """
+import os, time
+from torch.distributed.checkpoint.staging import DefaultStager
+from opentau_train import cli
+
+def stalled_close(stager):
+    while True:
+        time.sleep(0.1)
+
+if os.environ["RANK"] == "1":
+    DefaultStager.close = stalled_close
+cli.main()
+"""
+
+LIMITED_GROUP = """
+import time
+from opentau_train.distributed import world as module
+
+module.COLLECTIVE_MARGIN = 1.0
+with module.launch(device="cpu", precision="no", timeout=3.0, identity={}) as world:
+    group = world.background_group()
+    world.gather(0, group)
+    try:
+        if world.is_main:
+            world.gather(0, group)
+        else:
+            time.sleep(60)
+    except RuntimeError as error:
+        print("given up:", error, flush=True)
+    import os
+    os._exit(0)
+"""
+
+
+def test_a_background_save_that_hangs_after_an_error_ends_with_its_stack_and_the_error(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # nobody ever writes to it
+    arguments = [*ENDLESS, "model._target_=tests.misbehaving.Broken", "trainer.step_timeout=8", "checkpoint.async=true"]
+    arguments += ["checkpoint.every=2", f"paths.run_dir={tmp_path / 'run'}"]
+    env = environment(RANK="1", FIFO=str(tmp_path / "fifo"))
+    command = [sys.executable, "-c", STALLED_STORAGE, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == EXIT_FAULT
+    assert "error: the run stands still" in done.stderr
+    place = "closing after ZeroDivisionError: division by a broken part, step 3"
+    assert f"rank 0: no progress for 8 s in: {place}" in done.stderr, done.stderr
+    assert "stalled_seal" in (tmp_path / "run" / "stacks" / "rank0.txt").read_text()
+
+
+def test_an_end_that_hangs_on_one_rank_ends_all_with_their_stacks(tmp_path):
+    arguments = [*RUN, "trainer.steps=2", "checkpoint.async=true", "trainer.step_timeout=8"]
+    arguments += [f"paths.run_dir={tmp_path}"]
+    processes = ranks_by_hand([{"rank": r, "arguments": arguments} for r in (0, 1)], program=STALLED_CLOSE)
+    outputs = [p.communicate(timeout=200)[0] for p in processes]
+    assert [p.returncode for p in processes] == [EXIT_FAULT] * 2, outputs
+    for rank in (0, 1):
+        assert f"rank {rank}: no progress for 8 s in: closing, step 2" in outputs[0], outputs[0]
+    assert "barrier" in (tmp_path / "stacks" / "rank0.txt").read_text()
+    assert "stalled_close" in (tmp_path / "stacks" / "rank1.txt").read_text()
+    assert (tmp_path / "checkpoints" / "00000002").is_dir()
+
+
+def test_the_group_of_the_background_waits_no_longer_than_the_others(tmp_path):
+    processes = ranks_by_hand([{"rank": r, "arguments": []} for r in (0, 1)], program=LIMITED_GROUP)
+    try:
+        output = processes[0].communicate(timeout=50)[0]  # torch's own limit is half an hour
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert "given up:" in output, output
+
+
 # -- preemption ------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +378,21 @@ def test_a_stop_while_one_ranks_data_hangs_is_obeyed_by_all(workers, tmp_path):
     (tmp_path / SENTINEL).touch()
     output = process.communicate(timeout=60)[0]
     assert "preempted at step 3" in output and (tmp_path / "checkpoints" / "00000003").is_dir(), output
+
+
+def test_a_stop_while_waiting_for_data_right_after_a_save_writes_no_step_again(tmp_path):
+    hanging = [o for o in RUN if "sources.old" not in o] + ["checkpoint.every=3", "checkpoint.keep_last=1"]
+    hanging += ["trainer.global_batch_size=2"]  # six reads are three steps
+    hanging += ["data.sources.main._target_=tests.misbehaving.HangingSource", f"paths.run_dir={tmp_path}"]
+    process = start(hanging, RANK="1")
+    checkpoint = tmp_path / "checkpoints" / "00000003"
+    wait_for(checkpoint.is_dir, process)
+    before = {path: path.stat().st_mtime_ns for path in (checkpoint, *checkpoint.rglob("*"))}
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == EXIT_PREEMPTED and "preempted at step 3" in output, output
+    assert output.count("saved ") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in (checkpoint, *checkpoint.rglob("*"))}
 
 
 def test_an_iterator_that_hangs_is_given_up_only_when_a_stop_is_asked_for(tmp_path):

@@ -20,7 +20,12 @@ BATCH = 3
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A run whose last step logged a full validation, with the average's and the actions'."""
-    overrides = ["trainer.steps=3", "trainer.ema_decay=0.5", "validation.metrics=[action]", "validation.every=3"]
+    overrides = [
+        "trainer.steps=3",
+        "trainer.ema_decay=0.5",
+        "validation.evaluators=[loss,action]",
+        "validation.every=3",
+    ]
     overrides += [f"validation.batch_size={BATCH}", "validation.max_samples_per_group=11"]
     return train_here([*TOY, *overrides], tmp_path_factory.mktemp("frozen") / "run")
 
@@ -56,7 +61,7 @@ def test_one_checkpoint_gives_the_same_numbers_on_every_topology(topology, check
     for tag, value in logged.items():
         # What is promised across topologies is 1e-6; one process is the topology that logged it.
         assert abs(result["metrics"][tag] - value) <= (0.0 if topology == "1" else 1e-6), tag
-    assert (tmp_path / "v.png").read_bytes() == (checkpoint / "plots" / "actions_00000003.png").read_bytes()
+    assert (tmp_path / "v_actions.png").read_bytes() == (checkpoint / "plots" / "actions_00000003.png").read_bytes()
 
 
 @pytest.mark.parametrize(("ranks", "batch_size", "workers"), [(2, 7, 0), (4, 1, 1), (2, 64, 2)])

@@ -1,5 +1,6 @@
 """What the documents show works: links lead somewhere, commands are run by a test, code is run as it stands."""
 
+import json
 import os
 import re
 import shlex
@@ -167,33 +168,57 @@ def real(before: str, argument: str, run: Path, folder: Path) -> str:
     return f"{key}{equals}{value}"
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", (REPO / "docs" / "extending.md").read_text(), flags=re.S)
+def examples() -> dict[str, str]:
+    """{file: text} of the examples of docs/extending.md: a block's file is the last one named before it."""
+    text, files = (REPO / "docs" / "extending.md").read_text(), {}
+    for before, kind, block in re.findall(r"(.*?)^```(python|yaml)\n(.*?)^```", text, flags=re.S | re.M):
+        names = re.findall(rf"`([a-z_/]+\.{'py' if kind == 'python' else 'yaml'})`(?: of `([a-z_/]+)`)?", before)
+        name, folder = names[-1]
+        files[f"{folder}{name}"] = block
+    return files
 
 
-def test_the_examples_of_extending_train_together(tmp_path, monkeypatch):
-    """The document's sink, model and source, with its own YAML files, in one run."""
-    code, configs = blocks("python"), blocks("yaml")
-    for name, text in zip(("my_sinks", "my_models", "my_sources"), code, strict=True):
-        (tmp_path / f"{name}.py").write_text(text)
-    for name, text in zip(("logger/csv", "model/linear", "data/source/sine"), configs, strict=True):
-        path = tmp_path / "configs" / f"{name}.yaml"
+def test_each_example_of_extending_is_short():
+    assert {name: len(text.splitlines()) for name, text in examples().items() if len(text.splitlines()) >= 40} == {}
+
+
+def test_the_examples_of_extending_train_together(tmp_path):
+    """The document's sink, policy, optimizer, source, transform and field, with its own YAML files, in one run."""
+    for name, text in examples().items():
+        path = tmp_path / name if name.endswith(".py") else tmp_path / "configs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    words = [sys.executable, "-m", "opentau_train", "--config-dir", str(tmp_path / "configs"), "+recipe=lerobot"]
-    words += ["logger=[console,csv]", "model=linear", "+data/source@data.sources.sine=sine", "trainer.steps=3"]
+    words = [
+        sys.executable,
+        "-m",
+        "opentau_train",
+        "--config-dir",
+        str(tmp_path / "configs"),
+        "+recipe=[lerobot,clocked]",
+    ]
+    words += [
+        "logger=[console,csv]",
+        "model=linear",
+        "optimizer=lion",
+        "+data/source@data.sources.sine=sine",
+        "trainer.steps=3",
+    ]
     words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "trainer.log_every=1", "trainer.global_batch_size=4"]
     words += [
         f"paths.run_dir={tmp_path / 'run'}",
         "data.image_size=[32,32]",
         "data.num_workers=0",
+        "validation=smooth",
         "validation.every=3",
     ]
     env = environment(PYTHONPATH=f"{REPO}{os.pathsep}{tmp_path}", OPENTAU_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "tag.csv").read_text().splitlines()) == 3
-    assert "Validation/sine/joint/MSE" in metrics(tmp_path / "run")[3]
+    row = metrics(tmp_path / "run")[3]
+    assert "Validation/sine/joint/MSE" in row and row["Validation-Smoothness/sine/joint"] > 0
+    card = json.loads((tmp_path / "run" / "checkpoints" / "last" / "pretrained_model" / "policy.json").read_text())
+    assert any(entry["_target_"] == "my_transforms.Clock" for entry in card["transforms"]["sine"])
     assert re.search(r"^sine +12 ", done.stderr, flags=re.M), "the source's own option is followed"
     for key, text in (("num_episode=3", "did you mean 'num_episodes'?"), ("success_only=true", "doesn't follow")):
         refused = subprocess.run(

@@ -19,6 +19,7 @@ from opentau_train.data.order.tape import Tape
 from opentau_train.errors import UserError
 from opentau_train.metrics.sums import Sums, validation_row
 from opentau_train.types import EpisodeTable
+from opentau_train.validation.passes import Validation
 from opentau_train.validation.plan import equal_spans, plan_validation, validation_windows
 from tests.program import DATA, TOY, metrics, train_here
 
@@ -195,7 +196,7 @@ def test_permuting_the_config_changes_no_key_and_no_value(tmp_path):
 def test_validating_more_often_changes_no_training_number(tmp_path):
     """With everything that a pass can do, and dropout in the data."""
     run = [*TOY, "trainer.steps=6", "data.dropout.prompt=0.5", "trainer.ema_decay=0.9", "data.num_workers=1"]
-    more = ["validation.metrics=[action]", "validation.num_noise_draws=2"]
+    more = ["validation.evaluators=[loss,action]", "validation.num_noise_draws=2"]
     never = metrics(train_here([*run, "validation.every=0"], tmp_path / "never"))
     often = metrics(train_here([*run, *more, "validation.every=1"], tmp_path / "often"))
     assert training(never) == training(often) and len(never) == 6
@@ -204,24 +205,24 @@ def test_validating_more_often_changes_no_training_number(tmp_path):
 def test_ambient_random_states_and_modes_are_untouched_by_a_pass(tmp_path, monkeypatch):
     import random
 
-    from opentau_train import train
-
     states = []
-    run_passes = train.run_passes
+    run = Validation.run
 
-    def watched(policy, *arguments):
+    def watched(validation, policy, *arguments):
         def now():
             _, numpy_state, *rest = np.random.get_state()
             weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
             return torch.get_rng_state(), numpy_state, rest, random.getstate(), policy.training, weights
 
         before = now()
-        found = run_passes(policy, *arguments)
+        measured = run(validation, policy, *arguments)
         states.append((before, now()))
-        return found
+        return measured
 
-    monkeypatch.setattr(train, "run_passes", watched)
-    train_here([*RUN, "trainer.ema_decay=0.5", "validation.metrics=[action]", "data.num_workers=1"], tmp_path / "run")
+    monkeypatch.setattr(Validation, "run", watched)
+    train_here(
+        [*RUN, "trainer.ema_decay=0.5", "validation.evaluators=[loss,action]", "data.num_workers=1"], tmp_path / "run"
+    )
     assert len(states) == 2
     for before, after in states:
         assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2:5] == after[2:5]

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.slow
 def test_held_out_action_error_is_at_least_thirty_percent_below_the_one_with_blanked_images(tmp_path):
     """Both runs are the whole recipe, side by side, one thread each. The error is the mean absolute one of sampled
     chunks on held-out episodes: joint angles in radians and hand positions in metres."""
-    recipe = ["+recipe=droid_policy", "validation.every=400", "validation.max_action_samples=128", "data.num_workers=1"]
+    recipe = [
+        "+recipe=droid_policy",
+        "validation.every=400",
+        "validation.evaluator.action.max_samples_per_group=128",
+        "data.num_workers=1",
+    ]
     variants = {"seen": [], "blanked": ["data.blank_images=true"]}
     running = {}
     for name, extra in variants.items():

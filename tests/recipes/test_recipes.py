@@ -12,6 +12,7 @@ from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from opentau_train.types import BatchSpec
+from opentau_train.validation.passes import open_evaluators
 from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
 
 CONF = REPO / "conf"
@@ -35,6 +36,7 @@ def test_every_choice_composes_and_fits_its_class(choice):
     settings = composed("+recipe=droid_policy", choice)
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
+    open_evaluators(settings.validation)
     for name, sink in settings.logger.items():
         bind(sink, f"logger.{name}", ["context"])
 

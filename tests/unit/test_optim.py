@@ -4,8 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opentau_train.config.settings import OptimizerSettings
-from opentau_train.optim import Constant, Cosine, Ema, Linear, adamw
+from opentau_train import cli
+from opentau_train.config.settings import OptimizerSettings, load_settings
+from opentau_train.config.typed import build
+from opentau_train.errors import UserError
+from opentau_train.optim import Constant, Cosine, Ema, Linear, build_optimizer, check_optimizer, set_lr
+from tests.unit.models.flow_cases import make_policy
 
 
 @given(st.integers(0, 50), st.integers(52, 500), st.floats(0, 1))
@@ -24,27 +28,171 @@ def test_one_step_run_has_a_finite_rate():
     assert Cosine(50)(50, 51) == Linear(50)(50, 51) == 1.0  # one step after the warm-up: the peak and the end
 
 
+# ---------------------------------------------------------------- groups of parameters
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 2)
         self.norm = nn.LayerNorm(2)
         self.token_embed = nn.Parameter(torch.ones(4, 2))
+        self.velocity_out = nn.Linear(2, 2)
+        self.frozen_out = nn.Linear(2, 2).requires_grad_(False)
 
 
-def test_no_decay_on_norms_biases_and_embeddings():
+def settings(**tree) -> OptimizerSettings:
+    return build(OptimizerSettings, {"lr": 1.0, "weight_decay": 0.3, **tree}, "optimizer")
+
+
+def by_name(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """{parameter's name: its group}."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_no_decay_on_norms_biases_and_embeddings_and_none_of_it_on_frozen_parameters():
     net = Net()
-    groups = adamw(net, OptimizerSettings(lr=1.0, weight_decay=0.3)).param_groups
-    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == {id(net.linear.weight)}
-    assert sum(len(g["params"]) for g in groups) == 5
+    optimizer = build_optimizer(net, settings())
+    groups = by_name(net, optimizer)
+    assert {name for name, group in groups.items() if group["weight_decay"]} == {"linear.weight", "velocity_out.weight"}
+    assert set(groups) == {name for name, p in net.named_parameters() if p.requires_grad}
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert type(optimizer) is torch.optim.AdamW and all(g["fused"] and g["lr"] == 1.0 for g in optimizer.param_groups)
 
 
-def test_ema_is_the_written_recurrence():
+def test_the_defaults_train_bit_for_bit_as_two_groups_written_by_hand():
+    """The settings of conf/, an old run's without `_target_`, and torch's class over the two groups."""
+    shown = load_settings(cli.compose(["+recipe=lerobot", "data.sources.main.root=/a", "optimizer=adamw"])).optimizer
+    old = build(
+        OptimizerSettings, {"lr": shown.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4}, "optimizer"
+    )
+    policies = [make_policy() for _ in range(3)]
+    decayed = [p for n, p in policies[2].named_parameters() if p.ndim > 1 and "embed" not in n]
+    plain = [p for n, p in policies[2].named_parameters() if p.ndim <= 1 or "embed" in n]
+    by_hand = [{"params": decayed, "weight_decay": 1e-4}, {"params": plain, "weight_decay": 0.0}]
+    optimizers = [build_optimizer(policies[0], shown), build_optimizer(policies[1], old)]
+    optimizers.append(torch.optim.AdamW(by_hand, lr=shown.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))
+    for step in range(3):
+        for policy, optimizer in zip(policies, optimizers, strict=True):
+            torch.manual_seed(step)
+            for parameter in policy.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    for parameters in zip(*(p.parameters() for p in policies), strict=True):
+        assert torch.equal(parameters[0], parameters[2]) and torch.equal(parameters[1], parameters[2])
+
+
+def test_rules_accumulate_in_order_and_the_schedule_keeps_their_ratios():
+    net = Net()
+    rules = {"heads": {"pattern": "*_out.*", "lr_scale": 5.0}, "bias": {"pattern": "*.bias", "weight_decay": 0.1}}
+    rules["last"] = {"pattern": "velocity_out.weight", "weight_decay": 0.7, "betas": [0.5, 0.6]}
+    optimizer = build_optimizer(net, settings(groups=rules))
+    set_lr(optimizer, 0.01)
+    groups = by_name(net, optimizer)
+    found = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert found["velocity_out.bias"] == (0.05, 0.1) and found["velocity_out.weight"] == (0.05, 0.7)
+    assert found["linear.weight"] == (0.01, 0.3) and found["norm.weight"] == (0.01, 0.0)
+    assert groups["velocity_out.weight"]["betas"] == [0.5, 0.6] and groups["linear.weight"]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (
+            {"groups": {"heads": {"pattern": "*_outt.*"}}},
+            ["optimizer.groups.heads.pattern", "velocity_out", "*_outt.*"],
+        ),
+        ({"groups": {"a": {"pattern": "frozen_out.*"}}}, ["no trainable parameter", "has 7, such as token_embed"]),
+        ({"groups": {"a": {"pattern": "*", "bets": [0.5, 0.6]}}}, ["optimizer.groups.a", "'bets'", "mean 'betas'"]),
+    ],
+)
+def test_a_rule_that_does_nothing_is_refused(tree, words):
+    with pytest.raises(UserError) as caught:
+        build_optimizer(Net(), settings(**tree))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ---------------------------------------------------------------- optimizers by their class
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"bets": [0.9, 0.95]}, ["unknown key 'optimizer.bets'", "mean 'betas'", "groups, lr, no_decay"]),
+        ({"no_deccay": ["*"]}, ["unknown key 'optimizer.no_deccay'", "mean 'no_decay'"]),
+        ({"betas": [0.9, 1.0]}, ["refuses its options", "beta"]),
+        ({"betas": 0.9}, ["optimizer.betas must be a list"]),
+        ({"_target_": "torch.optim.Adamm"}, ["optimizer._target_", "Adamm"]),
+        ({"_target_": "torch.optim.SGD", "momentum": -1.0}, ["torch.optim.SGD refuses", "momentum"]),
+    ],
+)
+def test_a_wrong_option_is_named_before_there_is_a_model(tree, words):
+    with pytest.raises(UserError) as caught:
+        check_optimizer(settings(**tree))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_optimizer_of_torch_needs_only_its_name():
+    net = Net()
+    optimizer = build_optimizer(net, settings(_target_="torch.optim.SGD", momentum=0.9, no_decay=["linear.*"]))
+    assert type(optimizer) is torch.optim.SGD and {g["momentum"] for g in optimizer.param_groups} == {0.9}
+    assert by_name(net, optimizer)["linear.weight"]["weight_decay"] == 0.0
+
+
+def muon() -> OptimizerSettings:
+    return load_settings(cli.compose(["+recipe=lerobot", "data.sources.main.root=/a", "optimizer=muon"])).optimizer
+
+
+def test_muon_moves_the_layers_matrices_and_adamw_everything_else():
+    """With the settings of conf/optimizer/muon, against torch's two optimizers, each over its part."""
+    policy, by_hand = make_policy(), make_policy()
+    optimizer = build_optimizer(policy, muon())
+    named = dict(by_hand.named_parameters())
+    matrices = [p for name, p in named.items() if name.startswith("layers.") and p.ndim == 2]
+    rest = [(n, p) for n, p in named.items() if not (n.startswith("layers.") and p.ndim == 2)]
+    decayed = [p for n, p in rest if p.ndim > 1 and "embed" not in n]
+    plain = [p for n, p in rest if p.ndim <= 1 or "embed" in n]
+    lr, decay = muon().lr, muon().weight_decay
+    adamw_groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    pair = (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True),
+    )
+    assert len(matrices) == 8
+    for step in range(3):
+        for model in (policy, by_hand):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        for half in pair:
+            half.step()
+    for (name, own), other in zip(policy.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(own, other), name
+    state = optimizer.state_dict()
+    assert sum("momentum_buffer" in s for s in state["state"].values()) == 8
+
+
+# ---------------------------------------------------------------- the moving average
+
+
+def test_ema_is_the_written_recurrence_over_trainable_parameters_alone():
     net = Net()
     ema = Ema(net, 0.9)
-    before = ema.average["linear.bias"].clone()
+    assert set(ema.average) == {name for name, p in net.named_parameters() if p.requires_grad}
+    before = {name: value.clone() for name, value in ema.average.items()}
+    torch.manual_seed(0)
     with torch.no_grad():
-        net.linear.bias.fill_(2.0)
+        for parameter in net.parameters():
+            parameter.normal_()
     ema.update(net)
-    torch.testing.assert_close(ema.average["linear.bias"], 0.9 * before + 0.1 * 2.0)
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ema.average[name], 0.9 * before[name] + 0.1 * parameter.detach())
+            one_by_one = before[name].lerp_(parameter.detach().float(), 1.0 - 0.9)
+            assert torch.equal(ema.average[name], one_by_one), "as each parameter by itself, to the last bit"
+    frozen = net.frozen_out.weight.clone()
+    with ema.applied_to(net):
+        assert torch.equal(net.linear.weight, ema.average["linear.weight"])
+        assert torch.equal(net.frozen_out.weight, frozen)

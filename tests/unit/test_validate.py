@@ -21,7 +21,7 @@ from opentau_train.metrics.sums import exact, group_means
 from opentau_train.optim import Ema
 from opentau_train.types import Group
 from opentau_train.validation.actions import unit_of
-from opentau_train.validation.losses import Scores
+from opentau_train.validation.evaluator import Scores
 from opentau_train.validation.plots import Panel, draw_panels
 from tests.program import DATA, TOY, metrics, train_here
 
@@ -140,7 +140,7 @@ def best_of(tmp_path, num_episodes=6):
 
 def scores_of(means, counts=8.0):
     counts = np.broadcast_to(np.asarray(counts, float), means.shape)
-    return Scores({"Validation/Loss": float(means.mean())}, sums_of(means, counts))
+    return Scores(float(means.mean()), sums_of(means, counts))
 
 
 def saved(tmp_path, step):
@@ -153,10 +153,10 @@ def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_
     rng = np.random.default_rng(0)
     start = rng.normal(5, 3, 6)
     best = best_of(tmp_path)
-    assert best.offer(world, 10, scores_of(start))
-    assert not best.offer(world, 20, scores_of(start + rng.normal(-0.01, 0.1, 6)))
-    assert not best.offer(world, 25, scores_of(np.full(6, np.nan)))
-    assert best.offer(world, 30, scores_of(start - 0.5 + rng.normal(0, 0.05, 6)))
+    assert best.update(world, 10, scores_of(start))
+    assert not best.update(world, 20, scores_of(start + rng.normal(-0.01, 0.1, 6)))
+    assert not best.update(world, 25, scores_of(np.full(6, np.nan)))
+    assert best.update(world, 30, scores_of(start - 0.5 + rng.normal(0, 0.05, 6)))
     for step in (10, 30):
         saved(tmp_path, step)
     best.point()
@@ -164,24 +164,24 @@ def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_
 
     later, earlier = best_of(tmp_path), best_of(tmp_path)
     later.restore(world, 35)
-    assert later.step == 30 and not later.offer(world, 40, scores_of(start - 0.5))
+    assert later.step == 30 and not later.update(world, 40, scores_of(start - 0.5))
     earlier.restore(world, 29)  # step 30 is still to come: what it left is forgotten
     assert earlier.step == 10 and (tmp_path / "checkpoints" / "best").resolve().name == "00000010"
-    assert earlier.offer(world, 30, scores_of(start - 0.5))
+    assert earlier.update(world, 30, scores_of(start - 0.5))
 
 
 def test_other_windows_start_the_comparison_anew_and_left_out_ones_are_left_out_of_it(tmp_path):
     world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
     start = np.linspace(1, 6, 6)
     best = best_of(tmp_path)
-    best.offer(world, 10, scores_of(start))
+    best.update(world, 10, scores_of(start))
     fewer = np.array([8.0, 8.0, 8.0, 8.0, 8.0, 2.0])  # the hardest episode couldn't be read
-    assert not best.offer(world, 20, scores_of(start * np.array([1, 1, 1, 1, 1, 0]), fewer))
-    assert best.offer(world, 30, scores_of(start - np.linspace(0.9, 1.1, 6), fewer))
+    assert not best.update(world, 20, scores_of(start * np.array([1, 1, 1, 1, 1, 0]), fewer))
+    assert best.update(world, 30, scores_of(start - np.linspace(0.9, 1.1, 6), fewer))
     other = best_of(tmp_path, 5)
     other.restore(world, 30)
     assert other.step is None
-    assert not best_of(tmp_path / "one", 1).offer(world, 10, scores_of(np.ones(1)))
+    assert not best_of(tmp_path / "one", 1).update(world, 10, scores_of(np.ones(1)))
 
 
 # -- units, pictures, averages ----------------------------------------------------------------------------------------
@@ -238,7 +238,12 @@ def test_the_average_is_applied_and_taken_back_bit_for_bit(dtype):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    overrides = ["trainer.steps=4", "validation.every=2", "trainer.ema_decay=0.9", "validation.metrics=[action]"]
+    overrides = [
+        "trainer.steps=4",
+        "validation.every=2",
+        "trainer.ema_decay=0.9",
+        "validation.evaluators=[loss,action]",
+    ]
     return train_here([*TOY, *overrides], tmp_path_factory.mktemp("trained") / "run")
 
 
@@ -252,7 +257,7 @@ def test_command_equals_what_training_logged_bit_for_bit(trained, tmp_path):
     logged = {k: v for k, v in metrics(trained)[4].items() if k.startswith("Validation")}
     assert result["metrics"] == logged and len(logged) > 50
     assert result["step"] == 4 and result["left_out"] == [] and result["trained_on"] == {}
-    assert (tmp_path / "v.png").is_file() and (trained / "plots" / "actions_00000004.png").is_file()
+    assert (tmp_path / "v_actions.png").is_file() and (trained / "plots" / "actions_00000004.png").is_file()
 
 
 def test_command_validates_another_mixture_and_names_episodes_that_were_trained_on(trained):

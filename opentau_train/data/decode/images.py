@@ -63,12 +63,6 @@ class Resizer:
         return self._fitted
 
 
-def centred(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """The view [..., `height`, `width`, 3] of the middle of `out` [..., H, W, 3]: where a smaller picture goes."""
-    top, left = (out.shape[-3] - height) // 2, (out.shape[-2] - width) // 2
-    return out[..., top : top + height, left : left + width, :]
-
-
 def decode_image(encoded: bytes) -> NDArray[np.uint8]:
     """[H, W, 3] uint8 RGB of a PNG, JPEG, ...; grey images repeat their channel, 16-bit ones keep the high byte.
 

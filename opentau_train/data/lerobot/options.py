@@ -5,15 +5,19 @@ Apart from `source`, which reads it: options are checked, and named in answers, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from opentau_train.config.data import SourceSettings
+from opentau_train.config.resuming import SAFE, warned
 from opentau_train.config.typed import positive
 from opentau_train.errors import UserError
 
 if TYPE_CHECKING:
     from opentau_train.data.lerobot.source import LeRobotDataset
+
+
+PROMPTS = warned("other prompts from here on")
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,11 @@ class LeRobotSource:
     """{camera name: column}, or columns; null = every camera of the dataset."""
     state: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
-    prompt_columns: tuple[str, ...] = ()
+    prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
     """String columns that hold the instruction; none = the dataset's tasks."""
-    prompt_separator: str | None = None
+    prompt_separator: str | None = field(default=None, metadata=PROMPTS)
     """Splits one text into alternatives, e.g. ' | '."""
-    tolerance_s: Annotated[float, positive] = 1e-4
+    tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)
     """Seconds by which a video's frame may miss its row's time."""
 
     def open(self, name: str, settings: SourceSettings) -> LeRobotDataset:

@@ -24,13 +24,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from opentau_train import rng
+from opentau_train.batch import Batch, Sample, join, stack
 from opentau_train.data.decode.video import OpenDecoders
-from opentau_train.data.load.collate import collate, join
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, Fault, UserError
-from opentau_train.types import Batch, Sample
+from opentau_train.errors import BadSample, Fault, Teller, UserError
+from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
 GONE_S = 2.0
@@ -52,7 +52,7 @@ class Part:
     error: UserError | None = None
     left_out: tuple[BadSample, ...] = ()
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
-    """Those of the worker."""
+    """The decoders that the worker keeps open."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RankBatch:
     num_substituted: int = 0
     error: UserError | None = None
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
-    """Those of all of the rank's workers."""
+    """The decoders that all of the rank's workers keep open."""
 
 
 class Parts(IterableDataset):
@@ -88,7 +88,7 @@ class Parts(IterableDataset):
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        builder = SampleBuilder(self.mixture, train=self.train)
+        builder = SampleBuilder(self.mixture, training=self.train)
         try:
             for windows in self.plan(worker, num_workers):
                 yield self._build(builder, windows)
@@ -100,9 +100,10 @@ class Parts(IterableDataset):
     def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
         samples, substituted, left_out = [], 0, {}
         columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
-        for i, (lane, ahead, *address) in enumerate(zip(*(c.tolist() for c in columns))):
+        for i, (lane, ahead, *numbers) in enumerate(zip(*(c.tolist() for c in columns))):
+            address = Address(*numbers)
             try:
-                samples.append(builder.build(lane, *address, ahead=ahead))
+                samples.append(builder.build(lane, address, ahead=ahead))
             except BadSample as error:
                 if not self.train:
                     if not self.skip_bad:
@@ -111,21 +112,21 @@ class Parts(IterableDataset):
                     continue
                 samples.append(self._substitute(builder, lane, address, error))
                 substituted += 1
-        batch = collate(samples, self.mixture.spec) if samples else None
+        batch = stack(samples, self.mixture.spec) if samples else None
         t = np.delete(windows.t, list(left_out))
         return Part(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
 
-    def _substitute(self, builder: SampleBuilder, lane: int, address: list[int], error: BadSample) -> Sample:
+    def _substitute(self, builder: SampleBuilder, lane: int, address: Address, error: BadSample) -> Sample:
         """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
-        dataset, episode, frame, pass_index = address
-        blocks = self.mixture.datasets[dataset].train
-        number = int(self.mixture.datasets[dataset].source.episodes.episode_index[episode])
+        dataset = self.mixture.datasets[address.dataset]
+        blocks, pass_index = dataset.train, address.pass_index
+        number = int(dataset.source.episodes.episode_index[address.episode])
         self._record(error, pass_index)
-        key = rng.key(self.mixture.seed, "substitute", blocks.name, number, frame, pass_index)
+        key = rng.key(self.mixture.seed, "substitute", blocks.name, number, address.frame, pass_index)
         for draw in rng.uniform(key, SUBSTITUTE_TRIES):
             other = blocks.window(int(draw * blocks.num_windows))
             try:
-                return builder.build(lane, dataset, *other, pass_index)
+                return builder.build(lane, Address(address.dataset, *other, pass_index))
             except BadSample as again:
                 self._record(again, pass_index)
         raise UserError(
@@ -216,27 +217,40 @@ def _join(parts: list[Part]) -> RankBatch:
 
 
 def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:
-    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ...
+    """The first of `passes`."""
+    with closing(passes(parts, num_workers, prefetch_factor)) as endless:
+        for part in endless:
+            if part is None:
+                return
+            yield part
 
-    The workers live until the generator is exhausted or closed. Raises `Fault` for a worker that died.
+
+def passes(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part | None]:
+    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ..., and None at the end;
+    then the same workers begin again, with what `parts.plan` gives then.
+
+    The workers live until the generator is closed. Raises `Fault` for a worker that died.
     """
-    iterator: Any = iter(  # whose workers torch offers no public way to end
-        DataLoader(
-            parts,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            collate_fn=_same,
-            worker_init_fn=_begin_worker if num_workers else None,
-            # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
-            # then change every later ambient draw of the training loop.
-            generator=torch.Generator().manual_seed(0),
-            in_order=True,
-        )
+    data_loader = DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        collate_fn=_same,
+        worker_init_fn=_begin_worker if num_workers else None,
+        # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
+        # then change every later ambient draw of the training loop.
+        generator=torch.Generator().manual_seed(0),
+        in_order=True,
     )
+    iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
     workers: list[BaseProcess] = iterator._workers if num_workers else []
     try:
-        yield from iterator
+        while True:
+            yield from iterator
+            yield None
+            iterator = iter(data_loader)  # with workers the same one, begun again
     except (RuntimeError, OSError, EOFError) as error:
         if not _tells_of_death(error, workers):
             raise
@@ -268,14 +282,13 @@ def _worker_death(workers: list[BaseProcess]) -> Fault:
         for w in workers
         if w.exitcode
     ]
-    fault = Fault(
+    return Fault(
         f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})",
         where="the operating system's log (dmesg) tells whether memory ran out",
         remedy="if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
         "resume=auto",
+        teller=Teller.THIS_RANK,
     )
-    fault.told_here = True  # this rank alone knows
-    return fault
 
 
 def _same(item: Any) -> Any:
@@ -288,3 +301,4 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.
     gc.freeze()
+    gc.enable()  # the main process may have put it off (`performance.scheduled_collection`): here nobody would make up

@@ -1,17 +1,22 @@
-"""The mixture: named sources in their places, split, grouped and normalised. `open` makes one."""
+"""The mixture: named sources in their places, split, grouped and normalised. `open.py` makes one."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import DataSettings, SourceSettings
-from opentau_train.data.mixture.normalize import Affine, HeadStats
+from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
 from opentau_train.data.source import Source
+from opentau_train.data.transforms.base import Transforms, Wants
+from opentau_train.data.transforms.pipeline import Pipeline, meet
+from opentau_train.data.transforms.shape import Pad
 from opentau_train.types import BatchSpec, Group
 
 
@@ -20,6 +25,8 @@ class Dataset:
     """A source in its place: its settings, its split and its blocks of either side.
 
     `repo_id` is the deduplicated mixture-level name; `group_of` [E] i64 the group of each episode of its table.
+    `transforms` are those that the configuration names, after which the dimensions have the names `state_names` and
+    `action_names`.
     """
 
     index: int
@@ -32,13 +39,24 @@ class Dataset:
     train: DatasetBlocks
     validation: DatasetBlocks
     group_of: NDArray[np.int64]
+    transforms: Transforms
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+    def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
+        """(position, state [L, S], actions [L, A]) of the episodes at `positions`, transformed: what statistics are
+        of."""
+        pipeline = Pipeline(self.transforms)
+        for position, state, actions in self.source.columns(positions):
+            yield position, *pipeline.rows(state, actions)
 
 
 @dataclass(frozen=True)
 class Mixture:
     """All datasets, in the order of the configuration's names sorted, so that permuting a config changes nothing.
 
-    `draws` n_d windows an epoch; `groups` (dataset, control_mode); `affine` {norm head: (state, actions)}.
+    `draws` n_d windows an epoch; `groups` (dataset, control_mode); `pipelines`, a dataset's transforms each (none
+    where no statistics were computed).
     """
 
     settings: DataSettings
@@ -47,8 +65,27 @@ class Mixture:
     draws: tuple[int, ...]
     groups: tuple[Group, ...]
     stats: dict[str, HeadStats]
-    affine: dict[str, tuple[Affine, Affine]]
+    pipelines: tuple[Pipeline, ...]
     spec: BatchSpec
+
+    def in_shape(self, spec: BatchSpec) -> Mixture:
+        """The same mixture with batches of another shape, no dimension of which is smaller."""
+        spec = dataclasses.replace(spec, modes=self.spec.modes, fields=self.spec.fields)
+        pipelines = []
+        for pipeline in self.pipelines:
+            pad = pipeline.transforms["pad"]
+            assert isinstance(pad, Pad), "`mixture.open` puts it there"
+            wide = dataclasses.replace(
+                pad, state_dim=spec.state_dim, action_dim=spec.action_dim, chunk_length=spec.chunk_length
+            )
+            pipelines.append(Pipeline({**pipeline.transforms, "pad": wide}))
+        return dataclasses.replace(self, pipelines=tuple(pipelines), spec=spec)
+
+    def for_policy(self, wants: Wants) -> Mixture:
+        """The same mixture, its samples made ready for a policy. Raises `UserError` for what the mixture hasn't."""
+        spec = meet(self.spec, wants)
+        pipelines = tuple(Pipeline({**p.transforms, **wants.transforms}) for p in self.pipelines)
+        return dataclasses.replace(self, pipelines=pipelines, spec=spec)
 
     def tape(self, batch_size: int) -> Tape:
         """The plan of the training stream for a global batch of `batch_size` samples."""

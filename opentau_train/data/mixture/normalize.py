@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -55,34 +56,16 @@ class Moments:
         return cls(count=int(tree["count"]), **columns)
 
 
-@dataclass(frozen=True)
-class Affine:
-    """`offset` and `scale` [D] float32 of one vector; scale 0 marks a constant dimension."""
-
-    offset: NDArray[np.float32]
-    scale: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, moments: Moments, method: Method) -> Affine:
-        """mean_std -> zero mean, unit deviation; min_max and quantiles (q01, q99) -> [-1, 1] between the two."""
-        if method == "mean_std":
-            offset, spread = moments.mean, moments.std
-        else:
-            low, high = (moments.min, moments.max) if method == "min_max" else (moments.q01, moments.q99)
-            offset, spread = (low + high) / 2, (high - low) / 2
-        varies = spread > _CONSTANT * np.maximum(1.0, np.abs(offset))
-        scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
-        return cls(offset.astype(np.float32), scale.astype(np.float32))
-
-    def normalize(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """[..., D] in the dataset's units -> normalised float32, in `out` where that is given."""
-        out = np.subtract(x, self.offset, out=out, dtype=np.float32, casting="same_kind")
-        return np.multiply(out, self.scale, out=out)
-
-    def denormalize(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[..., >=D] normalised -> [..., D] in the dataset's units."""
-        inverse = np.where(self.scale > 0, 1.0 / np.where(self.scale > 0, self.scale, 1.0), 0.0)
-        return (z[..., : len(self.offset)] * inverse + self.offset).astype(np.float32)
+def affine_of(moments: Moments, method: Method) -> Affine:
+    """mean_std -> zero mean, unit deviation; min_max and quantiles (q01, q99) -> [-1, 1] between the two."""
+    if method == "mean_std":
+        offset, spread = moments.mean, moments.std
+    else:
+        low, high = (moments.min, moments.max) if method == "min_max" else (moments.q01, moments.q99)
+        offset, spread = (low + high) / 2, (high - low) / 2
+    varies = spread > _CONSTANT * np.maximum(1.0, np.abs(offset))
+    scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
+    return Affine(offset.astype(np.float32), scale.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -196,7 +179,17 @@ def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
     return stats
 
 
+def normalizer(stats: Mapping[str, HeadStats], method: Method) -> Normalize:
+    """The transform that normalises by the statistics of each norm head."""
+
+    def vectors(moments: Moments) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        affine = affine_of(moments, method)
+        return tuple(affine.offset.tolist()), tuple(affine.scale.tolist())
+
+    return Normalize({h: {"state": vectors(s.state), "actions": vectors(s.actions)} for h, s in stats.items()})
+
+
 def constant_dimensions(stats: HeadStats, method: Method) -> list[str]:
     """Names of the dimensions that normalisation leaves at zero."""
     pairs = ((stats.state, stats.state_names), (stats.actions, stats.action_names))
-    return [n for m, names in pairs for n, scale in zip(names, Affine.of(m, method).scale, strict=True) if scale == 0]
+    return [n for m, names in pairs for n, scale in zip(names, affine_of(m, method).scale, strict=True) if scale == 0]

@@ -7,35 +7,30 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
 from opentau_train.config.settings import Settings
-from opentau_train.config.typed import TARGET, instantiate
+from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.normalize import Affine, HeadStats
+from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source, SourceOptions
+from opentau_train.data.transforms.base import Transform
+from opentau_train.data.transforms.drop import BlankImages, DropInputs
+from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
+from opentau_train.data.transforms.shape import ChoosePrompt, Pad
 from opentau_train.errors import UserError
 from opentau_train.types import BatchSpec, Group
 
 log = logging.getLogger(__name__)
-
-CHOOSING = (
-    *("episodes", "exclude_episodes", "success_only", "success_column", "val_split_ratio", "val_episodes"),
-    *("chunk_length", "sample_stride", "fps", "iterable_shuffle"),
-    *("use_filter_dict", "filter_key", "filter_rule", "filter_trim_tail"),
-    *("state", "actions", "cameras", "control_mode", "control_mode_column", "target"),
-)
-"""Settings of a source that choose its windows, or what they are read as."""
 
 
 def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) -> Mixture:
@@ -62,20 +57,38 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = _with_shares(groups, datasets, draws)
-    spec = _batch_spec(data, datasets)
-    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), {}, {}, spec)
+    spec = _batch_spec(data, datasets, groups)
+    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), {}, (), spec)
+
+
+def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline, ...]:
+    """Each dataset's transforms: its own, then those that all have, in this order."""
+    made, data, spec = [], mixture.settings, mixture.spec
+    for dataset in mixture.datasets:
+        norm_heads = (mixture.groups[g].norm_head for g in np.unique(dataset.group_of))
+        heads = {head: stats[head] for head in norm_heads}
+        dims = dict.fromkeys(heads, (len(dataset.state_names), len(dataset.action_names)))
+        shared: dict[str, Transform] = {
+            "choose_prompt": ChoosePrompt(),
+            "normalize": normalize.normalizer(heads, data.normalization),
+            "pad": Pad(spec.state_dim, spec.action_dim, spec.chunk_length, dims),
+        }
+        if any(dataclasses.astuple(data.dropout)):
+            shared["drop_inputs"] = DropInputs(**dataclasses.asdict(data.dropout))
+        if data.blank_images:
+            shared["blank_images"] = BlankImages()
+        made.append(Pipeline({**dataset.transforms, **shared}))
+    return tuple(made)
 
 
 def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
     """The mixture normalised by `stats`; logs which dimensions don't vary. Raises `UserError` where they don't fit."""
     statistics.check(stats, mixture.datasets, mixture.groups)
-    method = mixture.settings.normalization
     for head, known in stats.items():
-        flat = normalize.constant_dimensions(known, method)
+        flat = normalize.constant_dimensions(known, mixture.settings.normalization)
         if flat:
             log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
-    affine = {head: (Affine.of(s.state, method), Affine.of(s.actions, method)) for head, s in stats.items()}
-    return dataclasses.replace(mixture, stats=stats, affine=affine)
+    return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
 
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
@@ -86,7 +99,7 @@ def table_digests(mixture: Mixture) -> dict[str, str]:
 def open_source(name: str, settings: SourceSettings) -> Source:
     """The dataset of `data.sources.NAME`, its files being where `settings.root` says. Raises `UserError`."""
     where = f"data.sources.{name}"
-    options: SourceOptions = instantiate({TARGET: settings.target, **settings.options}, where)
+    options: SourceOptions = instantiate(settings.arguments, where)
     if not options.selects:
         unset = SourceSettings()
         key = next((key for key in SELECTING if getattr(settings, key) != getattr(unset, key)), None)
@@ -113,7 +126,7 @@ def _open_dataset(
     held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
     blocks = source.get_shuffle_blocks()
     rows = chunk_rows(chunk_length, row_step(source.fps, chosen.fps))
-    made_of = _made_of(source, chosen, data, settings.seed)
+    made_of = _made_of(source, chosen)
     sides = [
         make_blocks(
             name,
@@ -129,6 +142,9 @@ def _open_dataset(
         for keep in (~held_out, held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
+    given = (chosen.transforms, data.transforms)
+    path = f"data.sources.{name}.transforms"
+    transforms, state_names, action_names = compose(given, source.state_names, source.action_names, path)
     repo_id = chosen.repo_id or Path(chosen.root or name).name
     twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
     return Dataset(
@@ -142,6 +158,9 @@ def _open_dataset(
         train=sides[0],
         validation=sides[1],
         group_of=first_group + np.unique(table.control_mode, return_inverse=True)[1],
+        transforms=transforms,
+        state_names=state_names,
+        action_names=action_names,
     )
 
 
@@ -174,13 +193,11 @@ def _groups_of(source: Source) -> list[Group]:
     return [Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0) for mode in modes]
 
 
-def _made_of(source: Source, chosen: SourceSettings, data: DataSettings, seed: int) -> dict[str, str]:
-    """What a dataset's blocks follow from, each as a short hash: a resume compares them to say what has changed."""
-    values: dict[str, Any] = {**vars(chosen), **chosen.options}
-    chosen_so = repr([values.get(name) for name in CHOOSING] + [data.drop_tail, seed if chosen.val_split_ratio else 0])
+def _made_of(source: Source, chosen: SourceSettings) -> dict[str, str]:
+    """The files that a dataset's blocks follow from, each as a short hash: a resume compares them to say what has
+    changed. The settings that they follow from are compared by themselves (`config/drift`)."""
     path = Path(chosen.filter_dict_path or "").expanduser()
     return {
-        "settings": hashlib.blake2b(chosen_so.encode(), digest_size=6).hexdigest(),
         "filter": keep_ranges.file_digest(path)[:12] if chosen.use_filter_dict else "",
         "files": hashlib.blake2b(source.fingerprint.encode(), digest_size=6).hexdigest(),
     }
@@ -219,17 +236,20 @@ def _with_shares(groups: Sequence[Group], datasets: Sequence[Dataset], draws: Se
     return [dataclasses.replace(g, share=float(s)) for g, s in zip(groups, share, strict=True)]
 
 
-def _batch_spec(data: DataSettings, datasets: list[Dataset]) -> BatchSpec:
-    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.source.state_names)) for d in datasets])
-    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.source.action_names)) for d in datasets])
-    return BatchSpec(
+def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
+    state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
+    action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
+    spec = BatchSpec(
         cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
         image_size=data.image_size,
         history=data.history,
         state_dim=state_dim,
         action_dim=action_dim,
         chunk_length=max(d.chunk_length for d in datasets),
+        norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
+        modes=tuple(dict.fromkeys(d.settings.mode for d in datasets)),
     )
+    return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
 
 
 def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from opentau_train.data.mixture import normalize
 from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.source import UNKNOWN_ROBOT
+from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.errors import UserError
 from opentau_train.types import Group
 
@@ -33,17 +35,19 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
 
 def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64]], settings: Settings) -> HeadStats:
     """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
-    first = members[0].source
+    first = members[0]
     for other in members[1:]:
         _check_shared(head, members[0], other)
     identity = []
     for d, p in zip(members, positions, strict=True):
-        names = d.source.state_names + d.source.action_names
+        names = d.state_names + d.action_names
         identity += [d.name, d.source.fingerprint, d.source.rows_stamp, repr(names), repr(p.tolist())]
+        if d.transforms:
+            identity.append(json.dumps(Pipeline(d.transforms).to_json()))
 
     def rows() -> normalize.Rows:
         for d, chosen in zip(members, positions, strict=True):
-            for place, state, actions in d.source.columns(chosen):
+            for place, state, actions in d.columns(chosen):
                 yield d.name, int(d.source.episodes.episode_index[place]), state, actions
 
     num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))
@@ -57,10 +61,10 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
     """Statistics over both mean something only where each dimension is the same quantity of the same robot. Raises
     `UserError` where they can't be, or nobody says that they are; warns where only the names differ."""
-    mine, theirs = (d.source.state_names + d.source.action_names for d in (one, other))
+    mine, theirs = (d.state_names + d.action_names for d in (one, other))
     apart = f"set data.sources.{other.name}.robot_type or control_mode to tell them apart"
     both = f"datasets '{one.name}' and '{other.name}'"
-    if len(mine) != len(theirs) or len(one.source.action_names) != len(other.source.action_names):
+    if len(mine) != len(theirs) or len(one.action_names) != len(other.action_names):
         raise UserError(
             f"{both} share norm head {head} but not dimensions", where=f"data.sources.{other.name}", remedy=apart
         )
@@ -86,10 +90,10 @@ def check(stats: dict[str, HeadStats], datasets: Sequence[Dataset], groups: Sequ
         for g in np.unique(dataset.group_of):
             head = groups[g].norm_head
             known = stats.get(head)
-            if known is None or len(known.action_names) != len(dataset.source.action_names):
+            if known is None or len(known.action_names) != len(dataset.action_names):
                 raise UserError(
                     f"the checkpoint has no statistics for norm head {head} "
-                    f"with {len(dataset.source.action_names)} action dimensions",
+                    f"with {len(dataset.action_names)} action dimensions",
                     where=f"data.sources.{dataset.name}",
                     remedy=f"it knows: {', '.join(sorted(stats))}; set robot_type and control_mode to one of these",
                 )

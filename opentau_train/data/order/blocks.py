@@ -55,8 +55,8 @@ I64 = NDArray[np.int64]
 class DatasetBlocks:
     """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
     i32 windows, `stride` frames apart, `number` [N] i64 the episode's number in the dataset (the name its hash key
-    uses); lengths are above 0 and (number, start) occurs once. `made_of` {files, filter, settings: a hash}: what the
-    blocks follow from, to say what has changed."""
+    uses); lengths are above 0 and (number, start) occurs once. `made_of` {files, filter: a hash}: what the blocks
+    follow from, to say what has changed."""
 
     name: str
     episode: NDArray[np.int32]

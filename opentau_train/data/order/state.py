@@ -23,14 +23,8 @@ _PLAN = {
     "lanes": "data.lanes_per_sample * trainer.global_batch_size",
     "phase_rows": "data.phase_rows",
 }
-_CAUSES = {
-    "settings": "the settings that choose its windows (episodes, exclude_episodes, success_only, val_split_ratio, "
-    "chunk_length, sample_stride, drop_tail, fps, filter_rule, ...)",
-    "filter": "the filter file",
-    "files": "the dataset's files",
-    "blocks": "its windows",
-}
-"""Most specific first: other settings may also change what is read of the files."""
+_CAUSES = {"filter": "the filter file", "files": "the dataset's files", "blocks": "its windows"}
+"""Most specific first. Which settings have changed is for the configuration to say (`config/drift`)."""
 
 
 def save_state(tape: Tape, step: int) -> dict[str, Any]:
@@ -71,29 +65,30 @@ def changed(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two states' plans, in words."""
     if saved["version"] != now["version"]:
         return [f"the order's version, {saved['version']} there and {now['version']} here"]
-    found = [f"{name}: {saved[key]} -> {now[key]}" for key, name in _PLAN.items() if saved[key] != now[key]]
-    theirs, mine = saved["sources"], now["sources"]
-    if theirs == mine:
-        return found
-    if isinstance(theirs, str) or isinstance(mine, str):
-        return [*found, "the sources (too many to say which)"]
-    found += [f"source '{name}' was added" for name in mine if name not in theirs]
-    found += [f"source '{name}' was removed" for name in theirs if name not in mine]
-    found += filter(None, (_source_change(name, theirs[name], mine[name]) for name in mine if name in theirs))
-    if not found:  # the sources' windows are the same: only how often they are drawn can differ
-        found = [
-            f"source '{name}': weight, {theirs[name]['draws']} -> {mine[name]['draws']} windows an epoch"
-            for name in mine
-            if theirs[name]["draws"] != mine[name]["draws"]
+    changes = [f"{name}: {saved[key]} -> {now[key]}" for key, name in _PLAN.items() if saved[key] != now[key]]
+    before, after = saved["sources"], now["sources"]
+    if before == after:
+        return changes
+    if isinstance(before, str) or isinstance(after, str):
+        return [*changes, "the sources (too many to say which)"]
+    changes += [f"source '{name}' was added" for name in after if name not in before]
+    changes += [f"source '{name}' was removed" for name in before if name not in after]
+    changes += filter(None, (_source_change(name, before[name], after[name]) for name in after if name in before))
+    if not changes:  # the sources' windows are the same: only how often they are drawn can differ
+        changes = [
+            f"source '{name}': weight, {before[name]['draws']} -> {after[name]['draws']} windows an epoch"
+            for name in after
+            if not isinstance(after[name], str) and before[name]["draws"] != after[name]["draws"]
         ]
-    return found
+    return changes
 
 
-def _source_change(name: str, theirs: Any, mine: Any) -> str:
-    if isinstance(theirs, str) or isinstance(mine, str):
-        return f"source '{name}'" if theirs != mine else ""
+def _source_change(name: str, before: Any, after: Any) -> str:
+    """Either may be a hash of it all; the state of an older version has keys that count no more."""
+    if isinstance(before, str) or isinstance(after, str):
+        return f"source '{name}'" if before != after else ""
     for key, words in _CAUSES.items():
-        if theirs.get(key) != mine.get(key):
+        if before.get(key) != after.get(key):
             return f"source '{name}': {words} changed"
     return ""
 

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,9 +41,9 @@ def names(folder: Path) -> list[int]:
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
 
 
-def save_until_killed(folder: Path, step: int, retention: Retention, operation: int) -> bool:
-    """Save in a child that ends, as kill -9 does, before its file operation number `operation`; False when it got to
-    the end first."""
+def killed(work: Callable[[], object], operation: int) -> bool:
+    """Do `work` in a child that is killed (-9) before its file operation number `operation`; False when it got to the
+    end first."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -50,25 +52,30 @@ def save_until_killed(folder: Path, step: int, retention: Retention, operation: 
             nonlocal seen
             if event in OPERATIONS:
                 if seen == operation:
-                    os._exit(9)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 seen += 1
 
         sys.addaudithook(hook)
-        save(folder, step, retention)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
     retention = Retention(keep_last=2)
-    killed, seen = 0, set()
+    kills, seen = 0, set()
     while True:
-        folder = tmp_path / str(killed)
+        folder = tmp_path / str(kills)
         for step in (1, 2, 3):
             save(folder, step, retention)
             commit.point(folder / "best", "00000001")
         write(folder, 4)  # an earlier kill's
-        was_killed = save_until_killed(folder, 5, retention, killed)
+        was_killed = killed(lambda: save(folder, 5, retention), kills)  # noqa: B023 (made and done here)
         found = names(folder)
         seen.add(tuple(found))
         assert found[-1] in (3, 5) and set(found) <= {1, 2, 3, 5}
@@ -81,8 +88,67 @@ def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
         assert not list(folder.glob("*.tmp"))
         if not was_killed:
             break
-        killed += 1
-    assert killed > 20 and {(1, 2, 3), (1, 3, 5)} <= seen and names(folder) == [1, 5, 6]
+        kills += 1
+    assert kills > 20 and {(1, 2, 3), (1, 3, 5)} <= seen and names(folder) == [1, 5, 6]
+
+
+def torn(folder: Path) -> None:
+    (folder / "00000003" / "state" / "shard").unlink()
+
+
+BEFORE: dict[str, Callable[[Path], object]] = {"whole": lambda folder: None, "torn": torn}
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("state", BEFORE)
+def test_a_step_saved_again_never_takes_away_the_last_whole_checkpoint(state, keep_last, tmp_path):
+    """With keep_last=1 the one that is saved again is all there is."""
+    retention, kills = Retention(keep_last=keep_last), 0
+    while True:
+        folder = tmp_path / str(kills) / "checkpoints"
+        for step in (3,) if state == "whole" and keep_last == 1 else (2, 3):
+            save(folder, step, Retention(keep_last=2))
+        BEFORE[state](folder)
+        was_killed = killed(lambda: save(folder, 3, retention), kills)  # noqa: B023 (made and done here)
+        found = commit.resolve("auto", tmp_path / str(kills))
+        assert found is not None and commit.flaw(found) is None
+        assert found.name == "00000003" or state == "torn"
+        save(folder, 4, retention)
+        assert commit.resolve("auto", tmp_path / str(kills)).name == "00000004" and not list(folder.glob("*.tmp"))
+        if not was_killed:
+            break
+        kills += 1
+    assert kills > 10
+
+
+def test_a_file_is_amended_in_a_checkpoint_that_stays_whole(tmp_path):
+    texts, kills = {json.dumps({"step": 3}), '{"step": 3, "more": 1}'}, 0
+    while True:
+        path = save(tmp_path / str(kills), 3)
+        was_killed = killed(lambda: commit.amend(path, "run.json", '{"step": 3, "more": 1}'), kills)  # noqa: B023
+        assert commit.flaw(path) is None and (path / "run.json").read_text() in texts
+        if not was_killed:
+            break
+        kills += 1
+    assert kills >= 6 and "more" in (path / "run.json").read_text()
+    (path / "run.json").write_text("{}")
+    assert "run.json has 2 bytes of 22" in commit.flaw(path)
+
+
+@given(data=st.data(), keep_last=st.integers(1, 3), keep_every=st.none() | st.integers(1, 3))
+@settings(deadline=None, max_examples=20)
+def test_through_any_saves_and_kills_the_newest_never_gets_older(data, keep_last, keep_every, tmp_path_factory):
+    """Steps only ever go on from the newest whole checkpoint, as a resumed run's do."""
+    run_dir, retention, at = tmp_path_factory.mktemp("run"), Retention(keep_last, keep_every), 0
+    for _ in range(data.draw(st.integers(1, 6), label="saves")):
+        step = at + data.draw(st.integers(0 if at else 1, 2), label="steps")  # 0: stopped where it was resumed
+        operation = data.draw(st.integers(0, 40), label="killed before")
+        finished = not killed(lambda: save(run_dir / "checkpoints", step, retention), operation)  # noqa: B023
+        newest = commit.resolve("auto", run_dir)
+        assert newest is not None or at == 0
+        reached = int(newest.name) if newest else 0
+        assert at <= reached <= step and (reached == step or not finished)
+        at = reached
 
 
 @given(
@@ -119,6 +185,7 @@ def test_auto_skips_what_is_not_whole_and_says_what(damage, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="opentau_train"):
         assert commit.resolve("auto", tmp_path).name == "00000003"
     assert len(caplog.records) == 1 and "skipped" in caplog.text and "00000006" in caplog.text
+    assert ("rename it to 00000006" in caplog.text) == (damage == "not renamed")  # all of it is there
     if torn.exists():
         with pytest.raises(UserError, match=r"not whole|no complete"):
             commit.resolve(str(torn), None)

@@ -121,6 +121,31 @@ def test_each_change_has_its_kind_and_refused_ones_name_what_forces_them(kind, k
             drift.check(changes, force, restart=restart)
 
 
+CAMERAS = ("root", "mode", "tolerance_s", "filter_dict_path", "prompt_columns")
+
+
+@pytest.mark.parametrize("name", CAMERAS)
+def test_a_camera_is_not_judged_by_the_setting_of_its_name(name, tree):
+    before = changed(tree, data__sources__main__cameras={name: "observation.images.left"})
+    after = changed(tree, data__sources__main__cameras={name: "observation.images.right"})
+    assert kinds(before, after) == {f"data.sources.main.cameras.{name}": "refused"}
+
+
+def test_a_key_inside_an_option_is_not_judged_by_the_option_of_its_name(tree):
+    before = changed(tree, model__vision={"ce_weight": 1.0, "num_flow_steps": 3})
+    after = changed(tree, model__vision={"ce_weight": 2.0, "num_flow_steps": 4})
+    assert set(kinds(before, after).values()) == {"refused"}
+
+
+def test_a_setting_of_a_section_means_what_the_section_does_unless_it_says_so_itself(tree):
+    assert kinds(tree, changed(tree, checkpoint__every=7, validation__num_noise_draws=7, data__history=1)) == {
+        "checkpoint.every": "safe",
+        "validation.num_noise_draws": "warned",
+        "data.history": "refused",
+    }
+    assert kinds(tree, changed(tree, trainer__of_a_later_version=1)) == {"trainer.of_a_later_version": "warned"}
+
+
 def test_the_same_configuration_has_no_difference(tree):
     assert drift.compare(tree, copy.deepcopy(tree)) == []
 
@@ -136,6 +161,7 @@ def test_a_setting_that_an_older_program_had_not_counts_with_its_default(tree):
 def test_longer_training_is_safe_where_the_rate_does_not_depend_on_it(tree):
     constant = changed(tree, scheduler={"_target_": "opentau_train.optim.Constant", "warmup_steps": 2})
     steps = constant["trainer"]["steps"]
+    assert kinds({**constant, "trainer": {}}, constant)["trainer.steps"] == "warned"  # an older version's
     assert kinds(constant, changed(constant, trainer__steps=steps + 1)) == {"trainer.steps": "safe"}
     assert kinds(constant, changed(constant, trainer__steps=steps - 1)) == {"trainer.steps": "warned"}
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from opentau_train.distributed import rollcall
 from opentau_train.distributed.rollcall import RollCall, is_broken_collective
+from opentau_train.errors import Teller
 
 CLOSED = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:9000")
 
@@ -41,9 +42,9 @@ def test_an_ended_process_is_named_at_once_and_told_once_a_host(store, monkeypat
     store.set("rollcall/host/a/3", f"2:{pid}")
     store.set("rollcall/place/2", f"a, process {pid}")
     told, silent = first.explain(CLOSED), second.explain(CLOSED)
-    assert told is not None and told.what.startswith("rank 2 is gone") and told.told_here is True
+    assert told is not None and told.what.startswith("rank 2 is gone") and told.teller is Teller.THIS_RANK
     assert told.where == f"a, process {pid}" and "resume=auto" in told.remedy
-    assert silent is not None and silent.told_here is False
+    assert silent is not None and silent.teller is Teller.ANOTHER_RANK
 
 
 @pytest.mark.parametrize("lost", [[1], [3, 4, 9]])
@@ -53,7 +54,12 @@ def test_silent_ranks_of_other_hosts_are_named_after_a_while(lost, store, monkey
     for rank in set(range(1, 12)) - set(lost):
         store.set(f"rollcall/answer/{rank}", "here")
     fault = calls[0].explain(CLOSED)
-    assert fault is not None and f"rank {lost[0]}" in fault.what and "is gone" in fault.what and fault.told_here
+    assert (
+        fault is not None
+        and f"rank {lost[0]}" in fault.what
+        and "is gone" in fault.what
+        and fault.teller is Teller.THIS_RANK
+    )
     assert fault.where == f"host{lost[0]}, process {os.getpid()}"
     assert all(str(rank) in fault.what for rank in lost)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from opentau_train.batch import Batch
 from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.tape import Tape
 from opentau_train.errors import UserError
 from opentau_train.metrics.recorder import FOLDER, FlightRecorder, read_step
-from opentau_train.step import StepResult, TrainState
-from opentau_train.types import Batch
+from opentau_train.performance import Stamp
+from opentau_train.step import StepTaken, TrainState
 from tests.fake_source import ONE, mixture_of
 from tests.program import TOY, metrics, train_here
 
@@ -58,10 +59,11 @@ def test_a_step_without_record_says_what_there_is(run, tmp_path):
         read_step(tmp_path, 1)
 
 
-def result(size: int, loss: float) -> StepResult:
+def taken(size: int, loss: float) -> StepTaken:
     terms = {k: (torch.full((size,), loss), torch.ones(size)) for k in WEIGHTS}
     halves = [{k: (s[a], c[a]) for k, (s, c) in terms.items()} for a in (slice(0, 1), slice(1, None))]
-    return StepResult([(torch.zeros(1), half) for half in halves], 2.5, 1e-3, 0, 0)
+    now = Stamp(torch.device("cpu"))
+    return StepTaken([(torch.zeros(1), half) for half in halves], torch.tensor(2.5), 1e-3, (now, now, now))
 
 
 class Flights:
@@ -88,7 +90,7 @@ class Flights:
                 policy = torch.nn.Module()
                 policy.loss_weights = WEIGHTS
                 state = TrainState(policy, None, None, None, step=step)
-                recorder.write(state, self.batch(step, rank, size, offset), result(4 // size, loss))
+                recorder.write(state, self.batch(step, rank, size, offset), taken(4 // size, loss))
 
 
 @pytest.fixture

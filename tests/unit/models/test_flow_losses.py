@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from opentau_train.data.transforms.pipeline import meet
 from opentau_train.errors import UserError
-from opentau_train.types import Noise
-from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
+from tests.unit.models.flow_cases import SPEC, Noise, make_batch, make_noise, make_policy, total
 
 
 def assert_same_terms(got, want, atol=1e-6, rtol=1e-5):
@@ -89,8 +89,7 @@ def test_garbage_in_padded_entries_changes_nothing(policy):
     real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None, :]
     garbage = torch.full_like(batch.actions, float("nan"))
     garbage[:, ::2] = 1e30
-    dirty = dataclasses.replace(
-        batch,
+    dirty = batch.replace(
         actions=torch.where(real, batch.actions, garbage),
         state=torch.where(batch.state_dim_mask, batch.state, float("nan")),
         images={
@@ -108,8 +107,8 @@ def test_longer_prompt_budget_changes_nothing_for_short_prompts():
     state = short.state_dict()
     state["prompt_embed"] = torch.cat([state["prompt_embed"], torch.randn(8, 32)])
     long.load_state_dict(state)
-    batch = make_batch(num=3)
-    assert_same_terms(long(batch, make_noise(batch)), short(batch, make_noise(batch)))
+    batch, wide = make_batch(num=3), make_batch(num=3, num_bytes=64)
+    assert_same_terms(long(wide, make_noise(batch)), short(batch, make_noise(batch)))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -145,7 +144,7 @@ def test_unsupervised_term_is_exactly_zero_and_gives_no_gradient(policy, changes
 def test_fillers_leave_the_gradient_of_the_others_untouched(policy):
     batch = make_batch()
     noise = make_noise(batch)
-    filled = dataclasses.replace(batch, weight=torch.tensor([1.0, 1, 0, 0]), actions=batch.actions.clone())
+    filled = batch.replace(weight=torch.tensor([1.0, 1, 0, 0]), actions=batch.actions.clone())
     filled.actions[2:] = float("nan")
     total(policy, policy(filled, noise)).backward()
     with_fillers = [p.grad.clone() for p in policy.parameters()]
@@ -175,12 +174,12 @@ def test_flow_head_does_not_see_the_bin_queries(policy):
 def changed(batch, what: str):
     """The batch with one input changed."""
     if what == "prompt":
-        return dataclasses.replace(batch, prompt=["take it"] * len(batch))
+        return make_batch(num=len(batch), prompt=["take it"] * len(batch))
     if what == "state":
-        return dataclasses.replace(batch, state=batch.state + 1)
+        return batch.replace(state=batch.state + 1)
     images = {c: i.clone() for c, i in batch.images.items()}
     images["wrist"][:, 0 if what == "history" else -1] ^= 255
-    return dataclasses.replace(batch, images=images)
+    return batch.replace(images=images)
 
 
 @pytest.mark.parametrize("what", ["image", "history", "state", "prompt"])
@@ -237,7 +236,7 @@ def test_bf16_autocast_gives_finite_float32_losses(policy):
     exact = policy(batch, noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = policy(batch, noise)
-        actions = policy.sample_actions(batch, noise.noise)
+        actions = policy.sample_actions(batch, noise)
     assert actions.dtype == torch.float32 and actions.isfinite().all()
     for term, (sums, _) in rounded.items():
         assert sums.dtype == torch.float32 and sums.isfinite().all()
@@ -254,7 +253,7 @@ def test_same_seed_builds_the_same_policy():
 
 def test_unknown_mode_names_the_nearest(policy):
     with pytest.raises(UserError, match="did you mean 'tokens'"):
-        policy.term_counts(make_batch(num=1, mode=["token"]))
+        meet(dataclasses.replace(SPEC, modes=("policy", "token")), policy.wants())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import torch
 from opentau_train import cli
 from opentau_train.config.typed import instantiate
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.types import Noise
-from tests.unit.models.flow_cases import SPEC, make_batch, make_noise, make_policy, total
+from tests.unit.models.flow_cases import SPEC, Noise, make_batch, make_noise, make_policy, total
 
 
 def test_overfitted_policy_samples_its_actions_from_any_noise():
@@ -28,14 +27,15 @@ def test_overfitted_policy_samples_its_actions_from_any_noise():
         optimizer.step()
     real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None, :]
     for seed in (11, 12):
-        error = (policy.sample_actions(batch, make_noise(batch, seed).noise) - batch.actions)[real].square().mean()
+        error = (policy.sample_actions(batch, make_noise(batch, seed)) - batch.actions)[real].square().mean()
         assert error < 0.05 * batch.actions[real].square().mean()
 
 
 def test_sampling_equals_euler_steps_over_the_training_forward(policy):
     """The cached prefix gives what the whole sequence gives: velocities read off the training pass, by hand."""
     batch = make_batch(action_is_pad=torch.zeros(4, 6, dtype=torch.bool))
-    start = make_noise(batch).noise
+    draws = make_noise(batch)
+    start = draws.noise
     dims = batch.action_dim_mask[:, None, :].float()
     velocity = []
     handle = policy.velocity_out.register_forward_hook(lambda _m, _i, out: velocity.append(out))
@@ -45,17 +45,16 @@ def test_sampling_equals_euler_steps_over_the_training_forward(policy):
             # With time 1 - step/10 and actions x solved from x_t = t * 0 + (1 - t) * actions, the network sees x.
             time = torch.full((4,), 1.0 - step / 10)
             noise = Noise(x / time[:, None, None], time)
-            policy(dataclasses.replace(batch, actions=torch.zeros_like(x)), noise)
+            policy(batch.replace(actions=torch.zeros_like(x)), noise)
             x = x - velocity[-1] * dims / 10
     handle.remove()
-    torch.testing.assert_close(policy.sample_actions(batch, start), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.sample_actions(batch, draws), x, atol=1e-4, rtol=1e-4)
 
 
 def test_sampling_reads_no_action_of_the_batch(policy):
     batch = make_batch()
-    noise = make_noise(batch).noise
-    blind = dataclasses.replace(
-        batch,
+    noise = make_noise(batch)
+    blind = batch.replace(
         actions=torch.full_like(batch.actions, float("nan")),
         action_is_pad=torch.ones_like(batch.action_is_pad),
     )
@@ -66,8 +65,8 @@ def test_sampling_reads_no_action_of_the_batch(policy):
 
 
 def test_prompts_are_cut_in_bytes_and_filled_with_the_pad_symbol(policy):
-    tokens = policy.tokenize(["é" * 40, "ab", ""])
-    assert tokens.shape == (3, 32)
+    tokens = make_batch(num=3, prompt=["é" * 40, "ab", ""]).prompt_tokens
+    assert tokens.shape == (3, policy.max_prompt_bytes) and tokens.dtype == torch.int64
     assert bytes(tokens[0].tolist()).decode() == "é" * 16
     assert tokens[1].tolist() == [97, 98] + [256] * 30 and (tokens[2] == 256).all()
 

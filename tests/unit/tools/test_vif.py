@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
+from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.models.noise import draw_noise
 from opentau_train.tools import vif
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
@@ -57,7 +57,7 @@ def test_a_sketch_keeps_the_inner_products_of_the_samples_gradients():
     found = sketch(batch)
     exact = []
     for single in batch.split(1):
-        terms = policy(single, draw_noise(single.key, 0, single.actions.shape[1:]))
+        terms = policy(single, Draws(single.key))
         loss = sum(policy.loss_weights[k] * terms[k][0].sum() / 10.0 for k in terms)
         exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))]).numpy())
     exact = np.stack(exact).astype(np.float64)

@@ -1,0 +1,273 @@
+"""What a batch holds: one table of fields, and all that follows from it.
+
+A `Field` says what one sample has (its name, shape, dtype, what fills it where nothing is there) and how samples are
+stacked. Samples are built, stacked, joined, blanked, filled up and cut by going through the table: a new field is one
+line here, or one line in the transform that writes it, and whoever reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opentau_train.errors import did_you_mean
+from opentau_train.types import BatchSpec
+
+Sample = Mapping[str, Any]
+"""One sample: {field: value}, a numpy array, a number, a string, or for pictures {camera: array}. What is left out is
+blank."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor [B, *dims] of the batch.
+
+    `dims` are numbers or the names of sizes of the mixture (`BatchSpec.sizes`): T action steps, A action dims, S state
+    dims, ... `fill` stands where there is nothing, in blank rows.
+    """
+
+    name: str
+    dims: tuple[str | int, ...] = ()
+    dtype: type = np.float32
+    fill: Any = 0
+
+    def shape(self, spec: BatchSpec) -> tuple[int, ...]:
+        """The shape of one sample's value."""
+        sizes = spec.sizes
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.dims)
+
+    def blank(self, spec: BatchSpec) -> Any:
+        """One sample's value where nothing is there."""
+        return np.full(self.shape(spec), self.fill, self.dtype)
+
+    def of(self, samples: Sequence[Sample], spec: BatchSpec) -> list[Any]:
+        """The samples' values."""
+        return [sample[self.name] if self.name in sample else self.blank(spec) for sample in samples]
+
+    def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> Any:
+        """The batch's value of samples' values."""
+        values: NDArray = np.array(self.of(samples, spec), self.dtype)  # a third of what np.stack takes
+        return torch.from_numpy(values.view(np.int64) if self.dtype is np.uint64 else values)
+
+    def join(self, values: Sequence[Any], order: Sequence[int]) -> Any:
+        """Row i of the result is row `order[i]` of the values laid end to end."""
+        return torch.cat(list(values))[torch.tensor(order)]
+
+    def rows(self, value: Any, place: slice | Tensor) -> Any:
+        """The rows at `place`, in its order."""
+        return value[place]
+
+    def each(self, value: Any, call: Callable[[Tensor], Tensor]) -> Any:
+        """`call` made for every tensor of the value."""
+        return call(value)
+
+
+@dataclass(frozen=True)
+class TextField(Field):
+    """B strings."""
+
+    dtype: type = str
+    fill: str = ""
+
+    def blank(self, spec: BatchSpec) -> str:
+        return self.fill
+
+    def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> list[str]:
+        return self.of(samples, spec)
+
+    def join(self, values: Sequence[list[str]], order: Sequence[int]) -> list[str]:
+        flat = [text for value in values for text in value]
+        return [flat[i] for i in order]
+
+    def rows(self, value: list[str], place: slice | Tensor) -> list[str]:
+        return value[place] if isinstance(place, slice) else [value[i] for i in place.tolist()]
+
+    def each(self, value: list[str], call: Callable[[Tensor], Tensor]) -> list[str]:
+        return value
+
+
+class _PerCamera(Field):
+    """{camera: [B, *dims]} for every camera of the mixture. In a sample, absent cameras are left out."""
+
+    def blank(self, spec: BatchSpec) -> dict[str, NDArray]:
+        return {}
+
+    def rows(self, value: dict[str, Tensor], place: slice | Tensor) -> dict[str, Tensor]:
+        return {camera: tensor[place] for camera, tensor in value.items()}
+
+    def each(self, value: dict[str, Tensor], call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {camera: call(tensor) for camera, tensor in value.items()}
+
+    def join(self, values: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
+        return {camera: self._join([value[camera] for value in values], order) for camera in values[0]}
+
+    def _join(self, tensors: list[Tensor], order: Sequence[int]) -> Tensor:
+        return torch.cat(tensors)[torch.tensor(order)]
+
+
+@dataclass(frozen=True)
+class PictureField(_PerCamera):
+    """{camera: [B, frames, 3, H, W] uint8}. In a sample [frames, H', W', 3], at most as large as the batch's: smaller
+    ones stand in the middle of black, absent ones are black.
+
+    Channels stay last in memory: to move them costs more than to copy the picture, and the device does it faster.
+    """
+
+    dtype: type = np.uint8
+
+    def shape(self, spec: BatchSpec) -> tuple[int, ...]:
+        return (spec.history + 1, *spec.image_size, 3)
+
+    def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
+        values = self.of(samples, spec)
+        return {camera: self._stack([value.get(camera) for value in values], spec) for camera in spec.cameras}
+
+    def _stack(self, pictures: Sequence[NDArray | None], spec: BatchSpec) -> Tensor:
+        stacked = np.zeros((len(pictures), *self.shape(spec)), np.uint8)
+        middle: dict[tuple[int, ...], NDArray] = {}  # where pictures of a shape go
+        for row, picture in enumerate(pictures):
+            if picture is not None:
+                if picture.shape not in middle:
+                    middle[picture.shape] = centred(stacked, *picture.shape[1:3])
+                middle[picture.shape][row] = picture
+        return torch.from_numpy(stacked).movedim(-1, 2)
+
+    def _join(self, tensors: list[Tensor], order: Sequence[int]) -> Tensor:
+        """Copied once, each row from its part to its place, as the rows lie in memory."""
+        joined = torch.empty((len(order), *tensors[0].movedim(2, -1).shape[1:]), dtype=torch.uint8)
+        goes_to = torch.empty(len(order), dtype=torch.int64)
+        goes_to[torch.tensor(order)] = torch.arange(len(order))
+        start = 0
+        for tensor in tensors:
+            joined[goes_to[start : start + len(tensor)]] = tensor.movedim(2, -1)
+            start += len(tensor)
+        return joined.movedim(-1, 2)
+
+
+@dataclass(frozen=True)
+class PresenceField(_PerCamera):
+    """{camera: [B] bool}: whether the sample has the camera, told by its pictures."""
+
+    dtype: type = np.bool_
+    pictures: str = "images"
+
+    def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
+        return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in spec.cameras}
+
+
+FIELDS: tuple[Field, ...] = (
+    # What a policy sees.
+    PictureField("images"),
+    PresenceField("camera_mask"),
+    Field("state", ("S",)),  # normalised, 0 where padded
+    Field("state_dim_mask", ("S",), np.bool_),
+    TextField("prompt"),
+    # What it learns from.
+    Field("actions", ("T", "A")),  # normalised, 0 where padded
+    Field("action_is_pad", ("T",), np.bool_, True),
+    Field("action_dim_mask", ("A",), np.bool_),
+    TextField("mode", fill="policy"),
+    Field("key", (), np.uint64),  # the sample's random key, its bits as int64
+    Field("weight"),  # 0 = a filler that only keeps ranks in step
+    # Where it comes from: never dropped, never shown to the policy's `forward`.
+    Field("group", (), np.int64),  # id of (dataset, control_mode)
+    Field("dataset_index", (), np.int64),  # the dataset's place in the mixture
+    TextField("dataset_repo_id"),  # its deduplicated name there
+    TextField("norm_head"),  # robot_type::control_mode
+    Field("episode_index", (), np.int64),
+    Field("frame_index", (), np.int64),
+    Field("pass_index", (), np.int64),  # how often the dataset has been gone through before
+)
+"""The fields of every batch. Transforms add their own (`Transform.fields`), which stand after these in
+`BatchSpec.fields`."""
+
+
+def fields_of(spec: BatchSpec) -> tuple[Field, ...]:
+    """All fields of a mixture's batches."""
+    return FIELDS + spec.fields
+
+
+class Batch:
+    """Samples stacked: `batch.NAME` is the value of the field NAME, see `FIELDS` and the classes of fields for shapes.
+
+    Frozen, as all that travels: what changes it returns another one.
+    """
+
+    def __init__(self, fields: tuple[Field, ...], values: dict[str, Any]):
+        self.fields, self.values = fields, values
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})
+        if name in values:
+            return values[name]
+        raise AttributeError(f"the batch has no field '{name}'{did_you_mean(name, values)}")
+
+    def __len__(self) -> int:
+        return len(self.values["weight"])
+
+    def replace(self, **values: Any) -> Batch:
+        """The same batch with other values of some of its fields."""
+        for name in values:
+            getattr(self, name)
+        return Batch(self.fields, {**self.values, **values})
+
+    def rows(self, place: slice | Tensor) -> Batch:
+        """The samples at `place` (a slice, or numbers [N] int64), in its order."""
+        return Batch(self.fields, {f.name: f.rows(self.values[f.name], place) for f in self.fields})
+
+    def each(self, call: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `call` made for every tensor."""
+        return Batch(self.fields, {f.name: f.each(self.values[f.name], call) for f in self.fields})
+
+    def visit(self, call: Callable[[Tensor], object]) -> None:
+        """`call` made for every tensor, for what it does."""
+        self.each(lambda tensor: (call(tensor), tensor)[1])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; where they are pinned, the copies run beside the program."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive micro-batches of at most `size` samples."""
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+    def filled_up(self, size: int) -> Batch:
+        """The batch with copies of its first row, of weight 0, up to `size` rows."""
+        num = len(self)
+        if num == size:
+            return self
+        place = torch.arange(size)
+        full = self.rows(torch.where(place < num, place, 0))
+        return full.replace(weight=torch.where(place < num, full.weight, 0.0))
+
+
+def stack(samples: Sequence[Sample], spec: BatchSpec) -> Batch:
+    """Samples as a batch."""
+    fields = fields_of(spec)
+    return Batch(fields, {field.name: field.stack(samples, spec) for field in fields})
+
+
+def join(parts: Sequence[Batch], order: Sequence[int]) -> Batch:
+    """One batch of several, rows rearranged: row i of the result is row `order[i]` of the parts laid end to end."""
+    if len(parts) == 1 and list(order) == list(range(len(order))):
+        return parts[0]
+    fields = parts[0].fields
+    return Batch(fields, {f.name: f.join([part.values[f.name] for part in parts], order) for f in fields})
+
+
+def blank_batch(spec: BatchSpec) -> Batch:
+    """One sample in which nothing is there, of weight 0: for a rank that has none but must take part in a forward."""
+    return stack([{}], spec)
+
+
+def centred(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The view [..., `height`, `width`, 3] of the middle of `out` [..., H, W, 3]: where a smaller picture goes."""
+    top, left = (out.shape[-3] - height) // 2, (out.shape[-2] - width) // 2
+    return out[..., top : top + height, left : left + width, :]

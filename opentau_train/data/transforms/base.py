@@ -1,0 +1,87 @@
+"""What a transform is, and the keyed random numbers that it may draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+from opentau_train import rng
+from opentau_train.batch import Field
+from opentau_train.types import BatchSpec
+
+Record = dict[str, Any]
+"""A window on its way to a sample, or an observation on its way to a policy: {name: value}.
+
+It begins with `images` {camera: [h+1, H, W, 3] uint8 RGB}, `state` [S] f32, `prompts` (texts to choose from),
+`norm_head` and, for a window of a dataset, `actions` [T, A] f32, `action_is_pad` [T] bool, `mode`, its provenance, and
+whatever else its source reads (`RawWindow.extra`).
+"""
+
+
+class SampleDraws:
+    """The random numbers of one transform for one sample: functions of the sample's key, the transform's name and what
+    the number is for, so that no transform's numbers depend on which others there are."""
+
+    __slots__ = ("key", "transform")
+
+    def __init__(self, key: int, transform: str):
+        self.key, self.transform = key, transform
+
+    def uniform(self, *what: str) -> float:
+        """In [0, 1)."""
+        return rng.uniform_at(rng.fold_one(self.key, _name_key(self.transform, what)), 0)
+
+
+@cache
+def _name_key(transform: str, what: tuple[str, ...]) -> int:
+    return rng.key("transform", transform, *what) >> 1
+
+
+class Transform:
+    """One step, as a frozen dataclass whose fields are its options.
+
+    A call takes a record and returns it with other values. It never writes into the arrays that it is given, since a
+    source's arrays serve several windows. What it draws comes from `draws`. Its class states what it reads and writes;
+    what is absent, as the actions of an observation are, is passed over.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+    training_only: ClassVar[bool] = False
+    """True = left out where nothing may be random or dropped: in validation and on a robot."""
+
+    def __call__(self, record: Record, draws: SampleDraws) -> Record:
+        raise TypeError(f"{type(self).__name__} has no __call__, which every transform must have")
+
+    def inverse(self, record: Record) -> Record:
+        """Take `actions` [..., T, A] (and `state`, where it is there) back to what the call was given. What has no
+        inverse, or changes neither, leaves them."""
+        return record
+
+    def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
+        """The fields that it adds to the batch."""
+        return ()
+
+    def for_names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> Transform:
+        """The same transform for a dataset whose dimensions have these names. Raises `UserError` where it can't be."""
+        return self
+
+    def names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the state's and actions' dimensions after it, given those before it."""
+        return state, actions
+
+
+Transforms = Mapping[str, Transform]
+"""{name: transform}, in their order. The name keys what the transform draws."""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a policy needs of the data: its own transforms, made in the loader's workers after all others; the modes of
+    samples that it knows (empty: it looks at none); (H, W) of pictures, where it can take no other."""
+
+    transforms: Transforms = field(default_factory=dict)
+    modes: tuple[str, ...] = ()
+    image_size: tuple[int, int] | None = None

@@ -1,0 +1,70 @@
+"""To the mixture's common shape: wide vectors, long chunks, one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.data.transforms.base import Record, SampleDraws, Transform
+
+
+@dataclass(frozen=True)
+class ChoosePrompt(Transform):
+    """One of the window's texts, each as likely, chosen anew in each pass; "" where it has none."""
+
+    reads: ClassVar = ("prompts",)
+    writes: ClassVar = ("prompt",)
+
+    def __call__(self, record: Record, draws: SampleDraws) -> Record:
+        prompts = record["prompts"]
+        place = int(draws.uniform("choice") * len(prompts)) if len(prompts) > 1 else 0
+        record["prompt"] = prompts[place] if prompts else ""
+        return record
+
+
+@dataclass(frozen=True)
+class Pad(Transform):
+    """State [S'] and actions [T', A'] filled up with zeros to `state_dim` S and `chunk_length` T x `action_dim` A, and
+    the masks that say what is real. `dims` {norm head: (S', A')} leads back."""
+
+    state_dim: int
+    action_dim: int
+    chunk_length: int
+    dims: dict[str, tuple[int, int]]
+
+    reads: ClassVar = ("state", "actions", "action_is_pad", "norm_head")
+    writes: ClassVar = ("state", "state_dim_mask", "actions", "action_is_pad", "action_dim_mask")
+
+    def __call__(self, record: Record, draws: SampleDraws) -> Record:
+        state_dim, action_dim = self.dims[record["norm_head"]]
+        state = np.zeros(self.state_dim, np.float32)
+        state[:state_dim] = record["state"]
+        record["state"] = state
+        record["state_dim_mask"] = _first(self.state_dim, state_dim)
+        record["action_dim_mask"] = _first(self.action_dim, action_dim)
+        if "actions" in record:
+            steps = len(record["actions"])
+            actions = np.zeros((self.chunk_length, self.action_dim), np.float32)
+            actions[:steps, :action_dim] = record["actions"]
+            record["actions"] = actions
+            if steps < self.chunk_length:
+                missing = np.ones(self.chunk_length - steps, bool)
+                record["action_is_pad"] = np.append(record["action_is_pad"], missing)
+        return record
+
+    def inverse(self, record: Record) -> Record:
+        """Takes away the dimensions that the norm head's robot hasn't, not the steps: a policy fills the chunk."""
+        for name, num in zip(("state", "actions"), self.dims[record["norm_head"]], strict=True):
+            if name in record:
+                record[name] = record[name][..., :num]
+        return record
+
+
+@cache
+def _first(size: int, real: int) -> NDArray[np.bool_]:
+    """[size] bool: the first `real`. The same array each time: nobody writes to a record's arrays."""
+    return np.arange(size) < real

@@ -1,0 +1,76 @@
+"""From a module without memory to this rank's initialised part of it, one whole parameter at a time.
+
+A policy built on torch's meta device and then sharded has shapes and shards, but no memory and no numbers. Here each
+rank allocates its shards and runs the ordinary initialisation over them: where that draws for a sharded parameter, the
+whole parameter is drawn on the CPU and this rank keeps its shard. So the numbers are those of one process, whatever the
+layout, and a rank's memory peaks at its shards and one whole parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opentau_train.errors import UserError
+
+
+def materialise(module: nn.Module, device: torch.device, init_weights: Callable[[], None]) -> None:
+    """Allocate `module`, built on the meta device, and initialise it: the `reset_parameters` of each module inside that
+    has one, in the order of `modules()`, as torch's own layers do when they are built; then `init_weights`.
+
+    Draws from torch's global generator of the CPU, the same numbers on every rank. Raises `UserError` naming a
+    parameter or buffer that neither sets.
+    """
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for _, tensor in _floating(module):
+            tensor.fill_(float("nan"))
+    with _WholeDraws():
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)  # a convention of torch's layers, not of a class
+            if reset is not None:
+                reset()
+        init_weights()
+    for name, tensor in _floating(module):
+        if bool(_local(tensor).isnan().any()):
+            raise UserError(
+                f"the policy's initialisation leaves {name} unset",
+                where="model",
+                remedy="set it in the policy's init_weights(), or leave meta_init at False",
+            )
+
+
+def _floating(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _WholeDraws(TorchDispatchMode):
+    """Inside, `parameter.normal_()` and its like on a sharded parameter give it the shard of the whole draw. Torch by
+    itself would draw each shard anew: other numbers for every layout."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        target = args[0] if args else None
+        if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(target, DTensor):
+            return func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            raise UserError(
+                f"the policy's initialisation draws by {func}, which makes a new tensor of a sharded one",
+                where="model",
+                remedy="fill parameters in place, with the functions of torch.nn.init or parameter.normal_()",
+            )
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        func(whole, *args[1:], **(kwargs or {}))
+        # Without a source rank nothing is sent: every rank has drawn the whole and cuts its shard out of it.
+        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+        return target

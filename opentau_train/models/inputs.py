@@ -1,0 +1,64 @@
+"""Transforms that policies add to the data's: text as tokens, and which loss terms a sample supervises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.batch import Field
+from opentau_train.data.transforms.base import Record, SampleDraws, Transform
+from opentau_train.types import BatchSpec
+
+PAD_BYTE = 256
+
+
+@dataclass(frozen=True)
+class TokenizeBytes(Transform):
+    """`prompt_tokens` [num_bytes] int64: the UTF-8 bytes of the prompt, cut or filled up with `PAD_BYTE`."""
+
+    num_bytes: int
+
+    reads: ClassVar = ("prompt",)
+    writes: ClassVar = ("prompt_tokens",)
+
+    def __call__(self, record: Record, draws: SampleDraws) -> Record:
+        record["prompt_tokens"] = _bytes(record["prompt"], self.num_bytes)
+        return record
+
+    def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
+        return (Field("prompt_tokens", (self.num_bytes,), np.int64, PAD_BYTE),)
+
+
+@dataclass(frozen=True)
+class Supervise(Transform):
+    """`supervised` [K] bool: which of the loss terms `terms` the sample's mode supervises, by `modes` {mode: terms}."""
+
+    terms: tuple[str, ...]
+    modes: dict[str, tuple[str, ...]]
+
+    reads: ClassVar = ("mode",)
+    writes: ClassVar = ("supervised",)
+
+    def __call__(self, record: Record, draws: SampleDraws) -> Record:
+        if "mode" in record:
+            record["supervised"] = self._masks[record["mode"]]
+        return record
+
+    @cached_property
+    def _masks(self) -> dict[str, NDArray[np.bool_]]:
+        return {mode: np.array([term in terms for term in self.terms]) for mode, terms in self.modes.items()}
+
+    def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
+        return (Field("supervised", (len(self.terms),), np.bool_, False),)
+
+
+@lru_cache(4096)
+def _bytes(text: str, num: int) -> NDArray[np.int64]:
+    tokens = np.full(num, PAD_BYTE, np.int64)
+    data = text.encode()[:num]
+    tokens[: len(data)] = np.frombuffer(data, np.uint8)
+    return tokens

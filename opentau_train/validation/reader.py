@@ -1,0 +1,72 @@
+"""This rank's share of the plans' windows, read by the same workers in every pass of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opentau_train.data.load.stream import Part, Parts, passes
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.order.tape import Windows
+from opentau_train.threads import InterruptibleIterator
+from opentau_train.validation.plan import ValidationPlan
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The windows of the plan that is being read. `number` [] i64 lies in memory that is shared with the workers."""
+
+    plans: Sequence[ValidationPlan]
+    rank: int
+    number: torch.Tensor
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[Windows]:
+        return self.plans[int(self.number)].for_worker(self.rank, worker, num_workers)
+
+
+class Reader:
+    """Reads one plan after the other, batch by batch.
+
+    The workers start with the first batch that is asked for and live until `close`, so that a pass costs no start of
+    processes. Between passes they hold no file open and wait. A pass that isn't read to its end ends them; the next
+    one starts new ones.
+    """
+
+    def __init__(self, mixture: Mixture, plans: Sequence[ValidationPlan], rank: int, *, skip_bad: bool):
+        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._stream = Parts(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
+        self._parts: InterruptibleIterator[Part | None] | None = None
+        self._begun = False
+
+    def begin(self, number: int) -> None:
+        """Read plan `number` from now on."""
+        if self._begun:
+            self.close()  # an error ended the pass before, of which parts are left
+        self._number.fill_(number)
+
+    def next(self, stop: Callable[[], int]) -> Part | None:
+        """The plan's next batch; None when `stop()` turns true before it is there. Raises `Fault` for a worker that
+        died, during the pass or since the last one."""
+        if self._parts is None:
+            data = self._stream.mixture.settings
+            self._parts = InterruptibleIterator(passes(self._stream, data.num_workers, data.prefetch_factor))
+        self._begun = True
+        return self._parts.next(stop)
+
+    def end(self, stop: Callable[[], int], *, complete: bool) -> None:
+        """The pass is over; `complete`: all of its batches were read."""
+        if not complete:
+            self.close()
+        elif self._begun and self._parts is not None:
+            end = self._parts.next(stop)
+            assert end is None, "a plan has as many batches as it says"
+            self._begun = False
+
+    def close(self) -> None:
+        """End the workers."""
+        self._begun = False
+        if self._parts is not None:
+            self._parts.close()
+            self._parts = None

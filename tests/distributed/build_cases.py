@@ -1,0 +1,136 @@
+"""Started by torchrun on 4 ranks: what building a sharded policy costs a rank, and that it is one process's policy.
+
+Also what needs several ranks of a sharded optimizer: Muon's moments, saved and read back.
+"""
+
+import os
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from opentau_train.checkpoints import contents
+from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.saver import Saver
+from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule
+from opentau_train.distributed.parallel import Execution, data_mesh
+from opentau_train.distributed.world import COLLECTIVE_MARGIN, World, launch
+from opentau_train.job import spread_policy
+from opentau_train.models.flow import FlowPolicy
+from opentau_train.optim import Ema, build_optimizer, set_lr
+from opentau_train.step import TrainState
+from tests.unit.models.flow_cases import SPEC, make_batch, make_noise
+
+TIMEOUT = 60
+BIG = {"width": 512, "depth": 6, "heads": 8, "patch_size": 8, "stem_channels": 8}
+SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "stem_channels": 8}
+MUON = OptimizerSettings(
+    lr=1e-2,
+    target="opentau_train.optim.MuonAdamW",
+    groups={"layers": ParameterRule("layers.*", options={"muon": True})},
+)
+
+
+class BuiltWhole(FlowPolicy):
+    """As a policy whose constructor needs real memory."""
+
+    meta_init = False
+
+
+def peak_bytes() -> int:
+    """The most memory that this process held since `reset_peak`."""
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes[1]) * 1024
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def build(world: World, shard: int, cls: type = FlowPolicy, **options):
+    model = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **options}
+    torch.manual_seed(3)
+    mesh = data_mesh(world, -1, shard)
+    return spread_policy(model, SPEC, world, mesh, Execution())
+
+
+def same_numbers(policy: nn.Module, plain: nn.Module) -> None:
+    for (name, own), (_, whole) in zip(policy.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(own.full_tensor() if isinstance(own, DTensor) else own, whole), name
+
+
+def a_rank_holds_a_quarter_at_most_a_half_while_building(world: World) -> None:
+    build(world, -1, **SMALL)  # what a first call loads isn't the policy's
+    before = reset_peak()
+    policy, _ = build(world, -1, **BIG)
+    grown = peak_bytes() - before
+    whole = sum(p.numel() * p.element_size() for p in policy.parameters())
+    local = sum(p.to_local().numel() * p.element_size() for p in policy.parameters())
+    assert whole > 60e6 and local <= 1.1 / 4 * whole, (local, whole)
+    assert grown <= 0.5 * whole, f"the peak grew by {grown / 1e6:.0f} MB for a policy of {whole / 1e6:.0f} MB"
+
+
+def every_layout_has_the_numbers_of_one_process(world: World) -> None:
+    torch.manual_seed(3)
+    plain = FlowPolicy(SPEC, **SMALL)
+    after = torch.get_rng_state()
+    for shard in (1, 2, 4):
+        for cls in (FlowPolicy, BuiltWhole):
+            policy, replicas = build(world, shard, cls, **SMALL)
+            assert replicas.sharded == (shard > 1)
+            same_numbers(policy, plain)
+            assert torch.equal(torch.get_rng_state(), after), "what is drawn later is the same too"
+
+
+def muon_state(world: World, seed: int) -> TrainState:
+    policy, replicas = build(world, 4, **SMALL)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1 + seed)
+    return TrainState(policy, replicas, build_optimizer(policy, MUON), Ema(policy, 0.5))
+
+
+def train(state: TrainState, steps: int) -> None:
+    for _ in range(steps):
+        batch = make_batch(seed=state.step)
+        sum(s.sum() for s, _ in state.replicas.model(batch, make_noise(batch, state.step)).values()).backward()
+        set_lr(state.optimizer, 1e-2)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.ema.update(state.policy)
+        state.step += 1
+
+
+def muon_of_shards_goes_on_bit_for_bit(world: World, folder: Path) -> None:
+    state, other = muon_state(world, 0), muon_state(world, 1)
+    train(state, 2)
+    with Saver(folder, world, CheckpointSettings(), Pretrained({}, {}, {})) as saver:
+        path = saver.save(state, stream={}, counters={})
+    contents.load(path, other, world)
+    train(state, 1)
+    train(other, 1)
+    for part in ("model", "ema"):
+        left, right = (contents.tensors_of(s)[part] for s in (state, other))
+        assert all(torch.equal(left[n].to_local(), right[n].to_local()) for n in left)
+    buffers = [s for s in state.optimizer.state.values() if "momentum_buffer" in s]
+    assert len(buffers) == 8 and all(isinstance(s["momentum_buffer"], DTensor) for s in buffers)
+
+
+def main(folder: Path) -> None:
+    with launch(device="cpu", precision="no", timeout=TIMEOUT, identity={}) as world:
+        a_rank_holds_a_quarter_at_most_a_half_while_building(world)
+        every_layout_has_the_numbers_of_one_process(world)
+        muon_of_shards_goes_on_bit_for_bit(world, folder)
+        options = world.background_group()._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=TIMEOUT + COLLECTIVE_MARGIN)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    print("all held", flush=True)
+    os._exit(0)  # as the program ends: gloo's destructors may hang

@@ -1,0 +1,196 @@
+"""An optimizer step: what it reads from the device, what it leaves out, what its ambient randomness depends on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from opentau_train.distributed.parallel import Replicas
+from opentau_train.distributed.world import launch
+from opentau_train.errors import Fault
+from opentau_train.optim import Ema
+from opentau_train.step import StepSetup, TrainState, check_skipped, train_step
+from tests.program import TOY, metrics, train_here
+from tests.unit.models.flow_cases import make_batch, make_policy
+
+COUNTS = {"mse": 90.0, "ce": 90.0}
+
+
+@pytest.fixture(scope="module")
+def world():
+    with launch(device="cpu", precision="no", timeout=60, identity={}) as world:
+        yield world
+
+
+def make_state(optimizer=None, policy=None) -> TrainState:
+    policy = policy or make_policy()
+    optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, fused=True))
+    groups = [{"params": list(policy.parameters()), "lr_scale": 1.0}]
+    return TrainState(policy, Replicas(policy, sharded=False), optimizer(groups), Ema(policy, 0.9))
+
+
+def everything(state: TrainState) -> dict[str, torch.Tensor]:
+    """Parameters, moments and average."""
+    found = {name: p.detach() for name, p in state.policy.named_parameters()}
+    found |= {f"ema.{name}": value for name, value in state.ema.average.items()}
+    for name, p in state.policy.named_parameters():
+        found |= {f"{name}.{key}": value for key, value in state.optimizer.state[p].items()}
+    return copy.deepcopy(found)
+
+
+# -- what is read from the device --------------------------------------------------------------------------------------
+
+
+class Keyed(nn.Module):
+    """A policy whose forward takes nothing from the host: a step of it can run where tensors have no values."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss_weights = {"mse": 1.0}
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, batch, draws):
+        errors = (self.layer(batch.actions) - batch.actions).square()
+        return {"mse": (errors.sum((1, 2)), torch.ones(len(batch)))}
+
+
+def test_a_step_reads_nothing_back(world):
+    """In a world of tensors without values: whatever asks for one raises."""
+    batch = make_batch()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = make_state(policy=Keyed())
+        fake = batch.replace(actions=torch.empty_like(batch.actions))
+        taken = train_step(state, fake, {"mse": 90.0}, 1e-3, StepSetup(world, 2, 1.0, seed=0))
+        assert state.step == 1 and len(taken.losses) == 2
+        for value in (taken.grad_norm, state.skipped, taken.losses[0][1]["mse"][0], state.ema.average["layer.bias"]):
+            with pytest.raises(DataDependentOutputException):
+                float(value.flatten()[0])
+
+
+class Reads(TorchFunctionMode):
+    """Counts the calls that make the host wait for a tensor's values, by (the file that makes them, the call)."""
+
+    CALLS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.CALLS:
+            frames = [frame.filename for frame in traceback.extract_stack() if "opentau_train/" in frame.filename]
+            self.counts[frames[-1].rpartition("opentau_train/")[2], function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+ON_THE_HOST = {"distributed/consensus.py"}
+"""It reads a tensor that was made on the host: the votes' sums."""
+
+
+def test_an_interval_reads_the_device_once(world, tmp_path, monkeypatch):
+    """Counted in the loop as it runs, from one step to another: those of an interval, with its row."""
+    from opentau_train import train
+
+    seen: list[Counter] = []
+    reads, take = Reads(), train.train_step
+
+    def counted(state, *arguments):
+        seen.append(+reads.counts)
+        return take(state, *arguments)
+
+    monkeypatch.setattr(train, "train_step", counted)
+    with reads:
+        train_here([*TOY, "trainer.steps=13", "trainer.log_every=4", "validation.every=0"], tmp_path / "run")
+    first, last = seen[0], seen[12]  # before steps 1 and 13: three intervals lie between
+    # One copy an interval; the two other calls read that copy, on the host.
+    assert {call: n for call, n in (last - first).items() if call[0] not in ON_THE_HOST} == {
+        ("metrics/meter.py", "cpu"): 3,
+        ("metrics/meter.py", "tolist"): 3,
+        ("metrics/meter.py", "numpy"): 3,
+    }
+
+
+# -- a gradient that is no number --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.AdamW(p, fused=True), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)],
+    ids=["fused", "asked_on_the_host"],
+)
+def test_a_step_that_is_skipped_moves_no_bit_and_is_counted(optimizer, world):
+    state, setup = make_state(optimizer), StepSetup(world, 4, 1.0, seed=0)
+    train_step(state, make_batch(), COUNTS, 1e-2, setup)
+    before = everything(state)
+    hook = next(state.policy.parameters()).register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+    for in_a_row in (1, 2):
+        taken = train_step(state, make_batch(), COUNTS, 1e-2, setup)
+        assert not torch.isfinite(taken.grad_norm) and state.skipped.tolist() == [in_a_row, in_a_row]
+    after = everything(state)
+    assert after.keys() == before.keys() and any("exp_avg" in k or "momentum" in k for k in before)
+    for name, value in before.items():
+        assert value.numpy().tobytes() == after[name].numpy().tobytes(), name
+    hook.remove()
+    train_step(state, make_batch(), COUNTS, 1e-2, setup)
+    assert state.step == 4 and state.skipped.tolist() == [2, 0]
+    assert any(not torch.equal(value, everything(state)[name]) for name, value in before.items())
+
+
+def test_too_many_skipped_in_a_row_stop_the_run_with_the_step():
+    check_skipped(7, 2, 3)
+    with pytest.raises(Fault, match="not finite in 3 steps in a row") as fault:
+        check_skipped(8, 3, 3)
+    assert fault.value.where == "step 8"
+
+
+# -- ambient randomness ------------------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """Shows the mask of its dropout as its losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss_weights = {"mse": 1.0}
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, batch, noise):
+        kept = nn.functional.dropout(self.scale.expand(len(batch), -1), 0.5, self.training)
+        return {"mse": (kept.sum(1), torch.ones(len(batch)))}
+
+
+def masks(world, step: int, rank: int, seed: int = 0) -> list[list[float]]:
+    """Of two micro-batches: the numbers of elements that the dropout kept for each sample."""
+    state = make_state(policy=Dropping())
+    state.step = step
+    torch.rand(step + rank)  # whatever was drawn before: a validation, say
+    setup = StepSetup(dataclasses.replace(world, rank=rank), 2, 1.0, seed)
+    taken = train_step(state, make_batch(), {"mse": 4.0}, 1e-3, setup)
+    return [terms["mse"][0].tolist() for _, terms in taken.losses]
+
+
+def test_ambient_randomness_differs_by_seed_step_rank_and_micro_batch_and_by_nothing_else(world):
+    seen = [masks(world, *which) for which in ((3, 0), (3, 1), (4, 0), (3, 0, 1))]
+    each = [tuple(micro) for run in seen for micro in run]
+    assert len(set(each)) == len(each)
+    torch.manual_seed(123)
+    assert masks(world, 3, 0) == seen[0]
+
+
+def test_validation_and_a_resume_change_nothing_in_a_policy_with_dropout(tmp_path):
+    run = [*TOY, "model._target_=tests.misbehaving.Dropout", "trainer.steps=4", "checkpoint.every=2"]
+    without = metrics(train_here([*run, "validation.every=0"], tmp_path / "without"))
+    train_here([*run, "trainer.steps=2", "validation.every=1", "scheduler=constant"], tmp_path / "halves")
+    halves = metrics(train_here([*run, "validation.every=1", "resume=auto", "scheduler=constant"], tmp_path / "halves"))
+    whole = metrics(train_here([*run, "validation.every=1", "scheduler=constant"], tmp_path / "whole"))
+    assert halves == whole
+    assert without[1]["Training/Loss"] == whole[1]["Training/Loss"]
+    assert without[1]["Training/Loss"] != without[2]["Training/Loss"]
