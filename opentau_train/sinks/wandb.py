@@ -39,7 +39,7 @@ class WandbSink(TrackerSink):
             self._finished_step.write_text(f"{self._last_step}\n")
 
     def _open(self, options: dict[str, Any]) -> Background | None:
-        uploads = f"it goes on offline, in {self._context.run_dir / 'wandb'}: wandb sync uploads that later"
+        uploads = f"it goes on offline, in {self._context.run_dir / 'wandb'}: wandb sync --append uploads that later"
         self._started_before = False
         calls = self._attempt(options, uploads)
         if calls is None:
