@@ -8,11 +8,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 
+# How many tests of `make test` run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-nightly test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-nightly test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,12 +35,13 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-nightly test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-cuda test-nightly test-all: export OMP_NUM_THREADS := 1
 
-test: setup ## The fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed" $(ARGS)
+# Tests that share something of the machine are one xdist_group: they run after one another in one worker.
+test: setup ## The fast tests, WORKERS at a time
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda" -n $(WORKERS) --dist loadgroup $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
-	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge)"
+	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" $(ARGS)
@@ -47,6 +51,9 @@ test-slow: setup ## The slow tests: real launches, several processes
 
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
+	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
 
 test-nightly: setup ## The property tests with 2,000 examples each
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)

@@ -10,7 +10,7 @@
 
 The windows are those of the built-in DROID sample (joint and ee control), 32x32 pictures, decoded once beforehand;
 steps are the program's own `train_step` on a small `FlowPolicy`. What each order would decode is counted by the real
-readers over the same windows. The measured inflation comes from sketched gradients of single samples (tools/vif.py).
+readers over the same windows. The measured inflation comes from sketched gradients of single samples (vif.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import vif
 from support.orders import BATCH, NAMES, Order, all_windows, make_order
 from support.program import machine, settings_of
 
@@ -40,7 +41,6 @@ from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import Cosine, build_optimizer
 from opentau_train.step import StepSetup, TrainState, train_step
-from opentau_train.tools import vif
 from opentau_train.types import Address, BatchSpec, WindowSpec
 from opentau_train.validation.plan import validation_windows
 

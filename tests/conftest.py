@@ -5,6 +5,12 @@ import signal
 
 from hypothesis import settings
 
+from tests.retry import (  # noqa: F401  pytest takes its hooks from here
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+    pytest_terminal_summary,
+)
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A suite that is started in the background without job control inherits ignored SIGINT and SIGQUIT, and so would every

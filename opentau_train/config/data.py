@@ -143,7 +143,7 @@ class BadSampleSettings:
 @dataclass(frozen=True)
 class CorrelationSettings:
     """How alike the gradients of two windows of one episode are, d frames apart: episode + neighbours exp(-d / frames).
-    Only predicts the shuffle's quality (`data/order/quality.py`); `tools/vif.py` measures it."""
+    Only predicts the shuffle's quality (`data/order/quality.py`); `benchmarks/vif.py` measures it."""
 
     episode: float = 0.1
     neighbours: float = 0.4

@@ -165,13 +165,17 @@ def _refuse_unknown(tree: Mapping, known: Collection[str], path: str) -> None:
             )
 
 
-RENAMED = {"opentau_train.sinks.accelerate.TrackerSink": "opentau_train.sinks.trackers.TrackerSink"}
-"""Classes by the names that they have in the configurations of older runs."""
+REPLACED = {
+    "opentau_train.sinks.accelerate.TrackerSink": "choose logger=[wandb], mlflow, trackio or swanlab; in your own YAML "
+    "name its class, such as opentau_train.sinks.wandb.WandbSink, and leave out the key tracker",
+}
+"""Classes of older versions that are no more, with what takes their place."""
 
 
 def locate(target: Any, path: str) -> Any:
     """The class or function that a `_target_` names. Raises `UserError` where there is none."""
-    target = RENAMED.get(target, target) if isinstance(target, str) else target
+    if isinstance(target, str) and target in REPLACED:
+        raise UserError(f"{path}.{TARGET} names '{target}', which is no more", remedy=REPLACED[target])
     module_name, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
     if not module_name or module_name.startswith("."):
         raise _bad_target(path, f"is {target!r}, not a full dotted path")

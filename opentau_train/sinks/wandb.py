@@ -1,42 +1,107 @@
-"""W&B's own count of steps, which only grows, against the steps of a resumed run, which begin at its checkpoint."""
+"""Weights & Biases: one run a run directory, in which each step stands once."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.sinks.trackers import TrackerSink, run_id
+from opentau_train.threads import Background
+
+INIT_SECONDS = 30.0
 VALIDATION, VALIDATION_STEP = "Validation/", "Validation/Step"
 
 
-class Steps:
-    """Where a row goes in a W&B run. W&B leaves out what comes for a step before its own.
+class WandbSink(TrackerSink):
+    """A resumed run is sent online what W&B lacks of the steps before; what W&B has is left out.
 
-    - A row of training that W&B has already is left out here, without W&B's warning a row.
-    - A validation may be owed: it was begun before a preemption and is made up for by the resumed run, when its step
-      is past. It goes with the next step; `Validation/Step`, the charts' axis of all `Validation/` tags, tells its own.
+    A validation may be owed: it was begun before a preemption and is made up for by the resumed run, when W&B is past
+    its step. It goes with the next step; `Validation/Step`, the charts' axis of all `Validation/` tags, tells its own.
+
+    Offline, each start leaves a part with the same run id, and a part that W&B could not finish (its own process was
+    killed too) is repeated in the next one. A resumed run that doesn't reach the server goes on offline.
     """
 
-    def __init__(self, run: Any):
+    tracker = "wandb"
+    takes_images = True
+    remedy = "wandb login (or WANDB_API_KEY), or logger.wandb.options.mode=offline to upload later with wandb sync"
+
+    def identity(self) -> dict[str, Any]:
+        run_dir, name = self._context.run_dir, self._context.run_name
+        return {"id": run_id(run_dir), "name": name, "resume": "allow", "dir": str(run_dir)}
+
+    def close(self) -> None:
+        if self._close():
+            self._finished_step.write_text(f"{self._last_step}\n")
+
+    def _open(self, options: dict[str, Any]) -> Background | None:
+        uploads = f"it goes on offline, in {self._context.run_dir / 'wandb'}: wandb sync --append uploads that later"
+        self._started_before = False
+        calls = self._attempt(options, uploads)
+        if calls is None:
+            self._started_before = True
+            calls = self._attempt({**options, "mode": "offline"})
+        if calls is not None and self._context.start_step > 0:
+            calls.post(self._catch_up)
+        return calls
+
+    # -- on the thread -----------------------------------------------------------------------------------------------
+
+    def _start(self, options: dict[str, Any]) -> None:
+        import wandb
+
+        if self._started_before:  # W&B's own process keeps the id of a run that couldn't be started, and refuses it
+            wandb.teardown()
+        limits = {"init_timeout": INIT_SECONDS}
+        if "finish_timeout" in wandb.Settings.model_fields:
+            # It gives up sending in half of what it has at the end, and writes its file in the rest: that process dies
+            # with this one. A W&B without this setting loses there what it hadn't written.
+            limits["finish_timeout"] = self._close_seconds / 2
+        super()._start({**options, "settings": {**limits, **options.get("settings", {})}})
+        run = self._run.tracker
         run.define_metric(VALIDATION_STEP, hidden=True)
         run.define_metric(f"{VALIDATION}*", step_metric=VALIDATION_STEP)
-        self.online = not run.offline
-        self._next: int = run.starting_step
+        self._next = run.starting_step  # W&B would leave out what comes for a step before, with a warning a row
+        # The step of W&B's last validation, and the W&B step that has it where this process logged it.
         self._validated = int(run.summary.get(VALIDATION_STEP) or 0) if run.resumed else 0
-        self._validated_at = -1  # the W&B step that has the validation of step `_validated`
+        self._validated_at = -1
 
-    def place(self, step: int, values: dict[str, float]) -> int | None:
-        """The W&B step for a row of `step`, None where W&B has it. A validation's gets its step among the values."""
-        if not any(tag.startswith(VALIDATION) for tag in values):
-            return None if step < self._next else self._take(step)
-        if step <= self._validated:
-            return None
-        values[VALIDATION_STEP] = self._validated = step
-        self._validated_at = self._take(max(step, self._validated_at + 1))  # one validation a W&B step
-        return self._validated_at
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if any(tag.startswith(VALIDATION) for tag in values):
+            if step <= self._validated:
+                return
+            # One validation a W&B step: of two that are owed, the second would write over the first.
+            at = max(step, self._next, self._validated_at + 1)
+            self._validated, self._validated_at = step, at
+            values = {**values, VALIDATION_STEP: step}
+        elif step < self._next:
+            return
+        else:
+            at = step
+        self._next = at
+        super()._log(at, values)
 
-    def place_image(self, step: int) -> int | None:
-        """The same for a picture, which goes with the row of its validation."""
-        return self._validated_at if step == self._validated and self._validated_at >= self._next else None
+    def _log_image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
+        """A picture goes with the row of its validation."""
+        if step == self._validated and self._validated_at >= self._next:
+            super()._log_image(self._validated_at, tag, array)
 
-    def _take(self, step: int) -> int:
-        self._next = max(self._next, step)
-        return self._next
+    def _catch_up(self) -> None:
+        """Send the rows up to this run's first that W&B may lack: its own process keeps rows back for some 15 seconds,
+        and a kill, a scheduler's signal to it, or a server that wasn't reached leaves them out."""
+        path, after = self._context.run_dir / "metrics.jsonl", 0
+        if self._run.tracker.offline and self._finished_step.exists():  # offline nobody else can tell what W&B has
+            after = int(self._finished_step.read_text())
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            row = json.loads(line)
+            if after < (step := row.pop("step")) <= self._context.start_step:
+                self._log(step, {k: float("nan") if v is None else v for k, v in row.items() if k != "time"})
+
+    @property
+    def _finished_step(self) -> Path:
+        """The file that keeps the last step of a part that W&B finished writing."""
+        return self._context.run_dir / "wandb_kept_step"

@@ -126,7 +126,7 @@ class Context:
 
     def _batches(self, progress: _Progress) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
-        own = plan.num_batches_of(self.world.rank)
+        own = plan.num_batches_of(self.world.data_rank)
         self.reader.begin(self.number)
         for number in range(plan.num_batches if sharded else own):
             self.progress.enter("validation")

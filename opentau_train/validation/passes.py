@@ -50,11 +50,11 @@ class Validation:
         self.settings, self.evaluators, self.world = settings, evaluators, world
         self.batch_size = settings.batch_size or batch_size
         self.plans = {
-            name: evaluator.plan(mixture, settings, self.batch_size, world.size)
+            name: evaluator.plan(mixture, settings, self.batch_size, world.data_size)
             for name, evaluator in evaluators.items()
         }
         plans = list(self.plans.values())
-        self._reader = Reader(mixture, plans, world.rank, skip_bad=settings.on_bad_sample == "skip")
+        self._reader = Reader(mixture, plans, world.data_rank, skip_bad=settings.on_bad_sample == "skip")
 
     @property
     def num_windows(self) -> int:

@@ -13,7 +13,7 @@ from opentau_train.errors import EXIT_FAULT, EXIT_USER
 from tests.lerobot_writer import Camera, Dataset, write
 from tests.program import TOY, metrics, run, start, train_here
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
 QUICK = [*TOY, "validation.every=0", "logger=none"]
 

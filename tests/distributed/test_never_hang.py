@@ -23,7 +23,7 @@ from opentau_train.threads import InterruptibleIterator
 from tests.lerobot_writer import Dataset, write
 from tests.program import REPO, TOY, environment, metrics, run, start, train_here
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
 RUN = [*TOY, "trainer.steps=12", "validation.every=0", "checkpoint.every=0", "logger=none"]
 ENDLESS = [*RUN, "trainer.steps=1000000"]

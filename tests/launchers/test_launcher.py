@@ -132,12 +132,6 @@ def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
     assert len(answer.stderr.splitlines()) <= 8 and not node.record.exists()
 
 
-def test_with_nothing_set_it_is_a_plain_single_node_start(node):
-    answer = node.run()
-    assert answer.returncode == 0, answer.stderr
-    assert node.arguments == HEAD
-
-
 def test_the_dataset_reaches_the_recipe_as_droid_root(node):
     answer = node.run()
     assert (node.path / "record.droid_root").read_text() == node.environment["DATASET_PATH"]
@@ -153,22 +147,17 @@ TOPOLOGY = {
 }
 
 
-def test_every_topology_variable_becomes_its_option_in_order(node):
-    assert node.run(**{name: value for name, (value, _) in TOPOLOGY.items()}).returncode == 0
-    assert node.arguments == [word for value, option in TOPOLOGY.values() for word in (option, value)] + HEAD
-
-
-@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT"])
-def test_an_option_is_there_only_when_its_variable_is_set(node, name):
-    value, option = TOPOLOGY[name]
-    assert node.run(**{name: value}).returncode == 0
-    assert node.arguments == [option, value, *HEAD]
-
-
-def test_an_empty_variable_counts_as_unset(node):
-    empty = dict.fromkeys((*TOPOLOGY, "RUN_DIR", "LOG_DIR", "EXTRA_TAIL_OVERRIDES", "PYTHON"), "")
-    assert node.run(**empty).returncode == 0
-    assert node.arguments == HEAD
+@pytest.mark.parametrize(
+    "names", [(), tuple(TOPOLOGY), ("NPROC_PER_NODE",), ("MASTER_ADDR",), ("MASTER_PORT",)], ids=lambda n: "+".join(n)
+)
+@pytest.mark.parametrize("others", [None, ""], ids=["unset", "empty"])
+def test_a_topology_variable_becomes_its_option_in_order_only_where_it_is_set(node, names, others):
+    """An empty variable counts as unset."""
+    everything = (*TOPOLOGY, "RUN_DIR", "LOG_DIR", "EXTRA_TAIL_OVERRIDES", "PYTHON")
+    variables = {} if others is None else dict.fromkeys(everything, others)
+    answer = node.run(**variables | {name: TOPOLOGY[name][0] for name in names})
+    assert answer.returncode == 0, answer.stderr
+    assert node.arguments == [word for name in names for word in reversed(TOPOLOGY[name])] + HEAD
 
 
 def test_several_nodes_without_a_rank_are_node_0_and_it_says_so(node):
@@ -358,33 +347,30 @@ def test_a_number_that_is_none_is_refused(node, name, value):
     node.refuses(f"{name} must be an integer", value, **{"MASTER_ADDR": "node0", name: value})
 
 
-@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "MASTER_PORT"])
-def test_zero_is_refused(node, name):
-    node.refuses(f"{name} must be an integer of at least 1", **{name: "0"})
+@pytest.mark.parametrize(
+    ("texts", "variables"),
+    [
+        (["NNODES must be an integer of at least 1"], {"NNODES": "0"}),
+        (["NPROC_PER_NODE must be an integer of at least 1"], {"NPROC_PER_NODE": "0"}),
+        (["MASTER_PORT must be an integer of at least 1"], {"MASTER_PORT": "0"}),
+        (["NODE_RANK", "NNODES"], {"NODE_RANK": "2", "NNODES": "2", "MASTER_ADDR": "node0"}),
+        (["NODE_RANK", "NNODES"], {"NODE_RANK": "1", "MASTER_ADDR": "node0"}),
+        (["NODE_RANK", "NNODES"], {"NODE_RANK": "10", "NNODES": "9", "MASTER_ADDR": "node0"}),
+        (["MASTER_ADDR", "node 0"], {"NNODES": "2", "NODE_RANK": "1"}),
+        (["DATASET_PATH is not set"], {"DATASET_PATH": ""}),
+        (["does not exist"], {"DATASET_PATH": "nowhere"}),
+        (["not a LeRobot dataset"], {"DATASET_PATH": "."}),
+        (["observation.images.wrist_left", "droid_cosmos schema"], {"DATASET_PATH": "cosmos"}),
+        (["'no-such-python'", "PYTHON"], {"PYTHON": "no-such-python"}),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(node, texts, variables):
+    make_dataset(node.path / "cosmos", "droid_cosmos")
+    node.refuses(*texts, **variables)
 
 
-@pytest.mark.parametrize(("rank", "nodes"), [("2", {"NNODES": "2"}), ("1", {}), ("10", {"NNODES": "9"})])
-def test_a_node_rank_outside_of_the_nodes_is_refused(node, rank, nodes):
-    node.refuses("NODE_RANK", "NNODES", NODE_RANK=rank, MASTER_ADDR="node0", **nodes)
-
-
-def test_several_nodes_need_an_address(node):
-    node.refuses("MASTER_ADDR", "node 0", NNODES=2, NODE_RANK=1)
-
-
-def test_a_missing_dataset_is_refused(node):
-    node.refuses("DATASET_PATH is not set", DATASET_PATH="")
-    node.refuses("does not exist", DATASET_PATH=node.path / "nowhere")
-    node.refuses("not a LeRobot dataset", DATASET_PATH=node.path)
-
-
-def test_a_dataset_without_the_columns_is_refused(node):
-    other = make_dataset(node.path / "cosmos", "droid_cosmos")
-    node.refuses("observation.images.wrist_left", "droid_cosmos schema", DATASET_PATH=other)
-
-
-def test_a_missing_program_is_refused(node):
-    node.refuses("'no-such-python'", "PYTHON", PYTHON="no-such-python")
+def test_a_missing_torchrun_is_refused(node):
     (node.path / "bin" / "torchrun").rename(node.path / "bin" / "elsewhere")
     node.refuses("'torchrun'", "PATH", PATH=f"{node.path / 'bin'}:/usr/bin:/bin", PYTHON=sys.executable)
 

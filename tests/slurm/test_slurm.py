@@ -12,7 +12,7 @@ from opentau_train.sinks.trackers import run_id
 from tests.program import TOY, assert_close, metrics, run
 from tests.unit.sinks.curves import check_curves, parts
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timed, pytest.mark.timeout(600)]
 
 RUN = [*TOY, "checkpoint.every=0", "validation.every=50", "validation.max_samples_per_group=4"]
 WANDB = importlib.util.find_spec("wandb") is not None

@@ -10,7 +10,7 @@ and one rho. Here samples of different episodes are uncorrelated; two of one epi
 
     rho(d) = episode + neighbours * exp(-d / frames)
 
-(`data.correlation`; `tools/vif.py` measures it on a checkpoint). In a mixture of few episodes any two windows are
+(`data.correlation`; `benchmarks/vif.py` measures it on a checkpoint). In a mixture of few episodes any two windows are
 alike to some degree; what matters is how much more alike those of a batch are. So correlations count from `rho_0`, that
 of two windows drawn at random: rho becomes (rho - rho_0) / (1 - rho_0). Random draws then give 1 in any mixture, and a
 batch of B windows of one episode up to B.

@@ -16,8 +16,9 @@ from opentau_train.errors import UserError
 from opentau_train.sinks.base import Sink, Sinks, open_sinks
 from opentau_train.sinks.console import ConsoleSink
 from opentau_train.sinks.jsonl import JsonlSink
+from opentau_train.sinks.mlflow import MlflowSink
 from opentau_train.sinks.tensorboard import TensorBoardSink
-from opentau_train.sinks.trackers import TrackerSink, flatten, mlflow_name, run_id
+from opentau_train.sinks.trackers import TrackerSink, flatten, run_id
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -35,6 +36,15 @@ class FileSink(Sink):
         if self.broken:
             raise RuntimeError("the disk is gone")
         self.path.with_suffix(".closed").touch()
+
+
+class BoardSink(TrackerSink):
+    """Another of accelerate's trackers: all that it takes to have it."""
+
+    tracker = "tensorboard"
+
+    def identity(self):
+        return {"logging_dir": str(self._context.run_dir)}
 
 
 class BrokenSink(FileSink):
@@ -107,7 +117,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(make_context, tmp_path)
 
 
 def test_tracker_of_accelerate_receives_rows_and_configuration(make_context, tmp_path):
-    sink = TrackerSink(context=make_context(), tracker="tensorboard", project="robots")
+    sink = BoardSink(context=make_context(), project="robots")
     sink.write(3, {"Training/Loss": 0.25, "Validation/MSE": np.float32(0.5)})
     sink.image(3, "wrist", np.zeros((2, 2, 3), np.uint8))
     sink.close()
@@ -118,12 +128,18 @@ def test_tracker_of_accelerate_receives_rows_and_configuration(make_context, tmp
 
 
 def test_missing_tracker_names_the_command_that_installs_it(make_context):
-    available = {str(name.value) for name in get_available_trackers()}
-    missing = [t for t in ("wandb", "mlflow", "trackio", "swanlab") if t not in available]
-    if not missing:
-        pytest.skip("every tracker is installed here")
-    with pytest.raises(UserError, match=f"pip install {missing[0]}"):
-        TrackerSink(context=make_context(), tracker=missing[0], project="robots")
+    missing = [t for t in ("mlflow", "trackio", "swanlab") if t not in {str(a.value) for a in get_available_trackers()}]
+    for name, options in compose_logger(f"[{','.join(missing)}]").items():
+        with pytest.raises(UserError, match=f"pip install {name}"):
+            open_sinks({name: options}, make_context())
+
+
+def test_the_class_of_older_configurations_names_those_that_took_its_place(make_context):
+    tree = {
+        "wandb": {"_target_": "opentau_train.sinks.accelerate.TrackerSink", "tracker": "wandb", "project": "robots"}
+    }
+    with pytest.raises(UserError, match=r"(?s)logger\.wandb\._target_.*remedy: choose logger=\[wandb\].*key tracker"):
+        open_sinks(tree, make_context())
 
 
 def test_run_id_belongs_to_the_directory(tmp_path):
@@ -133,7 +149,7 @@ def test_run_id_belongs_to_the_directory(tmp_path):
 def test_no_name_for_mlflow_is_the_directory_of_another():
     """Its file store makes the tags into paths."""
     tags = ["Training/Loss", *(f"Validation{g}/MSE{s}" for g in ("", "/droid/joint") for s in ("", "/N", "/StdErr"))]
-    names = [mlflow_name(tag) for tag in tags]
+    names = [MlflowSink.name_of(tag) for tag in tags]
     assert len(set(names)) == len(tags)
     assert not any(a.startswith(f"{b}/") for a in names for b in names)
 
@@ -153,7 +169,7 @@ def test_configuration_is_flattened_to_scalars():
         ("default", ["console", "tensorboard"]),
         ("none", []),
         ("[console,wandb]", ["console", "wandb"]),
-        ("[mlflow,trackio]", ["mlflow", "trackio"]),
+        ("[mlflow,trackio,swanlab]", ["mlflow", "trackio", "swanlab"]),
     ],
 )
 def test_logger_files_compose(choice, names):

@@ -12,7 +12,8 @@ import pytest
 
 from opentau_train.errors import UserError
 from opentau_train.sinks.jsonl import JsonlSink
-from opentau_train.sinks.trackers import TrackerSink, run_id
+from opentau_train.sinks.trackers import run_id
+from opentau_train.sinks.wandb import WandbSink
 from tests.program import TOY, metrics, run, start
 from tests.unit.sinks.curves import check_curves, parts
 from tests.unit.sinks.wandb_server import serving
@@ -75,11 +76,9 @@ def account(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def tracker(context, seconds: float = 20.0, **settings) -> TrackerSink:
+def tracker(context, seconds: float = 20.0, **settings) -> WandbSink:
     options = {"settings": {"x_file_stream_transmit_interval": 0.1, **settings}}
-    return TrackerSink(
-        context=context, tracker="wandb", project="opentau_train", options=options, close_seconds=seconds
-    )
+    return WandbSink(context=context, project="opentau_train", options=options, close_seconds=seconds)
 
 
 def test_a_resumed_online_run_sends_each_step_and_validation_once(make_context, account):

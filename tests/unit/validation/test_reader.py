@@ -32,7 +32,8 @@ def opened(tmp_path_factory):
         mixture = open_mixture(settings)
         torch.manual_seed(0)
         policy = instantiate(settings.model, "model", spec=mixture.spec)
-        yield settings, mixture, world, (policy, spread(policy, policy.blocks(), world, 1, 1, "no"), Ema(policy, 0.5))
+        mixture = mixture.for_policy(policy.wants())
+        yield settings, mixture, world, (policy, spread(policy, policy.blocks(), world, None), Ema(policy, 0.5))
 
 
 @pytest.fixture

@@ -1,15 +1,18 @@
 """Measure the shuffle's variance inflation on a trained policy, and the correlation that predicts it.
 
-    python -m opentau_train.tools.vif RUN [--batches 8] [--episodes 24] [--frames 24]
+    python benchmarks/vif.py [RUN] [--batches 8] [--episodes 24] [--frames 24]
 
 Takes each sample's own gradient (`torch.func`) and keeps a random sketch of it that preserves inner products. Stretches
 of consecutive windows tell how alike two windows d frames apart are; batches of the tape tell their inflation directly.
+Without RUN, a short run on the built-in DROID sample is trained first.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,10 +201,18 @@ def describe(found: Measured, mixture: Mixture, batch_size: int) -> str:
     )
 
 
+def trained(folder: Path) -> Path:
+    """A run of 20 steps on the built-in sample."""
+    overrides = ["trainer.steps=20", "data.image_size=[32,32]", "validation.every=0", "data.num_workers=0"]
+    program = [sys.executable, "-m", "opentau_train", "+recipe=droid_policy", *overrides]
+    subprocess.run([*program, f"paths.run_dir={folder / 'run'}"], check=True)
+    return folder / "run"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.vif", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run, or one of its checkpoints")
+    """Measure on the run that `arguments` name, or on one of its own, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a run, or one of its checkpoints")
     parser.add_argument("--batches", type=int, default=8, help="batches of the tape to measure (8)")
     parser.add_argument("--episodes", type=int, default=24, help="stretches of consecutive windows (24)")
     parser.add_argument("--frames", type=int, default=24, help="windows of a stretch (24)")
@@ -210,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         for name, least in (("batches", 2), ("episodes", 2), ("frames", 2)):
             at_least(f"--{name}", getattr(options, name), least)
-        loaded = load_policy(options.run)
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_policy(options.run or trained(Path(folder)))
         settings, policy, stats = load_settings(loaded.meta["config"]), loaded.policy, loaded.stats
         sizes = {"batches": options.batches, "episodes": options.episodes, "frames": options.frames}
         mixture = open_mixture(settings, stats).for_policy(policy.wants())

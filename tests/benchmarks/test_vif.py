@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import vif
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.tools import vif
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
 
