@@ -26,15 +26,7 @@ from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.tools.out import make_directory, writing
-
-NAME = "NAME"
-"""The source's name in what is logged: as in the documents, since the tool's user gives it one only later."""
-_REMEDIES = {
-    "root": "give the directory that holds meta/ and data/",
-    "actions": "name them: --actions COLUMN ...",
-    "exclude_episodes": "restore the file",
-}
-"""{a setting that a source's remedy speaks of: what to do about it here, where there are no settings}"""
+from opentau_train.tools.words import NAME, in_own_words
 
 
 def compute(source: LeRobotDataset, **rule: Any) -> dict[str, Ranges]:
@@ -54,14 +46,6 @@ def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> No
     with writing(path):
         partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")
         os.replace(partial, path)
-
-
-def in_own_words(error: UserError, root: Path) -> UserError:
-    """An error of the source in `root`, which speaks of `data.sources`, with the tool's own arguments in it."""
-    source = f"data.sources.{NAME}"
-    where = {source: str(root), f"{source}.actions": "--actions"}.get(error.where, error.where)
-    key = next((key for key in _REMEDIES if f"{source}.{key}" in error.remedy), None)
-    return UserError(error.what, where=where, remedy=error.remedy if key is None else _REMEDIES[key])
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -359,7 +359,7 @@ def test_a_number_that_is_none_is_refused(node, name, value):
         (["NODE_RANK", "NNODES"], {"NODE_RANK": "10", "NNODES": "9", "MASTER_ADDR": "node0"}),
         (["MASTER_ADDR", "node 0"], {"NNODES": "2", "NODE_RANK": "1"}),
         (["DATASET_PATH is not set"], {"DATASET_PATH": ""}),
-        (["does not exist"], {"DATASET_PATH": "nowhere"}),
+        (["doesn't exist"], {"DATASET_PATH": "nowhere"}),
         (["not a LeRobot dataset"], {"DATASET_PATH": "."}),
         (["observation.images.wrist_left", "droid_cosmos schema"], {"DATASET_PATH": "cosmos"}),
         (["'no-such-python'", "PYTHON"], {"PYTHON": "no-such-python"}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opentau_train.tools.check import SCHEMAS, check_schema, describe, main, read_info
+from opentau_train.tools.check import SCHEMAS, check_schema, describe, main, read
 
 
 def feature(column: str) -> dict:
@@ -77,7 +77,7 @@ def test_a_dataset_of_a_schema_has_that_schema(tmp_path, schema):
 def test_channels_first_images_are_measured_by_their_names(tmp_path):
     camera = {"dtype": "image", "shape": [3, 48, 64], "names": ["channels", "height", "width"]}
     root = make_dataset(tmp_path / "set", "any", features={"observation.images.front": camera})
-    text = describe(read_info(root), root)
+    text = describe(read(root))
     assert "observation.images.front 64x48" in text
     assert "videos" not in text  # its images are in the parquet files
 
@@ -109,11 +109,11 @@ def test_a_camera_that_is_a_vector_is_refused(tmp_path, capsys):
 
 
 def test_a_path_that_is_no_dataset_is_refused(tmp_path, capsys):
-    assert_refused(capsys, [str(tmp_path / "nowhere")], "does not exist", "nowhere")
+    assert_refused(capsys, [str(tmp_path / "nowhere")], "doesn't exist", "nowhere")
     (tmp_path / "file").touch()
-    assert_refused(capsys, [str(tmp_path / "file")], "is a file")
+    assert_refused(capsys, [str(tmp_path / "file")], "is not a directory")
     (tmp_path / "empty").mkdir()
-    assert_refused(capsys, [str(tmp_path / "empty")], "no meta/info.json", "v2.0 or later")
+    assert_refused(capsys, [str(tmp_path / "empty")], "no meta/info.json", "holds meta/ and data/")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", '{"fps": 15}', "\udcff"])
@@ -123,15 +123,27 @@ def test_a_broken_info_file_is_refused(tmp_path, capsys, content):
     assert_refused(capsys, [str(root)], "meta/info.json", str(root / "meta" / "info.json"))
 
 
-@pytest.mark.parametrize("key", ["codebase_version", "fps", "total_episodes", "total_frames", "features"])
+@pytest.mark.parametrize("key", ["codebase_version", "fps", "features"])
 def test_a_missing_or_wrong_key_is_named(tmp_path, capsys, key):
-    assert_refused(capsys, [str(make_dataset(tmp_path / "a", **{key: None}))], f"'{key}' is missing")
-    assert_refused(capsys, [str(make_dataset(tmp_path / "b", **{key: []}))], f"'{key}' is wrong")
+    assert_refused(capsys, [str(make_dataset(tmp_path / "a", **{key: None}))], f"has no '{key}'")
+    named = "format [] can't be read" if key == "codebase_version" else f"'{key}' must be"
+    assert_refused(capsys, [str(make_dataset(tmp_path / "b", **{key: []}))], named)
 
 
-def test_a_feature_without_shape_is_named(tmp_path, capsys):
-    root = make_dataset(tmp_path / "set", features={"action": {"dtype": "float32"}})
-    assert_refused(capsys, [str(root)], "features['action']")
+def test_a_format_that_training_cannot_read_is_refused(tmp_path, capsys):
+    root = make_dataset(tmp_path / "set", codebase_version="v2.0")
+    assert_refused(capsys, [str(root)], "format v2.0 can't be read, only v3.0 and v2.1", "convert")
+
+
+def test_a_feature_of_a_wrong_shape_is_named(tmp_path, capsys):
+    root = make_dataset(tmp_path / "set", features={"action": {"dtype": "float32", "shape": "7"}})
+    assert_refused(capsys, [str(root)], "'features.action.shape' must be a list of whole numbers")
+
+
+def test_what_the_training_does_without_may_be_missing(tmp_path, capsys):
+    missing = dict.fromkeys(("total_episodes", "total_frames", "total_tasks"))
+    assert main([str(make_dataset(tmp_path / "set", **missing))]) == 0
+    assert "unknown episodes, unknown frames, 15 fps" in capsys.readouterr().out
 
 
 def test_a_wrong_schema_name_is_a_usage_error(tmp_path):
@@ -142,4 +154,4 @@ def test_a_wrong_schema_name_is_a_usage_error(tmp_path):
 
 def test_check_schema_ignores_further_columns(tmp_path):
     root = make_dataset(tmp_path / "set", "droid", features={c: feature(c) for c in (*SCHEMAS["droid"], "reward")})
-    check_schema(read_info(root), "droid", root)
+    check_schema(read(root), "droid")
