@@ -109,7 +109,10 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     try:
         if _flag(arguments, "--cfg", "-c"):
             # What a run would say of them: `--cfg` never reaches `_app`.
-            load_settings(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
+            settings = load_settings(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
+            from opentau_train.job import check_targets  # imports torch: only once the settings hold
+
+            check_targets(settings)
         _quietly(_app)
         composed, _composed[:] = list(_composed), []
         return plain(composed[-1]) if composed else None

@@ -109,7 +109,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     """
     trainer = settings.trainer
     check_batch(trainer.global_batch_size, world.data_size)
-    _check_targets(settings)
+    check_targets(settings)
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
@@ -149,13 +149,15 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     return job
 
 
-def _check_targets(settings: Settings) -> None:
-    """A mistake in the keys of what `_target_` names ends the run now, not after minutes of opening data."""
+def check_targets(settings: Settings) -> None:
+    """Raises `UserError` for a mistake in the keys of what a `_target_` names: not after minutes of opening data, and
+    where launchers ask, before there are ranks."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
         bind(options, f"logger.{name}", ["context"])
+    open_evaluators(settings.validation)
 
 
 def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:

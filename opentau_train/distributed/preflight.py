@@ -7,19 +7,23 @@ wrong numbers, and a rank that is started twice or not at all would leave the ot
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import socket
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import DistStoreError, PrefixStore, Store
 
+from opentau_train.config.typed import TARGET
 from opentau_train.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -32,7 +36,8 @@ LOCAL_KEYS = ("root", "filter_dict_path")
 
 
 def identity(tree: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal on all ranks: versions, a hash of the package's sources, one of every section of `tree`."""
+    """What must be equal on all ranks: versions, hashes of the package's sources and of those that a `_target_` of
+    `tree` names, one of every section of `tree`."""
     sections = {k: v for k, v in tree.items() if k != "paths"}
     data = dict(sections.get("data", {}))
     data["sources"] = {
@@ -44,16 +49,42 @@ def identity(tree: Mapping[str, Any]) -> dict[str, str]:
         "the version of Python": platform.python_version(),
         "the version of torch": torch.__version__,
         "opentau_train's source code": source_hash(PACKAGE),
+        **{f"the code of '{name}'": code for name in sorted(_named(tree)) if (code := code_of(name))},
         **{f"the configuration's '{name}'": _digest(section) for name, section in sections.items()},
     }
 
 
-def source_hash(package: Path) -> str:
-    """A hash of a package's Python files and their names, wherever it is installed."""
+def source_hash(place: Path) -> str:
+    """A hash of the Python files of a package's folder, or of one file, and of their names, wherever it lies."""
     state = hashlib.blake2b(digest_size=8)
-    for path in sorted(package.rglob("*.py"), key=lambda p: p.relative_to(package).as_posix()):
-        state.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    files, folder = ([place], place.parent) if place.is_file() else (place.rglob("*.py"), place)
+    for path in sorted(files, key=lambda p: p.relative_to(folder).as_posix()):
+        state.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()
+
+
+def code_of(name: str) -> str:
+    """The code of the top-level module `name`, which may be a user's: a hash of its file or, for a package, of all its
+    files; the version of an installed distribution; "" where there is none of these, as for the standard library."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # "", or a module that came from no file
+        spec = None
+    if spec is None:
+        return ""
+    places = [Path(place) for place in spec.submodule_search_locations or filter(None, [spec.origin])]
+    if any({"site-packages", "dist-packages"} & set(place.parts) for place in places):
+        return ", ".join(metadata.version(d) for d in sorted(set(metadata.packages_distributions().get(name, []))))
+    standard = Path(sysconfig.get_path("stdlib"))
+    return " ".join(source_hash(place) for place in places if place.exists() and standard not in place.parents)
+
+
+def _named(tree: Any) -> set[str]:
+    """The top-level modules, besides the program's own, that a `_target_` anywhere in `tree` names."""
+    inside = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
+    names = set().union(*map(_named, inside))
+    target = tree.get(TARGET) if isinstance(tree, Mapping) else None
+    return names | ({target.partition(".")[0]} - {PACKAGE.name} if isinstance(target, str) else set())
 
 
 def _digest(value: Any) -> str:

@@ -94,6 +94,25 @@ def test_a_rank_with_other_code_is_named(tmp_path):
     assert "rank 1 differs from rank 0 in: opentau_train's source code" in text
 
 
+@pytest.mark.parametrize("name", ["mine.py", "mine/inner.py"])
+def test_a_rank_with_another_version_of_a_users_module_is_named(name, tmp_path):
+    """Of the file that `_target_` names, or of any other of its package."""
+    target = "mine.Policy" if name == "mine.py" else "mine.policy.Policy"
+    for node, version in (("node0", 1), ("node1", 2)):
+        (tmp_path / node / name).parent.mkdir(parents=True)
+        (tmp_path / node / name).write_text(f"VERSION = {version}\n")
+        policy = tmp_path / node / target.rpartition(".")[0].replace(".", "/")
+        with policy.with_suffix(".py").open("a") as file:
+            file.write("from opentau_train.models.flow import FlowPolicy\nclass Policy(FlowPolicy): ...\n")
+    arguments = [*RUN, f"paths.run_dir={tmp_path / 'run'}", f"model._target_={target}"]
+    ranks = [
+        {"rank": rank, "arguments": arguments, "env": {"PYTHONPATH": f"{REPO}:{tmp_path / f'node{rank}'}"}}
+        for rank in (0, 1)
+    ]
+    assert "rank 1 differs from rank 0 in: the code of 'mine'" in refused(ranks)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rank_with_other_files_of_a_dataset_is_named_but_another_place_is_allowed(tmp_path):
     for name, lengths in (("here", [20, 30]), ("there", [20, 31])):
         write(tmp_path / name, Dataset(lengths=lengths))

@@ -126,9 +126,10 @@ def node(tmp_path: Path) -> Node:
     return made
 
 
-def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
-    answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES="trainer.stps=5")
-    assert answer.returncode == 2 and "unknown key 'trainer.stps'" in answer.stderr
+@pytest.mark.parametrize("key", ["trainer.stps", "model.widht"])
+def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(key, node):
+    answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES=f"{key}=5")
+    assert answer.returncode == 2 and f"unknown key '{key}'" in answer.stderr
     assert len(answer.stderr.splitlines()) <= 8 and not node.record.exists()
 
 

@@ -102,6 +102,22 @@ MISTAKES = {
         [DROID, "model._target_=opentau_train.models.flow.FlowPolcy"],
         ["model._target_", "FlowPolcy", "full dotted path"],
     ),
+    "what_cfg_shows_is_checked_as_a_run_checks_the_model": (
+        [DROID, "--cfg", "job", "model.widht=4"],
+        ["'model.widht'", "did you mean 'width'?"],
+    ),
+    "what_cfg_shows_is_checked_as_a_run_checks_the_scheduler": (
+        [DROID, "--cfg", "job", "scheduler.warmup=3"],
+        ["'scheduler.warmup'", "did you mean 'warmup_steps'?"],
+    ),
+    "what_cfg_shows_is_checked_as_a_run_checks_the_optimizer": (
+        [DROID, "--cfg", "job", "optimizer.betsa=[0.9,0.95]"],
+        ["'optimizer.betsa'", "did you mean 'betas'?"],
+    ),
+    "what_cfg_shows_is_checked_as_a_run_checks_the_loggers": (
+        [DROID, "--cfg", "job", "logger.tensorboard.flush_second=1"],
+        ["'logger.tensorboard.flush_second'", "did you mean 'flush_seconds'?"],
+    ),
     "what_cfg_shows_is_checked": ([DROID, "--cfg", "job", "trainer.stesp=3"], ["'trainer.stesp'", "'steps'"]),
 }
 
@@ -244,7 +260,9 @@ def test_a_rank_that_fails_alone_says_so_after_a_while(monkeypatch, capsys):
     assert_clear(*in_process(monkeypatch, capsys, [DROID, "trainer.stesp=3"]), "'trainer.stesp'")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [DROID, "--cfg", "job"], [DROID, "trainer.stesp=3"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [DROID, "trainer.stesp=3"], [DROID, "--cfg", "job", "trainer.stesp=3"]], ids=str
+)
 def test_an_answer_without_training_needs_no_torch(arguments, tmp_path):
     code = (
         "import sys; from opentau_train import cli; sys.argv = ['opentau_train', *sys.argv[1:]]\n"
