@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -108,6 +109,10 @@ def write_video(path: Path, camera: Camera, frames: Sequence[tuple[float, np.nda
             frame.pts, frame.time_base = round(seconds * camera.ticks), Fraction(1, camera.ticks)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
+    if camera.codec == "libsvtav1":
+        # As root, SVT-AV1 gives the thread that opens it, and all that this starts, a real-time priority: a test and its
+        # processes would keep every other one from the processor.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, list[av.VideoFrame]]:

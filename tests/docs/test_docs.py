@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +15,7 @@ import pytest
 
 from opentau_train import cli, validate
 from opentau_train.config.settings import load_settings
+from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
@@ -92,8 +94,13 @@ def test_a_command_is_told_from_prose(line, command):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run of two steps, where documents say RUN."""
+    folder = tmp_path_factory.mktemp("docs")
+    # A small built-in sample stands at the place of the whole one, which takes half a minute to make.
+    spec = SampleSpec(num_episodes=4, min_frames=60, max_frames=70, episodes_per_data_file=2, episodes_per_video_file=2)
+    small = ensure_droid_sample(folder / "small", spec)["joint"].parent
+    shutil.copytree(small, folder / "cache" / f"droid_sample-{SampleSpec().stamp}")
     short = ["trainer.steps=2", "validation.every=2", "validation.max_samples_per_group=4", "flight_recorder=true"]
-    return train_here([*TOY, *short], tmp_path_factory.mktemp("docs") / "RUN")
+    return train_here([*TOY, *short], folder / "RUN")
 
 
 @pytest.mark.parametrize("line", commands())
