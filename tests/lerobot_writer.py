@@ -110,8 +110,8 @@ def write_video(path: Path, camera: Camera, frames: Sequence[tuple[float, np.nda
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     if camera.codec == "libsvtav1":
-        # As root, SVT-AV1 gives the thread that opens it, and all that this starts, a real-time priority: a test and its
-        # processes would keep every other one from the processor.
+        # As root, SVT-AV1 gives the thread that opens it, and all that this starts, a real-time priority: a test and
+        # its processes would keep every other one from the processor.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
