@@ -1,7 +1,5 @@
 """Batches on their way to the device: their counts are those of the host's copy, errors travel as values."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -21,11 +19,15 @@ def test_a_part_arrives_with_the_counts_of_its_masks():
     assert arrival.part.num_substituted == 2 and torch.equal(arrival.on_device().actions, batch.actions)
 
 
+def refuse(batch):
+    raise UserError("the policy can't count a dance")
+
+
 def test_an_error_of_the_counts_travels_as_the_streams_do():
     """Raised on one rank alone it would leave the others in the vote."""
-    unknown = dataclasses.replace(make_batch(), mode=["dance"] * 4)
-    arriving = arrivals((part for part in [RankBatch(unknown)]), make_policy(), CPU)
-    arrival = next(arriving)
+    policy = make_policy()
+    policy.term_counts = refuse
+    arrival = next(arrivals((part for part in [RankBatch(make_batch())]), policy, CPU))
     assert isinstance(arrival.part.error, UserError) and "dance" in str(arrival.part.error)
     assert arrival.counts == {"mse": 0.0, "ce": 0.0}
 
