@@ -27,7 +27,7 @@ from tests.unit.models.flow_cases import SPEC, make_batch, make_noise
 
 TIMEOUT = 60
 BIG = {"width": 512, "depth": 6, "heads": 8, "patch_size": 8, "stem_channels": 8}
-SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "stem_channels": 8}
+SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "stem_channels": 8, "max_prompt_bytes": 32}
 MUON = OptimizerSettings(
     lr=1e-2,
     target="opentau_train.optim.MuonAdamW",
