@@ -35,7 +35,7 @@ from support.program import machine, mixture_of, with_episodes
 
 from opentau_train.data.decode.images import fit
 from opentau_train.data.load.samples import SampleBuilder
-from opentau_train.data.load.stream import Parts, TrainPlan
+from opentau_train.data.load.stream import ShardDataset, TrainPlan
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
@@ -154,7 +154,7 @@ def open_stream(mixture: Mixture, tape: Tape) -> tuple[Iterator, list]:
         return readers[-1]
 
     object.__setattr__(source, "cursors", noted)
-    return iter(Parts(mixture, TrainPlan(tape, 0, 1, 0, 10**6), train=True)), readers
+    return iter(ShardDataset(mixture, TrainPlan(tape, rank=0, size=1, first=0, last=10**6), train=True)), readers
 
 
 def warm_up(stream: Iterator) -> None:

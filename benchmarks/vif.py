@@ -28,7 +28,7 @@ from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import load_settings
 from opentau_train.config.typed import at_least
-from opentau_train.data.load.stream import Parts
+from opentau_train.data.load.stream import ShardDataset
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.table import align
@@ -168,13 +168,13 @@ def measure(policy: Policy, mixture: Mixture, batch_size: int, *, batches: int, 
             remedy=f"ask for fewer: the longest run has {max(lengths)}",
         )
     plan = [*(tape.batch(int(step)) for step in steps), *runs]
-    parts = Parts(mixture, lambda worker, width: iter(plan), train=True)
+    shards = ShardDataset(mixture, lambda worker, width: iter(plan), train=True)
     built: list[Batch] = []
-    for part in parts:
-        if part.error is not None:
-            raise part.error
-        assert part.batch is not None, "a part of a plan without empty steps has a batch or an error"
-        built.append(part.batch)
+    for shard in shards:
+        if shard.error is not None:
+            raise shard.error
+        assert shard.batch is not None, "a shard of a plan without empty steps has a batch or an error"
+        built.append(shard.batch)
     sketch = Sketcher(policy, mean_counts(policy, built[:batches]))
     found = [sketch(batch) for batch in built]
     correlation, pairs = correlation_by_distance(np.stack(found[batches:]))

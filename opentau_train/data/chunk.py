@@ -60,10 +60,10 @@ def rows_at(
 
 def next_rows(values: NDArray[np.float32], row: int, num: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """`rows_at` for the `num` T rows of `values` [L, A] from `row` on: (a copy [T, A] f32, is_pad [T])."""
-    found = values[row : row + num]
-    if len(found) == num:
-        return found.copy(), np.zeros(num, bool)
-    return np.concatenate([found, np.repeat(found[-1:], num - len(found), axis=0)]), np.arange(num) >= len(found)
+    rows = values[row : row + num]
+    if len(rows) == num:
+        return rows.copy(), np.zeros(num, bool)
+    return np.concatenate([rows, np.repeat(rows[-1:], num - len(rows), axis=0)]), np.arange(num) >= len(rows)
 
 
 def history_rows(

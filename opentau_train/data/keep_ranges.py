@@ -41,8 +41,8 @@ class KeepRanges:
     digest: str
 
     def numbered(self) -> KeepRanges:
-        """The same with keys as episode numbers are written: 7 for 007."""
-        return replace(self, ranges={str(int(key)): found for key, found in self.ranges.items()})
+        """The same filter with its keys written as episode numbers are: 7 for 007."""
+        return replace(self, ranges={str(int(key)): ranges for key, ranges in self.ranges.items()})
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,17 @@ def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
         if not _is_whole(trim) or trim < 0:
             raise _broken(path, f"metadata.{TRIM_KEY} is {trim!r}, not a number of frames")
         trim = int(trim)
-    ranges = {key: _clean(key, found, trim, path) for key, found in tree.items()}
+    ranges = {key: _clean(key, entry, trim, path) for key, entry in tree.items()}
     by_number = all(key.isascii() and key.isdigit() for key in tree)
     return KeepRanges(path, ranges, trim, by_number, hashlib.blake2b(raw, digest_size=16).hexdigest())
 
 
-def _clean(key: str, found: Any, trim: int, path: Path) -> Ranges:
-    """Trimmed, sorted, and joined where they overlap or touch: one block is one run of windows."""
+def _clean(key: str, entry: Any, trim: int, path: Path) -> Ranges:
+    """The ranges of the file's `entry` for a key, trimmed, sorted, and joined where they overlap or touch: one block is
+    one run of windows."""
     joined: Ranges = []
     try:
-        pairs = [(start, end) for start, end in found]
+        pairs = [(start, end) for start, end in entry]
     except (TypeError, ValueError) as error:
         raise _broken(path, f"key '{key}' holds no list of [start, end] pairs") from error
     for bound in (bound for pair in pairs for bound in pair):
@@ -213,7 +214,16 @@ def apply(
     out = np.array(blocks, np.int32).reshape(-1, 3)
     total = int(length.sum(dtype=np.int64))
     kept = int(out[:, 2].sum(dtype=np.int64))
-    return out, FilterReport(len(filter.ranges), len(keys), matched, dropped, total, kept, lost, cut)
+    return out, FilterReport(
+        num_keys=len(filter.ranges),
+        num_episodes=len(keys),
+        num_matched=matched,
+        num_dropped=dropped,
+        num_windows=total,
+        num_kept=kept,
+        lost=lost,
+        num_cut=cut,
+    )
 
 
 def check(filter: KeepRanges, keys: list[str], report: FilterReport, min_match: float, where: str) -> None:
@@ -248,6 +258,3 @@ def _counts(keys: Iterable[str]) -> dict[str, int]:
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
     return counts
-
-
-# -- making one ------------------------------------------------------------------------------------------------------

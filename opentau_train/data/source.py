@@ -24,7 +24,7 @@ class Cursor(Protocol):
 
     def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
         """The window at `frame` of the episode at position `episode` of the table. The `ahead` frames after it will be
-        asked for next, one by one: what that is good for is the cursor's own matter.
+        asked for next, one by one; a cursor may decode them at once, or ignore the hint.
 
         Raises `BadSample` where the file can't give it.
         """
@@ -76,7 +76,7 @@ class Source(Protocol):
         ...
 
     def cursors(self, window: WindowSpec) -> CursorFactory:
-        """What makes cursors inside one worker process: they share open files."""
+        """A factory of cursors for one worker process, which share open files and read windows as `window` says."""
         ...
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
@@ -90,8 +90,12 @@ def whole_episodes(length: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 class CursorFactory(Protocol):
-    """A worker's open files of one source."""
+    """Makes the cursors of one source in one worker process, and holds the files that they share."""
 
-    def cursor(self) -> Cursor: ...
+    def cursor(self) -> Cursor:
+        """A new cursor, for one lane."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the files. The cursors must not be used any more."""
+        ...

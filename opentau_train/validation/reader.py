@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from opentau_train.data.load.stream import Part, Parts, passes
+from opentau_train.data.load.stream import Shard, ShardDataset
+from opentau_train.data.load.workers import passes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Windows
 from opentau_train.threads import InterruptibleIterator
@@ -36,37 +37,37 @@ class Reader:
 
     def __init__(self, mixture: Mixture, plans: Sequence[ValidationPlan], rank: int, *, skip_bad: bool):
         self._number = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._stream = Parts(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
-        self._parts: InterruptibleIterator[Part | None] | None = None
+        self._dataset = ShardDataset(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
+        self._shards: InterruptibleIterator[Shard | None] | None = None
         self._begun = False
 
     def begin(self, number: int) -> None:
         """Read plan `number` from now on."""
         if self._begun:
-            self.close()  # an error ended the pass before, of which parts are left
+            self.close()  # an error ended the pass before, of which shards are left
         self._number.fill_(number)
 
-    def next(self, stop: Callable[[], int]) -> Part | None:
+    def next(self, stop: Callable[[], int]) -> Shard | None:
         """The plan's next batch; None when `stop()` turns true before it is there. Raises `Fault` for a worker that
         died, during the pass or since the last one."""
-        if self._parts is None:
-            data = self._stream.mixture.settings
-            self._parts = InterruptibleIterator(passes(self._stream, data.num_workers, data.prefetch_factor))
+        if self._shards is None:
+            data = self._dataset.mixture.settings
+            self._shards = InterruptibleIterator(passes(self._dataset, data.num_workers, data.prefetch_factor))
         self._begun = True
-        return self._parts.next(stop)
+        return self._shards.next(stop)
 
     def end(self, stop: Callable[[], int], *, complete: bool) -> None:
         """The pass is over; `complete`: all of its batches were read."""
         if not complete:
             self.close()
-        elif self._begun and self._parts is not None:
-            end = self._parts.next(stop)
+        elif self._begun and self._shards is not None:
+            end = self._shards.next(stop)
             assert end is None, "a plan has as many batches as it says"
             self._begun = False
 
     def close(self) -> None:
         """End the workers."""
         self._begun = False
-        if self._parts is not None:
-            self._parts.close()
-            self._parts = None
+        if self._shards is not None:
+            self._shards.close()
+            self._shards = None

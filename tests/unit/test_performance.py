@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opentau_train import performance
-from opentau_train.data.load.stream import _begin_worker
+from opentau_train.data.load.workers import begin_worker
 from opentau_train.performance import ForwardFlops, Stamp, memory_row, scheduled_collection, traced, utilization
 from tests.program import TOY, train_here
 
@@ -79,7 +79,7 @@ def test_garbage_is_collected_at_its_steps_only():
 def test_loader_workers_collect_their_own_garbage():
     """A fork inherits that the collector is off, and nothing there would call it."""
     with scheduled_collection():
-        loader = DataLoader([0], num_workers=1, collate_fn=lambda _: gc.isenabled(), worker_init_fn=_begin_worker)
+        loader = DataLoader([0], num_workers=1, collate_fn=lambda _: gc.isenabled(), worker_init_fn=begin_worker)
         assert list(loader) == [True]
 
 

@@ -18,7 +18,8 @@ class ImageError(Exception):
 
 
 def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The largest (height, width) of the same aspect ratio inside `size` (H, W), at least one pixel each way."""
+    """(height, width) of the largest picture of the same aspect ratio inside `size` (H, W), at least one pixel each
+    way."""
     scale = min(size[0] / height, size[1] / width)
     return min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
 
@@ -35,12 +36,13 @@ class Resizer:
         self._source = self._fitted = (0, 0)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """[H', W', 3] uint8 RGB."""
+        """The frame as [H', W', 3] uint8 RGB."""
         return next(self.all(iter([frame]), 1))
 
     def all(self, frames: Iterator[av.VideoFrame], num: int) -> Iterator[NDArray[np.uint8]]:
-        """Each of `num` frames or fewer. They share one block of memory, which lives as long as any of them: pictures
-        that are allocated between the decoder's own buffers leave gaps that a heap doesn't fill again."""
+        """Each of the frames, at most `num`, as [H', W', 3] uint8 RGB. They share one block of
+        memory, which lives as long as any of them: pictures that are allocated between the decoder's own buffers leave
+        gaps that a heap doesn't fill again."""
         block = np.empty((0, 0, 0, 3), np.uint8)
         for left, frame in zip(range(num, 0, -1), frames):
             height, width = self._fit(frame)

@@ -24,7 +24,8 @@ class RowError(Exception):
 
 
 class RowReader:
-    """Reads episodes' rows of `columns`; keeps the last files and row groups (they may hold many episodes) open.
+    """Reads episodes' rows of `columns` from files, whose paths `path` gives by their numbers. The last files stay
+    open, and their last row groups in memory: a group may hold many episodes.
 
     Single-threaded, so that it works in forked workers.
     """
@@ -37,8 +38,8 @@ class RowReader:
         self._cached_bytes = 0
 
     def read(self, file: int, start: int, length: int, episode_index: int) -> pa.Table:
-        """`length` rows from row `start` of the file numbered `file`: `columns`, each in one contiguous chunk that
-        shares no memory with the file's other rows.
+        """`length` rows from row `start` of the file numbered `file`, and of them the reader's columns, each in one
+        contiguous chunk that shares no memory with the file's other rows.
 
         Raises `RowError` where the file can't be read or the rows aren't those of `episode_index`.
         """
@@ -49,8 +50,8 @@ class RowReader:
         except UNREADABLE as error:
             self._forget(file)
             raise RowError(f"{path}: {error}") from error
-        found = rows.column(EPISODE_COLUMN)
-        if found.null_count or not (np.asarray(found) == episode_index).all():
+        episodes = rows.column(EPISODE_COLUMN)
+        if episodes.null_count or not (np.asarray(episodes) == episode_index).all():
             raise RowError(f"{path}: rows {start} to {start + length - 1} are not all of episode {episode_index}")
         return rows
 
@@ -123,7 +124,7 @@ def one_array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def numbers(rows: pa.Table, name: str, dim: int, dtype: type = np.float32) -> NDArray[Any]:
-    """[L, dim] of a column of scalars or (nested) lists. Raises `RowError` for nulls and other widths."""
+    """The values [L, dim] of a column of scalars or (nested) lists. Raises `RowError` for nulls and other widths."""
     array = one_array(rows.column(name))
     while True:
         if array.null_count:
@@ -141,7 +142,8 @@ def numbers(rows: pa.Table, name: str, dim: int, dtype: type = np.float32) -> ND
 
 
 def texts(rows: pa.Table, name: str) -> tuple[NDArray[np.int32], list[str]]:
-    """(codes [L] int32, the distinct texts); -1 stands for null. Raises `RowError` where it isn't text."""
+    """(codes [L] int32, the distinct texts): row i has the text number `codes[i]`, -1 stands for null. Raises
+    `RowError` where it isn't text."""
     array = one_array(rows.column(name))
     if _is_list(array.type):
         if array.null_count or len(array.flatten()) != len(array):

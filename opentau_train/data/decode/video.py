@@ -71,17 +71,18 @@ class VideoPool:
         return len(self._files)
 
     def cursor(self) -> FrameCursor:
+        """A new cursor, for which one file more may stay open."""
         # Fewer files than cursors would be opened anew for every few packets when each cursor is in another file.
         self._capacity += 1
         return FrameCursor(self)
 
     def release(self) -> None:
-        """A cursor is gone."""
+        """A cursor was closed: keep one file fewer open."""
         self._capacity -= 1
         self._shrink(self._capacity)
 
     def get(self, path: Path) -> VideoFile:
-        """The open file. Raises `VideoError` and `av.FFmpegError`."""
+        """The file, opened if it isn't. Raises `VideoError` and `av.FFmpegError`."""
         name = str(path)
         file = self._files.get(name)
         if file is None:
@@ -141,10 +142,10 @@ class FrameCursor:
                 if isinstance(error, VideoError):
                     raise
                 raise VideoError(f"{path}: {error.strerror or error}") from error
-            found = _ticks(frame) * file.time_base
-            if abs(found - wanted) > tolerance_s:
+            shown = _ticks(frame) * file.time_base
+            if abs(shown - wanted) > tolerance_s:
                 raise VideoError(
-                    f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {found:.6f} s"
+                    f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {shown:.6f} s"
                 )
             yield frame
 

@@ -1,7 +1,7 @@
 """One mp4 file's packets in storage order, found by time or from an exact place; and decoders for them.
 
-A file is the demuxer only: it gives packets, and keeps its place among them. Who decodes them, and what of them is
-wanted, is the cursors' matter (`video.py`), which may share one file.
+A `VideoFile` is the demuxer only: it gives packets, and keeps its place among them. The cursors of `video.py`, which
+may share one file, decode them and choose the frames.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class VideoFile:
             raise VideoError(f"{path} has no video stream that can be decoded")
         self._stream = streams[0]
         self.time_base = float(time_base)
-        theirs = self._stream.codec_context
+        codec = self._stream.codec_context
         # What only the container says (colr atom) must reach the frames, or their conversion to RGB differs.
-        colours = theirs.color_range, theirs.colorspace, theirs.color_primaries, theirs.color_trc
-        self.coding: Coding = (theirs.name, theirs.extradata, theirs.width, theirs.height, *colours)
+        colours = codec.color_range, codec.colorspace, codec.color_primaries, codec.color_trc
+        self.coding: Coding = (codec.name, codec.extradata, codec.width, codec.height, *colours)
         self._index = self._stream.index_entries
         self._last_dts: int | None = None
 
@@ -88,7 +88,8 @@ class VideoFile:
         raise VideoError(f"{self.path}: the demuxer doesn't find its place at dts {dts} again")
 
     def skips_packets(self, fed_dts: int, ticks: float) -> bool:
-        """Whether the keyframe at `ticks` (decode time) lies far enough behind the packet of `fed_dts`."""
+        """Whether the keyframe for `ticks` (decode time) lies so far after the packet of `fed_dts`, the last one
+        decoded, that a jump to it is worth it: more than `MIN_SKIPPED` packets."""
         key = self._index.search_timestamp(math.floor(ticks))
         if key < 0:
             return False

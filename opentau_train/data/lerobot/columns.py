@@ -19,7 +19,7 @@ TEXT = frozenset({"string"})
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers with `dim` values a row; `continuous` says that it has values between two rows'."""
+    """A column of numbers with `dim` values a row; `continuous`: between two rows it may be interpolated."""
 
     name: str
     dim: int

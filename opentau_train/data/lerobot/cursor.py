@@ -21,7 +21,8 @@ from opentau_train.types import RawWindow, WindowSpec
 
 
 class LeRobotCursorFactory:
-    """A worker's open files of one dataset. `frames_decoded` counts over all its cursors."""
+    """Makes the cursors of one dataset in one worker process, and holds the files that they share. `frames_decoded`
+    counts over all its cursors."""
 
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
@@ -46,8 +47,8 @@ class LeRobotCursorFactory:
 
 
 class LeRobotCursor:
-    """Reads one window at a time; keeps the episode's rows and each camera's last images, all that the history of the
-    next frame may ask for, and its next few."""
+    """Reads one window at a time. Keeps the episode's rows and, of each camera, the images that the next window's
+    history may need and the few that were decoded ahead."""
 
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window

@@ -21,7 +21,8 @@ from opentau_train.types import EpisodeTable
 
 @dataclass(frozen=True)
 class FileTable:
-    """Files of one kind, numbered. Paths are made when asked for: 100,000 files cost 16 bytes each."""
+    """Files of one kind, numbered: file i has the LeRobot numbers `chunk[i]` and `file[i]` in the path `template` below
+    `root`. Paths are made when asked for: 100,000 files cost 16 bytes each."""
 
     root: Path
     template: str
@@ -33,12 +34,14 @@ class FileTable:
         return len(self.file)
 
     def relative(self, number: int) -> str:
+        """The path of file `number` below `root`."""
         chunk, file = int(self.chunk[number]), int(self.file[number])
         return self.template.format(
             chunk_index=chunk, file_index=file, episode_chunk=chunk, episode_index=file, video_key=self.video_key
         )
 
     def path(self, number: int) -> Path:
+        """The whole path of file `number`."""
         return self.root / self.relative(number)
 
 
@@ -76,9 +79,12 @@ class StoredEpisodes:
 
 @dataclass(frozen=True)
 class Episodes:
-    """What the metadata list, one row an episode, by rising `episode_index`: `length` rows from `row_start` of file
-    (`chunk`, `file`); `videos` {column: (chunk, file, seconds at which it starts)}; `extra` {column: values} of those
-    asked for and there; `names`: every per-episode column."""
+    """The episodes that the metadata list, as columns by rising `episode_index`.
+
+    An episode is the `length` rows from `row_start` on of the file (`chunk`, `file`); `videos` {column: (chunk, file,
+    seconds at which the episode starts)}; `extra` {column: values} of the further columns that were asked for and are
+    there; `names`: all columns of the per-episode metadata.
+    """
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int64]

@@ -1,4 +1,5 @@
-"""Is it the same dataset? Hashes of a LeRobot dataset's metadata and files, without reading the files."""
+"""How to tell whether it is the same dataset: hashes of a LeRobot dataset's metadata and files, without reading the
+files."""
 
 from __future__ import annotations
 
@@ -17,13 +18,16 @@ MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
 END_BYTES = 32_768
 STATS_A_TURN = 500
-"""Files that a thread asks after at once."""
+"""Files whose status one thread asks for before it takes others."""
 
 
 def identify(info: Info, stored: StoredEpisodes) -> tuple[str, str]:
-    """(`fingerprint`, `rows_stamp`): a hash of the metadata, of the episodes, of the sizes of their files and of the
-    ends of some files of rows, so that one that was recorded, encoded or computed again has another; and one of when
-    the files of rows were written."""
+    """(`fingerprint`, `rows_stamp`) of the dataset, see `Source`.
+
+    The fingerprint hashes the metadata, the episodes, the sizes of their files and the ends of some files of rows, so
+    that a dataset that was recorded, encoded or computed again has another one. The stamp hashes when the files of rows
+    were written.
+    """
     digest = hashlib.blake2b(info.raw, digest_size=16)
     table = stored.table
     for column in (table.episode_index, table.length, table.control_mode, stored.data_file, stored.row_start):

@@ -33,7 +33,7 @@ class Info:
         return self.get("features")
 
     def get(self, key: str) -> Any:
-        """A key that must be there. Raises `UserError`."""
+        """The value of a key that must be there. Raises `UserError` where it isn't."""
         if self.tree.get(key) is None:
             raise UserError(f"meta/info.json has no '{key}'", where=str(self.path), remedy=RESTORE)
         return self.tree[key]

@@ -22,7 +22,7 @@ PROMPTS = warned("other prompts from here on")
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """A LeRobot dataset, v2.1 or v3.0, of `data.sources.NAME`: see `opentau_train.data.source.SourceOptions`."""
+    """The options of a LeRobot dataset, v2.1 or v3.0: see `opentau_train.data.source.SourceOptions`."""
 
     selects: ClassVar[bool] = True
 

@@ -1,5 +1,5 @@
-"""Rows of a LeRobot dataset's episodes: what a worker must know to read them, one whole episode for its windows, and
-single columns of every episode for what isn't the stream (control modes, success, statistics)."""
+"""Rows of a LeRobot dataset's episodes: what a worker must know to read them; one whole episode, for its windows; and
+single columns of many episodes, for control modes, success and statistics."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Reading:
 
     @property
     def columns(self) -> list[str]:
-        """The parquet columns of a window."""
+        """The parquet columns that windows are made of."""
         names = [c.name for c in (*self.state, *self.actions)]
         names += [*self.prompt_columns, *self.images.values()]
         names += [self.task_column] if self.task_column else []
@@ -134,12 +134,12 @@ def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows
         code, prompts = _prompts(rows, reading)
         state, actions = stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
         return EpisodeRows(
-            state,
-            actions,
-            _seconds(rows) if reading.timed else None,
-            code,
-            prompts,
-            {camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
+            state=state,
+            actions=actions,
+            seconds=_seconds(rows) if reading.timed else None,
+            prompt_code=code,
+            prompts=prompts,
+            images={camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
             finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
         )
     except RowError as error:

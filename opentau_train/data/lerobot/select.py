@@ -139,14 +139,14 @@ def filter_blocks(listing: Listing, settings: SourceSettings) -> NDArray[np.int3
     return blocks
 
 
-def _succeeded(chosen: Listing, column: str) -> NDArray[np.bool_]:
+def _succeeded(listing: Listing, column: str) -> NDArray[np.bool_]:
     """[E] whether each of the episodes is a success: its own value of `column`, or its last row's."""
-    values = chosen.values(column, "last", "success_column")
+    values = listing.values(column, "last", "success_column")
     for value in values:
         if not isinstance(value, bool | int | float | np.bool_ | np.number):
             raise UserError(
                 f"'{column}' holds {value!r}, which is neither true nor false",
-                where=f"{chosen.info.where}.success_column",
+                where=f"{listing.info.where}.success_column",
                 remedy="name a column of booleans or numbers",
             )
     return np.array([bool(value) for value in values], bool)

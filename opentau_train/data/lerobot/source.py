@@ -53,7 +53,7 @@ DEFAULT_CONTROL_MODE = "default"
 
 @dataclass(frozen=True)
 class LeRobotDataset:
-    """See `opentau_train.data.source.Source`. Metadata only: picklable, and nothing is open."""
+    """A LeRobot dataset, as `opentau_train.data.source.Source` asks. Metadata only: picklable, and no file is open."""
 
     name: str
     robot_type: str
@@ -79,6 +79,7 @@ class LeRobotDataset:
         return self.blocks
 
     def cursors(self, window: WindowSpec) -> LeRobotCursorFactory:
+        """See `Source.cursors`."""
         return LeRobotCursorFactory(self.reading, window)
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
@@ -169,8 +170,8 @@ def _warn_of_left_out(info: Info, key: str, whole: str, chosen: tuple[Column, ..
 
 
 def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
-    """Those of the `cameras` {name: column} that are video. Raises `UserError` where rows can't say which frame is
-    theirs."""
+    """The `cameras` {name: column} that are stored as video. Raises `UserError` where rows don't say which frame
+    belongs to them."""
     videos = {camera: c for camera, c in cameras.items() if info.features[c]["dtype"] == "video"}
     if videos and info.features.get("timestamp", {}).get("dtype") not in NUMBER:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The way of a batch to the device, on the thread that reads the data: the training loop neither copies nor waits."""
+"""How a batch gets to the device: copied on the thread that reads the data, so that the training loop doesn't wait."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from opentau_train.models.policy import Policy
 
 @dataclass(frozen=True)
 class Arrival:
-    """A rank's share of a global batch on its way to the device: `part` as the stream gave it, on the CPU; `counts`
-    {term: supervised loss elements of its samples}, all 0 where the stream has ended with an error."""
+    """A rank's share of a global batch, whose copy to the device is under way.
+
+    `part` is the share as the stream gave it, on the CPU; `counts` {term: supervised loss elements of its samples} are
+    all 0 where the stream has ended with an error.
+    """
 
     part: RankBatch
     counts: dict[str, float]
@@ -25,7 +28,7 @@ class Arrival:
     _copied: torch.cuda.Event | None = field(repr=False)
 
     def on_device(self) -> Batch:
-        """The batch on the device. What the device is given from now on waits for the copy, the host does not."""
+        """The batch on the device. Work given to it from now on waits for the copy; the host doesn't wait."""
         assert self._copy is not None, "a part has a batch or an error"
         if self._copied is not None:
             stream = torch.cuda.current_stream()
@@ -36,7 +39,8 @@ class Arrival:
 
 
 def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) -> Generator[Arrival]:
-    """Each of `parts` with its counts, and its copy on `device` under way. Iterate it on a thread of its own.
+    """Each of `parts`, a rank's shares of the global batches, with its counts and with its copy to `device` under way.
+    Iterate it on a thread of its own.
 
     To CUDA the copy goes from pinned memory on a stream of its own, beside the computation. A `UserError` of the counts
     (an unknown mode) comes as the part's error, as those of the stream do. Closing the generator closes `parts`.

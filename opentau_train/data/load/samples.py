@@ -1,4 +1,4 @@
-"""From a window's address to a sample: read, then transform. Lives in a loader worker.
+"""From a window's address to a sample: the window is read, then transformed. Runs in the loader's workers.
 
 All randomness of a sample is keyed by (seed, dataset, episode, frame, pass), so it depends on no rank, worker or batch.
 """
@@ -17,8 +17,7 @@ from opentau_train.types import Address, RawWindow, WindowSpec
 class SampleBuilder:
     """Builds samples of a mixture in one process. `training` turns on the transforms that are for training only.
 
-    Cursors are kept per lane: a lane reads forward, so each frame is decoded once. Raises `BadSample` for a window
-    that can't be read; the builder stays usable.
+    Cursors are kept per lane: a lane reads forward, so each frame is decoded once.
     """
 
     def __init__(self, mixture: Mixture, *, training: bool):
@@ -30,13 +29,17 @@ class SampleBuilder:
         self.open_decoders = OpenDecoders()
 
     def build(self, lane: int, address: Address, *, ahead: int = 0) -> Sample:
-        """The sample of the window at `address`, read through `lane`'s cursor, which will be asked for the `ahead`
-        windows that follow it."""
+        """The sample of the window at `address`, read through `lane`'s cursor. The `ahead` windows that follow it will
+        be asked for next, which lets the cursor read them at once.
+
+        Raises `BadSample` for a window that can't be read; the builder stays usable.
+        """
         raw = self._cursor(lane, address.dataset).read(address.episode, address.frame, ahead)
         record = self._record(raw, address)
         return self.mixture.pipelines[address.dataset](record, record["key"], training=self.training)
 
     def close(self) -> None:
+        """Close all files. A later `build` opens them again."""
         for _, cursor in self._lanes.values():
             cursor.close()
         for factory in self._factories.values():

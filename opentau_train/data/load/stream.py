@@ -1,50 +1,45 @@
-"""The training stream: every rank's part of every global batch, built by all its workers.
+"""The training stream: a rank's share of every global batch, built by all its workers.
 
-Each worker builds the samples of the slots it owns and the main process joins the workers' parts in slot order, so the
-ordered global batch is the tape's, whatever the ranks, workers, prefetching or delays.
+Each worker builds a shard, the samples of the slots it owns, and the main process joins the workers' shards in slot
+order, so the ordered global batch is the tape's, whatever the ranks, workers, prefetching or delays.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import signal
-import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from opentau_train import rng
 from opentau_train.batch import Batch, Sample, join, stack
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, Fault, Teller, UserError
+from opentau_train.errors import BadSample, UserError
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
-GONE_S = 2.0
-"""Seconds that a worker whose connection broke may take to be gone."""
+"""Windows that are tried in place of an unreadable one before the run ends."""
 STEPS_AT_ONCE = 16
 """Steps whose windows are looked up together: most of what that costs doesn't depend on their number."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one worker built of a step: the samples' numbers `t` [n] i64, their batch (None where n = 0), how many of
-    them stand in for windows that couldn't be read, or the error that ended the worker (errors travel as values: one
-    raised on a single rank would leave the others in a collective). `left_out`: windows that couldn't be read and are
-    missing in `t` and `batch`."""
+class Shard:
+    """One worker's share of a step: the numbers `t` [n] i64 of its samples, their batch (None where n = 0), and how
+    many of them stand in for windows that couldn't be read; or the error that ended the worker.
+
+    Errors travel as values: one raised on a single rank would leave the others in a collective. `left_out`: windows
+    that couldn't be read and are missing in `t` and `batch`.
+    """
 
     t: np.ndarray
     batch: Batch | None
@@ -67,10 +62,11 @@ class RankBatch:
     """The decoders that all of the rank's workers keep open."""
 
 
-class Parts(IterableDataset):
-    """`plan(worker, num_workers)` gives the windows that a worker builds, item by item; each becomes a `Part`.
+class ShardDataset(IterableDataset[Shard]):
+    """The shards that a worker builds, one for each item of `plan(worker, num_workers)`, which are its windows.
 
-    A window that can't be read is substituted where `train`; else it ends the worker, or with `skip_bad` is left out.
+    A window that can't be read is substituted where `train` is set, and noted in the `quarantine` file; else it ends
+    the worker, or with `skip_bad` is left out.
     """
 
     def __init__(
@@ -85,7 +81,7 @@ class Parts(IterableDataset):
         self.mixture, self.plan, self.train, self.quarantine = mixture, plan, train, quarantine
         self.skip_bad = skip_bad
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Shard]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         builder = SampleBuilder(self.mixture, training=self.train)
@@ -93,11 +89,11 @@ class Parts(IterableDataset):
             for windows in self.plan(worker, num_workers):
                 yield self._build(builder, windows)
         except UserError as error:
-            yield Part(np.zeros(0, np.int64), None, error=error)
+            yield Shard(np.zeros(0, np.int64), None, error=error)
         finally:
             builder.close()
 
-    def _build(self, builder: SampleBuilder, windows: Windows) -> Part:
+    def _build(self, builder: SampleBuilder, windows: Windows) -> Shard:
         samples, substituted, left_out = [], 0, {}
         columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
         for i, (lane, ahead, *numbers) in enumerate(zip(*(c.tolist() for c in columns))):
@@ -114,10 +110,10 @@ class Parts(IterableDataset):
                 substituted += 1
         batch = stack(samples, self.mixture.spec) if samples else None
         t = np.delete(windows.t, list(left_out))
-        return Part(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
+        return Shard(t, batch, substituted, left_out=tuple(left_out.values()), open_decoders=builder.open_decoders)
 
     def _substitute(self, builder: SampleBuilder, lane: int, address: Address, error: BadSample) -> Sample:
-        """A keyed draw from the same dataset and side of the split, so that a rerun draws the same one."""
+        """The sample of another training window of the same dataset, drawn by key so that a rerun draws the same."""
         dataset = self.mixture.datasets[address.dataset]
         blocks, pass_index = dataset.train, address.pass_index
         number = int(dataset.source.episodes.episode_index[address.episode])
@@ -196,109 +192,21 @@ def training_batches(
     tape.batch(first_step)  # orders the blocks here and now: forked workers then share the pages, 12 B a block
     plan = TrainPlan(tape, rank, size, first_step, last_step)
     width = max(1, data.num_workers)
-    pending: list[Part] = []
-    stream = Parts(mixture, plan, train=True, quarantine=quarantine)
-    with closing(loader(stream, data.num_workers, data.prefetch_factor)) as parts:
-        for part in parts:
-            if part.error is not None:
-                yield RankBatch(None, error=part.error)
+    pending: list[Shard] = []
+    dataset = ShardDataset(mixture, plan, train=True, quarantine=quarantine)
+    with closing(one_pass(dataset, data.num_workers, data.prefetch_factor)) as shards:
+        for shard in shards:
+            if shard.error is not None:
+                yield RankBatch(None, error=shard.error)
                 return
-            pending.append(part)
+            pending.append(shard)
             if len(pending) == width:
                 yield _join(pending)
                 pending = []
 
 
-def _join(parts: list[Part]) -> RankBatch:
-    t = np.concatenate([p.t for p in parts])
-    batch = join([p.batch for p in parts if p.batch is not None], np.argsort(t, kind="stable").tolist())
-    decoders = sum((p.open_decoders for p in parts), OpenDecoders())
-    return RankBatch(batch, sum(p.num_substituted for p in parts), open_decoders=decoders)
-
-
-def loader(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part]:
-    """The first of `passes`."""
-    with closing(passes(parts, num_workers, prefetch_factor)) as endless:
-        for part in endless:
-            if part is None:
-                return
-            yield part
-
-
-def passes(parts: Parts, num_workers: int, prefetch_factor: int) -> Generator[Part | None]:
-    """What workers each yield, handed over in turn: worker 0's first item, worker 1's first, ..., and None at the end;
-    then the same workers begin again, with what `parts.plan` gives then.
-
-    The workers live until the generator is closed. Raises `Fault` for a worker that died.
-    """
-    data_loader = DataLoader(
-        parts,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=num_workers > 0,
-        collate_fn=_same,
-        worker_init_fn=_begin_worker if num_workers else None,
-        # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
-        # then change every later ambient draw of the training loop.
-        generator=torch.Generator().manual_seed(0),
-        in_order=True,
-    )
-    iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
-    workers: list[BaseProcess] = iterator._workers if num_workers else []
-    try:
-        while True:
-            yield from iterator
-            yield None
-            iterator = iter(data_loader)  # with workers the same one, begun again
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _tells_of_death(error, workers):
-            raise
-        raise _worker_death(workers) from error
-    finally:
-        # Not left to the garbage collector: an error's traceback keeps the iterator alive up to the interpreter's end,
-        # which then sends the workers a SIGTERM, which they ignore, and waits for them for ever.
-        if num_workers:
-            iterator._shutdown_workers()
-
-
-def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
-    """Whether the loader failed because a worker ended without an exception of its own."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
-    try:
-        # One may die while its batch is handed over: the connection breaks before the system calls it dead.
-        return bool(workers) and bool(wait([w.sentinel for w in workers], timeout=GONE_S))
-    except RuntimeError as told:  # by torch's handler of SIGCHLD, where the main thread itself reads the batches
-        return str(told).startswith("DataLoader worker")
-
-
-def _worker_death(workers: list[BaseProcess]) -> Fault:
-    """What to tell about workers of which one ended without an exception of its own."""
-    for sentinel in wait([w.sentinel for w in workers], timeout=0):
-        next(w for w in workers if w.sentinel == sentinel).join()  # it is closed a moment before there is an exit code
-    dead = [
-        f"pid {w.pid}, " + (f"killed by {signal.Signals(-w.exitcode).name}" if w.exitcode < 0 else f"exit {w.exitcode}")
-        for w in workers
-        if w.exitcode
-    ]
-    return Fault(
-        f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})",
-        where="the operating system's log (dmesg) tells whether memory ran out",
-        remedy="if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
-        "resume=auto",
-        teller=Teller.THIS_RANK,
-    )
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _begin_worker(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.
-    gc.freeze()
-    gc.enable()  # the main process may have put it off (`performance.scheduled_collection`): here nobody would make up
+def _join(shards: list[Shard]) -> RankBatch:
+    t = np.concatenate([s.t for s in shards])
+    batch = join([s.batch for s in shards if s.batch is not None], np.argsort(t, kind="stable").tolist())
+    decoders = sum((s.open_decoders for s in shards), OpenDecoders())
+    return RankBatch(batch, sum(s.num_substituted for s in shards), open_decoders=decoders)

@@ -1,4 +1,4 @@
-"""The mixture: named sources in their places, split, grouped and normalised. `open.py` makes one."""
+"""The mixture: all datasets of a run, with their split, groups, statistics and transforms. `open.py` makes one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from opentau_train.types import BatchSpec, Group
 
 @dataclass(frozen=True)
 class Dataset:
-    """A source in its place: its settings, its split and its blocks of either side.
+    """One dataset of the mixture: its source, its settings, its split, and its blocks for training and for validation.
 
-    `repo_id` is the deduplicated mixture-level name; `group_of` [E] i64 the group of each episode of its table.
+    `repo_id` is its name in batches, different from all others'; `held_out` [E] says which episodes are for validation;
+    `group_of` [E] i64 the group of each episode of its table.
     `transforms` are those that the configuration names, after which the dimensions have the names `state_names` and
     `action_names`.
     """
@@ -44,8 +45,8 @@ class Dataset:
     action_names: tuple[str, ...]
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
-        """(position, state [L, S], actions [L, A]) of the episodes at `positions`, transformed: what statistics are
-        of."""
+        """(position, state [L, S], actions [L, A]) of the episodes at `positions`, after the dataset's own
+        `transforms`: the values that statistics are computed from."""
         pipeline = Pipeline(self.transforms)
         for position, state, actions in self.source.columns(positions):
             yield position, *pipeline.rows(state, actions)
@@ -53,10 +54,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Mixture:
-    """All datasets, in the order of the configuration's names sorted, so that permuting a config changes nothing.
+    """All datasets, sorted by name, so that permuting a configuration changes nothing.
 
-    `draws` n_d windows an epoch; `groups` (dataset, control_mode); `pipelines`, a dataset's transforms each (none
-    where no statistics were computed).
+    `draws` are the windows n_d that an epoch takes of each dataset; `groups` are the pairs (dataset, control mode);
+    `stats` {norm head: statistics}; `pipelines` are each dataset's transforms (none where no statistics were computed).
     """
 
     settings: DataSettings

@@ -1,4 +1,4 @@
-"""Normalisation statistics a norm head (robot_type::control_mode), from training episodes' columns only.
+"""Normalisation statistics of a norm head (robot_type::control_mode), from its training episodes' columns.
 
     normalised = (x - offset) * scale,   x = normalised / scale + offset
 
@@ -57,7 +57,8 @@ class Moments:
 
 
 def affine_of(moments: Moments, method: Method) -> Affine:
-    """mean_std -> zero mean, unit deviation; min_max and quantiles (q01, q99) -> [-1, 1] between the two."""
+    """The map that normalises by `moments`: to zero mean and unit deviation with mean_std, to [-1, 1] between the two
+    bounds with min_max and quantiles (q01, q99)."""
     if method == "mean_std":
         offset, spread = moments.mean, moments.std
     else:
@@ -70,7 +71,7 @@ def affine_of(moments: Moments, method: Method) -> Affine:
 
 @dataclass(frozen=True)
 class HeadStats:
-    """What one norm head knows: statistics and dimension names of its state and actions."""
+    """One norm head's statistics and dimension names of state and actions."""
 
     state: Moments
     actions: Moments
@@ -144,18 +145,19 @@ class _Accumulator:
         variance = np.maximum(self.square / self.count - np.square(mean), 0.0)
         low, high = np.quantile(np.concatenate(self.kept), [0.01, 0.99], axis=0) if dims else (np.zeros(0),) * 2
         return Moments(
-            self.count,
-            np.clip(mean + self.shift, self.min, self.max),
-            np.sqrt(variance),
-            self.min,
-            self.max,
-            low.astype(np.float64),
-            high.astype(np.float64),
+            count=self.count,
+            mean=np.clip(mean + self.shift, self.min, self.max),
+            std=np.sqrt(variance),
+            min=self.min,
+            max=self.max,
+            q01=low.astype(np.float64),
+            q99=high.astype(np.float64),
         )
 
 
 def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
-    """`make()`, or what an earlier run stored in `cache` for the same content."""
+    """`make()`, or what an earlier run stored in `cache` under the same `key_parts`. Raises `UserError` where it can't
+    be stored."""
     digest = hashlib.blake2b(json.dumps([VERSION, *key_parts]).encode(), digest_size=16).hexdigest()
     path = cache / "stats" / f"{digest}.json"
     if path.is_file():

@@ -1,4 +1,4 @@
-"""From settings to a mixture: every mistake that a look at the metadata can find ends here."""
+"""From settings to a mixture. Every mistake in the data's settings that its metadata can reveal is raised here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 
 def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) -> Mixture:
-    """Open every source, split, group and normalise, in one process. `stats` (a checkpoint's) replace computing them.
+    """The mixture of the settings, in one process: every source opened, split, grouped and normalised, by `stats` (a
+    checkpoint's) or by statistics computed now.
 
     What several processes do together is `job.open_together`, of the same parts. Raises `UserError`.
     """
@@ -58,7 +59,16 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = _with_shares(groups, datasets, draws)
     spec = _batch_spec(data, datasets, groups)
-    return Mixture(data, settings.seed, tuple(datasets), tuple(draws), tuple(groups), {}, (), spec)
+    return Mixture(
+        settings=data,
+        seed=settings.seed,
+        datasets=tuple(datasets),
+        draws=tuple(draws),
+        groups=tuple(groups),
+        stats={},
+        pipelines=(),
+        spec=spec,
+    )
 
 
 def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline, ...]:

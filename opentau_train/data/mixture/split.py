@@ -15,7 +15,7 @@ from opentau_train.errors import UserError
 log = logging.getLogger(__name__)
 
 NAMED = 8
-"""Episodes that an error names of each difference."""
+"""How many episodes of each difference an error names."""
 
 
 def held_out_episodes(mixture: Mixture) -> dict[str, str]:
@@ -34,25 +34,25 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def numbers(text: str) -> set[int]:
     """The inverse of `ranges`."""
-    found: set[int] = set()
+    members: set[int] = set()
     for part in filter(None, text.split(", ")):
         first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return found
+        members.update(range(int(first), int(last or first) + 1))
+    return members
 
 
 def check_split(saved: Mapping[str, str], mixture: Mixture, *, restart: bool = False) -> None:
     """Compare a checkpoint's record with the split in use; with `restart` a difference is only warned of.
 
     Raises `UserError` naming the episodes of a dataset that the checkpoint's run held out and this one trains on,
-    or the other way round. Datasets of only one of the two are the stream state's affair."""
-    for name, mine in held_out_episodes(mixture).items():
-        if name not in saved or saved[name] == mine:
+    or the other way round. A dataset that only one of the two has is refused by `order/state.py`."""
+    for name, held_out in held_out_episodes(mixture).items():
+        if name not in saved or saved[name] == held_out:
             continue
-        theirs, ours = numbers(saved[name]), numbers(mine)
+        before, now = numbers(saved[name]), numbers(held_out)
         parts = [
             f"{change}: {_some(episodes)}"
-            for change, episodes in (("no longer held out", theirs - ours), ("newly held out", ours - theirs))
+            for change, episodes in (("no longer held out", before - now), ("newly held out", now - before))
             if episodes
         ]
         what = f"dataset '{name}' is split otherwise than in the checkpoint; episodes {'; '.join(parts)}"
@@ -69,12 +69,12 @@ def check_split(saved: Mapping[str, str], mixture: Mixture, *, restart: bool = F
 def trained_on(saved: Mapping[str, str], mixture: Mixture) -> dict[str, str]:
     """{dataset: the validation episodes of `mixture` that a checkpoint with the split `saved` trained on}, for the
     datasets of the same names."""
-    found = {}
-    for name, mine in held_out_episodes(mixture).items():
-        both = numbers(mine) - numbers(saved[name]) if name in saved else set()
+    overlap = {}
+    for name, held_out in held_out_episodes(mixture).items():
+        both = numbers(held_out) - numbers(saved[name]) if name in saved else set()
         if both:
-            found[name] = ranges(both)
-    return found
+            overlap[name] = ranges(both)
+    return overlap
 
 
 def _some(episodes: set[int]) -> str:
@@ -85,7 +85,7 @@ def _some(episodes: set[int]) -> str:
 def validation_split(
     name: str, numbers: NDArray[np.int64], ratio: float, seed: int, chosen: tuple[int, ...] | None = None
 ) -> NDArray[np.bool_]:
-    """[E] True for held-out episodes: hash of (seed, dataset, episode number) below `ratio`.
+    """[E] bool, True for held-out episodes: those whose hash of (seed, dataset, episode number) lies below `ratio`.
 
     Each episode decides for itself: adding datasets or episodes moves none of the others. With `ratio` > 0 at least
     one episode is held out (the one with the smallest hash) as long as one remains for training; with 1.0 all are.

@@ -22,12 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, HeadStats]:
-    """{norm head: statistics} over all training episodes of the datasets that share the head."""
+    """{norm head: statistics} over all training episodes of the datasets that share the head; over the held-out ones
+    where there are no others. Raises `UserError` for datasets that can't share one, and for values that aren't
+    finite."""
     heads: dict[str, HeadStats] = {}
     for head in sorted({g.norm_head for g in groups}):
         members = [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
         positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
-        if not any(map(len, positions)):  # only held-out episodes: better theirs than none
+        if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
         heads[head] = _of_head(head, members, positions, settings)
     return heads
@@ -61,14 +63,14 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
     """Statistics over both mean something only where each dimension is the same quantity of the same robot. Raises
     `UserError` where they can't be, or nobody says that they are; warns where only the names differ."""
-    mine, theirs = (d.state_names + d.action_names for d in (one, other))
+    names, other_names = (d.state_names + d.action_names for d in (one, other))
     apart = f"set data.sources.{other.name}.robot_type or control_mode to tell them apart"
     both = f"datasets '{one.name}' and '{other.name}'"
-    if len(mine) != len(theirs) or len(one.action_names) != len(other.action_names):
+    if len(names) != len(other_names) or len(one.action_names) != len(other.action_names):
         raise UserError(
             f"{both} share norm head {head} but not dimensions", where=f"data.sources.{other.name}", remedy=apart
         )
-    differs = next((f"'{a}' and '{b}'" for a, b in zip(mine, theirs, strict=True) if a != b), None)
+    differs = next((f"'{a}' and '{b}'" for a, b in zip(names, other_names, strict=True) if a != b), None)
     if differs is None:
         return
     if one.source.robot_type == UNKNOWN_ROBOT:

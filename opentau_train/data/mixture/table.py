@@ -1,4 +1,4 @@
-"""The mixture's table: a line a source."""
+"""The table that describes the mixture when a run starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from opentau_train.data.mixture.mixture import Dataset, Mixture
 
 
 def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters: int) -> str:
-    """The start's summary: a line a source, then the batch's shape."""
+    """The summary printed when a run starts: one line for each source, then the batch's shape."""
     head = ("source", "episodes", "val", "windows", "weight", "share", "windows/epoch", "control mode", "cameras")
     total = sum(mixture.draws)
     rows: list[tuple[str, ...]] = [head]
@@ -39,7 +39,8 @@ def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters:
 
 
 def weight_cell(dataset: Dataset, drawn: int) -> str:
-    """A dataset's weight in a table: the configured one, or what it is without one. `drawn` windows an epoch."""
+    """A dataset's weight as text: the configured one, else "natural", or "validation" where an epoch draws none of it
+    (`drawn` windows)."""
     if dataset.settings.weight is not None:
         return f"{dataset.settings.weight:g}"
     return "natural" if drawn else "validation"

@@ -25,7 +25,7 @@ def make_blocks(
     made_of: Mapping[str, str] | None = None,
 ) -> DatasetBlocks:
     """The source's blocks of the episodes under `keep` [E], cut to windows that may start; `source_blocks` [N, 3] int32
-    (position in the table, first frame, length).
+    (position in the table, first frame, length). `made_of`: see `DatasetBlocks`.
 
     With `drop_tail` a window's chunk, which reaches over `rows` rows, must lie inside its episode, so the last
     `rows - 1` frames start none. With `stride` k only every k-th frame of a block starts one, its first being one.
@@ -55,8 +55,8 @@ I64 = NDArray[np.int64]
 class DatasetBlocks:
     """The blocks of one dataset: `episode` [N] i32 position in its table, `start` [N] i32 first frame, `length` [N]
     i32 windows, `stride` frames apart, `number` [N] i64 the episode's number in the dataset (the name its hash key
-    uses); lengths are above 0 and (number, start) occurs once. `made_of` {files, filter: a hash}: what the blocks
-    follow from, to say what has changed."""
+    uses); lengths are above 0 and (number, start) occurs once. `made_of` {"files" or "filter": a hash} identifies what
+    the blocks were made from, so that a resume can say what has changed."""
 
     name: str
     episode: NDArray[np.int32]
@@ -83,7 +83,7 @@ class DatasetBlocks:
         return self.start[block].astype(np.int64) + np.asarray(inside, np.int64) * self.stride
 
     def window(self, place: int) -> tuple[int, int]:
-        """(episode, frame) of the window at `place` of all, the blocks taken in table order."""
+        """(episode, frame) of window number `place` of the dataset, counted through the blocks in table order."""
         ends = np.cumsum(self.length, dtype=np.int64)
         block = int(np.searchsorted(ends, place, side="right"))
         return int(self.episode[block]), int(self.frames(block, place - ends[block] + self.length[block]))

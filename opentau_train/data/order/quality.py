@@ -88,7 +88,7 @@ def distinct_episodes(windows: Windows) -> int:
 
 
 class ShuffleQuality:
-    """The quality of a tape's batches; `rho` as in `data.correlation`."""
+    """Predicts the variance inflation of a tape's batches; `rho` are the correlations of `data.correlation`."""
 
     def __init__(self, tape: Tape, rho: CorrelationSettings):
         self.tape, self.rho = tape, rho
@@ -108,7 +108,7 @@ class ShuffleQuality:
         return inflation(windows, self.rho, np.power(beta, age, dtype=np.float64), self.background)
 
     def row(self, windows: Windows, step: int) -> dict[str, float]:
-        """The tags of the global batch `windows` of `step`."""
+        """{tag: value} of the shuffle's quality, to log with `step`, whose global batch is `windows`."""
         return {
             "Training/DistinctEpisodes": float(distinct_episodes(windows)),
             "Training/PredictedVIF": self.of_batch(windows),

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the tape, and what a resume says when the plan is no longer the same.
+"""What a checkpoint keeps of the tape, and the error of a resume whose plan is no longer the same.
 
 The tape is a pure function of the sample number t, so its state is t and the identity of the plan: below 4 KiB for any
 data, and nothing has to be replayed.
@@ -15,7 +15,8 @@ from opentau_train.data.order.tape import VERSION, Tape
 from opentau_train.errors import UserError
 
 MAX_BYTES = 3500
-"""Of the sources' part, as JSON: beyond it only hashes are kept, and an error can no longer name the cause."""
+"""Bytes that the state's "sources" may take as JSON. Where they would take more only hashes are kept, and an error can
+no longer name the cause."""
 
 _PLAN = {
     "seed": "seed",

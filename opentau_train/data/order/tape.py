@@ -25,6 +25,8 @@ from opentau_train.data.order.blocks import I64, DatasetBlocks
 from opentau_train.errors import UserError
 
 VERSION = 2
+RESOLVED = ("dataset", "pass_index", "episode", "frame", "ahead")
+"""The columns of `Windows` that follow from a sample's number by the plan."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Windows:
         return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=8).digest(), "little")
 
     def select(self, keep: NDArray | slice) -> Windows:
-        """The rows at the places (or under the mask) `keep`."""
+        """Only the windows at the places (or under the mask) `keep`."""
         return Windows(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
 
 
@@ -115,7 +117,7 @@ class Tape:
     def windows(self, t: I64) -> Windows:
         """The windows of the global sample numbers `t` [N] i64, in their order."""
         t = np.asarray(t, np.int64)
-        out = {n: np.zeros(len(t), np.int64) for n in ("dataset", "pass_index", "episode", "frame", "ahead")}
+        columns = {name: np.zeros(len(t), np.int64) for name in RESOLVED}
         epoch, within = t // self.epoch_size, t % self.epoch_size
         phase = self._phase_of(within)
         counted = epoch * self.num_phases + phase
@@ -123,10 +125,11 @@ class Tape:
             e, p = divmod(number, self.num_phases)
             here = np.flatnonzero(counted == number)
             place, left = self._place_in_phase(p, within[here] - self._phase_start(p))
-            self._fill(out, here, e, p, place, left)
+            for name, column in self._windows_at(place, left, epoch=e, phase=p).items():
+                columns[name][here] = column
         # In order there is one lane: another reader for each slot would decode every frame again and again.
         slot = np.zeros_like(t) if self.in_order else t % self.num_lanes
-        return Windows(t=t, slot=slot, **out)
+        return Windows(t=t, slot=slot, **columns)
 
     def first_sample(self, step: int) -> int:
         """The number t of the first sample of optimizer step `step` (the first one is 0)."""
@@ -137,7 +140,7 @@ class Tape:
         return self.windows(np.arange(self.first_sample(step), self.first_sample(step + 1)))
 
     def owned(self, steps: range, rank: int, size: int, worker: int, num_workers: int) -> list[Windows]:
-        """The parts of the batches of consecutive `steps` that one worker of one rank builds, step by step.
+        """What one worker of one rank builds of the batches of consecutive `steps`: for each step its windows.
 
         Slot j belongs to rank `j mod R` and to its worker `(j div R) mod W`; R must divide B.
         """
@@ -177,32 +180,40 @@ class Tape:
         start = np.arange(num_stretches + 1) * length // num_stretches
         stretch_of = np.argsort(-np.diff(start), kind="stable")  # the first slots have the longer ones
         row, slot = np.divmod(u, self.num_lanes)
-        part, column = np.divmod(slot, num_stretches)
+        lane, column = np.divmod(slot, num_stretches)
         # The last, partial row is a prefix of the slots: their lanes are one window longer.
         rows, longer = divmod(length, self.num_lanes)
-        longer_parts, longer_columns = divmod(longer, num_stretches)
-        before = part * rows + np.minimum(part, longer_parts + (column < longer_columns))
+        longer_lanes, longer_columns = divmod(longer, num_stretches)
+        before = lane * rows + np.minimum(lane, longer_lanes + (column < longer_columns))
         return start[stretch_of[column]] + before + row, rows + (slot < longer) - 1 - row
 
-    def _fill(self, out: dict[str, I64], here: I64, epoch: int, phase: int, place: I64, left: I64) -> None:
-        """Resolve places of a phase (datasets one after another), of which their lanes have `left` to read after them,
-        to windows, into `out[...][here]`."""
+    def _windows_at(self, place: I64, left: I64, *, epoch: int, phase: int) -> dict[str, I64]:
+        """The columns `RESOLVED` [N] of the windows at the places `place` [N] of a phase, which holds its share of one
+        dataset after another; `left` [N] is how many windows each one's lane has to read after it.
+
+        For instance an epoch draws 6 windows of dataset a and 2 of b, in two phases, so that places 0 to 2 of a phase
+        are a's and place 3 is b's. Place 1 of phase 1 in epoch 2 is entry 2 * 6 + 3 + 1 = 16 of a's line: if a has 5
+        windows, it is window 1 of pass 3, as 16 = 3 * 5 + 1.
+        """
         low = phase * self.draws // self.num_phases
         share = (phase + 1) * self.draws // self.num_phases - low
         ends = np.cumsum(share)
         dataset = np.searchsorted(ends, place, side="right")
         line = epoch * self.draws[dataset] + low[dataset] + place - (ends - share)[dataset]
-        out["dataset"][here] = dataset
+        columns = {name: np.zeros(len(place), np.int64) for name in RESOLVED}
+        columns["dataset"][:] = dataset
         left = np.minimum(left, ends[dataset] - 1 - place)  # a lane that goes on in another dataset has another reader
-        for d in np.unique(dataset):
-            mine = dataset == d
-            pass_index, offset = np.divmod(line[mine], self.sizes[d])
-            out["pass_index"][here[mine]] = pass_index
-            for k in np.unique(pass_index):
-                now = pass_index == k
-                chosen = here[mine][now]
-                out["episode"][chosen], out["frame"][chosen], in_block = self._block_window(int(d), int(k), offset[now])
-                out["ahead"][chosen] = np.minimum(left[mine][now], in_block)
+        for d in np.unique(dataset).tolist():
+            of_dataset = np.flatnonzero(dataset == d)
+            pass_index, offset = np.divmod(line[of_dataset], self.sizes[d])
+            columns["pass_index"][of_dataset] = pass_index
+            for k in np.unique(pass_index).tolist():
+                in_pass = pass_index == k
+                chosen = of_dataset[in_pass]
+                episode, frame, ahead_in_block = self._block_window(d, k, offset[in_pass])
+                columns["episode"][chosen], columns["frame"][chosen] = episode, frame
+                columns["ahead"][chosen] = np.minimum(left[chosen], ahead_in_block)
+        return columns
 
     def _block_window(self, d: int, k: int, offset: I64) -> tuple[I64, I64, I64]:
         """(episode, frame, frames of the block that follow one by one) of the windows at `offset` of pass k of d."""

@@ -15,8 +15,8 @@ Record = dict[str, Any]
 """A window on its way to a sample, or an observation on its way to a policy: {name: value}.
 
 It begins with `images` {camera: [h+1, H, W, 3] uint8 RGB}, `state` [S] f32, `prompts` (texts to choose from),
-`norm_head` and, for a window of a dataset, `actions` [T, A] f32, `action_is_pad` [T] bool, `mode`, its provenance, and
-whatever else its source reads (`RawWindow.extra`).
+`norm_head` and, for a window of a dataset, `actions` [T, A] f32, `action_is_pad` [T] bool, `mode`, where it comes from
+(dataset, episode, frame, pass), and whatever else its source reads (`RawWindow.extra`).
 """
 
 
@@ -30,12 +30,13 @@ class SampleDraws:
         self.key, self.transform = key, transform
 
     def uniform(self, *what: str) -> float:
-        """In [0, 1)."""
+        """A number in [0, 1) for the purpose named by `what`: the same each time that it is asked for."""
         return rng.uniform_at(rng.fold_one(self.key, _name_key(self.transform, what)), 0)
 
 
 @cache
 def _name_key(transform: str, what: tuple[str, ...]) -> int:
+    # 63 bits: `rng.fold`, which must be able to make the same numbers for many samples, takes its columns as int64.
     return rng.key("transform", transform, *what) >> 1
 
 
@@ -61,7 +62,7 @@ class Transform:
         return record
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
-        """The fields that it adds to the batch."""
+        """The fields that the transform adds to the batch, none by default."""
         return ()
 
     def for_names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> Transform:
@@ -69,12 +70,12 @@ class Transform:
         return self
 
     def names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of the state's and actions' dimensions after it, given those before it."""
+        """The names of the state's and actions' dimensions after the transform, given those before it."""
         return state, actions
 
 
 Transforms = Mapping[str, Transform]
-"""{name: transform}, in their order. The name keys what the transform draws."""
+"""{name: transform}, in the order in which they are made. The name keys what the transform draws."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Inputs left out: at random, so that a policy copes without them, or all pictures, to see what they are worth."""
+"""Transforms that leave inputs out: at random, so that a policy copes without them, or all pictures, to see what they
+are worth."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class DropInputs(Transform):
 
 @dataclass(frozen=True)
 class BlankImages(Transform):
-    """Every picture black."""
+    """Makes every picture black."""
 
     reads: ClassVar = ("images",)
     writes: ClassVar = ("images",)

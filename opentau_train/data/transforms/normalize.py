@@ -1,4 +1,4 @@
-"""Normalisation by a norm head's statistics, and back to the dataset's units."""
+"""The transform that normalises by a norm head's statistics, and back to the dataset's units."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Normalize(Transform):
 
     @cached_property
     def affine(self) -> dict[str, dict[str, Affine]]:
-        """{norm head: {"state" or "actions": its map}}."""
+        """{norm head: {"state" or "actions": how it is normalised}}."""
         return {
             head: {name: Affine(*(np.array(v, np.float32) for v in vectors)) for name, vectors in of_head.items()}
             for head, of_head in self.heads.items()

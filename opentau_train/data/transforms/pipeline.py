@@ -21,7 +21,7 @@ from opentau_train.types import BatchSpec
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`transforms` {name: transform}, in the order in which they are made."""
+    """One dataset's `transforms` {name: transform}, in the order in which they are made."""
 
     transforms: Transforms
 
@@ -68,7 +68,7 @@ class Pipeline:
         return stack(samples, spec)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Each transform's name, class and options."""
+        """Each transform's name, class and options, in their order."""
         return [{"name": name, TARGET: _path(type(t)), **_options(t)} for name, t in self.transforms.items()]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""To the mixture's common shape: wide vectors, long chunks, one prompt."""
+"""Transforms that give all datasets' windows the mixture's common shape: wide vectors, long chunks, one prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 
 @dataclass(frozen=True)
 class ChoosePrompt(Transform):
-    """One of the window's texts, each as likely, chosen anew in each pass; "" where it has none."""
+    """Chooses one of the window's texts, each as likely, anew in each pass; "" where it has none."""
 
     reads: ClassVar = ("prompts",)
     writes: ClassVar = ("prompt",)
@@ -28,8 +28,8 @@ class ChoosePrompt(Transform):
 
 @dataclass(frozen=True)
 class Pad(Transform):
-    """State [S'] and actions [T', A'] filled up with zeros to `state_dim` S and `chunk_length` T x `action_dim` A, and
-    the masks that say what is real. `dims` {norm head: (S', A')} leads back."""
+    """Fills state [S'] and actions [T', A'] up with zeros to `state_dim` S and `chunk_length` T x `action_dim` A, and
+    adds the masks that say what is real. `dims` {norm head: (S', A')} are what the inverse cuts back to."""
 
     state_dim: int
     action_dim: int

@@ -1,4 +1,4 @@
-"""A dataset's columns in other units."""
+"""The transform that takes a dataset's columns to other units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scale(Transform):
     """Multiplies dimensions by factors, such as 0.001 for millimetres to metres: {name pattern: factor} of the `state`
     and of the `actions`, `*` standing for any characters; the first pattern that fits a dimension's name counts.
 
-    `state_names` and `action_names` are the dataset's, see `for_names`.
+    `state_names` and `action_names` are the dataset's dimensions, which `for_names` fills in.
     """
 
     state: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from opentau_train.data.load import stream
+from opentau_train.data.load import workers
 from opentau_train.errors import Fault
 
 
@@ -21,7 +21,7 @@ class Numbers(IterableDataset):
 
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
 def test_a_connection_that_breaks_before_the_worker_is_gone_tells_of_its_death(error, monkeypatch):
-    parts = stream.loader(Numbers(), 1, 2)
+    parts = workers.one_pass(Numbers(), 1, 2)
     assert next(parts) == 0
 
     def broken(self, *_):
@@ -34,8 +34,8 @@ def test_a_connection_that_breaks_before_the_worker_is_gone_tells_of_its_death(e
 
 
 def test_a_broken_connection_of_living_workers_stays_what_it_is(monkeypatch):
-    monkeypatch.setattr(stream, "GONE_S", 0.1)
-    parts = stream.loader(Numbers(), 2, 2)
+    monkeypatch.setattr(workers, "GONE_S", 0.1)
+    parts = workers.one_pass(Numbers(), 2, 2)
     assert next(parts) == 0
 
     def broken(self, *_):
