@@ -133,17 +133,17 @@ def _app(composed: Any) -> None:
 
 def _quietly(app: Callable[[], None]) -> None:
     """Run Hydra's entry. A flag that it doesn't know becomes a `UserError` instead of a page of usage on every rank."""
-    said = io.StringIO()
+    stderr = io.StringIO()
     # Hydra's parser takes its flags after all overrides, not among them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: not _is_override(a))
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             app()
     except SystemExit as end:
         if end.code != EXIT_USER:
             raise
-        raise UserError(said.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
-    sys.stderr.write(said.getvalue())
+        raise UserError(stderr.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
+    sys.stderr.write(stderr.getvalue())
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -112,14 +112,14 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     check_targets(settings)
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
-    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
+    run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
-    if found is not None:
-        world.agree(lambda: _compare(settings, tree, found))
-        stats = world.agree(lambda: read_stats(found))
+    if checkpoint is not None:
+        world.agree(lambda: _compare(settings, tree, checkpoint))
+        stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
-    torch.manual_seed(rng.key(settings.seed, "init") >> 1)
+    torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices take 63 bits
     execution = Execution(
         trainer.precision,
         settings.parallelism.activation_checkpointing,
@@ -144,8 +144,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
-    if found is not None:
-        _resume(job, found)
+    if checkpoint is not None:
+        _resume(job, checkpoint)
     return job
 
 
@@ -191,17 +191,17 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
     if run_dir is None and settings.resume.checkpoint == "auto":
         run_dir = commit.newest_run(root, settings.name)
-    found = commit.resolve(settings.resume.checkpoint, run_dir)
-    if run_dir is None and found is not None:
-        run_dir = found.parent.parent
+    checkpoint = commit.resolve(settings.resume.checkpoint, run_dir)
+    if run_dir is None and checkpoint is not None:
+        run_dir = checkpoint.parent.parent
     if run_dir is None:
         run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return run_dir.absolute(), found
+    return run_dir.absolute(), checkpoint
 
 
-def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
+def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:
     """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
-    changes = drift.compare(current(read_card(found / FOLDER).config), current(tree))
+    changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
     shown = drift.report(changes, resume.force, restart=resume.data == "restart")
@@ -252,11 +252,13 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
     }
 
 
-def _resume(job: Job, found: Path) -> None:
-    """Put the new job back to where the checkpoint `found` left its run."""
+def _resume(job: Job, checkpoint: Path) -> None:
+    """Put the new job back to where `checkpoint` left its run."""
     restart = job.settings.resume.data == "restart"
-    job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
-    saved = contents.load(found, job.state, job.world)
+    job.world.agree(
+        lambda: check_split(read_card(checkpoint / FOLDER).policy["held_out"], job.mixture, restart=restart)
+    )
+    saved = contents.load(checkpoint, job.state, job.world)
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
@@ -264,7 +266,7 @@ def _resume(job: Job, found: Path) -> None:
     if job.best is not None:
         job.best.restore(job.world, job.state.step)
     if job.world.is_main:
-        log.info("resumed from %s at step %d", found, job.state.step)
+        log.info("resumed from %s at step %d", checkpoint, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
             log.warning("the data plan has changed: %s; its next epoch begins", change)
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+def settle(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
     """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised. The answer is
     `future` where one is given."""
     future = Future() if future is None else future
@@ -32,7 +32,7 @@ def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
     """`call()` on a thread of its own, called `name`. The end of the program doesn't wait for it."""
     future: Future[T] = Future()
-    threading.Thread(target=outcome, args=(call, future), name=name, daemon=True).start()
+    threading.Thread(target=settle, args=(call, future), name=name, daemon=True).start()
     return future
 
 
@@ -90,7 +90,7 @@ class InterruptibleIterator(Generic[T]):
     def _serve(self) -> None:
         assert self._iterator is not None, "one thread serves, once"
         while self._asked.get():
-            self._answers.put(outcome(partial(next, self._iterator)))
+            self._answers.put(settle(partial(next, self._iterator)))
         if isinstance(self._iterator, Generator):
             self._iterator.close()
         self._iterator = None
@@ -121,7 +121,7 @@ class Background:
     def ask(self, call: Callable[[], T], seconds: float) -> T:
         """The result of `call()`. Raises what it raises, and TimeoutError after `seconds`."""
         answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
-        self._calls.put(lambda: answers.put(outcome(call)))
+        self._calls.put(lambda: answers.put(settle(call)))
         try:
             answer = answers.get(timeout=seconds)
         except queue.Empty as error:
@@ -157,7 +157,7 @@ class Background:
             if self.failed:
                 self._left_out += 1
                 continue
-            error = outcome(call).exception()
+            error = settle(call).exception()
             if error is not None:  # of whatever kind: none of a tracker's is worth the training
                 self.failed = True
                 log.warning(

@@ -124,7 +124,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     Raises `UserError` where there is none, or where its class and its weights don't fit.
     """
     path = Path(path).expanduser()
-    folder = None if path.is_file() else locate(path)
+    folder = None if path.is_file() else pretrained_folder(path)
     file = path if folder is None else folder / WEIGHTS
     try:
         with safe_open(file, framework="pt") as opened:
@@ -158,7 +158,7 @@ def _pipelines(card: Pretrained) -> dict[str, Pipeline]:
     return made
 
 
-def locate(path: Path) -> Path:
+def pretrained_folder(path: Path) -> Path:
     """The `pretrained_model/` directory that `path` is, or holds."""
     if (path / WEIGHTS).is_file():
         return path

@@ -180,12 +180,12 @@ def locate(target: Any, path: str) -> Any:
     if not module_name or module_name.startswith("."):
         raise _bad_target(path, f"is {target!r}, not a full dotted path")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        named = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise _bad_target(path, f"names '{target}', which can't be imported: {error}") from error
-    if not callable(found):
+    if not callable(named):
         raise _bad_target(path, f"names '{target}', which is no class or function")
-    return found
+    return named
 
 
 def _bad_target(path: str, what: str) -> UserError:

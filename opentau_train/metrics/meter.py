@@ -78,10 +78,10 @@ class Meter:
 
     def read(self) -> Reading:
         """Wait for the device to come to the end of the last step, and read what it found out, in one piece."""
-        found = torch.cat([self.last.grad_norm[None].double(), self.state.skipped.double(), self.sums.values.flatten()])
-        found = found.cpu()
-        grad_norm, skipped, in_a_row = found[:3].tolist()
-        return Reading(found[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
+        parts = [self.last.grad_norm[None].double(), self.state.skipped.double(), self.sums.values.flatten()]
+        numbers = torch.cat(parts).cpu()
+        grad_norm, skipped, in_a_row = numbers[:3].tolist()
+        return Reading(numbers[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
 
     def row(self, reading: Reading, num_bad: int) -> dict[str, float]:
         """The interval's row, and the start of a new interval; collective: it sums the losses over ranks. `num_bad`:

@@ -145,12 +145,12 @@ def _pixels(feature: Info) -> str:
 
 def _vectors(features: dict[str, Info], prefix: str) -> str:
     """Columns `prefix` and `prefix.*` that hold numbers, each with its shape."""
-    found = [
+    columns = [
         f"{name} {f['shape']}"
         for name, f in features.items()
         if (name == prefix or name.startswith(f"{prefix}.")) and f["dtype"] not in (*_CAMERA_TYPES, "string")
     ]
-    return ", ".join(found) or "none"
+    return ", ".join(columns) or "none"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

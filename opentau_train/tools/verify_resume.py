@@ -73,32 +73,32 @@ def verify(overrides: Sequence[str], ranks: Sequence[int], steps: int, stop: int
         _train(common, whole, ranks[0], steps)
         _say(f"{stop} steps, then a stop")
         _train([*common, f"trainer.stop_after={stop}"], stopped, ranks[0], stop)
-        expected, found = read_rows(whole), []
+        expected, comparisons = read_rows(whole), []
         for num in ranks:
             _say(f"resumed on {num} rank(s)")
             resumed = Path(folder, f"resumed_{num}")
             shutil.copytree(stopped, resumed, symlinks=True)
             _train([*common, "resume=auto"], resumed, num, steps)
-            found.append(compare(expected, read_rows(resumed), steps, num, limits[num != ranks[0]]))
+            comparisons.append(compare(expected, read_rows(resumed), steps, num, limits[num != ranks[0]]))
         digest = hashlib.blake2b(" ".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
-    holds = all(c.holds for c in found)
+    holds = all(c.holds for c in comparisons)
     print(f"certificate of resume, opentau_train {__version__}, settings {digest}: {' '.join(overrides)}")
     print(
         f"  {steps} steps on {ranks[0]} rank(s), stopped after {stop}, compared with an uninterrupted run; resumed on"
     )
-    for comparison in found:
+    for comparison in comparisons:
         print(f"    {comparison}")
     print(f"  this configuration {'resumes exactly' if holds else 'DOES NOT RESUME'}")
     return holds
 
 
-def compare(expected: Rows, found: Rows, steps: int, ranks: int, limit: float) -> Comparison:
-    """Every step of `expected` against `found`, both {step: {tag: value}}; a loss that one lacks differs wholly."""
-    complete = set(expected) == set(found) == set(range(1, steps + 1))
-    ids = complete and all(SAMPLES in found[s] and found[s][SAMPLES] == expected[s][SAMPLES] for s in expected)
+def compare(expected: Rows, resumed: Rows, steps: int, ranks: int, limit: float) -> Comparison:
+    """Every step of `expected` against `resumed`, both {step: {tag: value}}; a loss that one lacks differs wholly."""
+    complete = set(expected) == set(resumed) == set(range(1, steps + 1))
+    ids = complete and all(SAMPLES in resumed[s] and resumed[s][SAMPLES] == expected[s][SAMPLES] for s in expected)
     worst, where = 0.0, ""
-    for step in sorted(set(expected) | set(found)):
-        left, right = (_losses(rows.get(step, {})) for rows in (expected, found))
+    for step in sorted(set(expected) | set(resumed)):
+        left, right = (_losses(rows.get(step, {})) for rows in (expected, resumed))
         for tag in sorted(left | right):
             same = tag in left and tag in right and left[tag] == right[tag]
             gap = 0.0 if same else float("inf")
@@ -137,9 +137,9 @@ def _train(overrides: Sequence[str], run_dir: Path, ranks: int, last_step: int) 
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     saved = commit.newest(run_dir / "checkpoints")
     if saved is None or int(saved.name) != last_step:
-        said = done.stderr.partition("error: ")[2]
-        if said and "Traceback" not in done.stderr.partition("error: ")[0]:
-            raise UserError("\n".join(line for line in said.splitlines()[:4] if not line.startswith(("W", "E"))))
+        message = done.stderr.partition("error: ")[2]
+        if message and "Traceback" not in done.stderr.partition("error: ")[0]:
+            raise UserError("\n".join(line for line in message.splitlines()[:4] if not line.startswith(("W", "E"))))
         raise RuntimeError(f"no checkpoint of step {last_step} from\n  {' '.join(command)}\n{done.stderr[-4000:]}")
 
 

@@ -43,13 +43,13 @@ FIXED = tuple(key for key in Settings.__dataclass_fields__ if key not in ("data"
 """What says nothing of where the frames are."""
 
 
-def describe(found: RecordedStep, num: int) -> str:
+def describe(recorded: RecordedStep, num: int) -> str:
     """The step's numbers and its worst `num` samples as a table."""
-    others = [norm for step, norm in found.norms.items() if step != found.step]
+    others = [norm for step, norm in recorded.norms.items() if step != recorded.step]
     around = f" (median of the {len(others)} steps around it: {np.median(others):.4g})" if others else ""
-    terms = sorted({term for sample in found.samples for term in sample.loss})
+    terms = sorted({term for sample in recorded.samples for term in sample.loss})
     rows: list[tuple[str, ...]] = [("share", *terms, "dataset", "episode", "frame", "pass", "rank", "t")]
-    for s in found.worst(num):
+    for s in recorded.worst(num):
         losses = (f"{s.loss[term]:.4g}" if term in s.loss else "-" for term in terms)
         rows.append(
             (
@@ -63,11 +63,12 @@ def describe(found: RecordedStep, num: int) -> str:
                 str(s.t),
             )
         )
-    shown = sum(s.share for s in found.worst(num))
+    shown = sum(s.share for s in recorded.worst(num))
     return "\n".join(
         [
-            f"step {found.step}: loss {found.loss:.5g}, gradient norm {found.grad_norm:.4g}{around}, lr {found.lr:.3g}",
-            f"{len(found.samples)} samples; {min(num, len(found.samples))} of them make {shown:.1%} of the loss:",
+            f"step {recorded.step}: loss {recorded.loss:.5g}, gradient norm {recorded.grad_norm:.4g}{around}, "
+            f"lr {recorded.lr:.3g}",
+            f"{len(recorded.samples)} samples; {min(num, len(recorded.samples))} of them make {shown:.1%} of the loss:",
             *align(rows),
         ]
     )
@@ -149,12 +150,12 @@ def show(options: argparse.Namespace) -> None:
             f"{options.overrides[0]} changes where the frames are read, and no frames are asked for",
             remedy="add --out FILE, or leave it out",
         )
-    found = read_step(options.run, options.step, NEIGHBOURS)
+    recorded = read_step(options.run, options.step, NEIGHBOURS)
     settings = None if options.out is None else read_settings(options.run, options.overrides)
-    print(describe(found, options.top))
+    print(describe(recorded, options.top))
     if settings is not None:
         mixture = open_plan(settings, resolve_sources(settings))
-        picture = strip(mixture, found.worst(options.top))
+        picture = strip(mixture, recorded.worst(options.top))
         with writing(options.out):
             picture.save(options.out)
         print(f"frames: {options.out}")
