@@ -74,23 +74,24 @@ class Job:
 
     @property
     def owes_validation(self) -> bool:
-        """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
+        """Whether the state's step must be validated and hasn't been: a run stopped inside the pass owes it when
+        resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
         return due and self.validation.num_windows > 0 and self.counters["validated"] < step
 
     @property
     def is_best(self) -> bool:
-        """The state's weights are the best that were validated."""
+        """Whether the state's weights are the best that were validated."""
         return self.best is not None and self.best.step == self.state.step
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step that comes."""
+        """The learning rate of the next step."""
         return self.settings.optimizer.lr * self.schedule(self.state.step, self.settings.trainer.steps)
 
     def must_save(self, stop: Stop) -> bool:
-        """Whether the state is one to save: the run ends with it, it is the best, or it is a regular one's turn."""
+        """Whether the state must be saved: the run ends with it, it is the best, or a regular checkpoint is due."""
         step, every = self.state.step, self.settings.checkpoint.every
         due = every > 0 and step % every == 0
         return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
@@ -119,7 +120,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
-    torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices take 63 bits
+    torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
     execution = Execution(
         trainer.precision,
         settings.parallelism.activation_checkpointing,
@@ -150,8 +151,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
 
 
 def check_targets(settings: Settings) -> None:
-    """Raises `UserError` for a mistake in the keys of what a `_target_` names: not after minutes of opening data, and
-    where launchers ask, before there are ranks."""
+    """Raises `UserError` for a mistake in the keys of anything that a `_target_` names. Needs neither data nor ranks: a
+    run checks before it opens data for minutes, a launcher before it starts ranks."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
@@ -200,7 +201,7 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
 
 
 def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:
-    """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
+    """Log the settings that differ from the checkpoint's. Raises `UserError` for one that may not."""
     changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")

@@ -1,4 +1,4 @@
-"""Calls on threads: how one ended, for another thread; an iterator that can be given up; calls in the background."""
+"""Work on threads: a call's result for another thread, an iterator that can be interrupted, calls in the background."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def settle(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
-    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised. The answer is
-    `future` where one is given."""
+    """Make `call()` here and now, and return a settled future: its `result()` returns or raises what the call did. It
+    is `future` where one is given."""
     future = Future() if future is None else future
     try:
         future.set_result(call())
@@ -30,7 +30,8 @@ def settle(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
-    """`call()` on a thread of its own, called `name`. The end of the program doesn't wait for it."""
+    """Make `call()` on a new thread called `name`, and return its future. The end of the program doesn't wait for
+    it."""
     future: Future[T] = Future()
     threading.Thread(target=settle, args=(call, future), name=name, daemon=True).start()
     return future
@@ -97,7 +98,8 @@ class InterruptibleIterator(Generic[T]):
 
 
 THREAD = "tracker "
-"""How the threads' names begin. One that is there after `close` hangs: the program then ends without waiting for it."""
+"""How the threads' names begin. A thread that is alive after `close` hangs: the program then ends without waiting for
+it."""
 
 
 LIMIT = 10_000
@@ -107,7 +109,7 @@ LIMIT = 10_000
 class Background:
     """Makes the calls that it is given on one thread, in their order.
 
-    The first one that fails is told in a warning, and those after it are left out: `lost` says what that means.
+    The first failure is logged as a warning, and the calls after it are left out; `lost` says there what that means.
     """
 
     def __init__(self, name: str, lost: str):
@@ -136,7 +138,8 @@ class Background:
             self._calls.put(call)
 
     def close(self, seconds: float) -> bool:
-        """Whether all calls were made, and the thread has ended, within `seconds`. Warns where not."""
+        """Let the thread end after the calls posted so far. Returns whether it did within `seconds`; warns where
+        not."""
         self._calls.put(None)
         end = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < end:
@@ -166,5 +169,5 @@ class Background:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or the error's type where it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

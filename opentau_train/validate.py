@@ -45,7 +45,7 @@ from opentau_train.validation.plots import save_png
 log = logging.getLogger(__name__)
 
 FIXED = ("model", "optimizer", "scheduler", "resume", "logger")
-"""What the checkpoint alone decides, or what no validation uses."""
+"""Keys that the command line can't change: the checkpoint alone decides them, or no validation uses them."""
 
 
 def main() -> None:

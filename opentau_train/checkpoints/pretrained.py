@@ -36,7 +36,7 @@ FORMAT = "opentau_train.policy/1"
 FOLDER = "pretrained_model"
 WEIGHTS = "model.safetensors"
 PARTS = {"config": "configuration", "stats": "statistics", "policy": "action convention"}
-"""What stands beside the weights: the fields of `Pretrained`, in words."""
+"""The fields of `Pretrained`, as error messages call them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Loaded:
 
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
+    """Write `pretrained_model/`: the weights as one safetensors file, and a JSON file for each of `PARTS`."""
     save_file(_separate(weights), folder / WEIGHTS)
     for name in PARTS:
         (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")

@@ -92,7 +92,8 @@ def _digest(value: Any) -> str:
 
 
 def check_same(facts: Sequence[Mapping[str, str]], where: str, remedy: str) -> None:
-    """`facts[r]` are rank r's. Raises `UserError` naming the ranks that differ from rank 0, and in what."""
+    """Compare the ranks' facts, `facts[r]` being those of rank r. Raises `UserError` naming the ranks that differ from
+    rank 0, and in what."""
     ranks = [r for r, own_facts in enumerate(facts) if own_facts != facts[0]]
     if not ranks:
         return

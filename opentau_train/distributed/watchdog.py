@@ -76,14 +76,14 @@ def _watch(
         # timer below lives in C, needs no lock, and fires only when this line stops being reached.
         faulthandler.dump_traceback_later(timeout + 4 * GRACE, exit=True, file=last_resort)
         if time.monotonic() - progress.moved > timeout:
-            _report(progress, own, rank, timeout)
+            _write_stacks(progress, own, rank, timeout)
             time.sleep(GRACE)
             _summarize(own.parent, rank, size)
             os._exit(EXIT_FAULT)
 
 
-def _report(progress: Progress, own: Path, rank: int, timeout: float) -> None:
-    """This rank's place and stacks, on stderr and in its file; the file's first line is the place."""
+def _write_stacks(progress: Progress, own: Path, rank: int, timeout: float) -> None:
+    """Write where this rank is and its stacks to stderr and to its file, whose first line says where."""
     head = f"rank {rank}: no progress for {timeout:g} s in: {progress}"
     partial = own.with_suffix(".part")
     with partial.open("w") as file:

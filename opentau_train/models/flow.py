@@ -30,7 +30,7 @@ BYTES_PER_TOKEN = 4
 
 
 class FlowPolicy(Policy):
-    """See the module's docstring; `Policy` has the contract.
+    """The policy that the module's docstring describes; `Policy` has the contract.
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
     convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;

@@ -17,7 +17,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
-    """Torch's, with the weight in the input's dtype: under autocast a float32 weight would miss the fused kernel."""
+    """Torch's RMSNorm with the weight in the input's dtype: under autocast a float32 weight would miss the fused
+    kernel."""
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6)

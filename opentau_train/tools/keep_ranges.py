@@ -49,7 +49,7 @@ def compute(source: LeRobotDataset, **rule: Any) -> dict[str, Ranges]:
 
 
 def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> None:
-    """The file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all. Raises `UserError`."""
+    """Write the file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all. Raises `UserError`."""
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
         partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")
@@ -57,7 +57,7 @@ def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> No
 
 
 def in_own_words(error: UserError, root: Path) -> UserError:
-    """An error of the source in `root`, which speaks of `data.sources`, with the tool's own arguments in it."""
+    """An error of the source in `root`, naming the tool's own arguments where it named settings of `data.sources`."""
     source = f"data.sources.{NAME}"
     where = {source: str(root), f"{source}.actions": "--actions"}.get(error.where, error.where)
     key = next((key for key in _REMEDIES if f"{source}.{key}" in error.remedy), None)

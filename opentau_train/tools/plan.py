@@ -33,8 +33,8 @@ EPOCH_WARNING = 100
 
 @dataclass(frozen=True)
 class BatchQuality:
-    """Over the batches looked at: distinct episodes a batch (`mean_episodes`, `min_episodes`), the predicted variance
-    inflation of a batch (`vif`, `max_vif`) and over a momentum of 0.9 (`momentum_vif`)."""
+    """What the batches looked at are like: distinct episodes a batch (`mean_episodes`, `min_episodes`), the predicted
+    variance inflation of a batch (`vif`, `max_vif`) and over a momentum of 0.9 (`momentum_vif`)."""
 
     num_batches: int
     mean_episodes: float
@@ -62,16 +62,17 @@ def lanes_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> int:
 
 
 def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoders:
-    """Those of a rank once all its lanes are open, of the costliest datasets: a phase gives each dataset its share of
-    the lanes, and any rank may have the largest ones. Lanes that read in order are in one dataset at a time."""
+    """The decoders that a rank holds once all its lanes are open. A phase gives each dataset its share of the lanes,
+    and any rank may have the largest ones; lanes that read in order are in one dataset at a time, here the
+    costliest."""
     lanes, image = lanes_a_rank(mixture, tape, num_ranks), mixture.spec.image_size
     sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
-    num = np.array([len(cameras) for cameras in sizes])
-    held = np.array([sum(reader_bytes(size, image) for size in cameras) for cameras in sizes])
+    decoders = np.array([len(cameras) for cameras in sizes])
+    num_bytes = np.array([sum(reader_bytes(size, image) for size in cameras) for cameras in sizes])
     share = tape.draws / tape.draws.sum()
     if tape.in_order:
-        return OpenDecoders(lanes * int(num.max()), lanes * int(held.max()))
-    return OpenDecoders(round(float(lanes * share @ num)), round(float(lanes * share @ held)))
+        return OpenDecoders(lanes * int(decoders.max()), lanes * int(num_bytes.max()))
+    return OpenDecoders(round(float(lanes * share @ decoders)), round(float(lanes * share @ num_bytes)))
 
 
 def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: int) -> str:

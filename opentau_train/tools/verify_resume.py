@@ -57,8 +57,8 @@ class Comparison:
 
 
 def verify(overrides: Sequence[str], ranks: Sequence[int], steps: int, stop: int, limits: tuple[float, float]) -> bool:
-    """Run, stop, resume, compare and print. `limits`: on the same number of ranks, on others. Raises `UserError` with
-    the program's own message where it refuses the settings."""
+    """Run, stop, resume, compare and print. `limits`: the largest relative difference of a loss on the same number of
+    ranks, and on others. Raises `UserError` with the program's own message where it refuses the settings."""
     if not 0 < stop < steps:
         raise UserError(f"--stop {stop} must lie between 0 and --steps {steps}", remedy="give e.g. --steps 8 --stop 4")
     for override in overrides:
@@ -161,11 +161,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=_numbers, default=[1, 2], help="the first runs without a stop (1,2)")
-    parser.add_argument("--steps", type=int, default=8, help="of the whole run (8)")
-    parser.add_argument("--stop", type=int, default=4, help="after so many (4)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another number of ranks (1e-4)")
-    parser.add_argument("--tolerance-same", type=float, default=0.0, help="on the same number (0; more for CUDA)")
+    parser.add_argument(
+        "--ranks",
+        type=_numbers,
+        default=[1, 2],
+        help="numbers of ranks to resume on; the first also runs without a stop (1,2)",
+    )
+    parser.add_argument("--steps", type=int, default=8, help="steps of the whole run (8)")
+    parser.add_argument("--stop", type=int, default=4, help="steps before the stop (4)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest relative difference of a loss on another number of ranks (1e-4)",
+    )
+    parser.add_argument(
+        "--tolerance-same", type=float, default=0.0, help="the same on the same number of ranks (0; more for CUDA)"
+    )
     options, overrides = parser.parse_known_args(arguments)
     limits = options.tolerance_same, options.tolerance
     try:

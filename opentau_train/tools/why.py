@@ -40,7 +40,7 @@ NEIGHBOURS = 20
 
 
 FIXED = tuple(key for key in Settings.__dataclass_fields__ if key not in ("data", "paths"))
-"""What says nothing of where the frames are."""
+"""Keys that the command line can't change: they don't say where the frames are."""
 
 
 def describe(recorded: RecordedStep, num: int) -> str:
@@ -140,7 +140,8 @@ def check_format(out: Path) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """What the options ask for. Raises `UserError`, of the options before anything is read."""
+    """Print the table and write the picture that `options` ask for. Raises `UserError`; for a mistake in `options`,
+    before anything is read."""
     at_least("--top", options.top, 1)
     if options.out is not None:
         check_format(options.out)

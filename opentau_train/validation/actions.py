@@ -27,7 +27,7 @@ from opentau_train.validation.plots import Panel, draw_panels
 
 PREFIX = "Validation-Action"
 ACTION_DRAW = 1 << 20
-"""The noise's draw number: no draw of the loss has it."""
+"""The index of the draws for sampling (`Draws`), which no draw of the loss has."""
 
 
 @dataclass(frozen=True)
