@@ -59,9 +59,9 @@ class Field:
         """Row i of the result is row `order[i]` of the values laid end to end."""
         return torch.cat(list(values))[torch.tensor(order)]
 
-    def rows(self, value: Any, place: slice | Tensor) -> Any:
-        """The rows of a batch's value that `place` selects, in its order."""
-        return value[place]
+    def rows(self, value: Any, index: slice | Tensor) -> Any:
+        """The rows of a batch's value that `index` selects, in its order."""
+        return value[index]
 
     def each(self, value: Any, call: Callable[[Tensor], Tensor]) -> Any:
         """A batch's value with `call` applied to each of its tensors."""
@@ -85,8 +85,8 @@ class TextField(Field):
         flat = [text for value in values for text in value]
         return [flat[i] for i in order]
 
-    def rows(self, value: list[str], place: slice | Tensor) -> list[str]:
-        return value[place] if isinstance(place, slice) else [value[i] for i in place.tolist()]
+    def rows(self, value: list[str], index: slice | Tensor) -> list[str]:
+        return value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
 
     def each(self, value: list[str], call: Callable[[Tensor], Tensor]) -> list[str]:
         return value
@@ -98,8 +98,8 @@ class _PerCamera(Field):
     def blank(self, spec: BatchSpec) -> dict[str, NDArray]:
         return {}
 
-    def rows(self, value: dict[str, Tensor], place: slice | Tensor) -> dict[str, Tensor]:
-        return {camera: tensor[place] for camera, tensor in value.items()}
+    def rows(self, value: dict[str, Tensor], index: slice | Tensor) -> dict[str, Tensor]:
+        return {camera: tensor[index] for camera, tensor in value.items()}
 
     def each(self, value: dict[str, Tensor], call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {camera: call(tensor) for camera, tensor in value.items()}
@@ -217,9 +217,9 @@ class Batch:
             getattr(self, name)
         return Batch(self.fields, {**self.values, **values})
 
-    def rows(self, place: slice | Tensor) -> Batch:
-        """The samples at `place` (a slice, or numbers [N] int64), in its order."""
-        return Batch(self.fields, {f.name: f.rows(self.values[f.name], place) for f in self.fields})
+    def rows(self, index: slice | Tensor) -> Batch:
+        """The samples at `index` (a slice, or numbers [N] int64), in its order."""
+        return Batch(self.fields, {f.name: f.rows(self.values[f.name], index) for f in self.fields})
 
     def each(self, call: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `call` applied to every tensor."""
@@ -243,9 +243,9 @@ class Batch:
         num = len(self)
         if num == size:
             return self
-        place = torch.arange(size)
-        full = self.rows(torch.where(place < num, place, 0))
-        return full.replace(weight=torch.where(place < num, full.weight, 0.0))
+        row = torch.arange(size)
+        full = self.rows(torch.where(row < num, row, 0))
+        return full.replace(weight=torch.where(row < num, full.weight, 0.0))
 
 
 def stack(samples: Sequence[Sample], spec: BatchSpec) -> Batch:

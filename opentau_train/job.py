@@ -180,8 +180,8 @@ def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] 
 def _check_same_tables(plan: Mixture, world: World) -> None:
     """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
     tables = table_digests(plan)
-    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
-    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+    digest = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(digest))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
         remedy = "give every node the same files and filters of this dataset"
         check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
 
@@ -205,9 +205,9 @@ def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None
     changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
-    shown = drift.report(changes, resume.force, restart=resume.data == "restart")
-    if shown:
-        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
+    lines = drift.report(changes, resume.force, restart=resume.data == "restart")
+    if lines:
+        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in lines))
 
 
 def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:

@@ -23,9 +23,9 @@ class Console:
         ROOT.setLevel(level)
         ROOT.propagate = False
         self.buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-        shown = logging.StreamHandler(stream)
-        shown.setFormatter(logging.Formatter("%(message)s"))
-        ROOT.handlers = [shown, self.buffer]
+        terminal = logging.StreamHandler(stream)
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        ROOT.handlers = [terminal, self.buffer]
 
     def also_to(self, path: Path) -> None:
         """Append to `path` from now on, beginning with all that was logged before. Rank 0 only."""

@@ -58,19 +58,19 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Validate as the command line's `arguments` say. Raises `UserError` for mistakes, on all ranks alike."""
-    own = dict(a.split("=", 1) for a in arguments if a.startswith(("checkpoint=", "out=")))
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(("checkpoint=", "out=")))
     others = [a for a in arguments if not a.startswith(("checkpoint=", "out="))]
-    if "checkpoint" not in own:
+    if "checkpoint" not in given:
         raise UserError("no checkpoint is given", remedy="add checkpoint=RUN or checkpoint=RUN/checkpoints/STEP")
     try:
-        checkpoint = commit.resolve(own["checkpoint"], None)
+        checkpoint = commit.resolve(given["checkpoint"], None)
         assert checkpoint is not None
     except UserError as error:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
-        raise UserError(error.what, where=f"checkpoint={own['checkpoint']}", remedy=remedy) from error
+        raise UserError(error.what, where=f"checkpoint={given['checkpoint']}", remedy=remedy) from error
     card = read_card(checkpoint / FOLDER)
     tree = cli.recompose(current(card.config), others, FIXED)
-    out = Path(own["out"]).expanduser() if "out" in own else checkpoint / "validation.json"
+    out = Path(given["out"]).expanduser() if "out" in given else checkpoint / "validation.json"
     validate_checkpoint(load_settings(tree), tree, checkpoint, card, out)
     return EXIT_OK
 
@@ -108,9 +108,9 @@ def validate_checkpoint(
                 where="data.sources",
                 remedy="set val_split_ratio of a source, 1.0: all",
             )
-        seen = trained_on(card.policy["held_out"], mixture)
+        overlap = trained_on(card.policy["held_out"], mixture)
         if world.is_main:
-            for name, episodes in seen.items():
+            for name, episodes in overlap.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
         with closing(validation):
             measured = validation.run(policy, replicas, ema)
@@ -121,7 +121,7 @@ def validate_checkpoint(
                 "ranks": world.size,
                 "batch_size": validation.batch_size,
                 "windows": validation.num_windows,
-                "trained_on": seen,
+                "trained_on": overlap,
                 "left_out": [vars(bad) for bad in measured.left_out],
                 "metrics": measured.row,
             }
@@ -162,10 +162,10 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
 def _check_actions(dataset: Dataset, head: str, policy: dict[str, Any]) -> None:
     """The dataset's action dimensions are those that the head was trained with, name by name."""
     own_names = list(dataset.action_names)
-    known = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
-    if own_names in known:
+    accepted = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
+    if own_names in accepted:
         return
-    trained_names = known[0]
+    trained_names = accepted[0]
     if len(own_names) != len(trained_names):
         raise _refuse(f"has {len(trained_names)} action dimensions for {head}, the data {len(own_names)}", dataset.name)
     axis = next(i for i, (a, b) in enumerate(zip(own_names, trained_names, strict=True)) if a != b)

@@ -58,7 +58,7 @@ class RollCall:
             self._store.add("answers", 1)
             if not broken:
                 return None
-            if self._store.add(f"told/{self._host}", 1) == 1:
+            if self._store.add(f"reported/{self._host}", 1) == 1:
                 return self._find_out()
             return Fault("a collective broke; another rank of this node tells why", teller=Teller.ANOTHER_RANK)
         except (dist.DistError, RuntimeError):  # the store's process is gone: it is on rank 0's node

@@ -102,9 +102,9 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
     """[H, W, 3] of every camera of the sample's frame. Raises `BadSample`, and `UserError` where the data has no such
     episode any more."""
     dataset = next((d for d in mixture.datasets if d.name == sample.dataset), None)
-    known = np.zeros(0, np.int64) if dataset is None else dataset.source.episodes.episode_index
-    places = np.flatnonzero(known == sample.episode)
-    if dataset is None or not len(places):
+    numbers = np.zeros(0, np.int64) if dataset is None else dataset.source.episodes.episode_index
+    positions = np.flatnonzero(numbers == sample.episode)
+    if dataset is None or not len(positions):
         raise UserError(
             f"episode {sample.episode} of dataset '{sample.dataset}' is not in the data any more",
             where="the run's config.yaml",
@@ -112,7 +112,7 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
         )
     files = dataset.source.cursors(WindowSpec(chunk_length=1, image_size=TILE))
     try:
-        images = files.cursor().read(int(places[0]), sample.frame).images
+        images = files.cursor().read(int(positions[0]), sample.frame).images
         tiles = [np.zeros((*TILE, 3), np.uint8) for _ in images]
         for tile, (_, image) in zip(tiles, sorted(images.items()), strict=True):
             centred(tile, *image.shape[1:3])[:] = image[-1]

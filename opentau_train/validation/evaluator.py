@@ -127,11 +127,11 @@ class Context:
 
     def _batches(self, progress: _Progress) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
-        own = plan.num_batches_of(self.world.data_rank)
+        num_own = plan.num_batches_of(self.world.data_rank)
         self.reader.begin(self.number)
-        for number in range(plan.num_batches if sharded else own):
+        for number in range(plan.num_batches if sharded else num_own):
             self.progress.enter("validation")
-            part = self.reader.next(poll) if number < own else None
+            part = self.reader.next(poll) if number < num_own else None
             progress.error = part.error if part is not None else None
             progress.halted = progress.error is not None or poll() > 0
             if sharded:
