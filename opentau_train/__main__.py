@@ -1,4 +1,4 @@
-"""`python -m opentau_train`: see `cli.py`."""
+"""Makes `python -m opentau_train` run `cli.main`."""
 
 from opentau_train.cli import main
 

@@ -29,7 +29,7 @@ class Field:
     """A tensor [B, *dims] of the batch.
 
     `dims` are numbers or the names of sizes of the mixture (`BatchSpec.sizes`): T action steps, A action dims, S state
-    dims, ... `fill` stands where there is nothing, in blank rows.
+    dims, ... `fill` is the value where a sample has none, as in blank rows.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Field:
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.dims)
 
     def blank(self, spec: BatchSpec) -> Any:
-        """One sample's value where nothing is there."""
+        """One sample's value where the sample has none: `fill` throughout."""
         return np.full(self.shape(spec), self.fill, self.dtype)
 
     def of(self, samples: Sequence[Sample], spec: BatchSpec) -> list[Any]:
-        """The samples' values."""
+        """The value of each sample, blank where it has none."""
         return [sample[self.name] if self.name in sample else self.blank(spec) for sample in samples]
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> Any:
-        """The batch's value of samples' values."""
+        """The samples' values, stacked to the batch's value."""
         values: NDArray = np.array(self.of(samples, spec), self.dtype)  # a third of what np.stack takes
         return torch.from_numpy(values.view(np.int64) if self.dtype is np.uint64 else values)
 
@@ -59,18 +59,18 @@ class Field:
         """Row i of the result is row `order[i]` of the values laid end to end."""
         return torch.cat(list(values))[torch.tensor(order)]
 
-    def rows(self, value: Any, place: slice | Tensor) -> Any:
-        """The rows at `place`, in its order."""
-        return value[place]
+    def rows(self, value: Any, index: slice | Tensor) -> Any:
+        """The rows of a batch's value that `index` selects, in its order."""
+        return value[index]
 
     def each(self, value: Any, call: Callable[[Tensor], Tensor]) -> Any:
-        """`call` made for every tensor of the value."""
+        """A batch's value with `call` applied to each of its tensors."""
         return call(value)
 
 
 @dataclass(frozen=True)
 class TextField(Field):
-    """B strings."""
+    """A list of B strings."""
 
     dtype: type = str
     fill: str = ""
@@ -85,8 +85,8 @@ class TextField(Field):
         flat = [text for value in values for text in value]
         return [flat[i] for i in order]
 
-    def rows(self, value: list[str], place: slice | Tensor) -> list[str]:
-        return value[place] if isinstance(place, slice) else [value[i] for i in place.tolist()]
+    def rows(self, value: list[str], index: slice | Tensor) -> list[str]:
+        return value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
 
     def each(self, value: list[str], call: Callable[[Tensor], Tensor]) -> list[str]:
         return value
@@ -98,8 +98,8 @@ class _PerCamera(Field):
     def blank(self, spec: BatchSpec) -> dict[str, NDArray]:
         return {}
 
-    def rows(self, value: dict[str, Tensor], place: slice | Tensor) -> dict[str, Tensor]:
-        return {camera: tensor[place] for camera, tensor in value.items()}
+    def rows(self, value: dict[str, Tensor], index: slice | Tensor) -> dict[str, Tensor]:
+        return {camera: tensor[index] for camera, tensor in value.items()}
 
     def each(self, value: dict[str, Tensor], call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {camera: call(tensor) for camera, tensor in value.items()}
@@ -152,7 +152,7 @@ class PictureField(_PerCamera):
 
 @dataclass(frozen=True)
 class PresenceField(_PerCamera):
-    """{camera: [B] bool}: whether the sample has the camera, told by its pictures."""
+    """{camera: [B] bool}: whether the sample has pictures of the camera."""
 
     dtype: type = np.bool_
     pictures: str = "images"
@@ -196,7 +196,7 @@ def fields_of(spec: BatchSpec) -> tuple[Field, ...]:
 class Batch:
     """Samples stacked: `batch.NAME` is the value of the field NAME, see `FIELDS` and the classes of fields for shapes.
 
-    Frozen, as all that travels: what changes it returns another one.
+    Frozen: a method that changes something returns another batch.
     """
 
     def __init__(self, fields: tuple[Field, ...], values: dict[str, Any]):
@@ -217,16 +217,16 @@ class Batch:
             getattr(self, name)
         return Batch(self.fields, {**self.values, **values})
 
-    def rows(self, place: slice | Tensor) -> Batch:
-        """The samples at `place` (a slice, or numbers [N] int64), in its order."""
-        return Batch(self.fields, {f.name: f.rows(self.values[f.name], place) for f in self.fields})
+    def rows(self, index: slice | Tensor) -> Batch:
+        """The samples at `index` (a slice, or numbers [N] int64), in its order."""
+        return Batch(self.fields, {f.name: f.rows(self.values[f.name], index) for f in self.fields})
 
     def each(self, call: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with `call` made for every tensor."""
+        """The same batch with `call` applied to every tensor."""
         return Batch(self.fields, {f.name: f.each(self.values[f.name], call) for f in self.fields})
 
     def visit(self, call: Callable[[Tensor], object]) -> None:
-        """`call` made for every tensor, for what it does."""
+        """Call `call(tensor)` for every tensor, for its side effect."""
         self.each(lambda tensor: (call(tensor), tensor)[1])
 
     def to(self, device: torch.device) -> Batch:
@@ -243,9 +243,9 @@ class Batch:
         num = len(self)
         if num == size:
             return self
-        place = torch.arange(size)
-        full = self.rows(torch.where(place < num, place, 0))
-        return full.replace(weight=torch.where(place < num, full.weight, 0.0))
+        row = torch.arange(size)
+        full = self.rows(torch.where(row < num, row, 0))
+        return full.replace(weight=torch.where(row < num, full.weight, 0.0))
 
 
 def stack(samples: Sequence[Sample], spec: BatchSpec) -> Batch:
@@ -263,7 +263,7 @@ def join(parts: Sequence[Batch], order: Sequence[int]) -> Batch:
 
 
 def blank_batch(spec: BatchSpec) -> Batch:
-    """One sample in which nothing is there, of weight 0: for a rank that has none but must take part in a forward."""
+    """A batch of one blank sample of weight 0, for a rank that has no sample but must take part in a forward."""
     return stack([{}], spec)
 
 

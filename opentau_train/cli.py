@@ -1,4 +1,4 @@
-"""The entry: Hydra composes, `config.load` checks, `train.run` trains. Torch is imported only for the last.
+"""The entry: Hydra composes, `load_settings` checks, `train.run` trains. Torch is imported only for the last.
 
     python -m opentau_train +recipe=droid_policy trainer.steps=1000
     torchrun --nproc-per-node 8 -m opentau_train +recipe=droid_policy
@@ -38,7 +38,7 @@ _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _CONFIG_DIR = ("--config-dir", "-cd")
 HEAD_START_S = 20.0
-"""What rank 0 gets to report a mistake that all ranks found."""
+"""Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
 
 
@@ -65,7 +65,7 @@ def end(code: int) -> None:
 
 
 def answer(work: Callable[[], int]) -> int:
-    """The exit code of `work()`; what it raises is told in the form of `errors`, once."""
+    """Run `work()` and return its exit code; an error that it raises is printed once, in the form of `errors`."""
     asked = os.environ.get("HYDRA_FULL_ERROR", "")
     full_error = asked not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
@@ -133,17 +133,17 @@ def _app(composed: Any) -> None:
 
 def _quietly(app: Callable[[], None]) -> None:
     """Run Hydra's entry. A flag that it doesn't know becomes a `UserError` instead of a page of usage on every rank."""
-    said = io.StringIO()
+    stderr = io.StringIO()
     # Hydra's parser takes its flags after all overrides, not among them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: not _is_override(a))
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             app()
     except SystemExit as end:
         if end.code != EXIT_USER:
             raise
-        raise UserError(said.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
-    sys.stderr.write(said.getvalue())
+        raise UserError(stderr.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
+    sys.stderr.write(stderr.getvalue())
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -209,8 +209,8 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
 
 
 def compose(arguments: Sequence[str]) -> dict[str, Any]:
-    """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for
-    tools. An argument of no such form is a `UserError`; raises what `answer` tells."""
+    """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for tools.
+    Raises `UserError` for an argument of another form, and the errors of Hydra that `answer` explains."""
     overrides, folder, rest = [], None, iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")

@@ -50,9 +50,9 @@ class Teller(Enum):
     """Who prints a fault."""
 
     RANK_0 = "rank 0"
-    """All ranks have the same one."""
+    """Rank 0 prints it for all ranks, which raise the same fault."""
     THIS_RANK = "this rank"
-    """At once: no other rank knows of it, or this one was chosen to tell."""
+    """This rank prints it at once: no other one knows of it, or this one was chosen to."""
     ANOTHER_RANK = "another rank"
 
 

@@ -74,23 +74,24 @@ class Job:
 
     @property
     def owes_validation(self) -> bool:
-        """The state's step is one to validate and hasn't been: a run stopped inside the pass owes it when resumed."""
+        """Whether the state's step must be validated and hasn't been: a run stopped inside the pass owes it when
+        resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
         return due and self.validation.num_windows > 0 and self.counters["validated"] < step
 
     @property
     def is_best(self) -> bool:
-        """The state's weights are the best that were validated."""
+        """Whether the state's weights are the best that were validated."""
         return self.best is not None and self.best.step == self.state.step
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step that comes."""
+        """The learning rate of the next step."""
         return self.settings.optimizer.lr * self.schedule(self.state.step, self.settings.trainer.steps)
 
     def must_save(self, stop: Stop) -> bool:
-        """Whether the state is one to save: the run ends with it, it is the best, or it is a regular one's turn."""
+        """Whether the state must be saved: the run ends with it, it is the best, or a regular checkpoint is due."""
         step, every = self.state.step, self.settings.checkpoint.every
         due = every > 0 and step % every == 0
         return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
@@ -112,14 +113,14 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     check_targets(settings)
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
-    run_dir, found = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
+    run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
     stats = None
-    if found is not None:
-        world.agree(lambda: _compare(settings, tree, found))
-        stats = world.agree(lambda: read_stats(found))
+    if checkpoint is not None:
+        world.agree(lambda: _compare(settings, tree, checkpoint))
+        stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
-    torch.manual_seed(rng.key(settings.seed, "init") >> 1)
+    torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
     execution = Execution(
         trainer.precision,
         settings.parallelism.activation_checkpointing,
@@ -144,14 +145,14 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
-    if found is not None:
-        _resume(job, found)
+    if checkpoint is not None:
+        _resume(job, checkpoint)
     return job
 
 
 def check_targets(settings: Settings) -> None:
-    """Raises `UserError` for a mistake in the keys of what a `_target_` names: not after minutes of opening data, and
-    where launchers ask, before there are ranks."""
+    """Raises `UserError` for a mistake in the keys of anything that a `_target_` names. Needs neither data nor ranks: a
+    run checks before it opens data for minutes, a launcher before it starts ranks."""
     bind(settings.model, "model", ["spec"])
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
@@ -179,8 +180,8 @@ def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] 
 def _check_same_tables(plan: Mixture, world: World) -> None:
     """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
     tables = table_digests(plan)
-    whole = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
-    if len(set(world.gather(whole))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+    digest = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(digest))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
         remedy = "give every node the same files and filters of this dataset"
         check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
 
@@ -191,22 +192,22 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
     if run_dir is None and settings.resume.checkpoint == "auto":
         run_dir = commit.newest_run(root, settings.name)
-    found = commit.resolve(settings.resume.checkpoint, run_dir)
-    if run_dir is None and found is not None:
-        run_dir = found.parent.parent
+    checkpoint = commit.resolve(settings.resume.checkpoint, run_dir)
+    if run_dir is None and checkpoint is not None:
+        run_dir = checkpoint.parent.parent
     if run_dir is None:
         run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return run_dir.absolute(), found
+    return run_dir.absolute(), checkpoint
 
 
-def _compare(settings: Settings, tree: dict[str, Any], found: Path) -> None:
-    """Print what differs from the checkpoint's settings. Raises `UserError` where it may not."""
-    changes = drift.compare(current(read_card(found / FOLDER).config), current(tree))
+def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:
+    """Log the settings that differ from the checkpoint's. Raises `UserError` for one that may not."""
+    changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
-    shown = drift.report(changes, resume.force, restart=resume.data == "restart")
-    if shown:
-        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in shown))
+    lines = drift.report(changes, resume.force, restart=resume.data == "restart")
+    if lines:
+        log.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {line}" for line in lines))
 
 
 def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
@@ -252,11 +253,13 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
     }
 
 
-def _resume(job: Job, found: Path) -> None:
-    """Put the new job back to where the checkpoint `found` left its run."""
+def _resume(job: Job, checkpoint: Path) -> None:
+    """Put the new job back to where `checkpoint` left its run."""
     restart = job.settings.resume.data == "restart"
-    job.world.agree(lambda: check_split(read_card(found / FOLDER).policy["held_out"], job.mixture, restart=restart))
-    saved = contents.load(found, job.state, job.world)
+    job.world.agree(
+        lambda: check_split(read_card(checkpoint / FOLDER).policy["held_out"], job.mixture, restart=restart)
+    )
+    saved = contents.load(checkpoint, job.state, job.world)
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
@@ -264,7 +267,7 @@ def _resume(job: Job, found: Path) -> None:
     if job.best is not None:
         job.best.restore(job.world, job.state.step)
     if job.world.is_main:
-        log.info("resumed from %s at step %d", found, job.state.step)
+        log.info("resumed from %s at step %d", checkpoint, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
             log.warning("the data plan has changed: %s; its next epoch begins", change)
 

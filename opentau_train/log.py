@@ -23,9 +23,9 @@ class Console:
         ROOT.setLevel(level)
         ROOT.propagate = False
         self.buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-        shown = logging.StreamHandler(stream)
-        shown.setFormatter(logging.Formatter("%(message)s"))
-        ROOT.handlers = [shown, self.buffer]
+        terminal = logging.StreamHandler(stream)
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        ROOT.handlers = [terminal, self.buffer]
 
     def also_to(self, path: Path) -> None:
         """Append to `path` from now on, beginning with all that was logged before. Rank 0 only."""
@@ -38,7 +38,7 @@ class Console:
         ROOT.handlers = [ROOT.handlers[0], file]
 
     def write_down(self, text: str) -> None:
-        """In the file only: an error's text, which the command line itself prints."""
+        """Write an error's text to the file only: the command line itself prints it."""
         record = ROOT.makeRecord(ROOT.name, logging.ERROR, "", 0, text, (), None)
         for handler in ROOT.handlers[1:]:
             handler.handle(record)
@@ -46,6 +46,7 @@ class Console:
 
 @contextmanager
 def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
+    """While inside, the program's log goes to `stream`; an error that leaves is written to the log's file too."""
     before = ROOT.level, ROOT.propagate, ROOT.handlers
     console = Console(stream, is_main)
     try:

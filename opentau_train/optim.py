@@ -82,8 +82,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:
-    """Raises `UserError` for options that the optimizer's class doesn't take, before there is a model: it is tried on a
-    parameter of its own."""
+    """Raises `UserError` for options that the optimizer's class doesn't take, before there is a model: an optimizer is
+    built over a parameter made for the check."""
     _make(settings, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])
 
 
@@ -142,7 +142,7 @@ def _fits_nothing(where: str, pattern: str, names: Iterable[str]) -> UserError:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Each group's rate is `lr` times its `lr_scale`."""
+    """Set each group's learning rate to `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
@@ -218,7 +218,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
-        """Move towards the parameters, unless `applies` [] bool is False, which is found out on the device."""
+        """Move the averages towards the parameters, unless `applies` [] bool is False, which only the device looks
+        at."""
         averages = _locals(self.average)
         moved = torch._foreach_lerp(averages, [p.float() for p in _locals(_trainable(model))], 1.0 - self.decay)
         if applies is not None:
@@ -227,7 +228,7 @@ class Ema:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averages as its parameters; its own come back bit for bit."""
+        """While inside, the model's parameters are the averages; its own come back bit for bit."""
         parameters = _locals(_trainable(model))
         own = [parameter.clone() for parameter in parameters]
         torch._foreach_copy_(parameters, _locals(self.average))

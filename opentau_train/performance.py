@@ -36,7 +36,7 @@ PEAK_FLOPS = {
 
 
 class Stamp:
-    """A moment in a device's work, which on a CPU is now. Taking one waits for nothing."""
+    """A moment in a device's queue of work; on a CPU, now. Taking one doesn't wait for the device."""
 
     def __init__(self, device: torch.device):
         self._event: torch.Event | None = None
@@ -47,7 +47,7 @@ class Stamp:
             self._event.record()
 
     def seconds_since(self, earlier: Stamp) -> float:
-        """The device's seconds between the two, both of which it must have passed."""
+        """The device's seconds from `earlier` to this moment; it must have passed both."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         return earlier._event.elapsed_time(self._event) / 1000
@@ -57,8 +57,8 @@ class Stamp:
 
 
 def memory_row(device: torch.device) -> dict[str, float]:
-    """`Memory/...` in MiB: what this process holds of the host's, without its data workers (absent where there is no
-    /proc), and the most that was held of a CUDA device's since the last row."""
+    """`Memory/...` in MiB: the host memory that this process holds, without its data workers (absent where there is no
+    /proc), and the most memory held on a CUDA device since the last row."""
     row = {}
     status = Path("/proc/self/status")
     if status.exists():
@@ -73,9 +73,9 @@ def memory_row(device: torch.device) -> dict[str, float]:
 
 @contextmanager
 def scheduled_collection() -> Iterator[Callable[[int], None]]:
-    """While inside, garbage is collected only where what is given is called, every `COLLECT_EVERY` steps: all ranks
-    then pause in the same step, instead of each in another one that the others wait in. What is there on entering is
-    never looked at, so that data workers keep sharing its pages."""
+    """While inside, garbage is collected only by the yielded function, which is called with every step and collects in
+    each `COLLECT_EVERY`-th: all ranks then pause in the same step, instead of each in another one that the others wait
+    in. Objects that exist on entering are never looked at, so that data workers keep sharing their pages."""
 
     def collect(step: int) -> None:
         if step % COLLECT_EVERY == 0:
@@ -95,7 +95,7 @@ def scheduled_collection() -> Iterator[Callable[[int], None]]:
 
 
 class ForwardFlops:
-    """Counts the floating-point operations of the first forward pass that it is entered around, a sample of it.
+    """Counts the floating-point operations a sample of the first forward pass that is made inside `counting`.
 
     Matrix products, convolutions and attention are counted, from their shapes. The pass runs uncompiled: a compiled
     one would be counted as nothing.
@@ -115,8 +115,8 @@ class ForwardFlops:
 
 def utilization(forward_flops: float, num_samples: float, seconds: float, device_name: str) -> float | None:
     """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B): three forward passes' operations for each sample,
-    what is computed a second time for want of memory left out, over a device's dense bfloat16 peak. None for a card of
-    no known peak."""
+    without what activation checkpointing computes again, over a device's dense bfloat16 peak. None for a card of no
+    known peak."""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
     return None if peak is None else 3 * forward_flops * num_samples / seconds / peak
 
@@ -129,7 +129,7 @@ WARMUP = 3
 
 @contextmanager
 def traced(path: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """While inside, call what is given after each step: `steps` of them, after the first `WARMUP`, are recorded by
+    """Call the yielded function after each step: `steps` of them, after the first `WARMUP`, are recorded by
     torch.profiler into `path`, a Chrome trace (open it in https://ui.perfetto.dev). 0 records nothing."""
     if steps == 0:
         yield lambda: None

@@ -4,7 +4,7 @@ The counts of supervised loss elements of the whole global batch are known from 
 before the first forward (`distributed.consensus`); each micro-batch divides by the same numbers. One rank with eight
 micro-batches and eight ranks with one give the same gradient.
 
-Nothing here reads from the device: the host runs ahead of it, and what a step found out stays there until it is logged.
+Nothing here reads from the device: the host runs ahead of it, and a step's results stay there until they are logged.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class TrainState:
 @dataclass(frozen=True)
 class StepSetup:
     """How every step of a run is taken: at most `max_samples` in a micro-batch, gradients clipped to a global norm of
-    `grad_clip`; `seed` of a policy's ambient randomness; `progress` is told what goes on; `flops`, where they are to be
-    counted."""
+    `grad_clip`; `seed` is that of a policy's ambient randomness; `progress` records the part of the step, for the
+    watchdog; `flops` counts operations, None: not."""
 
     world: World
     max_samples: int
@@ -62,7 +62,7 @@ class StepSetup:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """What a step found out, still on the device: `losses`, (group [B], terms) of each of this rank's micro-batches;
+    """The results of a step, still on the device: `losses`, (group [B], terms) of each of this rank's micro-batches;
     `grad_norm` [] f32 before clipping. `stamps`: before the forward, after the backward, after the update."""
 
     losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
@@ -102,9 +102,9 @@ def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr:
 
 
 def seed_ambient(key: int) -> None:
-    """Make what draws from no key of its own (nn.Dropout) a function of `key`, 64 bits: seeds torch, on all devices,
-    NumPy's global generator and Python's."""
-    torch.manual_seed(key >> 1)  # some devices take 63 bits
+    """Make randomness that has no key of its own (nn.Dropout) a function of `key`, 64 bits: seeds torch's generators on
+    all devices, and NumPy's and Python's global ones."""
+    torch.manual_seed(key >> 1)  # some devices' generators take 63 bits
     np.random.seed(key & 0xFFFFFFFF)
     random.seed(key)
 

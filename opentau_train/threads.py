@@ -1,4 +1,4 @@
-"""Calls on threads: how one ended, for another thread; an iterator that can be given up; calls in the background."""
+"""Work on threads: a call's result for another thread, an iterator that can be interrupted, calls in the background."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
-    """`call()` made here and now; `result()` of the answer gives what it gave, or raises what it raised. The answer is
-    `future` where one is given."""
+def settle(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
+    """Make `call()` here and now, and return a settled future: its `result()` returns or raises what the call did. It
+    is `future` where one is given."""
     future = Future() if future is None else future
     try:
         future.set_result(call())
@@ -30,9 +30,10 @@ def outcome(call: Callable[[], T], future: Future[T] | None = None) -> Future[T]
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
-    """`call()` on a thread of its own, called `name`. The end of the program doesn't wait for it."""
+    """Make `call()` on a new thread called `name`, and return its future. The end of the program doesn't wait for
+    it."""
     future: Future[T] = Future()
-    threading.Thread(target=outcome, args=(call, future), name=name, daemon=True).start()
+    threading.Thread(target=settle, args=(call, future), name=name, daemon=True).start()
     return future
 
 
@@ -90,14 +91,15 @@ class InterruptibleIterator(Generic[T]):
     def _serve(self) -> None:
         assert self._iterator is not None, "one thread serves, once"
         while self._asked.get():
-            self._answers.put(outcome(partial(next, self._iterator)))
+            self._answers.put(settle(partial(next, self._iterator)))
         if isinstance(self._iterator, Generator):
             self._iterator.close()
         self._iterator = None
 
 
 THREAD = "tracker "
-"""How the threads' names begin. One that is there after `close` hangs: the program then ends without waiting for it."""
+"""How the threads' names begin. A thread that is alive after `close` hangs: the program then ends without waiting for
+it."""
 
 
 LIMIT = 10_000
@@ -107,7 +109,7 @@ LIMIT = 10_000
 class Background:
     """Makes the calls that it is given on one thread, in their order.
 
-    The first one that fails is told in a warning, and those after it are left out: `lost` says what that means.
+    The first failure is logged as a warning, and the calls after it are left out; `lost` says there what that means.
     """
 
     def __init__(self, name: str, lost: str):
@@ -121,7 +123,7 @@ class Background:
     def ask(self, call: Callable[[], T], seconds: float) -> T:
         """The result of `call()`. Raises what it raises, and TimeoutError after `seconds`."""
         answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
-        self._calls.put(lambda: answers.put(outcome(call)))
+        self._calls.put(lambda: answers.put(settle(call)))
         try:
             answer = answers.get(timeout=seconds)
         except queue.Empty as error:
@@ -136,7 +138,8 @@ class Background:
             self._calls.put(call)
 
     def close(self, seconds: float) -> bool:
-        """Whether all calls were made, and the thread has ended, within `seconds`. Warns where not."""
+        """Let the thread end after the calls posted so far. Returns whether it did within `seconds`; warns where
+        not."""
         self._calls.put(None)
         end = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < end:
@@ -157,7 +160,7 @@ class Background:
             if self.failed:
                 self._left_out += 1
                 continue
-            error = outcome(call).exception()
+            error = settle(call).exception()
             if error is not None:  # of whatever kind: none of a tracker's is worth the training
                 self.failed = True
                 log.warning(
@@ -166,5 +169,5 @@ class Background:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or the error's type where it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

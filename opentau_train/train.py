@@ -86,7 +86,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
 
 
 def _enter_closing(job: Job, kind: type | None, error: BaseException | None, trace: object) -> None:
-    """The watchdog, should it be the last to speak, says what the end was that hangs."""
+    """Record that the run closes, and after which error: the watchdog reports it where closing hangs."""
     job.progress.enter("closing" if error is None else f"closing after {type(error).__name__}: {first_line(error)}")
 
 

@@ -110,7 +110,7 @@ class BatchSpec:
         return {"S": self.state_dim, "A": self.action_dim, "T": self.chunk_length}
 
     def to_json(self) -> dict[str, Any]:
-        """All but `fields`, which follow from the transforms."""
+        """The spec as plain JSON data, without `fields`, which follow from the transforms."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
 
     @classmethod

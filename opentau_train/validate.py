@@ -45,7 +45,7 @@ from opentau_train.validation.plots import save_png
 log = logging.getLogger(__name__)
 
 FIXED = ("model", "optimizer", "scheduler", "resume", "logger")
-"""What the checkpoint alone decides, or what no validation uses."""
+"""Keys that the command line can't change: the checkpoint alone decides them, or no validation uses them."""
 
 
 def main() -> None:
@@ -58,25 +58,27 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Validate as the command line's `arguments` say. Raises `UserError` for mistakes, on all ranks alike."""
-    own = dict(a.split("=", 1) for a in arguments if a.startswith(("checkpoint=", "out=")))
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(("checkpoint=", "out=")))
     others = [a for a in arguments if not a.startswith(("checkpoint=", "out="))]
-    if "checkpoint" not in own:
+    if "checkpoint" not in given:
         raise UserError("no checkpoint is given", remedy="add checkpoint=RUN or checkpoint=RUN/checkpoints/STEP")
     try:
-        found = commit.resolve(own["checkpoint"], None)
-        assert found is not None
+        checkpoint = commit.resolve(given["checkpoint"], None)
+        assert checkpoint is not None
     except UserError as error:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
-        raise UserError(error.what, where=f"checkpoint={own['checkpoint']}", remedy=remedy) from error
-    card = read_card(found / FOLDER)
+        raise UserError(error.what, where=f"checkpoint={given['checkpoint']}", remedy=remedy) from error
+    card = read_card(checkpoint / FOLDER)
     tree = cli.recompose(current(card.config), others, FIXED)
-    out = Path(own["out"]).expanduser() if "out" in own else found / "validation.json"
-    validate_checkpoint(load_settings(tree), tree, found, card, out)
+    out = Path(given["out"]).expanduser() if "out" in given else checkpoint / "validation.json"
+    validate_checkpoint(load_settings(tree), tree, checkpoint, card, out)
     return EXIT_OK
 
 
-def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, card: Pretrained, out: Path) -> None:
-    """Validate the checkpoint `found` as `settings` say and write the result to `out`. Runs on every rank of a launch.
+def validate_checkpoint(
+    settings: Settings, tree: dict[str, Any], checkpoint: Path, card: Pretrained, out: Path
+) -> None:
+    """Validate `checkpoint` as `settings` say and write the result to `out`. Runs on every rank of a launch.
 
     `tree` is the same configuration as plain data; `card`, what the checkpoint's `pretrained_model/` says. Raises
     `UserError` on all ranks alike.
@@ -95,7 +97,7 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         mixture = fit(open_together(settings, world, stats), card.policy)
-        policy, replicas, ema, step = restore_policy(settings, mixture.spec, found, world)
+        policy, replicas, ema, step = restore_policy(settings, mixture.spec, checkpoint, world)
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
@@ -106,20 +108,20 @@ def validate_checkpoint(settings: Settings, tree: dict[str, Any], found: Path, c
                 where="data.sources",
                 remedy="set val_split_ratio of a source, 1.0: all",
             )
-        seen = trained_on(card.policy["held_out"], mixture)
+        overlap = trained_on(card.policy["held_out"], mixture)
         if world.is_main:
-            for name, episodes in seen.items():
+            for name, episodes in overlap.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
         with closing(validation):
             measured = validation.run(policy, replicas, ema)
         if world.is_main:
             result = {
-                "checkpoint": str(found),
+                "checkpoint": str(checkpoint),
                 "step": step,
                 "ranks": world.size,
                 "batch_size": validation.batch_size,
                 "windows": validation.num_windows,
-                "trained_on": seen,
+                "trained_on": overlap,
                 "left_out": [vars(bad) for bad in measured.left_out],
                 "metrics": measured.row,
             }
@@ -159,16 +161,16 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
 
 def _check_actions(dataset: Dataset, head: str, policy: dict[str, Any]) -> None:
     """The dataset's action dimensions are those that the head was trained with, name by name."""
-    mine = list(dataset.action_names)
-    known = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
-    if mine in known:
+    own_names = list(dataset.action_names)
+    accepted = [policy["norm_heads"][head], policy["action_names"].get(dataset.name)]
+    if own_names in accepted:
         return
-    theirs = known[0]
-    if len(mine) != len(theirs):
-        raise _refuse(f"has {len(theirs)} action dimensions for {head}, the data {len(mine)}", dataset.name)
-    place = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+    trained_names = accepted[0]
+    if len(own_names) != len(trained_names):
+        raise _refuse(f"has {len(trained_names)} action dimensions for {head}, the data {len(own_names)}", dataset.name)
+    axis = next(i for i, (a, b) in enumerate(zip(own_names, trained_names, strict=True)) if a != b)
     raise _refuse(
-        f"has '{theirs[place]}' as action dimension {place} of {head}, the data '{mine[place]}'",
+        f"has '{trained_names[axis]}' as action dimension {axis} of {head}, the data '{own_names[axis]}'",
         f"data.sources.{dataset.name}.actions",
     )
 
@@ -182,9 +184,9 @@ def _refuse(difference: str, where: str) -> UserError:
 
 
 def restore_policy(
-    settings: Settings, spec: BatchSpec, found: Path, world: World
+    settings: Settings, spec: BatchSpec, checkpoint: Path, world: World
 ) -> tuple[Policy, Replicas, Ema | None, int]:
-    """(policy, replicas, average or None, step) of the checkpoint `found`, spread over the ranks. Collective; raises
+    """(policy, replicas, average or None, step) of `checkpoint`, spread over the ranks. Collective; raises
     `UserError` on all ranks alike."""
     trainer = settings.trainer
     mesh = mesh_of(settings, world)
@@ -193,11 +195,11 @@ def restore_policy(
     tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
     if ema is not None:
         tensors["ema"] = ema.state_dict()
-    contents.read_tensors(found, tensors, world)
+    contents.read_tensors(checkpoint, tensors, world)
     set_model_state_dict(policy, tensors["model"])
     if ema is not None:
         ema.load_state_dict(tensors["ema"])
-    return policy, replicas, ema, json.loads((found / "run.json").read_text())["step"]
+    return policy, replicas, ema, json.loads((checkpoint / "run.json").read_text())["step"]
 
 
 def write(out: Path, result: dict[str, Any], pictures: Sequence[Picture]) -> None:

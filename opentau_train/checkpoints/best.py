@@ -39,9 +39,9 @@ def paired_difference(
     """(`Validation/Loss` of `new` minus that of `old`, its standard error) from sums [E, K, 2] of the same windows.
 
     The loss is linear in the episodes' sums, so its difference is a weighted sum of the groups' ratio means of
-    differences; their errors are `metrics.group_means`', the terms of an episode taken together. Groups of a single
-    episode form one stratum together (collapsed strata, Cochran 5A.12), which can only overstate the error; one such
-    group alone counts its whole change as error. Needs `MIN_EPISODES` episodes.
+    differences; their errors are those of `metrics.sums.group_means`, the terms of an episode taken together. Groups of
+    a single episode form one stratum together (collapsed strata, Cochran 5A.12), which can only overstate the error;
+    one such group alone counts its whole change as error. Needs `MIN_EPISODES` episodes.
     """
     assert len(new) >= MIN_EPISODES
     counts = new[..., 1]
@@ -98,8 +98,8 @@ class Best:
         self.step, _, self.sums = record
 
     def update(self, world: World, step: int, scores: Scores) -> bool:
-        """Whether the pass at `step` is the best so far; then its sums are kept, and the step's checkpoint is to be
-        saved; `point` after that."""
+        """Whether the pass at `step` is the best so far. If so, its sums are kept; the caller then saves the step's
+        checkpoint and calls `point`."""
         if len(scores.sums) < MIN_EPISODES:
             log.info("no best checkpoint is kept: the noise of one validation episode can't be told")
             return False

@@ -5,7 +5,7 @@
     pretrained_model/   the policy by itself (`pretrained`)
     files.json          every file and its size (`commit`)
 
-No random state: all draws are keyed, and ambient ones are seeded anew in every step (`step`).
+It holds no random state: all draws are keyed, and ambient ones are seeded anew in every step (`step`).
 
 `saver` writes it; how the directory becomes a checkpoint, and which one is the newest, is `commit`'s.
 """

@@ -36,7 +36,7 @@ FORMAT = "opentau_train.policy/1"
 FOLDER = "pretrained_model"
 WEIGHTS = "model.safetensors"
 PARTS = {"config": "configuration", "stats": "statistics", "policy": "action convention"}
-"""What stands beside the weights: the fields of `Pretrained`, in words."""
+"""The fields of `Pretrained`, as error messages call them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Loaded:
 
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
+    """Write `pretrained_model/`: the weights as one safetensors file, and a JSON file for each of `PARTS`."""
     save_file(_separate(weights), folder / WEIGHTS)
     for name in PARTS:
         (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")
@@ -124,7 +125,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     Raises `UserError` where there is none, or where its class and its weights don't fit.
     """
     path = Path(path).expanduser()
-    folder = None if path.is_file() else locate(path)
+    folder = None if path.is_file() else pretrained_folder(path)
     file = path if folder is None else folder / WEIGHTS
     try:
         with safe_open(file, framework="pt") as opened:
@@ -158,7 +159,7 @@ def _pipelines(card: Pretrained) -> dict[str, Pipeline]:
     return made
 
 
-def locate(path: Path) -> Path:
+def pretrained_folder(path: Path) -> Path:
     """The `pretrained_model/` directory that `path` is, or holds."""
     if (path / WEIGHTS).is_file():
         return path

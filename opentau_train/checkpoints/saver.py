@@ -121,8 +121,9 @@ class Saver:
     def poll(self, all_written: bool) -> Path | None:
         """At a step boundary: commit what every rank has finished writing and return its path, else None.
 
-        `all_written`: `written` on every rank, as the step's own all-reduce found it; one more a step would cost more
-        than the commit. Raises `Fault` on all ranks when any of them couldn't write.
+        `all_written`: whether `written` holds on every rank, from the vote before the step (`Agreement.all_written`); a
+        collective of its own would cost more than the commit. Raises `Fault` on all ranks when any of them couldn't
+        write.
         """
         return self.finish() if all_written else None
 
@@ -192,8 +193,8 @@ class Saver:
         group: dist.ProcessGroup | None = None,
         main_only: bool = False,
     ) -> T:
-        """What `work()`, made on the ranks, gave on rank 0. Where it failed on any, the unfinished directory goes and
-        all ranks raise."""
+        """Make `work()` on the ranks and return what it returned on rank 0. Where it failed on any, the unfinished
+        directory goes and all ranks raise."""
         problem, result = None, None
         try:
             if self.world.is_main or not main_only:

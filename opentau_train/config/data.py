@@ -22,7 +22,7 @@ HELD_OUT = warned("the held-out episodes themselves are compared")  # by data/mi
 class SourceSettings:
     """One dataset of the mixture: `data.sources.NAME`. Its other keys are `options` of the class that `_target_` names.
 
-    Those in `SELECTING` are followed by the class, where it can; all the others by the mixture, for any class.
+    The settings in `SELECTING` are applied by that class, where it can; all the others by the mixture, for any class.
     """
 
     target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
@@ -63,7 +63,7 @@ class SourceSettings:
     exclude_episodes: tuple[int, ...] = ()
     success_only: bool = False
     success_column: str = "next.success"
-    """The column that says so: of the episodes' metadata, or of the rows, whose last one counts."""
+    """The column that tells success: of the episodes' metadata, or of the rows, whose last one counts."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
     """{name: {_target_, options}}: what is done to the dataset's columns and pictures first, in this order."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
@@ -76,7 +76,7 @@ class SourceSettings:
 
     @property
     def validates_only(self) -> bool:
-        """Every episode is held out."""
+        """Whether every episode is held out."""
         return self.val_split_ratio == 1.0 and self.val_episodes is None
 
     def check(self, path: str) -> None:

@@ -96,10 +96,10 @@ def _refused_choice(text: str) -> UserError:
     if missing:
         group, choice = missing.groups()
         listed = re.search(rf"Available options in '{re.escape(group)}':\s*((?:\n\t.*)+)", text)
-        known = listed.group(1).split() if listed else _options(group)
+        options = listed.group(1).split() if listed else _options(group)
         return UserError(
-            f"{group}={choice}: no such configuration{did_you_mean(choice, known)}",
-            remedy=f"{group} is one of: {', '.join(known)}" if known else HELP,
+            f"{group}={choice}: no such configuration{did_you_mean(choice, options)}",
+            remedy=f"{group} is one of: {', '.join(options)}" if options else HELP,
         )
     twice = re.search(r"Multiple values for ([\w/@.]+)\.", text)
     if twice:

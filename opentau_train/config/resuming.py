@@ -33,32 +33,33 @@ class Meaning:
     judge: Callable[[Any, Any, Mapping[str, Any]], Meaning] | None = None
 
     def of_key(self, key: str) -> Meaning:
-        """That of a key in the section whose meaning this is."""
+        """The meaning of a `key` inside the section whose meaning this is."""
         inherited = replace(self, keys={})
         return next((meaning for pattern, meaning in self.keys.items() if fnmatchcase(key, pattern)), inherited)
 
     def of_change(self, old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+        """The meaning of the change from `old` to `new` in the new configuration `now`, {dotted key: value}."""
         return self if self.judge is None else self.judge(old, new, now)
 
 
 FROM_HERE_ON = Meaning("warned", "from here on")
 
 SAFE = {ON_RESUME: Meaning("safe")}
-"""No number of the training changes."""
+"""Metadata of a setting whose change alters no number of the training."""
 
 NEW_PLAN = {ON_RESUME: Meaning("refused", "the data plan changes", new_plan=True)}
 
 
 def warned(why: str = FROM_HERE_ON.why) -> dict[str, Meaning]:
-    """The training changes from here on, as was perhaps meant."""
+    """Metadata of a setting whose change alters the training from here on, as was perhaps meant."""
     return {ON_RESUME: Meaning("warned", why)}
 
 
 def refused(why: str, keys: Mapping[str, Meaning] | None = None) -> dict[str, Meaning]:
-    """What was trained so far wouldn't fit any more."""
+    """Metadata of a setting that mustn't change: what was trained so far wouldn't fit any more."""
     return {ON_RESUME: Meaning("refused", why, keys=keys or {})}
 
 
 def judged(judge: Callable[[Any, Any, Mapping[str, Any]], Meaning]) -> dict[str, Meaning]:
-    """It depends on the values."""
+    """Metadata of a setting for which `judge` decides, from the old and the new value."""
     return {ON_RESUME: Meaning("warned", FROM_HERE_ON.why, judge=judge)}

@@ -1,6 +1,6 @@
 """Settings: typed, frozen, checked once when Hydra has composed them, never changed afterwards.
 
-The dataclasses below and those of `config_data` are the whole vocabulary of `conf/`. `typed.build` turns the composed
+The dataclasses below and those of `config.data` are the whole vocabulary of `conf/`. `typed.build` turns the composed
 tree into them and answers a mistake with the key's full path, the nearest valid name and the remedy. Torch is not
 imported here.
 """
@@ -19,14 +19,14 @@ from opentau_train.errors import UserError, did_you_mean
 
 
 def _longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
-    """`trainer.steps`: a constant rate doesn't depend on it."""
+    """What a change of `trainer.steps` means: a constant learning rate doesn't depend on it."""
     if str(now.get("scheduler._target_")).endswith(".Constant") and isinstance(old, int) and new > old:
         return Meaning("safe")
     return Meaning("warned", "the schedule is stretched to the new length")
 
 
 def _other_average(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
-    """`trainer.ema_decay`."""
+    """What a change of `trainer.ema_decay` means."""
     if old is None:
         return Meaning("refused", "the average isn't in the checkpoint: it begins here")
     return FROM_HERE_ON if new is not None else Meaning("refused", "the average is lost")
@@ -53,8 +53,9 @@ class TrainerSettings:
     deterministic: bool = False
     """Only kernels that give the same result each time."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 products on a device that has faster ones: `highest`, torch's own default, is float32; `high` lets
-    CUDA round the factors to TF32 (10 bits of mantissa), `medium` to bfloat16. bf16 autocast doesn't depend on it."""
+    """Precision of float32 products on a device that has faster ones: `highest`, torch's own default, is float32;
+    `high` lets CUDA round the factors to TF32 (10 bits of mantissa), `medium` to bfloat16. bf16 autocast doesn't depend
+    on it."""
     profile_steps: int = field(default=0, metadata=SAFE)
     """Steps that torch.profiler records on rank 0, after the first three: RUN/profile/trace.json."""
 
@@ -72,7 +73,7 @@ class ParameterRule:
     """What the parameters that `pattern` fits have of their own; what it doesn't say stays as it was."""
 
     pattern: str
-    """As a shell's, over the parameter's whole name: `*_out.*`, `layers.3.*`."""
+    """A shell's pattern over the parameter's whole name: `*_out.*`, `layers.3.*`."""
     lr_scale: float | None = None
     """Their learning rate is this times the schedule's."""
     weight_decay: float | None = None
@@ -110,7 +111,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelismSettings:
-    """Degrees: -1 = what is left of the world size."""
+    """How a policy is spread over the ranks. A degree of -1 is what is left of the world size."""
 
     data_parallel_replicate_degree: int = -1
     data_parallel_shard_degree: int = 1
@@ -143,7 +144,8 @@ class ValidationSettings:
     evaluators: tuple[str, ...] = ("loss",)
     """What a pass measures, in this order: names of `evaluator`."""
     evaluator: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(EVALUATORS))
-    """{name: {_target_, its own options}}: what may be named. The settings around it are those of all evaluators."""
+    """{name: {_target_, its own options}}: what `evaluators` may name. The settings around it are those of all
+    evaluators."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A window that can't be read: end the run with its name, or leave it out, count and name it."""
     best_margin: float | None = 2.0
@@ -258,7 +260,7 @@ class Settings:
     seed: int = field(default=0, metadata=NEW_PLAN)
     resume: ResumeSettings = field(default_factory=ResumeSettings, metadata=SAFE)
     flight_recorder: bool = field(default=False, metadata=SAFE)
-    """true = every rank records each step's samples and their losses (`recorder.py`)."""
+    """true = every rank records each step's samples and their losses (`metrics/recorder.py`)."""
 
     def check(self, path: str) -> None:
         if not self.data.sources:

@@ -180,12 +180,12 @@ def locate(target: Any, path: str) -> Any:
     if not module_name or module_name.startswith("."):
         raise _bad_target(path, f"is {target!r}, not a full dotted path")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        named = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise _bad_target(path, f"names '{target}', which can't be imported: {error}") from error
-    if not callable(found):
+    if not callable(named):
         raise _bad_target(path, f"names '{target}', which is no class or function")
-    return found
+    return named
 
 
 def _bad_target(path: str, what: str) -> UserError:
@@ -238,7 +238,7 @@ def bind(
 
 def defaults(target: Any) -> dict[str, tuple[Any, Mapping[str, Any]]]:
     """{argument: (its default, its field's metadata)} of what `target` names, for those that have a default; the
-    metadata are empty where it is no dataclass. None of what isn't installed."""
+    metadata are empty where it is no dataclass. No arguments where it can't be imported."""
     try:
         located = locate(target, TARGET)
     except UserError:
@@ -256,18 +256,18 @@ def _hints(target: Any, path: str) -> dict[str, Any]:
 
 
 def positive(path: str, value: float | None) -> None:
-    """Greater than 0, or None (not set)."""
+    """Raises `UserError` unless `value` is greater than 0, or None (not set)."""
     if value is not None and not value > 0:
         raise UserError(f"{path} must be greater than 0, got {value}", remedy=f"set {path} to a positive number")
 
 
 def at_least(path: str, value: float | None, low: float) -> None:
-    """`low` or more, or None (not set)."""
+    """Raises `UserError` unless `value` is `low` or more, or None (not set)."""
     if value is not None and value < low:
         raise UserError(f"{path} must be at least {low}, got {value}", remedy=f"set {path} to {low} or more")
 
 
 def fraction(path: str, value: float) -> None:
-    """In [0, 1)."""
+    """Raises `UserError` unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise UserError(f"{path} must be in [0, 1), got {value}", remedy=f"set {path} to a fraction such as 0.1")

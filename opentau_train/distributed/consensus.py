@@ -18,15 +18,15 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 
 TAG = 0x0907E
-"""Of the votes' messages: no other point-to-point message of the program has it."""
+"""The tag of the votes' messages: no other point-to-point message of the program has it."""
 
 BROKEN = float("nan")
-"""In place of a sum: a rank is gone."""
+"""Sent in place of every sum when a rank is gone."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rank has to say before a step.
+    """What one rank tells the others before a step.
 
     `counts` {term: supervised loss elements of its samples}; `num_substituted`, how many of its samples stand in for
     windows that couldn't be read; `error`, what ended its stream; `has_batch` False: it gave up waiting for its data,
@@ -49,9 +49,9 @@ class Vote:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on all ranks. `counts` {term: supervised loss elements of the global batch}; `num_substituted` windows
-    in it; `stop`: the highest that any rank was asked for; `take_step`: every rank has its part of the batch;
-    `all_written`: every rank has written."""
+    """What the votes of all ranks come to, the same on each. `counts` {term: supervised loss elements of the global
+    batch}; `num_substituted` windows in it; `stop`: the highest that any rank was asked for; `take_step`: every rank
+    has its part of the batch; `all_written`: every rank has written."""
 
     counts: dict[str, float]
     num_substituted: int
@@ -74,8 +74,8 @@ class Ballot:
         self._leaving: list[dist.Work] = []
 
     def result(self) -> Agreement:
-        """What was agreed on. Raises on all ranks the first rank's error, if any has one, and what a broken collective
-        raises where a rank is gone."""
+        """Wait for the agreement. Raises on all ranks the first rank's error, if any has one, and what a broken
+        collective raises where a rank is gone."""
         if self._world.size > 1:
             self._travel()
         terms = list(self._vote.counts)

@@ -8,7 +8,8 @@ import torch
 
 
 def set_numerics(*, deterministic: bool, matmul_precision: str) -> None:
-    """Set it for this process, before CUDA starts: cuBLAS reads its workspace's size when its first handle is made.
+    """Set this process's float arithmetic, before CUDA starts: cuBLAS reads its workspace's size when its first handle
+    is made.
 
     `matmul_precision` as torch.set_float32_matmul_precision; below `highest`, cuDNN's convolutions may use TF32 too.
     """

@@ -168,10 +168,10 @@ def compiled(forward: Callable, backend: str) -> Callable:
     Raises `UserError` for a backend that torch doesn't know and, in the call, where the backend fails: on CPU
     `inductor` needs a C++ compiler, and torch looks for it only then.
     """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
         raise UserError(
-            f"torch has no compiler backend '{backend}'{did_you_mean(backend, known)}",
+            f"torch has no compiler backend '{backend}'{did_you_mean(backend, backends)}",
             where="trainer.compile_backend",
             remedy=f"set it to one of {', '.join(torch.compiler.list_backends())}",
         )

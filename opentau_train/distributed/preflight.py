@@ -92,8 +92,9 @@ def _digest(value: Any) -> str:
 
 
 def check_same(facts: Sequence[Mapping[str, str]], where: str, remedy: str) -> None:
-    """`facts[r]` are rank r's. Raises `UserError` naming the ranks that differ from rank 0, and in what."""
-    ranks = [r for r, mine in enumerate(facts) if mine != facts[0]]
+    """Compare the ranks' facts, `facts[r]` being those of rank r. Raises `UserError` naming the ranks that differ from
+    rank 0, and in what."""
+    ranks = [r for r, own_facts in enumerate(facts) if own_facts != facts[0]]
     if not ranks:
         return
     first = facts[ranks[0]]
@@ -115,7 +116,7 @@ def check_in(store: Store, rank: int, size: int, facts: Mapping[str, str], timeo
     store.set(f"card/{rank}/{number}", json.dumps({"size": size, "place": place, "facts": dict(facts)}))
     arrived = store.add("arrived", 1)
     if rank == 0 and number == 1:
-        problem = _judge(store, size, timeout)
+        problem = _check_cards(store, size, timeout)
         verdict = None if problem is None else [problem.what, problem.where, problem.remedy]
         store.set("verdict", json.dumps(verdict))
         if problem is not None:
@@ -133,7 +134,7 @@ def check_in(store: Store, rank: int, size: int, facts: Mapping[str, str], timeo
         raise UserError(verdict[0], where=verdict[1], remedy=verdict[2])
 
 
-def _judge(store: Store, size: int, timeout: float) -> UserError | None:
+def _check_cards(store: Store, size: int, timeout: float) -> UserError | None:
     complete = _until(lambda: store.add("arrived", 0) >= size, timeout)
     counts = [store.add(f"count/{r}", 0) for r in range(size)]
     for r, count in enumerate(counts):

@@ -29,7 +29,8 @@ def is_broken_collective(error: BaseException) -> bool:
 
 
 class RollCall:
-    """This rank's name in the launch's store, and the question for the others. Makes 3 requests when it is built.
+    """Puts this rank's name into the launch's store, and asks there which others are gone. Makes 3 requests when it is
+    built.
 
     One rank of a node asks, in a few requests a second and some 12 for each rank that it must find among thousands.
     """
@@ -45,7 +46,7 @@ class RollCall:
         """What is behind `error`, on the rank that raised it; None where it speaks for itself, or nothing is known.
 
         Not collective: each rank that failed answers for itself, and every other one that lives soon fails too. The
-        first one of a node finds out and tells.
+        first one of a node asks the others and reports.
         """
         broken = is_broken_collective(error)
         try:
@@ -57,7 +58,7 @@ class RollCall:
             self._store.add("answers", 1)
             if not broken:
                 return None
-            if self._store.add(f"told/{self._host}", 1) == 1:
+            if self._store.add(f"reported/{self._host}", 1) == 1:
                 return self._find_out()
             return Fault("a collective broke; another rank of this node tells why", teller=Teller.ANOTHER_RANK)
         except (dist.DistError, RuntimeError):  # the store's process is gone: it is on rank 0's node
@@ -121,7 +122,7 @@ class RollCall:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether that is certain of a process of this machine."""
+    """Whether the process `pid` of this machine is certainly dead."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -41,20 +41,21 @@ class Stop(IntEnum):
 
     @property
     def exit_code(self) -> int:
-        """What the process ends with once everything is saved."""
+        """The process's exit code, for when everything is saved."""
         return {Stop.NONE: EXIT_OK, Stop.PREEMPTED: EXIT_PREEMPTED, Stop.INTERRUPTED: EXIT_INTERRUPTED}[self]
 
 
 @dataclass
 class StopFlag:
-    """What this process was asked for. `sentinel`: the file to look for, None until known."""
+    """The stop that this process was asked for. `sentinel`: the file to look for, None until the run directory is
+    known."""
 
     code: Stop = Stop.NONE
     sentinel: Path | None = None
     _looked: float = field(default=float("-inf"), repr=False)
 
     def poll(self) -> Stop:
-        """The code, after a look at the file unless the last one was less than `POLL` seconds ago."""
+        """The stop asked for, after a look at the file unless the last one was less than `POLL` seconds ago."""
         now = time.monotonic()
         if self.sentinel is not None and now - self._looked >= POLL:
             self._looked = now
@@ -85,7 +86,7 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Signals set the flag. A second Ctrl-C ends at once."""
+    """While inside, signals set the yielded flag. A second Ctrl-C ends the process at once."""
     flag = StopFlag()
 
     def preempt(number: int, frame: object) -> None:

@@ -50,13 +50,16 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
     """
     folder = run_dir / "stacks"
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f"rank{rank}.txt"
-    own.unlink(missing_ok=True)
+    stacks_file = folder / f"rank{rank}.txt"
+    stacks_file.unlink(missing_ok=True)
     progress.enter(progress.part)
     done = threading.Event()
-    with own.with_suffix(".lock").open("w") as last_resort:
+    with stacks_file.with_suffix(".lock").open("w") as last_resort:
         watcher = threading.Thread(
-            target=_watch, args=(progress, own, last_resort, rank, size, timeout, done), name="watchdog", daemon=True
+            target=_watch,
+            args=(progress, stacks_file, last_resort, rank, size, timeout, done),
+            name="watchdog",
+            daemon=True,
         )
         watcher.start()
         try:
@@ -65,33 +68,33 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
             done.set()
             watcher.join()
             faulthandler.cancel_dump_traceback_later()
-    own.with_suffix(".lock").unlink(missing_ok=True)
+    stacks_file.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _watch(
-    progress: Progress, own: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event
+    progress: Progress, stacks_file: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event
 ) -> None:
     while not done.wait(min(1.0, timeout / 4)):
         # This thread can't run while another one keeps the interpreter's lock, in a deadlock inside a library say. The
         # timer below lives in C, needs no lock, and fires only when this line stops being reached.
         faulthandler.dump_traceback_later(timeout + 4 * GRACE, exit=True, file=last_resort)
         if time.monotonic() - progress.moved > timeout:
-            _report(progress, own, rank, timeout)
+            _write_stacks(progress, stacks_file, rank, timeout)
             time.sleep(GRACE)
-            _summarize(own.parent, rank, size)
+            _summarize(stacks_file.parent, rank, size)
             os._exit(EXIT_FAULT)
 
 
-def _report(progress: Progress, own: Path, rank: int, timeout: float) -> None:
-    """This rank's place and stacks, on stderr and in its file; the file's first line is the place."""
+def _write_stacks(progress: Progress, stacks_file: Path, rank: int, timeout: float) -> None:
+    """Write where this rank is and its stacks to stderr and to its file, whose first line says where."""
     head = f"rank {rank}: no progress for {timeout:g} s in: {progress}"
-    partial = own.with_suffix(".part")
+    partial = stacks_file.with_suffix(".part")
     with partial.open("w") as file:
         file.write(head + "\n")
         file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)
-    os.replace(partial, own)
-    sys.stderr.write(own.read_text())
+    os.replace(partial, stacks_file)
+    sys.stderr.write(stacks_file.read_text())
     sys.stderr.flush()
 
 

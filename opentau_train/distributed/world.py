@@ -111,10 +111,10 @@ class World:
         except Exception as error:
             # Broad, and not to be split: any error of one rank leaves the others in a collective; they must be told.
             # Nothing is swallowed: it goes on as it came, or as the cause of the fault that names the lost rank.
-            told = None if self.roll is None else self.roll.explain(error)
-            if told is None:
+            fault = None if self.roll is None else self.roll.explain(error)
+            if fault is None:
                 raise
-            raise told from error
+            raise fault from error
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -128,14 +128,14 @@ class World:
         result, error = None, None
         try:
             result = make()
-        except UserError as mistake:
-            error = mistake
+        except UserError as refusal:
+            error = refusal
         errors = self.gather(error)
-        for rank, found in enumerate(errors):
-            if found is not None:
+        for rank, mistake in enumerate(errors):
+            if mistake is not None:
                 if any(e is None for e in errors):
-                    found = UserError(found.what, where=f"{found.where} (on rank {rank})", remedy=found.remedy)
-                raise found
+                    mistake = UserError(mistake.what, where=f"{mistake.where} (on rank {rank})", remedy=mistake.remedy)
+                raise mistake
         return result  # type: ignore[return-value]
 
     def once_a_node(self, make: Callable[[], T]) -> T:

@@ -21,7 +21,7 @@ from opentau_train.step import StepTaken, TrainState
 
 @dataclass(frozen=True)
 class Reading:
-    """What the steps since the last row found out, on the host: `sums` [G, K, 2] float64 of this rank's losses; the
+    """The results of the steps since the last row, on the host: `sums` [G, K, 2] float64 of this rank's losses; the
     last step's `grad_norm`; steps `skipped` since the run began, and of those the last ones `in_a_row`."""
 
     sums: torch.Tensor = field(repr=False)
@@ -56,32 +56,32 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a step's data."""
+        """The time spent inside counts as the wait for a step's data."""
         before = time.perf_counter()
         yield
         self.wait += time.perf_counter() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around a validation or a save, whose time is not the steps'."""
+        """The time spent inside, in a validation or a save, doesn't count as the steps'."""
         before = time.perf_counter()
         yield
         self.started += time.perf_counter() - before
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around a save; its time stands in the next row."""
+        """The time spent inside counts as a save's, which the next row shows, and not as the steps'."""
         before = time.perf_counter()
         with self.paused():
             yield
         self.save += time.perf_counter() - before
 
     def read(self) -> Reading:
-        """Wait for the device to come to the end of the last step, and read what it found out, in one piece."""
-        found = torch.cat([self.last.grad_norm[None].double(), self.state.skipped.double(), self.sums.values.flatten()])
-        found = found.cpu()
-        grad_norm, skipped, in_a_row = found[:3].tolist()
-        return Reading(found[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
+        """Wait for the device to come to the end of the last step, and read the interval's results in one copy."""
+        parts = [self.last.grad_norm[None].double(), self.state.skipped.double(), self.sums.values.flatten()]
+        numbers = torch.cat(parts).cpu()
+        grad_norm, skipped, in_a_row = numbers[:3].tolist()
+        return Reading(numbers[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
 
     def row(self, reading: Reading, num_bad: int) -> dict[str, float]:
         """The interval's row, and the start of a new interval; collective: it sums the losses over ranks. `num_bad`:

@@ -101,10 +101,10 @@ class FlightRecorder:
         self._file.flush()
 
     def _open_next(self) -> None:
-        mine = _files(self.folder, self.rank)
-        for old in mine[: max(0, len(mine) + 1 - self.max_files)]:
+        files = _files(self.folder, self.rank)
+        for old in files[: max(0, len(files) + 1 - self.max_files)]:
             old.unlink()
-        number = int(mine[-1].stem.rpartition("-")[2]) + 1 if mine else 1
+        number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 1
         path = self.folder / f"rank{self.rank:05d}-{number:06d}.jsonl"
         self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
 
@@ -175,15 +175,15 @@ def read_step(run_dir: Path, step: int, neighbours: int = 0) -> RecordedStep:
 
 def _lines(run_dir: Path, steps: range) -> list[dict[str, Any]]:
     """The lines of `steps`, oldest first, with a warning of each that is garbled."""
-    found = []
+    parsed_lines = []
     for path, number, step, line in _numbered(run_dir):
         if step is None or step in steps:
             parsed = None if step is None else _parse(line)
             if parsed is None:
                 log.warning("%s, line %d is garbled and passed over", path, number)
             else:
-                found.append(parsed)
-    return sorted(found, key=lambda line: line["time"])
+                parsed_lines.append(parsed)
+    return sorted(parsed_lines, key=lambda line: line["time"])
 
 
 def _numbered(run_dir: Path) -> Iterator[tuple[Path, int, int | None, bytes]]:
@@ -206,7 +206,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not tree.keys() >= _KEYS:
         return None
     terms = (tree["loss_weights"], tree["sum"], tree["count"])
-    if not all(isinstance(found, dict) and found.keys() == terms[0].keys() for found in terms):
+    if not all(isinstance(by_term, dict) and by_term.keys() == terms[0].keys() for by_term in terms):
         return None
     columns = [*(tree[name] for name in _COLUMNS), *tree["sum"].values(), *tree["count"].values()]
     return tree if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns) else None
@@ -221,11 +221,11 @@ def _step(step: int, rows: list[tuple[dict[str, Any], int]], norms: dict[int, fl
     loss = sum(weights[k] * totals[k] / counts[k] for k in present)
     samples = []
     for line, i in rows:
-        mine = {k: line["sum"][k][i] / line["count"][k][i] for k in present if line["count"][k][i] > 0}
+        loss_of = {k: line["sum"][k][i] / line["count"][k][i] for k in present if line["count"][k][i] > 0}
         part = sum(weights[k] * line["sum"][k][i] / counts[k] for k in present)
         address = (line["datasets"][line["dataset"][i]], line["episode"][i], line["frame"][i], line["pass"][i])
         share = part / loss if loss else 0.0
-        samples.append(Recorded(line["t"][i], line["rank"], *address, line["weight"][i], mine, share))
+        samples.append(Recorded(line["t"][i], line["rank"], *address, line["weight"][i], loss_of, share))
     return RecordedStep(step, last["grad_norm"], last["lr"], loss, samples, norms)
 
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from opentau_train import rng
 
 BITS = 24
-"""Of a uniform number: what a float32's mantissa holds."""
+"""Random bits of a uniform number: as many as a float32's mantissa holds."""
 OCTAVE = 256
-"""Points of the normal table an octave of the tail's probability."""
+"""Points of the normal table for each octave of the tail's probability."""
 _FRACTION = 23 - OCTAVE.bit_length() + 1  # bits of a float32's mantissa below the table's points
 _FIRST_CELL = (127 - BITS) * OCTAVE  # the upper bits of the smallest probability, 2^-BITS, as a float32
 _WORD = 2**32 - 1

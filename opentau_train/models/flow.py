@@ -30,7 +30,7 @@ BYTES_PER_TOKEN = 4
 
 
 class FlowPolicy(Policy):
-    """See the module's docstring; `Policy` has the contract.
+    """The policy that the module's docstring describes; `Policy` has the contract.
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
     convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;
@@ -140,13 +140,13 @@ class FlowPolicy(Policy):
         prefix, valid = self._prefix(batch)
         past = self._cache(prefix, valid)
         dims = batch.action_dim_mask[:, None, :]
-        seen = torch.ones(len(batch), self.spec.chunk_length, dtype=torch.bool, device=valid.device)
-        mask = torch.cat([valid, seen], dim=1)[:, None, None, :]
+        exist = torch.ones(len(batch), self.spec.chunk_length, dtype=torch.bool, device=valid.device)
+        mask = torch.cat([valid, exist], dim=1)[:, None, None, :]
         x = torch.where(dims, draws.normal("actions", (self.spec.chunk_length, self.spec.action_dim)), 0.0)
         for step in range(self.num_flow_steps):
             tokens = self._action_tokens(x, torch.full_like(x[:, 0, 0], 1.0 - step / self.num_flow_steps))
-            for layer, kept in zip(self.layers, past, strict=True):
-                tokens, _ = layer(tokens, mask, kept)
+            for layer, keys_values in zip(self.layers, past, strict=True):
+                tokens, _ = layer(tokens, mask, keys_values)
             x = torch.where(dims, x - self._velocity(tokens) / self.num_flow_steps, 0.0)
         return x
 
@@ -160,9 +160,9 @@ class FlowPolicy(Policy):
             frames = torch.stack([batch.images[camera] for camera in self.spec.cameras], dim=1)  # [B, C, h+1, 3, H, W]
             patches = self.stem(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
             patches = patches + self.camera_embed + self.frame_embed + self.patch_embed
-            seen = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
+            present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
             tokens.append(patches.flatten(1, 3))
-            valid.append(seen[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
+            valid.append(present[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
         if self.num_prompt_tokens:
             prompt = batch.prompt_tokens
             bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
@@ -176,11 +176,11 @@ class FlowPolicy(Policy):
         return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
 
     def _cache(self, prefix: Tensor, valid: Tensor) -> list[KeysValues]:
-        kept = []
+        cache = []
         for layer in self.layers:
             prefix, keys_values = layer(prefix, valid[:, None, None, :])
-            kept.append(keys_values)
-        return kept
+            cache.append(keys_values)
+        return cache
 
     def _mask(self, valid: Tensor, num_prefix: int) -> Tensor:
         """`valid` [B, N] tokens that exist -> [B, 1, N, N] bool, which query (row) sees which key."""

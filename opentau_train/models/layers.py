@@ -17,7 +17,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
-    """Torch's, with the weight in the input's dtype: under autocast a float32 weight would miss the fused kernel."""
+    """Torch's RMSNorm with the weight in the input's dtype: under autocast a float32 weight would miss the fused
+    kernel."""
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6)
@@ -75,9 +76,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """`x` [B, N, D] -> the same, and the keys and values it used. `mask` bool, broadcast to [B, n, N, K]: True
         where the query may see the key; `past` are keys and values that stand before those of `x`."""
-        y, kept = self.attention(self.norm_attention(x), mask, past)
+        y, keys_values = self.attention(self.norm_attention(x), mask, past)
         x = x + y
-        return x + self.mlp(self.norm_mlp(x)), kept
+        return x + self.mlp(self.norm_mlp(x)), keys_values
 
 
 class ImageStem(nn.Module):

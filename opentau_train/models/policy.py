@@ -37,7 +37,8 @@ class Policy(nn.Module, ABC):
         """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 
     def wants(self) -> Wants:
-        """What it needs of the data: transforms that make its own fields (tokens, masks), modes, a size of pictures.
+        """What the policy needs of the data: transforms that make its own fields (tokens, masks), modes, a size of
+        pictures.
 
         `forward` gets tensors only: text is turned into them in the loader's workers, by these transforms.
         """

@@ -32,7 +32,7 @@ class SinkContext:
 
 
 class Sink(Protocol):
-    """Built as `Class(context=..., **options of its YAML)`. A subclass leaves out what it has no place for.
+    """Built as `Class(context=..., **options of its YAML)`. A subclass overrides the methods for what it can show.
 
     A resumed run repeats the steps after its checkpoint: a sink shows each step once, from whichever attempt.
     """
@@ -41,7 +41,7 @@ class Sink(Protocol):
         """The scalars of one optimizer step (1 = after the first). A step may come in several rows."""
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
-        """`array` [H, W, 3] uint8 RGB."""
+        """A picture: `array` [H, W, 3] uint8 RGB."""
 
     def text(self, tag: str, text: str) -> None:
         """A text that belongs to the run as a whole, Markdown."""

@@ -56,17 +56,17 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
 
 def _steps(path: Path, text: str) -> list[tuple[str, int]]:
     """(line, its step) of every whole line: what follows the last newline was torn off by a kill."""
-    found = []
+    lines = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(keepends=True), start=1):
         try:
-            found.append((line, int(json.loads(line)["step"])))
+            lines.append((line, int(json.loads(line)["step"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "a line of the metrics is not a row of metrics, so the run can't be continued in it",
                 where=f"{path}:{number}",
                 remedy="remove the line, or move the file away",
             ) from error
-    return found
+    return lines
 
 
 def _replace(path: Path, lines: list[str]) -> None:

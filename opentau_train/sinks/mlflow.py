@@ -17,8 +17,8 @@ class MlflowSink(TrackerSink):
     remedy = "look at MLFLOW_TRACKING_URI and its server"
 
     def identity(self) -> dict[str, Any]:
-        known = self._run_id_file
-        return {"run_id": known.read_text().strip()} if known.exists() else {"run_name": self._context.run_name}
+        id_file = self._run_id_file
+        return {"run_id": id_file.read_text().strip()} if id_file.exists() else {"run_name": self._context.run_name}
 
     @staticmethod
     def name_of(tag: str) -> str:

@@ -37,8 +37,8 @@ class TrackerSink(Sink):
 
     A resumed run continues the same tracker run. The configuration is stored as its parameters, with dotted keys.
 
-    Training never waits for the tracker: the calls are made on a thread, the first one that fails is told in a warning
-    and ends them, and at the end they have `close_seconds`. `metrics.jsonl` has every row all the same.
+    Training never waits for the tracker: the calls are made on a thread, the first failure is logged as a warning and
+    ends them, and at the end they have `close_seconds`. `metrics.jsonl` has every row all the same.
 
     Accelerate's process state is used as it stands: in a run of several processes the program has made it before.
     Raises `UserError` when the tracker's package is missing, or when it can't be started for a new run. It has worked

@@ -41,10 +41,10 @@ def export(settings: ExportSettings) -> Path:
     """
     from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
 
-    found = commit.at(settings.checkpoint)
-    card = pretrained.read_card(found / pretrained.FOLDER)
+    checkpoint = commit.at(settings.checkpoint)
+    card = pretrained.read_card(checkpoint / pretrained.FOLDER)
     policy = pretrained.build(card).eval()
-    contents.load_weights(found, policy, settings.weights)
+    contents.load_weights(checkpoint, policy, settings.weights)
     out = Path(settings.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     pretrained.write_file(out, dict(policy.state_dict()), card)

@@ -41,7 +41,7 @@ def compute(source: LeRobotDataset, **rule: Any) -> dict[str, Ranges]:
 
 
 def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> None:
-    """The file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all. Raises `UserError`."""
+    """Write the file in the form `{"metadata": ..., "keep_ranges": ...}`, whole or not at all. Raises `UserError`."""
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
         partial.write_text(json.dumps({"metadata": metadata, "keep_ranges": ranges}) + "\n")

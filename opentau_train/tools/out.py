@@ -11,7 +11,8 @@ from opentau_train.errors import UserError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what makes, opens or writes `path` or its directory: an OSError becomes a `UserError` that names it."""
+    """Stands around code that makes, opens or writes `path` or its directory: an OSError becomes a `UserError` naming
+    it."""
     try:
         yield
     except OSError as error:

@@ -33,8 +33,8 @@ EPOCH_WARNING = 100
 
 @dataclass(frozen=True)
 class BatchQuality:
-    """Over the batches looked at: distinct episodes a batch (`mean_episodes`, `min_episodes`), the predicted variance
-    inflation of a batch (`vif`, `max_vif`) and over a momentum of 0.9 (`momentum_vif`)."""
+    """What the batches looked at are like: distinct episodes a batch (`mean_episodes`, `min_episodes`), the predicted
+    variance inflation of a batch (`vif`, `max_vif`) and over a momentum of 0.9 (`momentum_vif`)."""
 
     num_batches: int
     mean_episodes: float
@@ -50,9 +50,9 @@ def batch_quality(tape: Tape, steps: int, rho: CorrelationSettings, num_batches:
     batches = [tape.batch(step) for step in chosen]
     episodes = [quality.distinct_episodes(batch) for batch in batches]
     shuffle = quality.ShuffleQuality(tape, rho)
-    inflation = [shuffle.of_batch(batch) for batch in batches]
+    vifs = [shuffle.of_batch(batch) for batch in batches]
     momentum = [shuffle.of_momentum(step) for step in chosen]
-    numbers = float(np.mean(episodes)), min(episodes), float(np.mean(inflation)), max(inflation)
+    numbers = float(np.mean(episodes)), min(episodes), float(np.mean(vifs)), max(vifs)
     return BatchQuality(len(chosen), *numbers, float(np.mean(momentum)))
 
 
@@ -62,16 +62,17 @@ def lanes_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> int:
 
 
 def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoders:
-    """Those of a rank once all its lanes are open, of the costliest datasets: a phase gives each dataset its share of
-    the lanes, and any rank may have the largest ones. Lanes that read in order are in one dataset at a time."""
+    """The decoders that a rank holds once all its lanes are open. A phase gives each dataset its share of the lanes,
+    and any rank may have the largest ones; lanes that read in order are in one dataset at a time, here the
+    costliest."""
     lanes, image = lanes_a_rank(mixture, tape, num_ranks), mixture.spec.image_size
     sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
-    num = np.array([len(found) for found in sizes])
-    held = np.array([sum(reader_bytes(size, image) for size in found) for found in sizes])
+    decoders = np.array([len(cameras) for cameras in sizes])
+    num_bytes = np.array([sum(reader_bytes(size, image) for size in cameras) for cameras in sizes])
     share = tape.draws / tape.draws.sum()
     if tape.in_order:
-        return OpenDecoders(lanes * int(num.max()), lanes * int(held.max()))
-    return OpenDecoders(round(float(lanes * share @ num)), round(float(lanes * share @ held)))
+        return OpenDecoders(lanes * int(decoders.max()), lanes * int(num_bytes.max()))
+    return OpenDecoders(round(float(lanes * share @ decoders)), round(float(lanes * share @ num_bytes)))
 
 
 def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: int) -> str:
@@ -81,7 +82,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: 
     tape = mixture.tape(trainer.global_batch_size)
     samples = trainer.steps * tape.batch_size
     epochs = tape.epoch_of(samples)
-    found = batch_quality(tape, trainer.steps, mixture.settings.correlation, num_batches)
+    batches = batch_quality(tape, trainer.steps, mixture.settings.correlation, num_batches)
     decoders = decoders_a_rank(mixture, tape, num_ranks)
     workers = max(1, mixture.settings.num_workers)
     lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
@@ -94,14 +95,14 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: 
             "",
             f"training   {trainer.steps} steps x {tape.batch_size} = {samples} samples, {epochs:.2f} epochs of "
             f"{tape.epoch_size} windows, {tape.num_phases} phase{'s' * (tape.num_phases > 1)} each",
-            f"batches    {found.mean_episodes:.1f} distinct episodes of {tape.batch_size} samples on average, at least "
-            f"{found.min_episodes} ({found.num_batches} batches looked at)",
-            f"VIF        {found.vif:.2f} a batch (at most {found.max_vif:.2f}), {found.momentum_vif:.2f} over a "
-            f"momentum of {quality.MOMENTUM}; 1 = drawn at random "
+            f"batches    {batches.mean_episodes:.1f} distinct episodes of {tape.batch_size} samples on average, "
+            f"at least {batches.min_episodes} ({batches.num_batches} batches looked at)",
+            f"VIF        {batches.vif:.2f} a batch (at most {batches.max_vif:.2f}), {batches.momentum_vif:.2f} over "
+            f"a momentum of {quality.MOMENTUM}; 1 = drawn at random "
             f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
             f"decoders   {decoders.num} a rank ({lanes}), about {decoders.num_bytes / 2**20:.0f} MB; "
             f"{decoders.num // workers} in each of {workers} workers; {num_ranks} ranks",
-            *_warnings(mixture, tape, epochs, found),
+            *_warnings(mixture, tape, epochs, batches),
         ]
     )
 
@@ -131,14 +132,14 @@ def _repeats(tape: Tape, epochs: float) -> list[float]:
     return (epochs * tape.draws / np.maximum(tape.sizes, 1)).tolist()
 
 
-def _warnings(mixture: Mixture, tape: Tape, epochs: float, found: BatchQuality) -> list[str]:
+def _warnings(mixture: Mixture, tape: Tape, epochs: float, batches: BatchQuality) -> list[str]:
     lines = []
     for dataset, repeats in zip(mixture.datasets, _repeats(tape, epochs), strict=True):
         if repeats > EPOCH_WARNING:
             lines.append(f"warning    '{dataset.name}' is repeated {repeats:.0f} times: lower its weight")
     if tape.in_order:
         lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
-    elif found.momentum_vif > 5:
+    elif batches.momentum_vif > 5:
         lines.append("warning    the windows are correlated: raise data.lanes_per_sample, or add episodes")
     return lines
 

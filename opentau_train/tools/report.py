@@ -37,7 +37,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> Any:
-    """A matplotlib figure with a panel each of `PANELS`, side by side."""
+    """A matplotlib figure with one panel for each of `PANELS`, side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

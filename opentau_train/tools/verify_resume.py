@@ -57,8 +57,8 @@ class Comparison:
 
 
 def verify(overrides: Sequence[str], ranks: Sequence[int], steps: int, stop: int, limits: tuple[float, float]) -> bool:
-    """Run, stop, resume, compare and print. `limits`: on the same number of ranks, on others. Raises `UserError` with
-    the program's own message where it refuses the settings."""
+    """Run, stop, resume, compare and print. `limits`: the largest relative difference of a loss on the same number of
+    ranks, and on others. Raises `UserError` with the program's own message where it refuses the settings."""
     if not 0 < stop < steps:
         raise UserError(f"--stop {stop} must lie between 0 and --steps {steps}", remedy="give e.g. --steps 8 --stop 4")
     for override in overrides:
@@ -73,32 +73,32 @@ def verify(overrides: Sequence[str], ranks: Sequence[int], steps: int, stop: int
         _train(common, whole, ranks[0], steps)
         _say(f"{stop} steps, then a stop")
         _train([*common, f"trainer.stop_after={stop}"], stopped, ranks[0], stop)
-        expected, found = read_rows(whole), []
+        expected, comparisons = read_rows(whole), []
         for num in ranks:
             _say(f"resumed on {num} rank(s)")
             resumed = Path(folder, f"resumed_{num}")
             shutil.copytree(stopped, resumed, symlinks=True)
             _train([*common, "resume=auto"], resumed, num, steps)
-            found.append(compare(expected, read_rows(resumed), steps, num, limits[num != ranks[0]]))
+            comparisons.append(compare(expected, read_rows(resumed), steps, num, limits[num != ranks[0]]))
         digest = hashlib.blake2b(" ".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
-    holds = all(c.holds for c in found)
+    holds = all(c.holds for c in comparisons)
     print(f"certificate of resume, opentau_train {__version__}, settings {digest}: {' '.join(overrides)}")
     print(
         f"  {steps} steps on {ranks[0]} rank(s), stopped after {stop}, compared with an uninterrupted run; resumed on"
     )
-    for comparison in found:
+    for comparison in comparisons:
         print(f"    {comparison}")
     print(f"  this configuration {'resumes exactly' if holds else 'DOES NOT RESUME'}")
     return holds
 
 
-def compare(expected: Rows, found: Rows, steps: int, ranks: int, limit: float) -> Comparison:
-    """Every step of `expected` against `found`, both {step: {tag: value}}; a loss that one lacks differs wholly."""
-    complete = set(expected) == set(found) == set(range(1, steps + 1))
-    ids = complete and all(SAMPLES in found[s] and found[s][SAMPLES] == expected[s][SAMPLES] for s in expected)
+def compare(expected: Rows, resumed: Rows, steps: int, ranks: int, limit: float) -> Comparison:
+    """Every step of `expected` against `resumed`, both {step: {tag: value}}; a loss that one lacks differs wholly."""
+    complete = set(expected) == set(resumed) == set(range(1, steps + 1))
+    ids = complete and all(SAMPLES in resumed[s] and resumed[s][SAMPLES] == expected[s][SAMPLES] for s in expected)
     worst, where = 0.0, ""
-    for step in sorted(set(expected) | set(found)):
-        left, right = (_losses(rows.get(step, {})) for rows in (expected, found))
+    for step in sorted(set(expected) | set(resumed)):
+        left, right = (_losses(rows.get(step, {})) for rows in (expected, resumed))
         for tag in sorted(left | right):
             same = tag in left and tag in right and left[tag] == right[tag]
             gap = 0.0 if same else float("inf")
@@ -137,9 +137,9 @@ def _train(overrides: Sequence[str], run_dir: Path, ranks: int, last_step: int) 
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     saved = commit.newest(run_dir / "checkpoints")
     if saved is None or int(saved.name) != last_step:
-        said = done.stderr.partition("error: ")[2]
-        if said and "Traceback" not in done.stderr.partition("error: ")[0]:
-            raise UserError("\n".join(line for line in said.splitlines()[:4] if not line.startswith(("W", "E"))))
+        message = done.stderr.partition("error: ")[2]
+        if message and "Traceback" not in done.stderr.partition("error: ")[0]:
+            raise UserError("\n".join(line for line in message.splitlines()[:4] if not line.startswith(("W", "E"))))
         raise RuntimeError(f"no checkpoint of step {last_step} from\n  {' '.join(command)}\n{done.stderr[-4000:]}")
 
 
@@ -161,11 +161,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=_numbers, default=[1, 2], help="the first runs without a stop (1,2)")
-    parser.add_argument("--steps", type=int, default=8, help="of the whole run (8)")
-    parser.add_argument("--stop", type=int, default=4, help="after so many (4)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another number of ranks (1e-4)")
-    parser.add_argument("--tolerance-same", type=float, default=0.0, help="on the same number (0; more for CUDA)")
+    parser.add_argument(
+        "--ranks",
+        type=_numbers,
+        default=[1, 2],
+        help="numbers of ranks to resume on; the first also runs without a stop (1,2)",
+    )
+    parser.add_argument("--steps", type=int, default=8, help="steps of the whole run (8)")
+    parser.add_argument("--stop", type=int, default=4, help="steps before the stop (4)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest relative difference of a loss on another number of ranks (1e-4)",
+    )
+    parser.add_argument(
+        "--tolerance-same", type=float, default=0.0, help="the same on the same number of ranks (0; more for CUDA)"
+    )
     options, overrides = parser.parse_known_args(arguments)
     limits = options.tolerance_same, options.tolerance
     try:

@@ -40,16 +40,16 @@ NEIGHBOURS = 20
 
 
 FIXED = tuple(key for key in Settings.__dataclass_fields__ if key not in ("data", "paths"))
-"""What says nothing of where the frames are."""
+"""Keys that the command line can't change: they don't say where the frames are."""
 
 
-def describe(found: RecordedStep, num: int) -> str:
+def describe(recorded: RecordedStep, num: int) -> str:
     """The step's numbers and its worst `num` samples as a table."""
-    others = [norm for step, norm in found.norms.items() if step != found.step]
+    others = [norm for step, norm in recorded.norms.items() if step != recorded.step]
     around = f" (median of the {len(others)} steps around it: {np.median(others):.4g})" if others else ""
-    terms = sorted({term for sample in found.samples for term in sample.loss})
+    terms = sorted({term for sample in recorded.samples for term in sample.loss})
     rows: list[tuple[str, ...]] = [("share", *terms, "dataset", "episode", "frame", "pass", "rank", "t")]
-    for s in found.worst(num):
+    for s in recorded.worst(num):
         losses = (f"{s.loss[term]:.4g}" if term in s.loss else "-" for term in terms)
         rows.append(
             (
@@ -63,11 +63,12 @@ def describe(found: RecordedStep, num: int) -> str:
                 str(s.t),
             )
         )
-    shown = sum(s.share for s in found.worst(num))
+    shown = sum(s.share for s in recorded.worst(num))
     return "\n".join(
         [
-            f"step {found.step}: loss {found.loss:.5g}, gradient norm {found.grad_norm:.4g}{around}, lr {found.lr:.3g}",
-            f"{len(found.samples)} samples; {min(num, len(found.samples))} of them make {shown:.1%} of the loss:",
+            f"step {recorded.step}: loss {recorded.loss:.5g}, gradient norm {recorded.grad_norm:.4g}{around}, "
+            f"lr {recorded.lr:.3g}",
+            f"{len(recorded.samples)} samples; {min(num, len(recorded.samples))} of them make {shown:.1%} of the loss:",
             *align(rows),
         ]
     )
@@ -101,9 +102,9 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
     """[H, W, 3] of every camera of the sample's frame. Raises `BadSample`, and `UserError` where the data has no such
     episode any more."""
     dataset = next((d for d in mixture.datasets if d.name == sample.dataset), None)
-    known = np.zeros(0, np.int64) if dataset is None else dataset.source.episodes.episode_index
-    places = np.flatnonzero(known == sample.episode)
-    if dataset is None or not len(places):
+    numbers = np.zeros(0, np.int64) if dataset is None else dataset.source.episodes.episode_index
+    positions = np.flatnonzero(numbers == sample.episode)
+    if dataset is None or not len(positions):
         raise UserError(
             f"episode {sample.episode} of dataset '{sample.dataset}' is not in the data any more",
             where="the run's config.yaml",
@@ -111,7 +112,7 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
         )
     files = dataset.source.cursors(WindowSpec(chunk_length=1, image_size=TILE))
     try:
-        images = files.cursor().read(int(places[0]), sample.frame).images
+        images = files.cursor().read(int(positions[0]), sample.frame).images
         tiles = [np.zeros((*TILE, 3), np.uint8) for _ in images]
         for tile, (_, image) in zip(tiles, sorted(images.items()), strict=True):
             centred(tile, *image.shape[1:3])[:] = image[-1]
@@ -139,7 +140,8 @@ def check_format(out: Path) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """What the options ask for. Raises `UserError`, of the options before anything is read."""
+    """Print the table and write the picture that `options` ask for. Raises `UserError`; for a mistake in `options`,
+    before anything is read."""
     at_least("--top", options.top, 1)
     if options.out is not None:
         check_format(options.out)
@@ -149,12 +151,12 @@ def show(options: argparse.Namespace) -> None:
             f"{options.overrides[0]} changes where the frames are read, and no frames are asked for",
             remedy="add --out FILE, or leave it out",
         )
-    found = read_step(options.run, options.step, NEIGHBOURS)
+    recorded = read_step(options.run, options.step, NEIGHBOURS)
     settings = None if options.out is None else read_settings(options.run, options.overrides)
-    print(describe(found, options.top))
+    print(describe(recorded, options.top))
     if settings is not None:
         mixture = open_plan(settings, resolve_sources(settings))
-        picture = strip(mixture, found.worst(options.top))
+        picture = strip(mixture, recorded.worst(options.top))
         with writing(options.out):
             picture.save(options.out)
         print(f"frames: {options.out}")

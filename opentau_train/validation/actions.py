@@ -27,7 +27,7 @@ from opentau_train.validation.plots import Panel, draw_panels
 
 PREFIX = "Validation-Action"
 ACTION_DRAW = 1 << 20
-"""The noise's draw number: no draw of the loss has it."""
+"""The index of the draws for sampling (`Draws`), which no draw of the loss has."""
 
 
 @dataclass(frozen=True)
@@ -116,33 +116,33 @@ class _Errors:
 
     def add(self, batch: Batch, sampled: torch.Tensor, t: NDArray[np.int64]) -> None:
         """Add the first `len(t)` rows of a batch; `sampled` [B, T, A], normalised."""
-        truth, predicted = batch.actions.cpu().numpy(), sampled.float().cpu().numpy()
+        targets, samples = batch.actions.cpu().numpy(), sampled.float().cpu().numpy()
         valid, state = ~batch.action_is_pad.cpu().numpy(), batch.state.cpu().numpy()
         for i, number in enumerate(t):
             head = batch.norm_head[i]
             pipeline = self.mixture.pipelines[int(batch.dataset_index[i])]
-            true, guess = (pipeline.units(x[i], head, state=state[i]).astype(float) for x in (truth, predicted))
+            true, predicted = (pipeline.units(x[i], head, state=state[i]).astype(float) for x in (targets, samples))
             middle = np.array([dimension.middle for dimension in self.heads[head]])
             num, whole = true.shape[1], np.ones_like(true)
-            terms = np.stack([np.abs(guess - true), (guess > middle) == (true > middle), whole], axis=-1)
+            terms = np.stack([np.abs(predicted - true), (predicted > middle) == (true > middle), whole], axis=-1)
             self.sums[int(batch.group[i]), :, :num] += torch.from_numpy(np.where(valid[i][:, None, None], terms, 0.0))
-            shown = torch.from_numpy(np.stack([true, guess, np.where(valid[i][:, None], whole, 0.0)]))
-            self.chunks[self.plotted == number, :, :, :num] = shown
+            curves = torch.from_numpy(np.stack([true, predicted, np.where(valid[i][:, None], whole, 0.0)]))
+            self.chunks[self.plotted == number, :, :, :num] = curves
 
 
-def group_row(sums: NDArray[np.float64], known: Sequence[Dimension], prefix: str) -> dict[str, float]:
-    """The tags of one group from its sums [T, A, 3] and its `known` dimensions; none where nothing was sampled."""
+def group_row(sums: NDArray[np.float64], dims: Sequence[Dimension], prefix: str) -> dict[str, float]:
+    """The tags of one group from its sums [T, A, 3] over its dimensions `dims`; none where nothing was sampled."""
     row: dict[str, float] = {}
     if not sums[..., 2].any():
         return row
-    for d, dimension in enumerate(known):
+    for d, dimension in enumerate(dims):
         error, agreed, count = sums[:, d].sum(0)
         row[f"{prefix}/{dimension.name}/{_mae(dimension.unit)}"] = float(error / count)
         if dimension.unit == "gripper":
             row[f"{prefix}/{dimension.name}/Agreement"] = float(agreed / count)
     last = int(np.flatnonzero(sums[:, 0, 2])[-1])
-    for unit in dict.fromkeys(dimension.unit for dimension in known):
-        columns = [d for d, dimension in enumerate(known) if dimension.unit == unit]
+    for unit in dict.fromkeys(dimension.unit for dimension in dims):
+        columns = [d for d, dimension in enumerate(dims) if dimension.unit == unit]
         error, count = sums[:, columns, 0].sum(1), sums[:, columns, 2].sum(1)
         row[f"{prefix}/{_mae(unit)}"] = float(error.sum() / count.sum())
         row[f"{prefix}/{_mae(unit)}/First"] = float(error[0] / count[0])
@@ -167,14 +167,14 @@ def _plotted(plan: ValidationPlan, num: int) -> NDArray[np.int64]:
 def _draw(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) -> NDArray[np.uint8] | None:
     """The plotted windows' `chunks` [P, 3, T, A], a row each; None where there are none."""
     rows: list[Sequence[Panel]] = []
-    for t, (true, guess, valid) in zip(errors.plotted, chunks, strict=True):
+    for t, (true, predicted, valid) in zip(errors.plotted, chunks, strict=True):
         item = int(plan.item[t])
         group = plan.mixture.groups[plan.group_of[item]]
         place = f"{group.tag} episode {plan.episodes[item][1]} frame {int(plan.windows.frame[t])}"
         steps = int(valid[:, 0].sum())
         rows.append(
             [
-                Panel(place if d == 0 else "", f"{x.name} [{x.unit or '-'}]", true[:steps, d], guess[:, d])
+                Panel(place if d == 0 else "", f"{x.name} [{x.unit or '-'}]", true[:steps, d], predicted[:, d])
                 for d, x in enumerate(errors.heads[group.norm_head])
             ]
         )

@@ -30,7 +30,7 @@ from opentau_train.validation.reader import Reader
 
 NOTHING = np.zeros(0, np.int64)
 FLAGS = "(flags of the pass)"
-"""The name under which they travel beside an evaluator's sums."""
+"""The name under which a pass's flags (`_Progress.flags`) travel beside an evaluator's sums."""
 
 Visit = Callable[[Batch, NDArray[np.int64]], None]
 
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Built as `Class(**options of its YAML)`, on every rank."""
+    """Measures one thing of the policy. Built as `Class(**options of its YAML)`, on every rank."""
 
     def plan(self, mixture: Mixture, settings: ValidationSettings, batch_size: int, num_ranks: int) -> ValidationPlan:
         """The windows to read: all that are held out, or the settings' fixed sample of each group."""
@@ -73,7 +73,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def run(self, context: Context) -> Evaluation:
-        """Measure. Collective: every rank calls it, and gives the same. Raises as `Context.measure`."""
+        """Measure what `context` holds. Collective: every rank calls it and returns the same. Raises as
+        `Context.measure`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Totals:
 @dataclass(frozen=True)
 class Context:
     """What an evaluator works with: the policy and its average (None where the run keeps none), its own plan, and the
-    settings of all evaluators. `stop` asks the rank to leave out the rest; `place` is told of every batch, for the
+    settings of all evaluators. `stop` asks the rank to leave out the rest; `progress` records every batch, for the
     watchdog; `reader` reads `plan` as its plan `number`."""
 
     policy: Policy
@@ -126,11 +127,11 @@ class Context:
 
     def _batches(self, progress: _Progress) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
-        own = plan.num_batches_of(self.world.data_rank)
+        num_own = plan.num_batches_of(self.world.data_rank)
         self.reader.begin(self.number)
-        for number in range(plan.num_batches if sharded else own):
+        for number in range(plan.num_batches if sharded else num_own):
             self.progress.enter("validation")
-            part = self.reader.next(poll) if number < own else None
+            part = self.reader.next(poll) if number < num_own else None
             progress.error = part.error if part is not None else None
             progress.halted = progress.error is not None or poll() > 0
             if sharded:

@@ -29,11 +29,11 @@ class LossEvaluator(Evaluator):
     def run(self, context: Context) -> Evaluation:
         """One pass, and one more for the average. Raises as `Context.measure`, and RuntimeError where windows or loss
         elements got lost or counted twice."""
-        own = evaluate(context, "Validation")
+        evaluation = evaluate(context, "Validation")
         if context.ema is None:
-            return own
+            return evaluation
         with context.ema.applied_to(context.policy):
-            return dataclasses.replace(own, row=own.row | evaluate(context, "Validation-EMA").row)
+            return dataclasses.replace(evaluation, row=evaluation.row | evaluate(context, "Validation-EMA").row)
 
 
 def evaluate(context: Context, prefix: str) -> Evaluation:
@@ -42,19 +42,19 @@ def evaluate(context: Context, prefix: str) -> Evaluation:
     terms = tuple(policy.loss_weights)
     num = len(plan.group_of)
     losses, expected = Sums(num, terms), Sums(num, terms)
-    seen = torch.zeros(num, dtype=torch.float64)
+    num_seen = torch.zeros(num, dtype=torch.float64)
 
     def visit(batch: Batch, t: NDArray[np.int64]) -> None:
         item = torch.from_numpy(plan.item[t])
-        seen.index_add_(0, item, torch.ones(len(t), dtype=torch.float64))
+        num_seen.index_add_(0, item, torch.ones(len(t), dtype=torch.float64))
         counts = policy.term_counts(batch)
         for draw in range(settings.num_noise_draws):
             measured = policy(batch, Draws(batch.key, draw))
             losses.add(item, {k: (s[: len(t)], c[: len(t)]) for k, (s, c) in exact(measured).items()})
             expected.add(item, {k: (counts[k][: len(t)], counts[k][: len(t)]) for k in measured})
 
-    totals = context.measure(visit, {"losses": losses.values, "expected": expected.values[..., 1], "seen": seen})
-    sums, windows = totals.sums["losses"].numpy(), totals.sums["seen"].numpy()
+    totals = context.measure(visit, {"losses": losses.values, "expected": expected.values[..., 1], "windows": num_seen})
+    sums, windows = totals.sums["losses"].numpy(), totals.sums["windows"].numpy()
     check_conservation(plan, sums, totals.sums["expected"].numpy(), windows, totals.left_out)
     row = validation_row(sums, plan.group_of, windows, plan.mixture.groups, terms, policy.loss_weights, prefix)
     scores = Scores(row.get(f"{prefix}/Loss", math.nan), sums)

@@ -36,7 +36,7 @@ def open_evaluators(settings: ValidationSettings) -> dict[str, Evaluator]:
 class Validation:
     """Runs the evaluators, as often as it is asked to. Close it to end the workers.
 
-    `plans`: what each evaluator reads, by its name; `batch_size` counts where the settings name none.
+    `plans`: what each evaluator reads, by its name; `batch_size` is used where the settings name none.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Validation:
 
     @property
     def loss_plan(self) -> ValidationPlan | None:
-        """What the losses are of that choose the best checkpoint; None where no loss evaluator is named."""
+        """The plan of the losses that choose the best checkpoint; None where no loss evaluator is named."""
         names = (name for name, evaluator in self.evaluators.items() if isinstance(evaluator, LossEvaluator))
         return next((self.plans[name] for name in names), None)
 

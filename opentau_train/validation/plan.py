@@ -56,8 +56,8 @@ the first window of an episode."""
 
 
 FRAME_COST = 1 / 32
-"""Of decoding one frame, against all else that a window costs: measured in benchmarks/validation_pass.py, where an
-episode's opening takes less than another window does. A larger value would balance the decoders of ranks whose
+"""The cost of decoding one frame, relative to all else that a window costs: measured in benchmarks/validation_pass.py,
+where an episode's opening takes less than another window does. A larger value would balance the decoders of ranks whose
 forwards are then far from even."""
 
 
@@ -65,10 +65,9 @@ forwards are then far from even."""
 class ValidationPlan:
     """What a pass reads, the same on every rank.
 
-    `windows` in reading order, `t` being the place in the list (what is read `ahead` is each worker's: `for_worker`);
-    `item` [N] i64 each window's episode as a row of the
-    sums, `group_of` [E] i64 the rows' groups, `episodes` (dataset name, episode number) the rows' names; `bounds`
-    [R+1] i64 the ranks' contiguous spans.
+    `windows`: N windows in reading order, `t` being the place in the list; what is read `ahead` is known only for each
+    worker (`for_worker`). `item` [N] i64: each window's episode, as a row of the sums; `group_of` [E] i64: the rows'
+    groups; `episodes`: the rows' (dataset name, episode number); `bounds` [R+1] i64: the ranks' contiguous spans.
     """
 
     mixture: Mixture
@@ -81,12 +80,12 @@ class ValidationPlan:
 
     @property
     def num_windows(self) -> NDArray[np.int64]:
-        """[E] windows of each row."""
+        """[E] i64: how many windows each episode has."""
         return np.bincount(self.item, minlength=len(self.group_of))
 
     @property
     def num_batches(self) -> int:
-        """Batches of the busiest rank."""
+        """How many batches the busiest rank reads."""
         return max(self.num_batches_of(rank) for rank in range(len(self.bounds) - 1))
 
     def num_batches_of(self, rank: int) -> int:

@@ -6,17 +6,17 @@ import time
 import pytest
 
 from opentau_train import threads
-from opentau_train.threads import Background, InterruptibleIterator, outcome
+from opentau_train.threads import Background, InterruptibleIterator, settle
 
 
 def test_a_result_is_given_and_every_kind_of_error_is_raised_where_it_is_asked_for():
-    assert outcome(lambda: 3).result() == 3
+    assert settle(lambda: 3).result() == 3
     for error in (ValueError("a"), StopIteration("b"), KeyboardInterrupt(), SystemExit(4)):
 
         def call(error=error):
             raise error
 
-        answer = outcome(call)
+        answer = settle(call)
         with pytest.raises(type(error)) as raised:
             answer.result()
         assert raised.value is error
