@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -91,10 +93,21 @@ def write(root: Path, dataset: Dataset) -> Path:
     return root
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Around an encoder: SVT-AV1, run by root, gives the thread that opens it real-time priority (SCHED_FIFO 99) for
+    good, and every process started afterwards inherits it: two that are busy leave the machine's other ones nothing."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_video(path: Path, camera: Camera, frames: Sequence[tuple[float, np.ndarray]]) -> None:
     """Encode (seconds, picture) pairs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as out:
+    with ordinary_priority(), av.open(str(path), "w") as out:
         stream = out.add_stream(camera.codec, rate=30, options={"g": str(camera.gop), **camera.options})
         stream.height, stream.width = camera.size
         stream.pix_fmt = camera.pix_fmt

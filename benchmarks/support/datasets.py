@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,12 +57,23 @@ class Repeated:
         return (self.pictures[i % len(self.pictures)] for i in range(self.num))
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Around an encoder: SVT-AV1, run by root, gives the thread that opens it real-time priority (SCHED_FIFO 99) for
+    good, and every process started afterwards inherits it: two that are busy leave the machine's other ones nothing."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_video(
     path: Path, frames: Iterable[NDArray[np.uint8]], codec: str, gop: int, options: Mapping[str, str]
 ) -> None:
     """Frame i is shown at i / `FPS` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with ordinary_priority(), av.open(str(path), "w") as container:
         stream = None
         for i, pixels in enumerate(frames):
             if stream is None:
