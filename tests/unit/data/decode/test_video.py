@@ -347,15 +347,3 @@ def test_still_images_of_any_depth_become_rgb():
         decode_image(png(colour)[:60])
     with pytest.raises(ImageError):
         decode_image(b"")
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
-def test_writing_a_video_leaves_the_process_at_its_ordinary_priority(tmp_path):
-    """An encoder that takes a real-time priority would slow down, or hang, all that runs beside the tests."""
-    for codec, options in (("libsvtav1", AV1), ("libx264", {})):
-        write_video(
-            tmp_path / f"{codec}.mp4",
-            Camera(codec, (64, 64), options=options),
-            [(0.0, np.zeros((64, 64, 3), np.uint8))],
-        )
-        assert os.sched_getscheduler(0) == os.SCHED_OTHER
