@@ -55,7 +55,8 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
         console.write_down(str(error))
         raise
     finally:
-        for handler in ROOT.handlers:
-            handler.close()
+        handlers = ROOT.handlers
         level, ROOT.propagate, ROOT.handlers = before
         ROOT.setLevel(level)
+        for handler in handlers:  # last: a file on a full disk can't be closed without an error
+            handler.close()

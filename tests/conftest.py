@@ -1,8 +1,10 @@
 """Fixtures that several files share. Tests run on one thread a process: they share two cores."""
 
+import logging
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 from tests.retry import (  # noqa: F401  pytest takes its hooks from here
@@ -23,3 +25,12 @@ for number in (signal.SIGINT, signal.SIGQUIT):
 settings.register_profile("fast", max_examples=40, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_left_as_it_was():
+    """A run inside the tests' process that doesn't give the log back would hide what later ones say."""
+    log = logging.getLogger("opentau_train")
+    before = log.propagate, list(log.handlers), logging.root.manager.disable
+    yield
+    assert (log.propagate, list(log.handlers), logging.root.manager.disable) == before

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data._utils import signal_handling
 
 from opentau_train.errors import Fault, Teller
 
@@ -53,6 +54,11 @@ def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) 
     )
     iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
     workers: list[BaseProcess] = iterator._workers if num_workers else []
+    if num_workers:
+        # Torch's handler of SIGCHLD raises in the main thread when a worker dies, wherever that is just then: in the
+        # middle of a save, say. Without it a death is seen where the worker's item is waited for, within 5 s.
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
     try:
         while True:
             yield from iterator
@@ -73,11 +79,8 @@ def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
     """Whether the loader failed because a worker ended without an exception of its own."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker")
-    try:
-        # One may die while its batch is handed over: the connection breaks before the system calls it dead.
-        return bool(workers) and bool(wait([w.sentinel for w in workers], timeout=GONE_S))
-    except RuntimeError as raised:  # by torch's handler of SIGCHLD, where the main thread itself reads the batches
-        return str(raised).startswith("DataLoader worker")
+    # One may die while its batch is handed over: the connection breaks before the system calls it dead.
+    return bool(workers) and bool(wait([w.sentinel for w in workers], timeout=GONE_S))
 
 
 def _worker_death(workers: list[BaseProcess]) -> Fault:
