@@ -34,7 +34,7 @@ class Camera(video.Camera):
 @dataclass(frozen=True)
 class Dataset:
     """What to write. `seconds[e]` gives the row times of episode e; None = `i / fps`. `columns` {name: (feature,
-    values(episode, frame))} are added to the rows; `features_only` to info.json alone."""
+    values(episode, frame))} are added to the rows."""
 
     lengths: Sequence[int] = (11, 7, 13, 9, 5)
     fps: int = 30
