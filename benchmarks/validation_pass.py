@@ -81,22 +81,20 @@ def print_case(case: str, ranks: int, folder: Path, repeats: int) -> None:
 
 def write_case(root: Path, lengths: list[int]) -> None:
     """One dataset for each length, of one episode and one camera."""
-    from opentau_train.data.builtin import writer as writer
+    from opentau_train.data.builtin import video, writer
 
     rng = np.random.default_rng(0)
-    features = {
-        "observation.images.front": writer.Feature("video", (SIZE, SIZE, 3)),
-        "observation.state": writer.Feature("float32", (7,)),
-        "action": writer.Feature("float32", (7,)),
-    }
-    layout = writer.Layout(features, FPS, "arm", 1, 1, {})
+    features = {name: writer.Feature("float32", (7,)) for name in ("observation.state", "action")}
+    camera = video.Camera("libx264", (SIZE, SIZE), options=video.X264)
+    layout = writer.Layout(features, {"observation.images.front": camera}, FPS, "arm")
     for number, length in enumerate(lengths):
         place = root / f"d{number:02d}"
-        columns = {k: rng.normal(size=(length, 7)).cumsum(0) for k in ("observation.state", "action")}
+        columns = {k: rng.normal(size=(length, 7)).cumsum(0) for k in features}
         writer.write_tables(place, layout, [writer.Episode("lift the cube", length, columns)])
         frames = rng.integers(0, 255, (length, SIZE // 8, SIZE // 8, 3), np.uint8)
-        path = place / writer.VIDEO_PATH.format(video_key="observation.images.front", chunk_index=0, file_index=0)
-        writer.write_video(path, (np.kron(f, np.ones((8, 8, 1), np.uint8)) for f in frames), FPS)
+        path = place / layout.path(0, "observation.images.front")
+        pictures = (np.kron(f, np.ones((8, 8, 1), np.uint8)) for f in frames)
+        video.write_video(path, camera, FPS, enumerate(pictures))
 
 
 def open_case(root: Path, world):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.builtin.writer import VIDEO_PATH, Episode, Feature, Layout, write_tables
+from opentau_train.data.builtin.video import Camera, write_video
+from opentau_train.data.builtin.writer import Episode, Feature, Layout, write_tables
 
 H264 = {"preset": "veryfast", "crf": "26", "bf": "0", "threads": "1"}
 AV1 = {"preset": "10", "crf": "30", "svtav1-params": "lp=1"}
@@ -56,29 +54,6 @@ class Repeated:
         return (self.pictures[i % len(self.pictures)] for i in range(self.num))
 
 
-def write_video(
-    path: Path, frames: Iterable[NDArray[np.uint8]], codec: str, gop: int, options: Mapping[str, str]
-) -> None:
-    """Frame i is shown at i / `FPS` seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = None
-        for i, pixels in enumerate(frames):
-            if stream is None:
-                extra = {"g": str(gop), "keyint_min": str(gop)} if codec == "libx264" else {"g": str(gop)}
-                stream = container.add_stream(codec, rate=FPS, options={**options, **extra})
-                stream.height, stream.width, stream.pix_fmt = pixels.shape[0], pixels.shape[1], "yuv420p"
-                stream.codec_context.gop_size = gop
-                stream.codec_context.time_base = Fraction(1, FPS)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    if codec == "libsvtav1":
-        # As root, SVT-AV1 gives the thread that opens it a real-time priority, which is no one's to be measured with.
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
 def write_dataset(
     root: Path,
     lengths: Sequence[int],
@@ -96,18 +71,17 @@ def write_dataset(
     if (root / "meta" / "info.json").is_file():
         return root
     rng = np.random.default_rng(0)
-    names = [f"observation.images.cam{c}" for c in range(cameras)]
-    features = {name: Feature("video", (*size, 3), ["height", "width", "channels"]) for name in names}
-    features |= {"observation.state": Feature("float32", (7,)), "action": Feature("float32", (7,))}
-    layout = Layout(features, FPS, "arm", 16, episodes_per_file, {})
+    camera = Camera(codec, size, gop, {**options, "keyint_min": str(gop)}, episodes_per_file)
+    features = {name: Feature("float32", (7,)) for name in ("observation.state", "action")}
+    videos = {f"observation.images.cam{c}": camera for c in range(cameras)}
+    layout = Layout(features, videos, FPS, "arm", 16)
     rows = [rng.normal(size=(n, 7)).cumsum(0).astype(np.float32) for n in lengths]
-    columns = [{"observation.state": r, "action": r} for r in rows]
-    episodes = [Episode("move", n, c) for n, c in zip(lengths, columns, strict=True)]
+    episodes = [Episode("move", n, dict.fromkeys(features, r)) for n, r in zip(lengths, rows, strict=True)]
     for start in range(0, len(lengths), episodes_per_file):
         total = sum(lengths[start : start + episodes_per_file])
-        for c, name in enumerate(names):
-            path = VIDEO_PATH.format(video_key=name, chunk_index=0, file_index=start // episodes_per_file)
+        for c, name in enumerate(videos):
+            path = root / layout.path(start // episodes_per_file, name)
             pictures = natural(total, size, 100 * start + c) if frames is None else frames
-            write_video(root / path, pictures, codec, gop, options)
+            write_video(path, camera, FPS, enumerate(pictures))
     write_tables(root, layout, episodes)
     return root

@@ -26,13 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import rng
-from opentau_train.data.builtin import arm, scene, writer
+from opentau_train.data.builtin import arm, scene, video, writer
+from opentau_train.data.builtin.video import Camera
 from opentau_train.data.builtin.writer import Episode, Feature, Layout
 from opentau_train.errors import UserError
 
 CONTROL_MODES = ("joint", "ee")
 
-_SOURCES = (__file__, arm.__file__, scene.__file__, writer.__file__, rng.__file__)
+_SOURCES = (__file__, arm.__file__, scene.__file__, video.__file__, writer.__file__, rng.__file__)
 _WORKSPACE = np.array([(0.33, 0.67), (-0.38, 0.38)])  # x and y of the ball's centre, metres
 _MIN_HOP = 0.15  # metres between a ball's place and its next
 _MIN_REACH, _EXTRA_REACH, _LONG_WAY = 16, 8, 1.5  # frames, more frames, and the way (rad) that takes all of them
@@ -146,13 +147,11 @@ def write_videos(root: Path, spec: SampleSpec, num_shares: int, share: int) -> N
     groups = [(mode, start) for mode in CONTROL_MODES for start in starts]
     for mode, start in groups[share::num_shares]:
         stop = min(start + spec.episodes_per_video_file, spec.num_episodes)
-        planned = [plan(spec, mode, i) for i in range(start, stop)]
-        for camera in scene.CAMERAS:
-            file_index = start // spec.episodes_per_video_file
-            key = f"observation.images.{camera}"
-            path = writer.VIDEO_PATH.format(video_key=key, chunk_index=0, file_index=file_index)
+        planned, layout = [plan(spec, mode, i) for i in range(start, stop)], _layout(spec, mode)
+        for camera, (key, stored) in zip(scene.CAMERAS, layout.videos.items()):
+            path = root / mode / layout.path(start // spec.episodes_per_video_file, key)
             frames = (frame for trajectory in planned for frame in render(trajectory, camera))
-            writer.write_video(root / mode / path, frames, spec.fps)
+            video.write_video(path, stored, spec.fps, enumerate(frames))
 
 
 def render(trajectory: Trajectory, camera: str) -> Iterator[NDArray[np.uint8]]:
@@ -229,20 +228,20 @@ def _layout(spec: SampleSpec, mode: str) -> Layout:
         return Feature("float32", (len(names),), {"axes": names})
 
     text, flat = Feature("string", (1,)), vector([*(_JOINTS if mode == "joint" else _POSE), "gripper"])
-    image = Feature("video", (scene.HEIGHT, scene.WIDTH, 3), ["height", "width", "channels"])
+    size, per_file = (scene.HEIGHT, scene.WIDTH), spec.episodes_per_video_file
+    camera = Camera("libx264", size, options=video.X264, episodes_per_file=per_file)
     features = {name: text for name in ("language_instruction", "language_instruction_2", "language_instruction_3")}
     for side in ("observation.state", "action"):
         features[f"{side}.gripper_position"] = vector(["gripper"])
         features[f"{side}.cartesian_position"] = vector(_POSE)
         features[f"{side}.joint_position"] = vector(_JOINTS)
         features[side] = flat
-    features |= {f"observation.images.{camera}": image for camera in scene.CAMERAS}
     return Layout(
         features,
+        {f"observation.images.{name}": camera for name in scene.CAMERAS},
         spec.fps,
         robot_type="franka",
         episodes_per_data_file=spec.episodes_per_data_file,
-        episodes_per_video_file=spec.episodes_per_video_file,
         extra_info={"control_mode": mode},
     )
 
