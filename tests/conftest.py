@@ -28,9 +28,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 @pytest.fixture(autouse=True)
-def the_log_is_left_as_it_was():
-    """A run inside the tests' process that doesn't give the log back would hide what later ones say."""
-    log = logging.getLogger("opentau_train")
-    before = log.propagate, list(log.handlers), logging.root.manager.disable
-    yield
-    assert (log.propagate, list(log.handlers), logging.root.manager.disable) == before
+def a_log_as_a_new_process_has_it():
+    """What ran before in this process (a program of another test, a library that disables all loggers that it finds)
+    must not hide what the program says in this one."""
+    logging.disable(logging.NOTSET)
+    program = logging.getLogger("opentau_train")
+    program.propagate, program.handlers = True, []
+    program.setLevel(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("opentau_train") and isinstance(logger, logging.Logger):
+            logger.disabled = False
