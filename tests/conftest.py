@@ -30,8 +30,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture(autouse=True)
 def a_log_as_a_new_process_has_it():
     """What ran before in this process (a program of another test, a library that disables all loggers that it finds)
-    must not hide what the program says in this one."""
+    must not hide what the program says in this one. Hydra sets the root's level when it runs in this process."""
     logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     program = logging.getLogger("opentau_train")
     program.propagate, program.handlers = True, []
     program.setLevel(logging.NOTSET)

@@ -17,4 +17,4 @@ def test_a_sharded_policy_is_built_in_its_shards_with_the_numbers_of_one_process
     done = subprocess.run(
         [*torchrun, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=280
     )
-    assert done.returncode == 0 and done.stdout.count("all held") == 4, done.stderr[-4000:]
+    assert done.returncode == 0 and done.stdout.count("all held") == 4, done.stdout + done.stderr[-4000:]
