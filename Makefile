@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 
-# How many tests of `make test` run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
+# How many tests run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 BIN := .venv/bin
@@ -45,10 +45,10 @@ test: setup ## The fast tests, WORKERS at a time
 	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
-	$(BIN)/python -m pytest -m "distributed and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) $(ARGS)
 
 test-slow: setup ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) $(ARGS)
 
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)

@@ -12,6 +12,7 @@ import hydra
 
 from opentau_train import cli
 from opentau_train.config.settings import load_settings
+from tests import warm
 
 REPO = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -57,7 +58,7 @@ def command(arguments: list[str], ranks: int = 1) -> list[str]:
 
 
 def start(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    return warm.Popen(
         command(arguments, ranks),
         cwd=cwd,
         env=environment(**env),
@@ -69,9 +70,26 @@ def start(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: 
 
 
 def run(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(arguments, ranks), cwd=cwd, env=environment(**env), text=True, capture_output=True, timeout=280
-    )
+    return warm.run(command(arguments, ranks), cwd=cwd, env=environment(**env), timeout=280)
+
+
+def torchrun(ranks: int, *program: str | Path) -> subprocess.CompletedProcess:
+    """A script, or `-m` and a module, with its arguments on `ranks` ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return warm.run([*launcher, *map(str, program)], cwd=REPO, env=environment(), timeout=280)
+
+
+def children(pid: int) -> dict[str, int]:
+    """{name: pid} of a process's children: `opentauN` is rank N; a loader worker's name has its pid behind it."""
+    listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    pairs = [line.split() for line in listed.splitlines()]
+    return {name if name.startswith("opentau") else f"{name}-{pid}": int(pid) for pid, name in pairs}
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+    """{rank: pid} of what torchrun started."""
+    names = children(process.pid)
+    return {int(name.removeprefix("opentau")): pid for name, pid in names.items() if name.startswith("opentau")}
 
 
 def train_here(arguments: list[str], run_dir: Path) -> Path:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.program import REPO, environment
+from tests.program import torchrun
 
 pytestmark = pytest.mark.distributed
 
 
 def test_an_error_of_a_nodes_later_rank_is_raised_on_all(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.distributed.agreement_case"]
-    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=120)
+    done = torchrun(2, "-m", "tests.distributed.agreement_case")
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
     assert sorted(said) == [f"rank {r}: no room on this process's disk here (on rank 1)" for r in (0, 1)]

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 
 from opentau_train.errors import EXIT_FAULT, EXIT_USER
 from tests.lerobot_writer import Camera, Dataset, write
-from tests.program import TOY, metrics, run, start, train_here
+from tests.program import TOY, children, metrics, ranks_of, run, start, train_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
@@ -19,13 +18,8 @@ QUICK = [*TOY, "validation.every=0", "logger=none"]
 
 
 def workers_of(pid):
-    """Process ids of the loader workers below a process: the children's children run the same program."""
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    found = []
-    for line in children.splitlines():
-        child, _, command = line.strip().partition(" ")
-        found += [int(child)] if "opentau_train" in command else []
-    return found
+    """Process ids of the loader workers of a rank."""
+    return [child for name, child in children(pid).items() if name.startswith("pt_data_worker")]
 
 
 def wait_for(condition, process, seconds=120):
@@ -54,9 +48,8 @@ def test_a_killed_worker_ends_the_run_with_a_clear_message_and_no_hang(ranks, tm
     try:
         lines = tmp_path / "metrics.jsonl"
         wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 2, process)
-        processes = [process.pid] if ranks == 1 else workers_of(process.pid)
-        assert len(processes) == ranks
-        victims = wait_for(lambda: workers_of(processes[-1]), process)  # of the last rank
+        last = process.pid if ranks == 1 else ranks_of(process)[ranks - 1]
+        victims = wait_for(lambda: workers_of(last), process)
         os.kill(victims[-1], signal.SIGKILL)
         output = process.communicate(timeout=60)[0]  # what the promise says: an end within a minute
     finally:

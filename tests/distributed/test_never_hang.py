@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from opentau_train.distributed.stopping import MARKER, SENTINEL, StopFlag
 from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED
 from opentau_train.threads import InterruptibleIterator
+from tests import warm
 from tests.lerobot_writer import Dataset, write
-from tests.program import REPO, TOY, environment, metrics, run, start, train_here
+from tests.program import REPO, TOY, environment, metrics, ranks_of, run, start, train_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
@@ -61,7 +62,9 @@ def ranks_by_hand(commands: list[dict], size: int = 2, program: str = BY_HAND) -
         command = [sys.executable, "-c", program, *arguments]
         pipe = subprocess.PIPE
         cwd = given.get("cwd")  # `python -c` imports from there first
-        started.append(subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT))
+        # A rank of other code needs an interpreter of its own to import it.
+        popen = subprocess.Popen if cwd else warm.Popen
+        started.append(popen(command, env=env, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT))
     return started
 
 
@@ -149,18 +152,17 @@ def test_ranks_that_never_come_are_named():
 # -- a rank that dies, stands still or goes mad ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("killed", ["2", "0"])
+@pytest.mark.parametrize("killed", [2, 0])
 def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(killed, tmp_path):
     process = start([*ENDLESS, "trainer.global_batch_size=6", f"paths.run_dir={tmp_path}"], ranks=3)
     wait_for(lambda: rows(tmp_path) >= 3, process)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
-    os.kill(workers[killed], signal.SIGKILL)
+    ranks = ranks_of(process)
+    os.kill(ranks[killed], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
-    assert f"error: rank {killed} is gone" in output and f"process {workers[killed]}" in output, output
+    assert f"error: rank {killed} is gone" in output and f"process {ranks[killed]}" in output, output
     assert re.search(rf"rank\s*: {killed} .*\n.*exitcode\s*: -9", output), output
-    for pid in workers.values():
+    for pid in ranks.values():
         assert not Path(f"/proc/{pid}").exists()
 
 
@@ -171,11 +173,6 @@ def test_an_error_on_one_rank_is_what_the_others_tell(tmp_path):
     assert [p.returncode for p in processes] == [EXIT_FAULT] * 2
     assert "Traceback" in outputs[1] and "ZeroDivisionError: division by a broken part" in outputs[1]
     assert "error: rank 1 failed: ZeroDivisionError: division by a broken part" in outputs[0], outputs[0]
-
-
-def _rank_of(pid: int) -> str | None:
-    env = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return next((v.removeprefix("RANK=") for v in env if v.startswith("RANK=")), None)
 
 
 def _has_ended(pid: int) -> bool:
@@ -199,11 +196,10 @@ def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_pat
 def test_a_stopped_process_is_reported_as_silent(tmp_path):
     process = start([*ENDLESS, "trainer.step_timeout=6", f"paths.run_dir={tmp_path}"], ranks=2)
     wait_for(lambda: rows(tmp_path) >= 3, process)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
-    os.kill(workers["1"], signal.SIGSTOP)
-    wait_for(lambda: _has_ended(workers["0"]), process)
-    os.kill(workers["1"], signal.SIGKILL)  # torchrun would do it after 30 s: a stopped process can't obey its SIGTERM
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGSTOP)
+    wait_for(lambda: _has_ended(ranks[0]), process)
+    os.kill(ranks[1], signal.SIGKILL)  # torchrun would do it after 30 s: a stopped process can't obey its SIGTERM
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "rank 1: no report" in output and "rank 0: no progress for 6 s in:" in output
@@ -298,7 +294,7 @@ def test_a_background_save_that_hangs_after_an_error_ends_with_its_stack_and_the
     arguments += ["checkpoint.every=2", f"paths.run_dir={tmp_path / 'run'}"]
     env = environment(RANK="1", FIFO=str(tmp_path / "fifo"))
     command = [sys.executable, "-c", STALLED_STORAGE, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, env=env, timeout=200)
     assert done.returncode == EXIT_FAULT
     assert "error: the run stands still" in done.stderr
     place = "closing after ZeroDivisionError: division by a broken part, step 3"
@@ -379,9 +375,8 @@ def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path)
     command += ["model._target_=tests.misbehaving.SlowValidation", f"paths.run_dir={tmp_path}"]
     process = start(command, ranks=2, SLOW_VALIDATION="1")
     wait_for(lambda: rows(tmp_path) >= 5, process)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    workers = {_rank_of(int(pid)): int(pid) for pid in found.stdout.split()}
-    os.kill(workers["1"], signal.SIGUSR1)
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGUSR1)
     output = process.communicate(timeout=100)[0]
     assert "preempted at step 5" in output, output
 

@@ -1,7 +1,5 @@
 """Layouts of the ranks: what they do to a step, the degrees they take, and the configurations that choose them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,22 +8,15 @@ from hypothesis import strategies as st
 
 from opentau_train.distributed.parallel import data_parallel_degrees
 from opentau_train.errors import UserError
-from tests.program import TOY, environment, run
+from tests.program import TOY, run, torchrun
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(("replicate", "shard"), [(2, 1), (1, 2), (2, 2)], ids=["ddp_2", "fsdp_2", "hsdp_2x2"])
 def test_a_layout_changes_no_gradient_and_reduces_once_in_float32(replicate, shard):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = Path(__file__).parent / "parallel_cases.py"
-    done = subprocess.run(
-        [*torchrun, f"--nproc-per-node={replicate * shard}", str(script), str(replicate), str(shard)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = torchrun(replicate * shard, script, str(replicate), str(shard))
     assert done.returncode == 0 and done.stdout.count("all held") == replicate * shard, done.stderr[-4000:]
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from opentau_train.errors import EXIT_USER
+from tests import warm
 from tests.program import DATA, TOY, environment, metrics, train_here
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +36,7 @@ def validate(checkpoint, out, ranks, *arguments):
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     command += ["opentau_train.validate", f"checkpoint={checkpoint}", f"out={out}", *arguments]
     command += [f"paths.cache_dir={checkpoint.parent / 'cache'}", "trainer.step_timeout=120"]
-    return subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=280)
+    return warm.run(command, env=environment(), timeout=280)
 
 
 TOPOLOGIES = {

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from opentau_train import cli, validate
 from opentau_train.config.settings import load_settings
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
+from tests import warm
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
@@ -133,7 +133,7 @@ def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_pat
         assert importlib.import_module(module).main(filled_in(arguments, finished, tmp_path)) == 0
     else:
         words = [sys.executable, "-m", module, *(arguments or ["--help"])]
-        done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+        done = warm.run(words, cwd=tmp_path, env=environment(), timeout=120)
         assert done.returncode == 0, done.stderr
 
 
@@ -141,7 +141,7 @@ def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_pat
 def usage(script: str) -> str:
     """What a benchmark answers to --help."""
     words = [sys.executable, str(REPO / script), "--help"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    done = warm.run(words, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -229,7 +229,7 @@ def test_the_examples_of_extending_train_together(tmp_path):
         "validation.every=3",
     ]
     env = environment(PYTHONPATH=f"{REPO}{os.pathsep}{tmp_path}", OPENTAU_CACHE=str(tmp_path / "cache"))
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = warm.run(words, cwd=tmp_path, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "tag.csv").read_text().splitlines()) == 3
     row = metrics(tmp_path / "run")[3]
@@ -238,14 +238,8 @@ def test_the_examples_of_extending_train_together(tmp_path):
     assert any(entry["_target_"] == "my_transforms.Clock" for entry in card["transforms"]["sine"])
     assert re.search(r"^sine +12 ", done.stderr, flags=re.M), "the source's own option is followed"
     for key, text in (("num_episode=3", "did you mean 'num_episodes'?"), ("success_only=true", "doesn't follow")):
-        refused = subprocess.run(
-            [*words, f"paths.run_dir={tmp_path / 'refused'}", f"data.sources.sine.{key}"],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        also = [f"paths.run_dir={tmp_path / 'refused'}", f"data.sources.sine.{key}"]
+        refused = warm.run([*words, *also], cwd=tmp_path, env=env, timeout=120)
         assert refused.returncode == 2 and text in refused.stderr, refused.stderr
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from opentau_train import cli
+from tests import warm
 from tests.lerobot_writer import Camera, Dataset, vector, write
 from tests.program import TINY_POLICY, command, environment, run, train_here
 
@@ -329,7 +330,7 @@ def test_nobody_trains_several_nodes_on_the_sample_by_accident(names, tmp_path):
     else:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
         ranks = [
-            subprocess.Popen(
+            warm.Popen(
                 command(arguments),
                 env=environment(**names, **address, RANK=str(rank), GROUP_RANK=str(rank)),
                 text=True,

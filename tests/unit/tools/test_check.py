@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from opentau_train.tools.check import SCHEMAS, check_schema, describe, main, read
+from tests import warm
 
 
 def feature(column: str) -> dict:
@@ -37,7 +38,7 @@ def make_dataset(root: Path, schema: str = "droid", **changes) -> Path:
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "opentau_train.tools.check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return warm.run(command)
 
 
 def assert_refused(capsys, arguments: list[str], *texts: str) -> None:

@@ -1,6 +1,5 @@
 """An exported file is the policy: alone, with all that is needed to use it, and bit for bit the checkpoint's."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.errors import UserError
 from opentau_train.tools import export
+from tests import warm
 from tests.program import TOY, environment, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
 
@@ -130,6 +130,6 @@ def test_a_run_without_average_and_files_of_others_are_refused(run_dir, tmp_path
 
 def test_it_runs_as_a_command(run_dir, tmp_path):
     command = [sys.executable, "-m", "opentau_train.tools.export", f"checkpoint={run_dir}", "out=policy.safetensors"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = warm.run(command, cwd=tmp_path, env=environment(), timeout=120)
     assert done.returncode == 0 and (tmp_path / "policy.safetensors").is_file(), done.stderr
     assert not done.stderr

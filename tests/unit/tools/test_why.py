@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.metrics.recorder import read_step
 from opentau_train.tools import why
+from tests import warm
 from tests.program import DATA, TOY, environment, train_here
 
 
@@ -139,6 +139,6 @@ def test_a_garbled_line_is_named_on_stderr_and_the_rest_is_shown(moved):
     path = next((moved[0] / "flight").iterdir())
     path.write_bytes(b"garbled\n" + path.read_bytes())
     command = [sys.executable, "-m", "opentau_train.tools.why", str(moved[0]), "--step", "2"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = warm.run(command, env=environment())
     assert done.returncode == EXIT_OK and done.stdout.startswith("step 2: loss "), done.stderr
     assert done.stderr == f"{path}, line 1 is garbled and passed over\n"

@@ -16,6 +16,7 @@ import pytest
 from opentau_train.data.builtin import arm, scene
 from opentau_train.data.builtin.droid import CONTROL_MODES, SampleSpec, ensure_droid_sample, plan, render
 from opentau_train.errors import UserError
+from tests import warm
 
 SMALL = SampleSpec(num_episodes=5, min_frames=60, max_frames=66, episodes_per_data_file=3, episodes_per_video_file=2)
 TINY = SampleSpec(num_episodes=1, min_frames=60, max_frames=60)
@@ -53,7 +54,7 @@ def video(root: Path, camera: str, file_index: int) -> Path:
 
 
 def start_generating(cache: Path, spec: SampleSpec) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", GENERATE.format(str(cache), spec)])
+    return warm.Popen([sys.executable, "-c", GENERATE.format(str(cache), spec)])
 
 
 def contents(cache: Path) -> dict[str, bytes]:
