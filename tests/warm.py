@@ -10,7 +10,7 @@ begin the same way. What differs from a new interpreter: the code that is import
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -28,6 +28,7 @@ TORCHRUN = "torch.distributed.run"
 IMPORTS = (
     TORCHRUN,
     "torch._dynamo",  # an optimizer imports it when it is first called
+    "torch.utils.tensorboard",
     "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
     "opentau_train.train",
     "opentau_train.validate",
@@ -36,6 +37,7 @@ IMPORTS = (
     "opentau_train.models.flow",
     "opentau_train.sinks.trackers",
 )
+EXTRAS = ("wandb",)
 NAME = b"opentau"
 """What such a process is called in /proc/PID/comm, followed by its rank if it has one."""
 
@@ -180,7 +182,7 @@ def main(channel: socket.socket) -> None:
     """Make the imports, then be a new process for each request."""
     own = [*os.environ["PYTHONPATH"].split(os.pathsep), str(Path(__file__).parent)]
     path = [p for p in sys.path if p not in own]
-    for module in IMPORTS:
+    for module in (*IMPORTS, *(extra for extra in EXTRAS if importlib.util.find_spec(extra))):
         importlib.import_module(module)
     threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
     lost = [name for name in threads if name != "jemalloc_bg_thd"]  # that one begins again in a fork by itself

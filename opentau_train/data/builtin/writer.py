@@ -259,7 +259,7 @@ def _write_tasks(path: Path, tasks: list[str], text_column: str) -> None:
 
 def _statistics(layout: Layout, table: pa.Table) -> dict[str, dict[str, list]]:
     """{numeric column: {min, max, mean, std, count, q01, ...: a list, one number a dimension}} over the rows."""
-    found = {}
+    statistics = {}
     for name, feature in layout.columns.items():
         if feature.dtype in ("string", "image"):
             continue
@@ -268,5 +268,5 @@ def _statistics(layout: Layout, table: pa.Table) -> dict[str, dict[str, list]]:
         values = flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(table), -1)
         numbers = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
         numbers |= dict(zip(_QUANTILES, np.quantile(values, list(_QUANTILES.values()), axis=0)))
-        found[name] = {kind: value.tolist() for kind, value in numbers.items()} | {"count": [len(table)]}
-    return found
+        statistics[name] = {kind: value.tolist() for kind, value in numbers.items()} | {"count": [len(table)]}
+    return statistics
