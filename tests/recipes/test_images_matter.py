@@ -1,9 +1,8 @@
 """The DROID recipe learns from its images: blanked, the same budget and seed leave a much larger action error."""
 
-import subprocess
-
 import pytest
 
+from tests import warm
 from tests.program import command, environment, metrics
 
 pytestmark = pytest.mark.slow
@@ -21,12 +20,16 @@ def test_held_out_action_error_is_at_least_thirty_percent_below_the_one_with_bla
     ]
     variants = {"seen": [], "blanked": ["data.blank_images=true"]}
     running = {}
-    for name, extra in variants.items():
-        arguments = [*recipe, *extra, f"paths.run_dir={tmp_path / name}"]
-        with open(tmp_path / f"{name}.log", "w") as log:
-            running[name] = subprocess.Popen(command(arguments), env=environment(), stdout=log, stderr=log)
-    for name, process in running.items():
-        assert process.wait() == 0, (tmp_path / f"{name}.log").read_text()
+    try:
+        for name, extra in variants.items():
+            words = command([*recipe, *extra, f"paths.run_dir={tmp_path / name}"])
+            with open(tmp_path / f"{name}.log", "w") as log:
+                running[name] = warm.Popen(words, env=environment(), stdout=log, stderr=log)
+        for name, process in running.items():
+            assert process.wait() == 0, (tmp_path / f"{name}.log").read_text()
+    finally:
+        for process in running.values():
+            process.kill()
     errors = {name: metrics(tmp_path / name)[400] for name in variants}
     for tag in ("Validation-Action/droid/joint/MAE_rad", "Validation-Action/droid_ee/ee/MAE_m"):
         assert errors["seen"][tag] <= 0.7 * errors["blanked"][tag], {n: e[tag] for n, e in errors.items()}
