@@ -98,6 +98,9 @@ def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)
         if flat:
             log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+        rare = normalize.rare_dimensions(known, mixture.settings.normalization)
+        if rare:
+            log.warning("norm head %s: by min and max, since q01 is q99: %s", head, ", ".join(rare))
     return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
 
 
