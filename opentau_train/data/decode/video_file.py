@@ -29,11 +29,10 @@ class DepthVideoError(VideoError):
 
 
 class Clock(NamedTuple):
-    """When a file's first frame is shown and its last one ends (inf: not told), in seconds; its frames (0: not
-    told)."""
+    """When a file's first and last frames are shown (inf: not told), in seconds; how many it has (0: not told)."""
 
-    begins: float
-    ends: float
+    first: float
+    last: float
     frames: int
 
 
@@ -82,10 +81,15 @@ class VideoFile:
     @property
     def clock(self) -> Clock:
         """By the file's own header."""
-        begins = (self._stream.start_time or 0) * self.time_base
-        if self._stream.duration is None:  # Matroska: the whole file's, from 0 on
-            return Clock(begins, (self._container.duration or math.inf) / av.time_base, self._stream.frames)
-        return Clock(begins, begins + self._stream.duration * self.time_base, self._stream.frames)
+        index, frames, base = self._index, self._stream.frames, self.time_base
+        begins = self._stream.start_time or 0
+        if frames and len(index) == frames:  # by decode times: those of the first and the last frame are as late
+            return Clock(begins * base, (begins + index[-1].timestamp - index[0].timestamp) * base, frames)
+        interval = 1.0 / float(self._stream.average_rate or math.inf)
+        ends = (self._container.duration or math.inf) / av.time_base  # in Matroska from 0 on
+        if self._stream.duration is not None:
+            ends = (begins + self._stream.duration) * base
+        return Clock(begins * base, ends - interval, frames)
 
     def shown(self, begin: int, end: int) -> list[int]:
         """When frames are shown, in ticks by rising time: at least all of those from `begin` to `end`."""

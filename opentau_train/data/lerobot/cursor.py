@@ -141,11 +141,15 @@ class LeRobotCursor:
         worst = {}
         for camera, (span, times) in self._frames.items():
             cursor = self._videos[camera]
-            drift = cursor.drift(span.path, times.seconds)
-            inside = times.seconds < cursor.clock(span.path)[1] - frame_s / 2
-            worst[camera] = float(drift.max()) if drift[inside].max(initial=0.0) > tolerance_s else 0.0
-            if worst[camera] > frame_s / 2:  # clocks of two rates: the longer the episode, the farther apart
-                worst[camera] *= (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)
+            drift = cursor.drift(span.path, times.seconds) + times.beyond
+            inside = times.seconds < cursor.clock(span.path).last + frame_s / 2
+            if drift[inside].max(initial=0.0) > tolerance_s:
+                # Clocks of two rates drift apart with time: up to half a frame, farther after the video's end.
+                grown = drift.max() * (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)
+                bounded = drift.max() <= frame_s / 2
+                worst[camera] = float(max(drift.max(), min(grown, frame_s / 2)) if bounded else grown)
+            else:
+                worst[camera] = 0.0
         return worst
 
     def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:

@@ -90,7 +90,9 @@ def seen_rows(listing: Listing, tolerance_s: float) -> NDArray[np.int64]:
         lost: dict[int, int] = {}
         for position, seconds in _times(listing, doubtful):
             span = places.span(position)
-            clock = Clock(*span.claimed, span.rows)  # the file's own is known where it is read
+            clock = Clock(
+                span.claimed[0], span.claimed[1] - frame_s, span.rows
+            )  # the file's own is known where it is read
             try:
                 times = frame_times(span, seconds, clock, frame_s, max(tolerance_s, frame_s / 2))
                 with_frame = np.flatnonzero(~times.lost)

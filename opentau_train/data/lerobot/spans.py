@@ -40,10 +40,12 @@ class Span:
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """When the frames of an episode's rows are shown in the file: `seconds` [L]; `lost` [L] marks rows without a frame;
-    a frame shown before `low` or from `high` on is none of the episode's."""
+    """When the frames of an episode's rows are shown in the file: `seconds` [L], which rows are `beyond` [L] by so many
+    seconds, more than the tolerance for those that are `lost` [L]; a frame shown before `low` or from `high` on is none
+    of the episode's."""
 
     seconds: F64
+    beyond: F64
     lost: NDArray[np.bool_]
     low: float
     high: float
@@ -54,7 +56,7 @@ def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, fram
     (NaN: not told) and durations `length_s`, each [E]; a frame takes `frame_s`.
 
     An episode ends at its `to`, and at the next one's start. Frames that two episodes claim are the later one's, unless
-    it has room for all of its rows without them: then it is its start that can't be right.
+    it may have room for all of its rows without them: then its start may be wrong, and they are nobody's.
     """
     order = np.lexsort((start, file))
     half = frame_s / 2
@@ -62,11 +64,9 @@ def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, fram
     follows = np.append(file[order][1:] == file[order][:-1], False)
     limit = np.where(follows, np.append(first[1:], np.inf), np.inf)
     early, late = np.flatnonzero(follows), np.flatnonzero(follows) + 1
-    room = limit[late] - end[early] > length_s[order][late] - half
-    start_wrong = (end[early] > first[late] + half) & np.isfinite(end[early]) & room
-    border = np.where(start_wrong, end[early], np.minimum(first[late], end[early]))
-    first[late] = np.where(start_wrong, border, first[late])
-    end[early] = border
+    told = np.where(np.isfinite(end[early]), end[early], -np.inf)
+    start_wrong = (told > first[late] + half) & (limit[late] - told > length_s[order][late] - half)
+    end[early], first[late] = np.minimum(first[late], end[early]), np.where(start_wrong, told, first[late])
     back = np.argsort(order)
     return first[back], end[back]
 
@@ -80,17 +80,19 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     """
     half = frame_s / 2
     claimed_first, claimed_end = span.claimed
-    excess = (clock.ends - clock.begins) - (claimed_end - claimed_first)
+    lasts = clock.last + frame_s - clock.first
+    excess = lasts - (claimed_end - claimed_first)
     exact = clock.frames == span.rows if clock.frames else abs(excess) < half
     if span.sharing == 0:
-        return FrameTimes(_alone(span, seconds, clock, half, exact, tolerance_s), np.zeros(len(seconds), bool), *EVER)
+        none = np.zeros(len(seconds))
+        return FrameTimes(_alone(span, seconds, clock, half, exact, tolerance_s), none, none > 0, *EVER)
     if span.sharing > 1 and excess < -half and not 0 < span.rows <= clock.frames:
         raise VideoError(
-            f"{span.path} lasts {clock.ends - clock.begins:.3f} s, and meta/episodes place "
+            f"{span.path} lasts {lasts:.3f} s, and meta/episodes place "
             f"{claimed_end - claimed_first:.3f} s of episodes in it: which of them are shorter isn't known"
         )
     exact &= abs(excess) < half
-    late = clock.begins - claimed_first
+    late = clock.first - claimed_first
     shift = late if exact and abs(late) > tolerance_s else 0.0
     wanted = span.start + shift + seconds
     low, high = span.first + shift - half, span.end + shift - half
@@ -100,20 +102,21 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
         wanted -= seconds[0]
     inside = _INSIDE * frame_s
     asked = np.clip(wanted, low + half - inside, high - half + inside)
-    return FrameTimes(asked, np.abs(asked - wanted) > tolerance_s, low, high)
+    beyond = np.abs(asked - wanted)
+    return FrameTimes(asked, beyond, beyond > tolerance_s, low, high)
 
 
 def _alone(span: Span, seconds: F64, clock: Clock, half: float, exact: bool, tolerance_s: float) -> F64:
     """[L] when the rows' frames are shown in a file that is the episode's alone. Raises `VideoError`."""
     wanted = span.start + seconds
-    late = clock.begins - wanted[0]
+    late = clock.first - wanted[0]
     if abs(late) <= tolerance_s:
         return wanted
     if exact:  # the first row's frame is the first
         return wanted + late
-    if late > half and abs(clock.ends - span.claimed[1]) > half:
-        raise VideoError(f"{span.path} begins at {clock.begins:.3f} s, after the first row's time, {wanted[0]:.3f} s")
-    if late < -half and wanted[-1] > clock.ends - half:
+    if late > half and abs(clock.last + 2 * half - span.claimed[1]) > half:
+        raise VideoError(f"{span.path} begins at {clock.first:.3f} s, after the first row's time, {wanted[0]:.3f} s")
+    if late < -half and wanted[-1] > clock.last + half:
         raise VideoError(_runs_on(span, seconds))
     return wanted
 
