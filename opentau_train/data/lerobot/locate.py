@@ -53,9 +53,13 @@ class EpisodeReader:
                         return rows
                     if len(np.unique(frames)) == length:
                         return rows.take(pa.array(np.argsort(frames))).combine_chunks()
-        except RowError:
+        except RowError as error:
             if path.exists() or not stored.shared_files:
                 raise
+            try:
+                return self._search(path, number, length)
+            except EpisodeError:
+                raise error from None  # what is missing is the file
         return self._search(path, number, length)
 
     def read_one(self, position: int, *, last: bool) -> pa.Table:
