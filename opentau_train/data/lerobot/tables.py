@@ -48,13 +48,15 @@ def parquet_files(folder: Path) -> list[Path]:
         entries = [path for path in top if path not in chunks] + [
             p for chunk in chunks for p in sorted(chunk.iterdir())
         ]
-        # A link that leads nowhere is kept, for the reading to name: its episodes would else be gone without a word.
-        plain = [p for p in entries if not p.name.startswith(".") and (p.suffix == ".parquet" or not p.exists())]
+        shown = [path for path in entries if not path.name.startswith(".")]
     except FileNotFoundError:
-        entries = plain = []
+        entries = shown = []
     except OSError as error:
         raise unreadable(folder, error) from error
+    plain = [path for path in shown if path.suffix == ".parquet"]
     files = [path for path in plain if re.fullmatch(r"file-\d+", path.stem)] or plain
+    # A link that leads nowhere is for the reading to name: its episodes would else be gone.
+    files += [path for path in shown if path not in files and path.is_symlink() and not path.exists()]
     if not files:
         raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=RESTORE)
     over = [str(path.relative_to(folder)) for path in entries if path not in files]
@@ -104,15 +106,17 @@ def _schema(path: Path) -> pa.Schema:
 
 def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = ()) -> Table:
     """The same of a file with one JSON object a line. Raises `UserError`."""
-    rows, lines = [], []
+    rows, lines, number = [], [], 0
     try:
         # Only "\n" ends a line: a text may hold others of the characters at which `splitlines` does.
         for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
             if line.strip():
                 rows.append(json.loads(line))
                 lines.append(number)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error, f"line {number}: " if number else "") from error
     for number, row in zip(lines, rows, strict=True):
         missing = [name for name in numbers if not isinstance(row, dict) or name not in row]
         if missing:
