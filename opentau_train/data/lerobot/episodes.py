@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.lerobot.columns import CAMERA
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
 from opentau_train.errors import UserError
@@ -164,8 +165,7 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
     for key in video_columns:
         fields = {f"videos/{key}/{f}": kind for f, kind in _VIDEO_FIELDS.items()}
         if fields.keys() & set(table.names):  # else the camera has no video at all
-            without = f"{RESTORE}, or leave the camera out: {info.where}.cameras=[COLUMN,...] names the others"
-            places = read_parquet(paths, fields, remedy=without)
+            places = read_parquet(paths, fields, remedy=_without_camera(info, key))
             chunks, files, begins = places.numbers.values()
             if f"videos/{key}/from_timestamp" in places.integers:
                 _check_whole_seconds(info, paths, key, begins)
@@ -180,6 +180,12 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
         extra=table.values,
         names=table.names,
     )
+
+
+def _without_camera(info: Info, column: str) -> str:
+    """The remedy where the metadata of a camera's videos can't be used."""
+    others = [name for name, feature in info.features.items() if feature.get("dtype") in CAMERA and name != column]
+    return f"{RESTORE}, or leave the camera out: {info.where}.cameras=[{','.join(others)}]"
 
 
 def _check_whole_seconds(info: Info, paths: list[Path], key: str, begins: NDArray[np.float64]) -> None:
@@ -198,7 +204,7 @@ def _check_whole_seconds(info: Info, paths: list[Path], key: str, begins: NDArra
             f"column '{column}' has whole seconds, whose fraction was cut off: episode {index[row]} is "
             f"{stop[row] - start[row]} rows, {begins[row]:g} to {ends[row]:g} s",
             where=str(info.root / "meta" / "episodes"),
-            remedy=f"{RESTORE}, or leave the camera out: {info.where}.cameras=[COLUMN,...] names the others",
+            remedy=_without_camera(info, key),
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.config.data import SourceSettings
@@ -70,7 +70,6 @@ def places(source: LeRobotDataset) -> list:
     return [c.tolist() for c in columns]
 
 
-@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_numbers_are_the_same_in_every_type_and_order_of_columns(plain, spoiled, data):
     for source, target in zip(meta_files(plain), meta_files(spoiled), strict=True):
@@ -84,7 +83,6 @@ def test_numbers_are_the_same_in_every_type_and_order_of_columns(plain, spoiled,
     assert places(open_source(spoiled)) == places(open_source(plain))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from([*INDICES, SECONDS]), file=st.integers(0, 1), row=st.integers(0, 1), pick=st.integers(0, 99)
 )
@@ -141,7 +139,6 @@ def any_column(data: st.DataObject, name: str, rows: int) -> pa.Array:
     return array
 
 
-@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_a_table_of_any_schema_opens_or_is_refused(plain, spoiled, data):
     files = [*meta_files(spoiled), spoiled / "meta/tasks.parquet"]
@@ -164,7 +161,6 @@ def test_a_table_of_any_schema_opens_or_is_refused(plain, spoiled, data):
         shutil.copy(plain / path.relative_to(spoiled), path)
 
 
-@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_lines_of_any_json_open_or_are_refused(old, data):
     root, whole = old
