@@ -130,7 +130,7 @@ def video_places(
     """Where the frames are of episodes that lie in `files` from `start` to `to` (NaN: not told), seconds [E]."""
     frame_s = 1.0 / float(info.get("fps"))
     length_s: F64 = (listed.length * frame_s).astype(np.float64)
-    if info.get("codebase_version") != "v3.0":  # a file an episode
+    if info.file_an_episode:
         claimed = np.stack([start, start + length_s], axis=1)
         ever = np.full(len(start), np.inf)
         return VideoPlaces(files, file, start, -ever, ever, claimed, listed.length, np.zeros(len(start), np.int64))
