@@ -134,6 +134,12 @@ class LeRobotCursor:
             f"times miss the video's frames by up to {drift:.6f} s"
         )
 
+    def drift_of(self, episode: int) -> float:
+        """How far, at most, the frames of the episode at `episode` are from its rows' times, see `drifts`. Raises
+        `RowError` and `VideoError`."""
+        self._enter(episode)
+        return max(self.drifts().values(), default=0.0)
+
     def drifts(self) -> dict[str, float]:
         """{camera: how far, at most, the present episode's rows are from the nearest frames}, in seconds; 0 where that
         is within the tolerance for all rows that aren't after the video's end. Raises `VideoError`."""
@@ -228,6 +234,19 @@ class LeRobotCursor:
             kind = type(error) if isinstance(error, ImageError) else ImageError
             raise kind(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
+
+
+def proposed_tolerance(reading: Reading) -> str | None:
+    """The `tolerance_s` that takes every frame of the first, last and longest episodes, where the present one doesn't
+    and their clocks, not missing frames, are the reason. Reads these episodes' rows and the times of their frames."""
+    cursor, worst = LeRobotCursorFactory(reading, WindowSpec(chunk_length=1)).cursor(), 0.0
+    for position in {0, len(reading.episodes) - 1, int(np.argmax(reading.episodes.length))}:
+        try:
+            worst = max(worst, cursor.drift_of(position))
+        except (RowError, VideoError):
+            continue  # a training names what it can't read
+    cursor.close()
+    return enough(worst) if worst > 0 else None
 
 
 def _encoded(cell: Any, root: Path) -> bytes:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import BadSample, UserError
+from opentau_train.tools import check
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import Camera, Dataset, picture, vector, write, write_video
 from tests.unit.data.lerobot.test_source import open_source
@@ -223,6 +224,29 @@ def test_the_remedy_of_drifting_clocks_names_a_tolerance_that_takes_every_row(da
     assert 0.04 < tolerance < 0.06
     read = read_all(open_source(root, tolerance_s=tolerance))
     assert set(read.values()) == {"right"}
+
+
+def test_the_check_proposes_the_tolerance_of_drifting_clocks_and_of_no_others(tmp_path, capsys):
+    root = write(tmp_path / "set", V21)
+    assert check.main([str(root)]) == 0 and "tolerance_s" not in capsys.readouterr().out
+    change_rows(root, with_times(lambda e, f: f / 9.7))
+    assert check.main([str(root)]) == 0
+    tolerance = float(capsys.readouterr().out.partition("set data.sources.main.tolerance_s=")[2])
+    assert set(read_all(open_source(root, tolerance_s=tolerance)).values()) == {"right"}
+
+
+def test_float32_timestamps_past_4096_seconds_are_read_with_the_tolerance_that_is_proposed(tmp_path):
+    """Half a millisecond lies between two of them."""
+    root = write(tmp_path / "set", replace(V21, lengths=(40,)))
+    frames = [(4100 + i / 30, picture(0, i, FRONT, SIZE)) for i in range(40)]
+    write_video(root / f"videos/chunk-000/{FRONT}/episode_000000.mp4", VIDEO, frames)
+    change_rows(root, with_times(lambda e, f: 4100 + f / 30))
+    with pytest.raises(BadSample) as caught:
+        read = open_source(root).cursors(WindowSpec(1)).cursor().read
+        [read(0, frame) for frame in range(40)]
+    tolerance = float(caught.value.remedy.partition("data.sources.main.tolerance_s=")[2].split()[0])
+    assert tolerance < 0.001
+    assert set(read_all(open_source(root, tolerance_s=tolerance)).values()) == {"right"}
 
 
 def test_a_missing_frame_proposes_no_tolerance(tmp_path):
