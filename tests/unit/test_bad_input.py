@@ -451,6 +451,22 @@ def test_rows_without_a_frame_of_their_own_are_told_at_start_and_cost_no_quarant
     assert not (tmp_path / "run/quarantine.jsonl").exists()
 
 
+def test_an_episode_without_its_rows_is_left_out_and_the_others_train(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras={}, version="v2.1"))
+    path = root / "data/chunk-000/episode_000002.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 5), path)
+    strict = ["trainer.steps=20", "data.bad_samples.max_fraction=0", "data.bad_samples.grace=0"]
+    for _ in range(2):  # the second time with the statistics that the first one stored
+        code, said = train(root, *strict)
+        assert code == 0, said
+        assert "data.sources.main: left out, their rows not being there: episodes 2" in said
+        assert not (tmp_path / "run/quarantine.jsonl").exists()
+        shutil.rmtree(tmp_path / "run")
+    for path in (root / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).slice(0, 5), path)
+    assert_clear(train(root), "has rows that can be read", "data.sources.main", "restore")
+
+
 def test_too_many_windows_of_drifting_clocks_end_with_the_tolerance_in_the_remedy(train, tmp_path):
     """Every other row lies off its frame: a substitute is always at hand, until there were too many."""
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))

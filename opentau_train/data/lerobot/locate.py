@@ -17,7 +17,7 @@ from opentau_train.data.decode.parquet import RowError, RowReader, numbers
 from opentau_train.data.lerobot.episodes import StoredEpisodes
 
 EPISODE_COLUMN = "episode_index"
-INDEXED_FILES = 8
+INDEXED_FILES = 16
 
 
 class EpisodeError(RowError):
@@ -44,15 +44,9 @@ class EpisodeReader:
         file, length = int(stored.data_file[position]), int(stored.table.length[position])
         number, path = int(stored.table.episode_index[position]), stored.data.path(file)
         try:
-            if self._reader.num_rows(path) == int(stored.rows_in_file[file]):
-                rows = self._reader.slice(path, int(stored.row_start[position]), length)
-                frames = self._frames(rows, number)
-                if frames is not None and len(frames) == length:
-                    rise = np.diff(frames)
-                    if (rise == 1).all():
-                        return rows
-                    if len(np.unique(frames)) == length:
-                        return rows.take(pa.array(np.argsort(frames))).combine_chunks()
+            rows = self._at_place(path, file, int(stored.row_start[position]), length, number)
+            if rows is not None:
+                return rows
         except RowError as error:
             if path.exists() or not stored.shared_files:
                 raise
@@ -61,6 +55,23 @@ class EpisodeReader:
             except EpisodeError:
                 raise error from None  # what is missing is the file
         return self._search(path, number, length)
+
+    def _at_place(self, path: Path, file: int, start: int, length: int, number: int) -> pa.Table | None:
+        """The `length` rows from `start` on of a file, by rising frame; None if they aren't just those of episode
+        `number`."""
+        rows = self._reader.slice(path, start, length)
+        frames = self._frames(rows, number)
+        if frames is None or len(frames) != length:
+            return None
+        if self._reader.num_rows(path) != int(self._stored.rows_in_file[file]):
+            beside = [self._reader.slice(path, row, 1) for row in (start - 1, start + length) if row >= 0]
+            if any(row.num_rows and self._frames(row, number) is not None for row in beside):
+                return None
+        if (np.diff(frames) == 1).all():
+            return rows
+        if len(np.unique(frames)) == length:
+            return rows.take(pa.array(np.argsort(frames))).combine_chunks()
+        return None
 
     def read_one(self, position: int, *, last: bool) -> pa.Table:
         """The first or last row of the episode at `position` of the table."""
@@ -151,17 +162,21 @@ class EpisodeReader:
 
 
 class _FileIndex:
-    """The rows of one file by episode and frame."""
+    """The rows of one file by episode and frame: 16 bytes a row."""
 
     def __init__(self, rows: pa.Table, order: str | None):
         episode, frame = numbers(rows, EPISODE_COLUMN, 1, np.int64)[:, 0], _order(rows, order)
-        self._row = np.lexsort((frame, episode))
-        self._episode, self._frame = episode[self._row], frame[self._row]
+        row = np.lexsort((frame, episode))
+        self._frame, self._row = frame[row], row.astype(np.int64)
+        self._episode, self._first = np.unique(episode[row], return_index=True)
 
     def of(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(numbers [N] of the rows of the episode, by rising frame; their frames [N])."""
-        first, end = np.searchsorted(self._episode, [number, number + 1])
-        return self._row[first:end], self._frame[first:end]
+        place = int(np.searchsorted(self._episode, number))
+        if place == len(self._episode) or self._episode[place] != number:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        end = self._first[place + 1] if place + 1 < len(self._first) else len(self._row)
+        return self._row[self._first[place] : end], self._frame[self._first[place] : end]
 
 
 def _order(rows: pa.Table, column: str | None) -> NDArray[np.int64]:

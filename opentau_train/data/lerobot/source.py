@@ -106,9 +106,7 @@ class LeRobotDataset:
         if left_out:
             episodes = some(self.episodes.episode_index[list(left_out)].tolist())
             cause = next(iter(left_out.values()))
-            log.warning(
-                "%s: rows that can't be read, and won't be trained on: episodes %s (%s)", where, episodes, cause
-            )
+            log.warning("%s: rows that can't be read: episodes %s (%s)", where, episodes, cause)
 
 
 def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) -> LeRobotDataset:

@@ -83,15 +83,17 @@ def _varies(offset: NDArray[np.float64], spread: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class HeadStats:
-    """One norm head's statistics and dimension names of state and actions."""
+    """One norm head's statistics and dimension names of state and actions. `left_out`: the episodes (dataset, number)
+    that should have been part of them and whose rows can't be had."""
 
     state: Moments
     actions: Moments
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+    left_out: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> dict:
-        return {
+        return ({"left_out": self.left_out} if self.left_out else {}) | {
             "state": self.state.to_json(),
             "actions": self.actions.to_json(),
             "state_names": list(self.state_names),
@@ -101,7 +103,8 @@ class HeadStats:
     @classmethod
     def from_json(cls, tree: dict) -> HeadStats:
         names = tuple(tree["state_names"]), tuple(tree["action_names"])
-        return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names)
+        left_out = tuple((dataset, number) for dataset, number in tree.get("left_out", ()))
+        return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names, left_out)
 
 
 Rows = Iterator[tuple[str, int, NDArray, NDArray]]

@@ -295,15 +295,27 @@ def test_rows_in_another_file_than_the_metadata_say_are_found(row, numbers, tmp_
 
 def test_rows_that_stand_twice_count_once_and_cost_their_episode_where_they_differ(tmp_path):
     root = write(tmp_path / "set", ROWS)
-    change_rows(root, lambda t: pa.concat_tables([t, t.slice(0, 30)]))
+    change_rows(root, lambda t: pa.concat_tables([t.slice(0, 15), t]))
     assert_lost(open_source(root), set())
 
     def contradict(table: pa.Table) -> pa.Table:
-        actions = [[v + 1 for v in row] if i == 45 else row for i, row in enumerate(table["action"].to_pylist())]
+        actions = [[v + 1 for v in row] if i == 3 else row for i, row in enumerate(table["action"].to_pylist())]
         return table.set_column(table.column_names.index("action"), "action", pa.array(actions, table["action"].type))
 
-    change_rows(root, contradict)
+    whole = pq.read_table(root / "data/chunk-000/file-000.parquet").slice(15)
+    change_rows(root, lambda _: pa.concat_tables([whole.slice(12, 1), contradict(whole.slice(0, 15)), whole]))
     assert "frame 3 of episode 0 is there twice, differently" in assert_lost(open_source(root), OF_EPISODE[0])[0, 0]
+    change_rows(root, lambda _: pa.concat_tables([whole, whole.slice(41), contradict(whole.slice(0, 15))]))
+    assert_lost(open_source(root), set())  # the first ones stand where the metadata place them
+
+
+def test_an_episode_with_more_rows_than_its_metadata_give_it_is_left_out(tmp_path):
+    root = write(tmp_path / "set", replace(ROWS, version="v2.1"))
+    lines = (root / "meta/episodes.jsonl").read_text().replace('"length": 14', '"length": 12')
+    (root / "meta/episodes.jsonl").write_text(lines)
+    read = read_all(open_source(root))
+    assert {place for place, what in read.items() if what != "right"} == {(1, f) for f in range(12)}
+    assert "episode 1 has 14 rows, the metadata give it 12" in read[1, 0]
 
 
 def test_an_episode_is_as_long_as_its_rows_where_the_metadata_contradict_each_other(tmp_path, caplog):
