@@ -53,9 +53,9 @@ class FileTable:
         return self.root / self.relative(number)
 
     def on_disk(self) -> list[Path]:
-        """The files of the kind that there are, sorted, whether the metadata name them or not."""
+        """The files of the kind in the chunks that there are, sorted, whether the metadata name them or not."""
         folder, suffix = Path(self.template).parts[0], Path(self.template).suffix
-        return sorted((self.root / folder).glob(f"**/*{suffix}"))
+        return sorted((self.root / folder).glob(f"*/*{suffix}"))
 
 
 @dataclass(frozen=True)
