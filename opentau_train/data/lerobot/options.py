@@ -30,6 +30,8 @@ class LeRobotSource:
     """{camera name: column}, or columns; null = every camera of the dataset."""
     state: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
+    drop_dims: tuple[str, ...] = ()
+    """Dimensions of state and actions to leave out, by name or pattern (`*`; `column.3` is `column[3]`)."""
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
     """String columns that hold the instruction; none = the dataset's tasks."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array, texts
+from opentau_train.data.decode.parquet import RowError, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.lerobot.locate import EpisodeError, EpisodeReader
+from opentau_train.data.lerobot.spans import Span
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -32,26 +34,29 @@ def of_episodes(
     take: Callable[[pa.Table], T],
     *,
     row: OneRow | None = None,
+    left_out: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """(position, `take` of the episode's rows) for each of `positions`, in their order; of its first or last row only
-    where `row` says so. `where` is the source's path in the configuration.
+    where `row` says so. `where` is the source's path in the configuration. With `left_out`, an episode whose own rows
+    can't be had is noted there, {position: cause}, and passed over.
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    table, reader = stored.table, RowReader(stored.data.path, list(columns))
+    reader = EpisodeReader(stored, list(columns))
     try:
         for position in positions:
-            file, start = int(stored.data_file[position]), int(stored.row_start[position])
-            length = int(table.length[position])
-            if row is not None:
-                start, length = start + (length - 1 if row == "last" else 0), 1
             try:
-                taken = take(reader.read(file, start, length, int(table.episode_index[position])))
+                rows = reader.read(position) if row is None else reader.read_one(position, last=row == "last")
+                taken = take(rows)
             except RowError as error:
+                if left_out is not None and isinstance(error, EpisodeError):
+                    left_out[position] = str(error)
+                    continue
+                number = int(stored.table.episode_index[position])
                 raise UserError(
                     f"rows can't be read: {error}",
-                    where=str(stored.data.path(file)),
-                    remedy=f"restore the file, or leave its episodes out with {where}.exclude_episodes",
+                    where=f"episode {number}, {stored.data.path(int(stored.data_file[position]))}",
+                    remedy=f"restore the file, or leave the episode out: {where}.exclude_episodes=[{number}]",
                 ) from error
             yield position, taken
     finally:
@@ -64,7 +69,7 @@ class Reading:
 
     `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `images` {camera: its
     parquet column}; `task_column` is None where rows have no task; `prompt_separator` splits one text into
-    alternatives.
+    alternatives; `state_kept` and `actions_kept` mark the dimensions of their columns that aren't dropped.
     """
 
     dataset: str
@@ -81,6 +86,8 @@ class Reading:
     tolerance_s: float
     fps: float
     timed: bool
+    state_kept: NDArray[np.bool_]
+    actions_kept: NDArray[np.bool_]
 
     @property
     def episodes(self) -> EpisodeTable:
@@ -94,12 +101,9 @@ class Reading:
         names += [self.task_column] if self.task_column else []
         return names + (["timestamp"] if self.timed else [])
 
-    def places(self, position: int) -> dict[str, tuple[Path, float]]:
-        """{video camera: (mp4, seconds at which the episode starts in it)}."""
-        return {
-            camera: (places.files.path(int(places.file[position])), float(places.start[position]))
-            for camera, places in self.stored.videos.items()
-        }
+    def spans(self, position: int) -> dict[str, Span]:
+        """{video camera: the frames of the episode at `position`}."""
+        return {camera: places.span(position) for camera, places in self.stored.videos.items()}
 
 
 @dataclass(frozen=True)
@@ -117,36 +121,40 @@ class EpisodeRows:
     finite: bool
 
 
-def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
-    """[L, D] f32: the columns side by side. Raises `RowError`."""
-    parts = [numbers(rows, c.name, c.dim) for c in columns]
+def state_and_actions(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(state [L, S] f32, actions [L, A] f32): their columns side by side. Raises `RowError`."""
+    both = (reading.state, reading.state_kept), (reading.actions, reading.actions_kept)
+    state, actions = (_stack(rows, columns)[:, kept] for columns, kept in both)
+    return state, actions
+
+
+def _stack(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
+    parts = [numbers(rows, c.name, c.width)[:, c.first : c.first + c.dim] for c in columns]
     return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
 
 
-def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
+def load_rows(reader: EpisodeReader, reading: Reading, position: int) -> EpisodeRows:
     """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
-    stored, table = reading.stored, reading.episodes
-    file = int(stored.data_file[position])
-    rows = reader.read(
-        file, int(stored.row_start[position]), int(table.length[position]), int(table.episode_index[position])
-    )
+    rows = reader.read(position)
     try:
         code, prompts = _prompts(rows, reading)
-        state, actions = stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+        state, actions = state_and_actions(rows, reading)
         return EpisodeRows(
             state=state,
             actions=actions,
-            seconds=_seconds(rows) if reading.timed else None,
+            seconds=row_seconds(rows) if reading.timed else None,
             prompt_code=code,
             prompts=prompts,
             images={camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
             finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
         )
     except RowError as error:
-        raise RowError(f"{stored.data.path(file)}: {error}") from error
+        path = reading.stored.data.path(int(reading.stored.data_file[position]))
+        raise RowError(f"{path}: {error}") from error
 
 
-def _seconds(rows: pa.Table) -> NDArray[np.float64]:
+def row_seconds(rows: pa.Table) -> NDArray[np.float64]:
+    """[L] f64 times of an episode's rows. Raises `RowError` where they don't rise."""
     seconds = numbers(rows, "timestamp", 1, np.float64)[:, 0]
     wrong = np.flatnonzero(~np.isfinite(seconds) | (np.diff(seconds, prepend=-np.inf) < 0))
     if len(wrong):
@@ -156,17 +164,18 @@ def _seconds(rows: pa.Table) -> NDArray[np.float64]:
 
 def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[np.float32]) -> None:
     """Raises `RowError` naming the first value of a window's `state` [S] or `actions` [T, A] that is not finite."""
-    for values, columns in ((state[None], reading.state), (actions, reading.actions)):
+    both = (state[None], reading.state, reading.state_kept), (actions, reading.actions, reading.actions_kept)
+    for values, columns, kept in both:
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             step, dim = wrong[0].tolist()
-            name = [f"{c.name}[{i}]" for c in columns for i in range(c.dim)][dim]
+            name = np.array([f"{c.name}[{i}]" for c in columns for i in c.dims])[kept][dim]
             raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
 
 
 def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
     """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
-    columns = [texts(rows, name) for name in reading.prompt_columns]
+    columns = [_prompt_column(rows, name, reading.tasks) for name in reading.prompt_columns]
     codes = [code for code, _ in columns]
     if reading.task_column:
         codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
@@ -180,9 +189,21 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
         if not chosen and reading.task_column:
             if combination[-1] not in reading.tasks:
                 raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
-            chosen = _clean([reading.tasks[combination[-1]] or ""], reading.prompt_separator)
+            chosen = _clean([reading.tasks[combination[-1]]], reading.prompt_separator)
         prompts.append(chosen)
     return code.reshape(-1), prompts
+
+
+def _prompt_column(rows: pa.Table, name: str, tasks: Mapping[int, str]) -> tuple[NDArray[Any], list[str]]:
+    """`texts` of a column of texts, or of integers, which are places in `tasks`."""
+    kind = rows.schema.field(name).type
+    if not pa.types.is_integer(kind):
+        return texts(rows, name)
+    distinct, code = np.unique(numbers(rows, name, 1, np.int64), return_inverse=True)
+    unknown = [task for task in distinct.tolist() if task not in tasks]
+    if unknown:
+        raise RowError(f"{name} {unknown[0]} is not in the dataset's tasks")
+    return code.reshape(-1), [tasks[task] for task in distinct.tolist()]
 
 
 def _clean(texts: list[str], separator: str | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""LeRobot datasets, formats v3.0 and v2.1, as a `Source`: what `LeRobotSource.open` gives.
+"""LeRobot datasets, formats v3.0, v2.1 and v2.0, as a `Source`: what `LeRobotSource.open` gives.
 
 Metadata is read once, when the source is opened; files of rows and frames are opened by the cursors, in the
 process that uses them.
@@ -19,29 +19,36 @@ from opentau_train.config.data import SourceSettings
 from opentau_train.data.decode.parquet import texts
 from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.columns import (
+    INTEGER,
     NUMBER,
     Column,
+    check_dropped,
     choose_cameras,
+    choose_dimensions,
     choose_numbers,
     choose_texts,
     dimension_names,
     frame_size,
     left_out,
+    named_so,
+    unusable,
 )
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot.episodes import (
     Episodes,
     FileTable,
     StoredEpisodes,
-    VideoPlaces,
     read_episodes,
     read_tasks,
 )
-from opentau_train.data.lerobot.identity import identify
+from opentau_train.data.lerobot.identity import identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
+from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
-from opentau_train.data.lerobot.rows import Reading, stack_columns
+from opentau_train.data.lerobot.presence import present_cameras, without_video
+from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
+from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, some, tell_unlisted, video_places
 from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -83,18 +90,23 @@ class LeRobotDataset:
         return LeRobotCursorFactory(self.reading, window)
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
-        """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
+        """See `Source.columns`; episodes come in the order of the files, without those whose rows aren't there, which
+        the log names. Raises `UserError` naming the file."""
         reading, stored = self.reading, self.reading.stored
         names = [c.name for c in (*reading.state, *reading.actions)]
         positions = np.asarray(positions, np.int64)
         ordered = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))].tolist()
 
         def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
-            return stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+            return state_and_actions(rows, reading)
 
-        where = f"data.sources.{self.name}"
-        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take):
+        where, left_out = f"data.sources.{self.name}", dict[int, str]()
+        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take, left_out=left_out):
             yield position, state, actions
+        if left_out:
+            episodes = some(self.episodes.episode_index[list(left_out)].tolist())
+            cause = next(iter(left_out.values()))
+            log.warning("%s: rows that can't be read: episodes %s (%s)", where, episodes, cause)
 
 
 def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) -> LeRobotDataset:
@@ -105,13 +117,27 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     cameras = choose_cameras(features, options.cameras, f"{where}.cameras")
     state, actions = _state_and_actions(info, options)
     prompts = choose_texts(features, options.prompt_columns, f"{where}.prompt_columns")
+    for line in unusable(features, {c for c in (*cameras.values(), *(c.name for c in (*state, *actions)), *prompts)}):
+        log.warning("%s: %s", where, line)
+    state_names, state_kept = choose_dimensions(features, state, options.drop_dims)
+    action_names, actions_kept = choose_dimensions(features, actions, options.drop_dims)
+    check_dropped(options.drop_dims, dimension_names(features, (*state, *actions)), f"{where}.drop_dims")
     videos = _videos(info, cameras)
-    tasked = "task_index" in features
-    listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
-    listing = Listing(info, _stored(info, listed, videos), listed.extra, listed.names)
-    listing = _with_control_mode(listing.select(kept_positions(listing, settings)), settings)
+    tasked = "task_index" in features or any(features[name]["dtype"] in INTEGER for name in prompts)
+    ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
+    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, where), "length", *ends])
+    tell_unlisted(info, listed.episode_index)
+    stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
+    cameras = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
+    listing = Listing(info, stored, listed.extra, listed.names)
+    listing = settle_lengths(listing.select(kept_positions(listing, settings)))
+    listing = _with_control_mode(listing, settings)
     stored = listing.stored
+    files = stored_files(info, stored)
+    lacking = without_video(info, stored, files, settings.exclude_episodes)
+    stored = replace(stored, table=replace(stored.table, lacking=lacking))
     blocks = filter_blocks(listing, settings) if settings.use_filter_dict else whole_episodes(stored.table.length)
+    blocks = cut(blocks, seen_rows(listing, options.tolerance_s))
     fps = float(info.get("fps"))
     by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
     reading = Reading(
@@ -124,38 +150,44 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         actions=actions,
         prompt_columns=prompts,
         prompt_separator=options.prompt_separator,
-        task_column="task_index" if tasked else None,
+        task_column="task_index" if "task_index" in features else None,
         tasks=read_tasks(info) if tasked else {},
         tolerance_s=options.tolerance_s,
         fps=fps,
-        timed=bool(videos) or by_time,
+        timed=bool(stored.videos) or by_time,
+        state_kept=state_kept,
+        actions_kept=actions_kept,
     )
-    fingerprint, rows_stamp = identify(info, stored)
+    fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
         robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
         fps=fps,
-        state_names=dimension_names(features, state),
-        action_names=dimension_names(features, actions),
+        state_names=state_names,
+        action_names=action_names,
         fingerprint=fingerprint,
         rows_stamp=rows_stamp,
         reading=reading,
         blocks=blocks,
-        frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
+        frame_sizes={camera: frame_size(features[videos[camera]]) for camera in stored.videos},
     )
 
 
 def _state_and_actions(info: Info, options: LeRobotSource) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
     """The columns of both, with a warning of what an unset choice passes over. Raises `UserError`."""
     where = info.where
-    state = choose_numbers(info.features, options.state, "observation.state", f"{where}.state")
-    actions = choose_numbers(info.features, options.actions, "action", f"{where}.actions")
+    state_key, actions_key = f"{where}.state", f"{where}.actions"
+    slices = named_slices(info, "state", options.state or (), state_key)
+    state = choose_numbers(info.features, options.state, "observation.state", state_key, slices)
+    slices = named_slices(info, "action", options.actions or (), actions_key)
+    actions = choose_numbers(info.features, options.actions, "action", actions_key, slices)
     if not actions:
-        raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
+        remedy = named_so(info.features, "action", actions_key)
+        raise UserError("the dataset has no actions", where=str(info.path), remedy=remedy)
     if options.state is None:
-        _warn_of_left_out(info, f"{where}.state", "observation.state", state)
+        _warn_of_left_out(info, state_key, "observation.state", state)
     if options.actions is None:
-        _warn_of_left_out(info, f"{where}.actions", "action", actions)
+        _warn_of_left_out(info, actions_key, "action", actions)
     return state, actions
 
 
@@ -166,7 +198,7 @@ def _warn_of_left_out(info: Info, key: str, whole: str, chosen: tuple[Column, ..
         all_of_them = ",".join([*(c.name for c in chosen), *names])
         log.warning("%s: left out, having no floats: %s; %s=[%s] takes them", key, ", ".join(names), key, all_of_them)
     elif not chosen:
-        log.warning("%s: the dataset has no %s; %s=[COLUMN,...] takes other columns", key, whole, key)
+        log.warning("%s: the dataset has no %s; %s", key, whole, named_so(info.features, whole, key))
 
 
 def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
@@ -187,15 +219,29 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
     data, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
     places = {}
     for camera, column in videos.items():
+        if column not in listed.videos:
+            continue
         chunk, file, start = listed.videos[column]
-        places[camera] = VideoPlaces(*_number_files(info, "video_path", chunk, file, column), start)
+        files, number = _number_files(info, "video_path", chunk, file, column)
+        told = listed.extra.get(f"videos/{column}/to_timestamp", [None] * len(start))
+        to = np.array([end if isinstance(end, int | float) else np.nan for end in told], np.float64)
+        places[camera] = video_places(info, listed, files, number, start, to)
     table = EpisodeTable(
         episode_index=listed.episode_index,
         length=listed.length.astype(np.int32),
         control_mode=np.zeros(len(listed.length), np.int16),
         control_modes=(DEFAULT_CONTROL_MODE,),
     )
-    return StoredEpisodes(table, data, data_file, listed.row_start, places)
+    return StoredEpisodes(
+        table,
+        data,
+        data_file,
+        listed.row_start,
+        places,
+        rows_in_file=np.bincount(data_file, weights=listed.length, minlength=len(data)).astype(np.int64),
+        shared_files=not info.file_an_episode,
+        order=next((name for name in ("frame_index", "index") if name in info.features), None),
+    )
 
 
 def _number_files(
@@ -205,7 +251,7 @@ def _number_files(
     files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
     try:
         files.relative(0)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key} '{files.template}' can't be filled in: {error}",
             where=str(info.path),

@@ -20,7 +20,7 @@ from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.split import validation_split
+from opentau_train.data.mixture.split import ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source, SourceOptions
 from opentau_train.data.transforms.base import Transform
@@ -92,13 +92,35 @@ def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline,
 
 
 def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
-    """The mixture normalised by `stats`; logs which dimensions don't vary. Raises `UserError` where they don't fit."""
+    """The mixture normalised by `stats`, without the episodes whose rows these didn't find; logs which they are, and
+    which dimensions don't vary. Raises `UserError` where the statistics don't fit."""
     statistics.check(stats, mixture.datasets, mixture.groups)
+    mixture = _without(mixture, {episode for known in stats.values() for episode in known.left_out})
     for head, known in stats.items():
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)
         if flat:
             log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+        rare = normalize.rare_dimensions(known, mixture.settings.normalization)
+        if rare:
+            log.warning("norm head %s: by min and max, since q01 is q99: %s", head, ", ".join(rare))
     return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
+
+
+def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
+    """The mixture without windows of the episodes (dataset, number) in `left_out`."""
+    if not left_out:
+        return mixture
+    datasets = []
+    for dataset in mixture.datasets:
+        numbers = sorted(number for name, number in left_out if name == dataset.name)
+        if numbers:
+            where = f"data.sources.{dataset.name}"
+            log.warning("%s: left out, their rows not being there: episodes %s", where, ranges(numbers))
+        sides = dataset.train.without(numbers), dataset.validation.without(numbers)
+        datasets.append(dataclasses.replace(dataset, train=sides[0], validation=sides[1]))
+    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
+    groups = _with_shares(mixture.groups, datasets, draws)
+    return dataclasses.replace(mixture, datasets=tuple(datasets), draws=tuple(draws), groups=tuple(groups))
 
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
@@ -152,6 +174,8 @@ def _open_dataset(
         for keep in (~held_out, held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
+    if settings.validation.every and settings.validation.on_bad_sample == "fail":
+        _check_held_out(source, chosen, held_out)
     given = (chosen.transforms, data.transforms)
     path = f"data.sources.{name}.transforms"
     transforms, state_names, action_names = compose(given, source.state_names, source.action_names, path)
@@ -194,6 +218,21 @@ def _check_usable(
             "gradients are correlated and their norm unstable; for debugging only",
             name,
         )
+
+
+def _check_held_out(source: Source, chosen: SourceSettings, held_out: NDArray[np.bool_]) -> None:
+    """Raises `UserError` where a video of a held-out episode is missing: validation replaces no window."""
+    lacking = source.episodes.lacking
+    if lacking is None or not (lacking & held_out).any():
+        return
+    numbers = source.episodes.episode_index
+    where = f"data.sources.{source.name}"
+    all_lacking = sorted({*chosen.exclude_episodes, *numbers[lacking].tolist()})
+    raise UserError(
+        f"dataset '{source.name}' has no video of the held-out episodes {ranges(numbers[lacking & held_out].tolist())}",
+        where=where,
+        remedy=f"restore it, or leave them out: {where}.exclude_episodes=[{','.join(map(str, all_lacking))}]",
+    )
 
 
 def _groups_of(source: Source) -> list[Group]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,9 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
     """{norm head: statistics} over all training episodes of the datasets that share the head; over the held-out ones
     where there are no others. Raises `UserError` for datasets that can't share one, and for values that aren't
     finite."""
+    check_heads(datasets, groups)
     heads: dict[str, HeadStats] = {}
-    for head in sorted({g.norm_head for g in groups}):
-        members = [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
+    for head, members in _members(datasets, groups).items():
         positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
@@ -38,8 +39,6 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
 def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64]], settings: Settings) -> HeadStats:
     """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
     first = members[0]
-    for other in members[1:]:
-        _check_shared(head, members[0], other)
     identity = []
     for d, p in zip(members, positions, strict=True):
         names = d.state_names + d.action_names
@@ -47,17 +46,41 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
         if d.transforms:
             identity.append(json.dumps(Pipeline(d.transforms).to_json()))
 
+    left_out: list[tuple[str, int]] = []
+
     def rows() -> normalize.Rows:
         for d, chosen in zip(members, positions, strict=True):
+            missing, numbers = set(chosen.tolist()), d.source.episodes.episode_index
             for place, state, actions in d.columns(chosen):
-                yield d.name, int(d.source.episodes.episode_index[place]), state, actions
+                missing.discard(place)
+                yield d.name, int(numbers[place]), state, actions
+            left_out.extend((d.name, int(numbers[place])) for place in sorted(missing))
+        if len(left_out) == sum(map(len, positions)):
+            where = f"data.sources.{first.name}"
+            remedy = "restore the dataset's files of rows (download or export it again)"
+            raise UserError(f"no episode of norm head {head} has rows that can be read", where=where, remedy=remedy)
+
+    def make() -> HeadStats:
+        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names)
+        return replace(stats, left_out=tuple(left_out))
 
     num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))
-    return normalize.cached(
-        settings.paths.cache,
-        identity,
-        lambda: normalize.compute(rows(), num_rows, first.state_names, first.action_names),
-    )
+    return normalize.cached(settings.paths.cache, identity, make)
+
+
+def _members(datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, list[Dataset]]:
+    """{norm head: the datasets that have it}, by name."""
+    return {
+        head: [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
+        for head in sorted({g.norm_head for g in groups})
+    }
+
+
+def check_heads(datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:
+    """Raises `UserError` for datasets that can't share a norm head, as far as metadata show it."""
+    for head, members in _members(datasets, groups).items():
+        for other in members[1:]:
+            _check_shared(head, members[0], other)
 
 
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
