@@ -28,7 +28,7 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
     heads: dict[str, HeadStats] = {}
     for head in sorted({g.norm_head for g in groups}):
         members = [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
-        positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
+        positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out & d.settings.trains) for d in members]
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
         heads[head] = _of_head(head, members, positions, settings)

@@ -94,6 +94,15 @@ def test_a_template_that_is_given_wins_over_keys_that_look_like_episode_numbers(
     assert kept(open_filtered(root, path)) != START
 
 
+def test_numbers_are_episodes_under_a_template_that_never_makes_one(tmp_path):
+    """As droid_cosmos's, whose dataset may also have a file that tools.keep_ranges has computed."""
+    root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": [str(e) for e in range(5)]}))
+    path = filter_file(tmp_path, {str(e): r for e, r in enumerate(RANGES)})
+    assert kept(open_filtered(root, path, filter_key="gs://x/{episode_id}/y")) == START
+    with pytest.raises(UserError, match="lacks the key '700'"):
+        open_filtered(root, path, filter_key="70{episode_id}")
+
+
 def test_a_template_makes_the_key_of_an_episode_id(tmp_path):
     ids = [f"lab+{e}" for e in range(5)]
     root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": ids}))
