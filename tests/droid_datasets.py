@@ -19,7 +19,7 @@ def text(value: Any) -> tuple[dict[str, Any], Any]:
     return {"dtype": "string", "shape": [1], "names": None}, lambda e, f: value(e)
 
 
-def write_droid(root: Path, language: bool = True, lengths: Sequence[int] = LENGTHS) -> Path:
+def write_droid(root: Path, language: Sequence[str] = LANGUAGE, lengths: Sequence[int] = LENGTHS) -> Path:
     """Columns of lerobot/droid_1.0.1: those that the recipe reads, and those that a filter could be keyed by."""
     columns = {
         "observation.state.joint_position": vector(7),
@@ -32,8 +32,7 @@ def write_droid(root: Path, language: bool = True, lengths: Sequence[int] = LENG
         "collector_id": text(lambda e: f"collector {e % 2}"),
         "date": text(lambda e: f"2023-07-{e + 1:02}"),
     }
-    if language:
-        columns |= {name: text(lambda e, name=name: f"{name} of {e}") for name in LANGUAGE}
+    columns |= {name: text(lambda e, name=name: f"{name} of {e}") for name in language}
     names = ("wrist_left", "exterior_1_left", "exterior_2_left")
     return write(root, Dataset(lengths, 15, cameras=_cameras("observation.images", names), columns=columns))
 

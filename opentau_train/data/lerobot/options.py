@@ -32,6 +32,8 @@ class LeRobotSource:
     actions: tuple[str, ...] | None = None
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
     """String columns that hold the instruction; none = the dataset's tasks."""
+    optional_prompts: bool = field(default=False, metadata=PROMPTS)
+    """Whether a dataset may lack some of `prompt_columns`, or all: then its tasks are the prompts."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)
     """Splits one text into alternatives, e.g. ' | '."""
     tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)
