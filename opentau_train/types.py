@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # what reads metadata alone starts without it, which takes seconds
+    import torch
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,15 @@ class EpisodeTable:
     """Every episode of one source, as columns (arrays only: forked workers share their pages).
 
     `episode_index` [E] i64 as the dataset numbers them; `length` [E] i32 rows; `control_mode` [E] i16 codes into
-    `control_modes`. Where an episode's rows and frames are stored is the source's own matter.
+    `control_modes`; `lacking` [E] whether a file of the episode is known to be missing (None: of no episode). Where an
+    episode's rows and frames are stored is the source's own matter.
     """
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int32]
     control_mode: NDArray[np.int16]
     control_modes: tuple[str, ...]
+    lacking: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.length)
@@ -39,6 +43,7 @@ class EpisodeTable:
             length=self.length[keep],
             control_mode=self.control_mode[keep],
             control_modes=self.control_modes,
+            lacking=None if self.lacking is None else self.lacking[keep],
         )
 
 
@@ -82,7 +87,7 @@ class Address(NamedTuple):
     pass_index: int
 
 
-LossTerms = dict[str, tuple[torch.Tensor, torch.Tensor]]
+LossTerms: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor]]"
 """{term: (sum [B] f32, count [B] f32)}: per-sample sums and counts, never a mean."""
 
 
