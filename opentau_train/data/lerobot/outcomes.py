@@ -22,7 +22,9 @@ def by_outcome(name: str, settings: SourceSettings) -> dict[str, SourceSettings]
     know few failures or none: `failure/` is filtered only where it is trained on, and needs no least match.
     """
     root = Path(settings.root or "")
-    if settings.root is None or _is_dataset(root) or not _is_dataset(root / SUCCESS):
+    if settings.root is None or settings.target != SourceSettings.target:
+        return {name: settings}
+    if _is_dataset(root) or not _is_dataset(root / SUCCESS):
         return {name: settings}
     taken = {name: replace(settings, root=str(root / SUCCESS), success_only=False)}
     what = f"data.sources.{name}: {root} holds datasets by outcome: {name} is {SUCCESS}/"

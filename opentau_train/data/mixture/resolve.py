@@ -43,7 +43,7 @@ def resolve_sources(
     if settings.data.builtin_sample and not any(s.root or s.repo_id for s in sources.values()):
         sources = _builtin_sample(settings, once_a_node, num_nodes)
     taken: dict[str, SourceSettings] = {}
-    for name, source in sources.items():
+    for name, source in sorted(sources.items()):
         parts = by_outcome(name, _with_root(name, source, once_a_node))
         twice = next((part for part in parts if part != name and part in sources), None)
         if twice is not None:
