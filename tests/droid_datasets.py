@@ -28,6 +28,7 @@ def write_droid(root: Path, language: Sequence[str] = LANGUAGE, lengths: Sequenc
         "action.gripper_position": vector(1, 0.5),
         "action.joint_velocity": vector(7, 0.25),
         "action": vector(8),
+        "is_episode_successful": ({"dtype": "bool", "shape": [1], "names": None}, lambda e, f: e != 1),
         "building": text(lambda e: "AUTOLab"),
         "collector_id": text(lambda e: f"collector {e % 2}"),
         "date": text(lambda e: f"2023-07-{e + 1:02}"),
