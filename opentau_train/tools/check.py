@@ -140,6 +140,7 @@ def check(tree: dict[str, Any], schema: str) -> str:
     that a training would."""
     from opentau_train.data.mixture.open import open_plan  # imports torch
     from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.data.mixture.statistics import check_heads
     from opentau_train.job import check_targets
 
     settings = load_settings(tree)
@@ -153,6 +154,7 @@ def check(tree: dict[str, Any], schema: str) -> str:
             check_schema(infos[-1], schema)
             _check_named(infos[-1], source.options)
     plan = open_plan(settings, sources)
+    check_heads(plan.datasets, plan.groups)
     lines = [f"{describe(info)}\n" for info in infos]
     for dataset in plan.datasets:
         cameras = ", ".join(dataset.source.cameras) or "none"

@@ -80,7 +80,7 @@ def named_so(features: Features, whole: str, key: str) -> str:
     """How to choose columns of numbers where there is none called `whole`: the likely one, and all that there are."""
     names = [name for name in _of_kind(features, NUMBER) if name not in BOOKKEEPING]
     near = difflib.get_close_matches(whole.rpartition(".")[2], names, n=1) or ["COLUMN,..."]
-    return f"{key}=[{near[0]}] takes other columns; those of numbers are: {', '.join(names) or '(none)'}"
+    return f"{key}=[{near[0]}] takes others; the dataset's number columns: {', '.join(names) or '(none)'}"
 
 
 def left_out(features: Features, whole: str) -> list[str]:

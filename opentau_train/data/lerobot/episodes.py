@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.lerobot.columns import CAMERA
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
 from opentau_train.errors import UserError
@@ -164,8 +165,10 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
     for key in video_columns:
         fields = {f"videos/{key}/{f}": kind for f, kind in _VIDEO_FIELDS.items()}
         if fields.keys() & set(table.names):  # else the camera has no video at all
-            without = f"{RESTORE}, or leave the camera out: {info.where}.cameras=[COLUMN,...] names the others"
-            chunks, files, begins = read_parquet(paths, fields, remedy=without).numbers.values()
+            places = read_parquet(paths, fields, remedy=_without_camera(info, key))
+            chunks, files, begins = places.numbers.values()
+            if f"videos/{key}/from_timestamp" in places.integers:
+                _check_whole_seconds(info, paths, key, begins)
             videos[key] = chunks, files, begins
     return Episodes(
         episode_index=table.numbers["episode_index"],
@@ -177,6 +180,32 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
         extra=table.values,
         names=table.names,
     )
+
+
+def _without_camera(info: Info, column: str) -> str:
+    """The remedy where the metadata of a camera's videos can't be used."""
+    others = [name for name, feature in info.features.items() if feature.get("dtype") in CAMERA and name != column]
+    return f"{RESTORE}, or leave the camera out: {info.where}.cameras=[{','.join(others)}]"
+
+
+def _check_whole_seconds(info: Info, paths: list[Path], key: str, begins: NDArray[np.float64]) -> None:
+    """LeRobot writes seconds as floats. Where a file has integers, raise `UserError` naming an episode whose
+    `to_timestamp` contradicts them: a fraction was cut off, and frames of another episode would be shown."""
+    column, to = f"videos/{key}/from_timestamp", f"videos/{key}/to_timestamp"
+    rows = {"episode_index": int, "dataset_from_index": int, "dataset_to_index": int}
+    if to not in read_parquet(paths, rows).names:
+        return
+    index, start, stop, ends = read_parquet(paths, {**rows, to: float}).numbers.values()
+    fps = float(info.get("fps"))
+    wrong = np.flatnonzero(np.abs(ends - begins - (stop - start) / fps) > 0.5 / fps)
+    if len(wrong):
+        row = wrong[0]
+        raise UserError(
+            f"column '{column}' has whole seconds, whose fraction was cut off: episode {index[row]} is "
+            f"{stop[row] - start[row]} rows, {begins[row]:g} to {ends[row]:g} s",
+            where=str(info.root / "meta" / "episodes"),
+            remedy=_without_camera(info, key),
+        )
 
 
 def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:

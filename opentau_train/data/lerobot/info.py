@@ -92,11 +92,11 @@ def is_lfs_pointer(path: Path | str) -> bool:
     return len(head) < LFS_BYTES and head.startswith(LFS_HEAD)
 
 
-def unreadable(path: Path, error: BaseException) -> UserError:
-    """The error of a file of meta/ whose reading raised `error`."""
+def unreadable(path: Path, error: BaseException, place: str = "") -> UserError:
+    """The error of a file of meta/ whose reading raised `error`, at its `place`."""
     if is_lfs_pointer(path):
         return lfs_error(str(path))
-    return UserError(f"{path.parent.name}/{path.name} can't be read: {error}", where=str(path), remedy=RESTORE)
+    return UserError(f"{path.parent.name}/{path.name} can't be read: {place}{error}", where=str(path), remedy=RESTORE)
 
 
 def lfs_error(path: str, num_others: int = 0) -> UserError:

@@ -51,7 +51,8 @@ def without_video(
 ) -> NDArray[np.bool_]:
     """[E] whether a video of the episode is missing; logs which are, of each camera. `files` are those of `stored`.
 
-    Raises `UserError` for git-lfs pointers and for episodes without their rows; `excluded` ones are left out already.
+    Raises `UserError` for git-lfs pointers, and for episodes without their file of rows, where each has its own;
+    `excluded` ones are left out already.
     """
     small = [f"{info.root}/{file.relative}" for file in files if 0 <= file.stat.size < LFS_BYTES]
     pointers = [path for path in small if is_lfs_pointer(path)]
@@ -59,7 +60,8 @@ def without_video(
         raise lfs_error(pointers[0], len(pointers) - 1)
     numbers = stored.table.episode_index
     missing = np.zeros(len(numbers), bool)
-    for camera in (None, *stored.videos):
+    kinds = [None, *stored.videos] if info.file_an_episode else [*stored.videos]
+    for camera in kinds:
         gone = [file for file in files if file.camera == camera and file.stat.size < 0]
         if not gone:
             continue

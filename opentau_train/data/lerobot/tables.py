@@ -31,11 +31,12 @@ _VALUES = (*UNREADABLE, ValueError, OverflowError)
 @dataclass(frozen=True)
 class Table:
     """Rows of metadata: `numbers` {column: [N] i64 or f64}, `values` {column: N Python objects, None where a row or its
-    file has none}, `names` of all columns."""
+    file has none}, `names` of all columns. `integers` are the numbers that a file has as integers."""
 
     numbers: Mapping[str, NDArray[Any]]
     values: Mapping[str, list[Any]]
     names: tuple[str, ...]
+    integers: frozenset[str] = frozenset()
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -47,13 +48,15 @@ def parquet_files(folder: Path) -> list[Path]:
         entries = [path for path in top if path not in chunks] + [
             p for chunk in chunks for p in sorted(chunk.iterdir())
         ]
-        # A link that leads nowhere is kept, for the reading to name: its episodes would else be gone without a word.
-        plain = [p for p in entries if not p.name.startswith(".") and (p.suffix == ".parquet" or not p.exists())]
+        shown = [path for path in entries if not path.name.startswith(".")]
     except FileNotFoundError:
-        entries = plain = []
+        entries = shown = []
     except OSError as error:
         raise unreadable(folder, error) from error
+    plain = [path for path in shown if path.suffix == ".parquet"]
     files = [path for path in plain if re.fullmatch(r"file-\d+", path.stem)] or plain
+    # A link that leads nowhere is for the reading to name: its episodes would else be gone.
+    files += [path for path in shown if path not in files and path.is_symlink() and not path.exists()]
     if not files:
         raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=RESTORE)
     over = [str(path.relative_to(folder)) for path in entries if path not in files]
@@ -68,17 +71,20 @@ def read_parquet(
     """The rows of all files: the columns `numbers` {name: int or float}, which must be there, and of `values` those
     that a file has. Raises `UserError`, whose remedy is `remedy` where a number is none."""
     names: dict[str, None] = {}
+    integers: set[str] = set()
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in numbers}
     objects: dict[str, list[Any]] = {name: [] for name in values}
     for path in paths:
         table, there = _read_file(path, [*numbers], values)
         names |= dict.fromkeys(there)
+        integers |= {name for name in numbers if pa.types.is_integer(table.schema.field(name).type)}
         for name, kind in numbers.items():
             parts[name].append(_numbers(table, Cells(name, kind, path, remedy)))
         for name, column in objects.items():
             column += _objects(table, name, path)
     objects = {name: column for name, column in objects.items() if name in names}
-    return Table({name: np.concatenate(arrays) for name, arrays in parts.items()}, objects, tuple(names))
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return Table(joined, objects, tuple(names), frozenset(integers))
 
 
 def text_columns(path: Path) -> list[str]:
@@ -100,15 +106,17 @@ def _schema(path: Path) -> pa.Schema:
 
 def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = ()) -> Table:
     """The same of a file with one JSON object a line. Raises `UserError`."""
-    rows, lines = [], []
+    rows, lines, number = [], [], 0
     try:
         # Only "\n" ends a line: a text may hold others of the characters at which `splitlines` does.
         for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
             if line.strip():
                 rows.append(json.loads(line))
                 lines.append(number)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error, f"line {number}: " if number else "") from error
     for number, row in zip(lines, rows, strict=True):
         missing = [name for name in numbers if not isinstance(row, dict) or name not in row]
         if missing:
@@ -175,12 +183,12 @@ def _numbers(table: pa.Table, cells: Cells) -> NDArray[Any]:
         array = array.dictionary_decode()
     if array.null_count:
         raise cells.wrong(int(np.flatnonzero(np.asarray(array.is_null()))[0]), "null")
-    if pa.types.is_decimal(array.type):
+    if pa.types.is_decimal(array.type) or pa.types.is_floating(array.type):
         array = array.cast(pa.float64())
     if not len(array):
         return np.zeros(0, np.float64 if cells.kind is float else np.int64)
     if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-        raise cells.wrong(0, f"{str(array[0])[:80]!r} ({array.type})")
+        raise cells.wrong(0, f"a value of type {array.type}")
     return cells.checked(array.to_numpy(zero_copy_only=False))
 
 
