@@ -75,14 +75,15 @@ def check_schema(info: Info, schema: str) -> None:
 
 
 def _check_named(info: Info, options: Mapping[str, Any]) -> None:
-    """Raise `UserError` where the dataset lacks columns that its source names, but has a schema that ships."""
+    """Raise `UserError` where the source names the columns of one schema and the dataset has those of another."""
     named: list[str] = []
     for key in ("cameras", "state", "actions"):
         chosen = options.get(key) or ()
         named += chosen.values() if isinstance(chosen, Mapping) else chosen
     missing = [column for column in named if column not in info.features]
+    of_a_schema = any(set(missing) <= set(columns) for columns in SCHEMAS.values())
     fits = next((s for s, columns in SCHEMAS.items() if columns and set(columns) <= set(info.features)), None)
-    if missing and fits:
+    if missing and of_a_schema and fits:
         raise UserError(
             f"the dataset lacks {_count(missing)}, which {info.where} names",
             where=str(info.root),

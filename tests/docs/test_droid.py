@@ -1,8 +1,8 @@
 """Every command of docs/droid.md, run as it stands on small datasets in the schemas of the releases.
 
-A block is one bash script. What isn't on this machine has a stand-in of the same name: the Hub (`hf`, which copies
-what was made here), `sbatch` (which runs the batch script at once), `srun` and `torchrun` (which record their arguments; with
-these the training is then run). Paths below /data are made below a temporary directory.
+A block is one bash script. What isn't on this machine has a stand-in of the same name: the Hub (`hf`, which copies what
+was made here), `sbatch` (which runs the batch script at once), `srun` and `torchrun` (which record their arguments; the
+training is then run with these). Paths below /data are made below a temporary directory.
 """
 
 from __future__ import annotations

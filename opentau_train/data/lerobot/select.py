@@ -28,6 +28,8 @@ from opentau_train.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+COMPUTED = "; or compute a file by episode number: python -m opentau_train.tools.keep_ranges ROOT --out FILE"
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -61,7 +63,7 @@ class Listing:
         raise UserError(
             f"'{column}' is no column of the episodes' metadata or of the data{did_you_mean(column, known)}",
             where=f"{self.info.where}.{key}",
-            remedy=f"name one of: {', '.join(shown)}",
+            remedy=f"name one of: {', '.join(shown)}{COMPUTED if key == 'filter_key' else ''}",
         )
 
     def _in_rows(self, column: str, row: OneRow) -> list[Any]:
