@@ -83,14 +83,14 @@ launch_require_command() {
   fi
 }
 
-# launch_check_dataset SCHEMA: DATASET_PATH is a dataset with the schema's columns.
-launch_check_dataset() {
+# DATASET_PATH is set, and becomes the root of the sources of `data=droid`, `droid_cosmos` and `lerobot`.
+launch_take_dataset() {
   if [[ -z ${DATASET_PATH:-} ]]; then
     launch_fail "DATASET_PATH is not set" "the environment variable DATASET_PATH" \
       "set DATASET_PATH to the directory of a LeRobot dataset"
     return
   fi
-  "${PYTHON:-python}" -m opentau_train.tools.check "$DATASET_PATH" --schema "$1"
+  export DATASET_PATH DROID_ROOT=$DATASET_PATH
 }
 
 # launch_split TEXT: fill the array `words` with the words of TEXT, read with a shell's rules for quotes and
@@ -110,11 +110,11 @@ launch_split() {
   fi
 }
 
-# launch_check_config OVERRIDE...: the program itself says what is wrong with the configuration, before torchrun adds its
-# traceback to it. CHECK_CONFIG=0 leaves this out.
-launch_check_config() {
+# launch_check OVERRIDE...: the program itself says what is wrong with the configuration or the datasets that it names,
+# before torchrun adds its traceback to it. CHECK_CONFIG=0 leaves this out.
+launch_check() {
   [[ ${CHECK_CONFIG:-1} != 0 ]] || return 0
-  "${PYTHON:-python}" -m opentau_train --cfg job "$@" >/dev/null || return 2
+  "${PYTHON:-python}" -m opentau_train.tools.check "$@"
 }
 
 # launch_quote_value TEXT: print TEXT as a value of an override, in Hydra's quotes where it holds more than a plain path.

@@ -5,8 +5,9 @@
 #   DATASET_PATH=/data/droid_1.0.1 NPROC_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launchers/train_droid_policy.sh
 #
 # Environment (a variable that is unset or empty is left out):
-#   DATASET_PATH          required: directory of a LeRobot dataset with the columns of lerobot/droid_1.0.1. Checked before
-#                         anything starts, and handed to the recipe as DROID_ROOT.
+#   DATASET_PATH          required: directory of a LeRobot dataset, with the columns of lerobot/droid_1.0.1 unless an
+#                         override says otherwise: data=droid_cosmos (nvidia/Cosmos3-DROID), data=lerobot (any). It
+#                         becomes the source's root. Checked, with all overrides, before anything starts.
 #   NPROC_PER_NODE        processes on this node, one a GPU; unset: torchrun's default, one.
 #   NNODES                nodes; unset: one. More than one needs MASTER_ADDR.
 #   NODE_RANK             this node's number, 0 to NNODES-1; unset: 0.
@@ -17,7 +18,7 @@
 #   TAIL_OVERRIDES        bash array of overrides, for a script that sources this one: TAIL_OVERRIDES=(trainer.steps=5).
 #   EXTRA_TAIL_OVERRIDES  overrides in one string, read with a shell's quoting but never executed, after TAIL_OVERRIDES:
 #                         EXTRA_TAIL_OVERRIDES='trainer.steps=5 "name=my run"'.
-#   CHECK_CONFIG          0: start torchrun without composing and checking the configuration first.
+#   CHECK_CONFIG          0: start torchrun without checking configuration and dataset first.
 #   PYTHON                interpreter of the checks; unset: python. torchrun is taken from PATH.
 #
 # Under `srun` NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from SLURM when they are not given;
@@ -34,15 +35,14 @@ train_droid_policy() {
   launch_check_topology || return
   launch_require_command "${PYTHON:-python}" "the environment variable PYTHON" || return
   launch_require_command torchrun PATH || return
-  launch_check_dataset droid || return
-  export DROID_ROOT=$DATASET_PATH
+  launch_take_dataset || return
 
   local overrides=(+recipe=droid_policy) words
   [[ -z ${RUN_DIR:-} ]] || overrides+=("paths.run_dir=$(launch_quote_value "$RUN_DIR")")
   overrides+=("${TAIL_OVERRIDES[@]}")
   launch_split "${EXTRA_TAIL_OVERRIDES:-}" || return
   overrides+=("${words[@]}" "$@")
-  launch_check_config "${overrides[@]}" || return
+  launch_check "${overrides[@]}" || return
   launch_torchrun "${LOG_DIR:-logs}/train_droid_policy.node${NODE_RANK:-0}.log" "${overrides[@]}"
 }
 

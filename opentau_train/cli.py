@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opentau_train.config.explain import HELP, SECTIONS, explain, refused_override, refused_section
+from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError
 from opentau_train.threads import THREAD
@@ -142,7 +142,8 @@ def _quietly(app: Callable[[], None]) -> None:
     except SystemExit as end:
         if end.code != EXIT_USER:
             raise
-        raise UserError(stderr.getvalue().rpartition("error: ")[2].strip(), remedy=HELP) from None
+        what, _, words = stderr.getvalue().rpartition("error: ")[2].strip().partition("unrecognized arguments: ")
+        raise (refused_flags(words.split()) if words else UserError(what, remedy=HELP)) from None
     sys.stderr.write(stderr.getvalue())
 
 
@@ -219,9 +220,7 @@ def compose(arguments: Sequence[str]) -> dict[str, Any]:
             if not os.path.isdir(folder):
                 raise UserError(f"the directory '{folder}' is not there", where=name, remedy=f"give {name} DIRECTORY")
         elif argument.startswith("-"):
-            raise UserError(
-                f"unknown option {argument}", remedy="give KEY=VALUE, GROUP=OPTION, or an option that --help lists"
-            )
+            raise refused_flags([argument, *(a for a in rest if not _is_override(a))])
         else:
             overrides.append(argument)
     _check_overrides(overrides)

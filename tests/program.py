@@ -44,7 +44,7 @@ TOY = [
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread a process, the repository importable, no DROID_ROOT of the machine."""
-    env = {k: v for k, v in os.environ.items() if k not in ("DROID_ROOT", "HYDRA_FULL_ERROR")}
+    env = {k: v for k, v in os.environ.items() if k not in ("DROID_ROOT", "DATASET_PATH", "HYDRA_FULL_ERROR")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **extra}
     return env
 

@@ -32,7 +32,10 @@ class SourceSettings:
     """Hugging Face Hub name, downloaded once a node when `root` is null."""
     revision: str | None = None
     weight: float | None = None
-    """Share in the mixture relative to the other weights; null on all sources = every window once an epoch."""
+    """Share in the mixture relative to the other weights; null on all sources = every window once an epoch. 0 = its
+    held-out episodes are validated, the others left out."""
+    failure_weight: float = 0.0
+    """Weight of `failure/`, where the directory holds LeRobot datasets `success/` and `failure/`."""
     val_split_ratio: float = field(default=0.1, metadata=HELD_OUT)
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
     val_episodes: tuple[int, ...] | None = field(default=None, metadata=HELD_OUT)
@@ -51,8 +54,8 @@ class SourceSettings:
     use_filter_dict: bool = False
     filter_dict_path: str | None = field(default=None, metadata=SAFE)  # its content is compared by itself
     filter_key: str = "{recording_folderpath}--{file_path}"
-    """An episode's key in the filter file, over its metadata. Where this is left as it is and all keys of the file are
-    whole numbers, they are episode numbers."""
+    """An episode's key in the filter file, over its metadata. Where all keys of the file are whole numbers and no key
+    that this makes is one, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
     filter_min_match: float = field(default=0.5, metadata=SAFE)
     """Least fraction of the episodes that must be in the filter file."""
@@ -79,16 +82,22 @@ class SourceSettings:
         """Whether every episode is held out."""
         return self.val_split_ratio == 1.0 and self.val_episodes is None
 
+    @property
+    def trains(self) -> bool:
+        """Whether episodes that aren't held out are trained on."""
+        return not self.validates_only and self.weight != 0
+
     def check(self, path: str) -> None:
         mixture = [f.metadata.get("key", f.name) for f in fields(self) if f.name != "options"]
         bind(self.arguments, path, (), mixture)
-        positive(f"{path}.weight", self.weight)
+        for name in ("weight", "failure_weight"):
+            at_least(f"{path}.{name}", getattr(self, name), 0.0)
         if not 0.0 <= self.val_split_ratio <= 1.0:
             raise UserError(
                 f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
                 remedy=f"set {path}.val_split_ratio to a fraction such as 0.1, or 1.0 for validation only",
             )
-        if self.validates_only and self.weight is not None:
+        if self.validates_only and self.weight:
             raise UserError(
                 f"{path} is for validation only (val_split_ratio=1.0) and has a weight, {self.weight:g}, to train with",
                 where=f"{path}.weight",

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 
 import yaml
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from opentau_train.config.data import SourceSettings
+from opentau_train.config.pointers import pointer
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import defaults
 from opentau_train.errors import UserError, did_you_mean
@@ -47,6 +48,23 @@ def refused_override(override: str, reason: str) -> UserError:
     )
 
 
+def refused_flags(words: Sequence[str]) -> UserError:
+    """Options that the program doesn't have, each with its value behind it or after `=`: often keys with dashes."""
+    known, texts = set(_dotted(Settings)), []
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            continue
+        if not equals and place + 1 < len(words) and not words[place + 1].startswith("-"):
+            value = words[place + 1]
+        text = pointer(name, value or None)
+        if text is None and name[2:] in known:
+            text = f"write {name[2:]}={value or 'VALUE'}, without dashes"
+        texts += [] if text is None else [text]
+    what = f"unrecognized argument{'s' if len(words) > 1 else ''}: {' '.join(words)}"
+    return UserError(what, remedy="; ".join(dict.fromkeys(texts)) or HELP)
+
+
 def refused_section(key: str, override: str) -> UserError:
     """A value for a whole section, e.g. `trainer=3`."""
     return UserError(
@@ -66,6 +84,9 @@ def unknown_key(name: str) -> UserError:
         return UserError(
             f"unknown key '{name}' of Hydra", remedy="leave it out; python -m opentau_train --cfg hydra lists"
         )
+    elsewhere = pointer(name)
+    if elsewhere is not None:
+        return UserError(f"unknown key '{name}'", remedy=elsewhere)
     by_name = {key.rpartition(".")[2]: key for key in (*_dotted(Settings), *top)}
     near = difflib.get_close_matches(name.rpartition(".")[2], by_name, n=1, cutoff=0.6)
     hint = f": did you mean '{by_name[near[0]]}'?" if near else ""

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
+from opentau_train.config.pointers import pointers
 from opentau_train.errors import UserError, did_you_mean
 
 TARGET = "_target_"
@@ -159,10 +160,10 @@ def _refuse_unknown(tree: Mapping, known: Collection[str], path: str) -> None:
     for key in tree:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
-            raise UserError(
-                f"unknown key '{where}'{did_you_mean(str(key), known)}",
-                remedy=f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known)) or '(it takes none)'}",
-            )
+            elsewhere = pointers(where, tree[key])
+            hint = "" if elsewhere else did_you_mean(str(key), known)
+            valid = f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known)) or '(it takes none)'}"
+            raise UserError(f"unknown key '{where}'{hint}", remedy=elsewhere or valid)
 
 
 REPLACED = {

@@ -58,11 +58,11 @@ class FilterReport:
     lost: Mapping[str, int]
     num_cut: int
 
-    def text(self, name: str, filter: KeepRanges) -> str:
-        """The report as the lines of a log."""
+    def text(self, name: str, filter: KeepRanges, keyed_by: str) -> str:
+        """The report as the lines of a log; `keyed_by` tells what an episode's key is."""
         share = self.num_kept / max(1, self.num_windows)
         lines = [
-            f"keep-ranges filter of '{name}': {filter.path} ({filter.digest[:12]})",
+            f"keep-ranges filter of '{name}': {filter.path} ({filter.digest[:12]}), by {keyed_by}",
             f"  episodes: {self.num_matched} of {self.num_episodes} found among {self.num_keys} keys, "
             f"{self.num_dropped} dropped",
             f"  windows:  {self.num_kept} of {self.num_windows} kept ({share:.1%})",
@@ -165,6 +165,11 @@ def template_fields(template: str, where: str) -> tuple[str, ...]:
             remedy="name per-episode columns, e.g. {recording_folderpath}--{file_path} or {episode_id}",
         )
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parts))
+
+
+def never_a_number(template: str) -> bool:
+    """Whether no episode's values make a whole number of the key template."""
+    return any(text and not text.isdigit() for text, *_ in string.Formatter().parse(template))
 
 
 def fill_template(template: str, columns: Mapping[str, Sequence[Any]], num: int) -> list[str]:

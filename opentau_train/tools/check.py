@@ -11,22 +11,24 @@ Of the rows and videos it reads the times of three episodes, to propose a `toler
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
+from opentau_train.config.pointers import POINTERS, pointer
 from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.cursor import proposed_tolerance
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.source import LeRobotDataset
-from opentau_train.data.mixture.open import open_plan
-from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.statistics import check_heads
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
+from opentau_train.log import log_to
 
 _DROID_ACTIONS = ("action.joint_position", "action.gripper_position")
 
@@ -74,6 +76,30 @@ def check_schema(info: Info, schema: str) -> None:
             )
 
 
+def _check_named(info: Info, options: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the source names the columns of one schema and the dataset has those of another."""
+    named: list[str] = []
+    for key in ("cameras", "state", "actions"):
+        chosen = options.get(key) or ()
+        named += chosen.values() if isinstance(chosen, Mapping) else chosen
+    missing = [column for column in named if column not in info.features]
+    of_a_schema = any(set(missing) <= set(columns) for columns in SCHEMAS.values())
+    fits = next((s for s, columns in SCHEMAS.items() if columns and set(columns) <= set(info.features)), None)
+    if missing and of_a_schema and fits:
+        raise UserError(
+            f"the dataset lacks {_count(missing)}, which {info.where} names",
+            where=str(info.root),
+            remedy=f"it has the {fits} schema: train it with data={fits}",
+        )
+
+
+def _note_environment() -> None:
+    """Say which variables are set that a neighbouring program's launcher reads, and this program doesn't."""
+    for name in POINTERS:
+        if name.isupper() and os.environ.get(name):
+            sys.stderr.write(f"note: the environment variable {name} is not read: {pointer(name)}\n")
+
+
 def _count(columns: Sequence[str]) -> str:
     return f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
 
@@ -115,19 +141,29 @@ def _vectors(features: Features, prefix: str) -> str:
 def check(tree: dict[str, Any], schema: str) -> str:
     """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
     that a training would."""
+    from opentau_train.data.mixture.open import open_plan  # imports torch
+    from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.data.mixture.statistics import check_heads
+    from opentau_train.job import check_targets
+
     settings = load_settings(tree)
+    check_targets(settings)
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]
-    infos = [read_info(Path(source.root), where) for where, source in own if source.root]
-    for info in infos:
-        check_schema(info, schema)
+    infos = []
+    for where, source in own:
+        if source.root:
+            infos.append(read_info(Path(source.root), where))
+            check_schema(infos[-1], schema)
+            _check_named(infos[-1], source.options)
     plan = open_plan(settings, sources)
     check_heads(plan.datasets, plan.groups)
     lines = [f"{describe(info)}\n" for info in infos]
     for dataset in plan.datasets:
         cameras = ", ".join(dataset.source.cameras) or "none"
+        num_episodes = len(np.unique(dataset.train.episode))
         lines.append(
-            f"{dataset.name}: {dataset.train.num_windows} windows of {(~dataset.held_out).sum()} episodes to train on, "
+            f"{dataset.name}: {dataset.train.num_windows} windows of {num_episodes} episodes to train on, "
             f"{dataset.held_out.sum()} episodes held out; {len(dataset.state_names)} dimensions of state, "
             f"{len(dataset.action_names)} of actions; cameras {cameras}"
         )
@@ -163,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(check(tree, options.schema))
         return EXIT_OK
 
-    return cli.answer(work)
+    with log_to(sys.stderr, is_main=True):
+        _note_environment()
+        return cli.answer(work)
 
 
 if __name__ == "__main__":

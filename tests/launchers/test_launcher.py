@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from opentau_train.tools.check import SCHEMAS
+from tests.droid_datasets import write_cosmos, write_droid
 
 REPO = Path(__file__).parents[2]
 LAUNCHER = REPO / "launchers" / "train_droid_policy.sh"
@@ -85,32 +85,28 @@ class Node:
         return self.run("bash", "-c", text, "caller", "argument-of-the-caller", **variables)
 
     def refuses(self, *texts: str, **variables: object) -> None:
-        """The launcher exits 2 with what, where and remedy on stderr, starts nothing and writes no log."""
+        """The launcher exits 2 with what, where and remedy at the end of stderr, starts nothing and writes no log."""
         answer = self.run(**variables)
         assert answer.returncode == 2, answer.stderr
-        what, where, remedy = answer.stderr.splitlines()
+        what, where, remedy = answer.stderr.splitlines()[-3:]
         assert what.startswith("error: ") and where.startswith("  where:  ") and remedy.startswith("  remedy: ")
         for text in texts:
             assert text in answer.stderr
         assert not self.record.exists() and not (self.path / "logs").exists()
 
 
-def make_dataset(root: Path, schema: str = "droid") -> Path:
-    image, vector = {"dtype": "video", "shape": [180, 320, 3]}, {"dtype": "float32", "shape": [7]}
-    info = {
-        "codebase_version": "v3.0",
-        "total_episodes": 1,
-        "total_frames": 9,
-        "fps": 15,
-        "features": {c: image if ".image" in c else vector for c in SCHEMAS[schema]},
-    }
-    (root / "meta").mkdir(parents=True)
-    (root / "meta" / "info.json").write_text(json.dumps(info))
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory) -> Path:
+    """A directory of small datasets: `my droid`, and a release by outcome, `cosmos`."""
+    root = tmp_path_factory.mktemp("datasets")
+    write_droid(root / "my droid")
+    write_cosmos(root / "cosmos" / "success")
+    write_cosmos(root / "cosmos" / "failure", "failure")
     return root
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
+def node(tmp_path: Path, datasets: Path) -> Node:
     fake = tmp_path / "bin" / "torchrun"
     fake.parent.mkdir()
     fake.write_text(FAKE_TORCHRUN)
@@ -119,24 +115,34 @@ def node(tmp_path: Path) -> Node:
     made.environment = {
         "PATH": f"{fake.parent}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "PYTHONPATH": str(REPO),
-        "DATASET_PATH": str(make_dataset(tmp_path / "my droid")),
+        "DATASET_PATH": str(datasets / "my droid"),
         "RECORD": str(made.record),
-        "CHECK_CONFIG": "0",  # most overrides here are made up; one test is about the check
+        "CHECK_CONFIG": "0",  # most overrides here are made up; the tests of the check set it
     }
     return made
 
 
-@pytest.mark.parametrize("key", ["trainer.stps", "model.widht"])
-def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(key, node):
-    answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES=f"{key}=5")
-    assert answer.returncode == 2 and f"unknown key '{key}'" in answer.stderr
+def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
+    answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES="model.widht=5")
+    assert answer.returncode == 2 and "unknown key 'model.widht'" in answer.stderr
     assert len(answer.stderr.splitlines()) <= 8 and not node.record.exists()
 
 
 def test_the_dataset_reaches_the_recipe_as_droid_root(node):
-    answer = node.run()
+    answer = node.run(CHECK_CONFIG="1")
     assert (node.path / "record.droid_root").read_text() == node.environment["DATASET_PATH"]
-    assert "1 episodes, 9 frames, 15 fps" in answer.stdout  # said before anything starts
+    assert "4 episodes, 130 frames, 15 fps" in answer.stdout  # said before anything starts
+
+
+def test_a_release_by_outcome_is_taken_with_its_data_and_the_check_follows_the_overrides(node, datasets):
+    """Which datasets the check takes: tests/unit/tools/test_check_composed.py."""
+    release = {"DATASET_PATH": datasets / "cosmos", "VLM_SAFETENSORS_PATH": "/weights", "CHECK_CONFIG": "1"}
+    answer = node.run(**release, EXTRA_TAIL_OVERRIDES="data=droid_cosmos")
+    assert answer.returncode == 0, answer.stderr
+    assert "droid_failure: 0 windows of 0 episodes" in answer.stdout and node.overrides == ["data=droid_cosmos"]
+    assert "note: the environment variable VLM_SAFETENSORS_PATH is not read" in answer.stderr
+    node.record.unlink(), (node.path / "logs").rename(node.path / "old")
+    node.refuses("observation.images.wrist_left", "has the droid_cosmos schema", **release)
 
 
 TOPOLOGY = {
@@ -278,10 +284,11 @@ def test_a_log_that_cannot_be_written_is_refused(node):
     assert not node.record.exists()
 
 
-def test_it_works_from_any_directory_and_with_relative_paths(node):
+def test_it_works_from_any_directory_and_with_relative_paths(node, datasets):
     elsewhere = node.path / "else where"
     elsewhere.mkdir()
-    answer = node.run(cwd=elsewhere, DATASET_PATH="../my droid")
+    (node.path / "my droid").symlink_to(datasets / "my droid")
+    answer = node.run(cwd=elsewhere, DATASET_PATH="../my droid", CHECK_CONFIG="1")
     assert answer.returncode == 0, answer.stderr
     assert (elsewhere / "logs" / "train_droid_policy.node0.log").exists()
 
@@ -292,11 +299,8 @@ def test_python_names_the_interpreter(node):
         f'#!/usr/bin/env bash\necho "$@" >>{shlex.quote(str(node.path))}/calls\nexec {sys.executable} "$@"\n'
     )
     interpreter.chmod(0o755)
-    assert node.run(PYTHON=interpreter).returncode == 0
-    assert (
-        f"-m opentau_train.tools.check {node.environment['DATASET_PATH']} --schema droid"
-        in (node.path / "calls").read_text()
-    )
+    assert node.run(PYTHON=interpreter, CHECK_CONFIG="1").returncode == 0
+    assert "-m opentau_train.tools.check +recipe=droid_policy\n" in (node.path / "calls").read_text()
 
 
 SLURM_STEP = {
@@ -359,15 +363,12 @@ def test_a_number_that_is_none_is_refused(node, name, value):
         (["NODE_RANK", "NNODES"], {"NODE_RANK": "10", "NNODES": "9", "MASTER_ADDR": "node0"}),
         (["MASTER_ADDR", "node 0"], {"NNODES": "2", "NODE_RANK": "1"}),
         (["DATASET_PATH is not set"], {"DATASET_PATH": ""}),
-        (["doesn't exist"], {"DATASET_PATH": "nowhere"}),
-        (["not a LeRobot dataset"], {"DATASET_PATH": "."}),
-        (["observation.images.wrist_left", "droid_cosmos schema"], {"DATASET_PATH": "cosmos"}),
+        (["doesn't exist"], {"DATASET_PATH": "nowhere", "CHECK_CONFIG": "1"}),
         (["'no-such-python'", "PYTHON"], {"PYTHON": "no-such-python"}),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused(node, texts, variables):
-    make_dataset(node.path / "cosmos", "droid_cosmos")
     node.refuses(*texts, **variables)
 
 

@@ -34,6 +34,8 @@ class LeRobotSource:
     """Dimensions of state and actions to leave out, by name or pattern (`*`; `column.3` is `column[3]`)."""
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
     """String columns that hold the instruction; none = the dataset's tasks."""
+    optional_prompts: bool = field(default=False, metadata=PROMPTS)
+    """Whether a dataset may lack some of `prompt_columns`, or all: then its tasks are the prompts."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)
     """Splits one text into alternatives, e.g. ' | '."""
     tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)

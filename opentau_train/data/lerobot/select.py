@@ -28,6 +28,8 @@ from opentau_train.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+COMPUTED = "; or compute a file by episode number: python -m opentau_train.tools.keep_ranges ROOT --out FILE"
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -61,7 +63,7 @@ class Listing:
         raise UserError(
             f"'{column}' is no column of the episodes' metadata or of the data{did_you_mean(column, known)}",
             where=f"{self.info.where}.{key}",
-            remedy=f"name one of: {', '.join(shown)}",
+            remedy=f"name one of: {', '.join(shown)}{COMPUTED if key == 'filter_key' else ''}",
         )
 
     def _in_rows(self, column: str, row: OneRow) -> list[Any]:
@@ -125,17 +127,18 @@ def filter_blocks(listing: Listing, settings: SourceSettings) -> NDArray[np.int3
             remedy=f"set {where}.chunk_length",
         )
     filter = keep_ranges.read(Path(settings.filter_dict_path or "").expanduser(), where, settings.filter_trim_tail)
-    if filter.by_number and settings.filter_key == SourceSettings.filter_key:
-        filter = filter.numbered()
+    if filter.by_number and keep_ranges.never_a_number(settings.filter_key):
+        filter, keyed_by = filter.numbered(), "episode number"
         keys = [str(number) for number in table.episode_index.tolist()]
     else:
+        keyed_by = settings.filter_key
         fields = keep_ranges.template_fields(settings.filter_key, where)
         columns = {name: listing.values(name, "first", "filter_key") for name in fields}
         keys = keep_ranges.fill_template(settings.filter_key, columns, len(table))
     rows = chunk_rows(settings.chunk_length or 1, row_step(float(listing.info.get("fps")), settings.fps))
     blocks, report = keep_ranges.apply(filter, keys, table.length, rule=settings.filter_rule, rows=rows)
     keep_ranges.check(filter, keys, report, settings.filter_min_match, where)
-    log.info(report.text(source_name(where), filter))
+    log.info(report.text(source_name(where), filter, keyed_by))
     return blocks
 
 

@@ -21,6 +21,7 @@ from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.columns import (
     INTEGER,
     NUMBER,
+    TEXT,
     Column,
     check_dropped,
     choose_cameras,
@@ -116,7 +117,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     features = info.features
     cameras = choose_cameras(features, options.cameras, f"{where}.cameras")
     state, actions = _state_and_actions(info, options)
-    prompts = choose_texts(features, options.prompt_columns, f"{where}.prompt_columns")
+    prompts = choose_texts(features, _prompt_columns(info, options), f"{where}.prompt_columns")
     for line in unusable(features, {c for c in (*cameras.values(), *(c.name for c in (*state, *actions)), *prompts)}):
         log.warning("%s: %s", where, line)
     state_names, state_kept = choose_dimensions(features, state, options.drop_dims)
@@ -189,6 +190,20 @@ def _state_and_actions(info: Info, options: LeRobotSource) -> tuple[tuple[Column
     if options.actions is None:
         _warn_of_left_out(info, actions_key, "action", actions)
     return state, actions
+
+
+def _prompt_columns(info: Info, options: LeRobotSource) -> tuple[str, ...]:
+    """The text columns to read: those that are named or, with `optional_prompts`, those of them that are there, none
+    where the tasks stand in; a warning names what is missing."""
+    named, features = options.prompt_columns, info.features
+    there = tuple(column for column in named if column in features)
+    if len(there) == len(named) or not options.optional_prompts or not (there or "task_index" in features):
+        return named
+    missing = [column for column in named if column not in features]
+    near = did_you_mean(missing[0], (c for c, feature in features.items() if feature.get("dtype") in TEXT))
+    prompts = ", ".join(there) or "the dataset's tasks"
+    log.warning("%s.prompt_columns: there is no %s%s; prompts: %s", info.where, ", ".join(missing), near, prompts)
+    return there
 
 
 def _warn_of_left_out(info: Info, key: str, whole: str, chosen: tuple[Column, ...]) -> None:

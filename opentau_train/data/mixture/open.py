@@ -171,7 +171,7 @@ def _open_dataset(
             stride=stride,
             made_of=made_of,
         )
-        for keep in (~held_out, held_out)
+        for keep in (~held_out & (chosen.weight != 0), held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
     if settings.validation.every and settings.validation.on_bad_sample == "fail":
@@ -203,14 +203,14 @@ def _check_usable(
 ) -> None:
     """Raises `UserError` where nothing is left to train on; warns of what trains or validates badly."""
     name, length = source.name, source.episodes.length
-    if num_windows == 0 and not chosen.validates_only:
+    if num_windows == 0 and chosen.trains:
         raise UserError(
             f"dataset '{name}' has no training window: {len(length)} episodes, longest {length.max(initial=0)} "
             f"frames, chunk_length {chosen.chunk_length}, drop_tail {drop_tail}",
             where=f"data.sources.{name}",
             remedy="loosen its filters, chunk_length or drop_tail; for validation only set val_split_ratio=1.0",
         )
-    if not held_out.any() and chosen.val_split_ratio > 0:
+    if not held_out.any() and chosen.val_split_ratio > 0 and chosen.trains:
         log.warning("data.sources.%s has one episode, which is trained on: it has no validation", name)
     if not chosen.iterable_shuffle:
         log.warning(

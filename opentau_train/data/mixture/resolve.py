@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
+from opentau_train.data.lerobot.outcomes import by_outcome
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,26 @@ def resolve_sources(
     settings: Settings, once_a_node: OnceANode = alone, num_nodes: int = 1
 ) -> dict[str, SourceSettings]:
     """The sources to open, sorted by name, with local roots: given, downloaded once a node, or the built-in sample's.
+    A directory of datasets by outcome is several of them (`lerobot.outcomes`).
 
     Raises `UserError`, of the configuration on all processes alike.
     """
     sources = settings.data.sources
     if settings.data.builtin_sample and not any(s.root or s.repo_id for s in sources.values()):
         sources = _builtin_sample(settings, once_a_node, num_nodes)
-    return {name: _with_root(name, source, once_a_node) for name, source in sorted(sources.items())}
+    taken: dict[str, SourceSettings] = {}
+    for name, source in sorted(sources.items()):
+        parts = by_outcome(name, _with_root(name, source, once_a_node))
+        twice = next((part for part in parts if part != name and part in sources), None)
+        if twice is not None:
+            raise UserError(
+                f"data.sources.{twice} is what {name}'s directory, which holds success/ and failure/, adds itself",
+                where=f"data.sources.{twice}",
+                remedy=f"take it out, or give both sources their own: set data.sources.{name}.root={parts[name].root} "
+                f"and data.sources.{twice}.root={parts[twice].root}",
+            )
+        taken.update(parts)
+    return dict(sorted(taken.items()))
 
 
 def _with_root(name: str, source: SourceSettings, once_a_node: OnceANode) -> SourceSettings:

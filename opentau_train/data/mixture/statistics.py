@@ -29,7 +29,7 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
     check_heads(datasets, groups)
     heads: dict[str, HeadStats] = {}
     for head, members in _members(datasets, groups).items():
-        positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
+        positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out & d.settings.trains) for d in members]
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
         heads[head] = _of_head(head, members, positions, settings)

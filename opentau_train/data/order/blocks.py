@@ -98,10 +98,10 @@ class DatasetBlocks:
 def draws_per_epoch(sizes: list[int], weights: list[float | None]) -> list[int]:
     """Windows an epoch draws from each dataset.
 
-    No weight set: every window once. Else the epoch keeps the mixture's size and is shared by weight (a null weight
-    counts as the dataset's own share of the windows), by largest remainder, at least one a dataset that has any.
+    No weight above 0 set: every window once. Else the epoch keeps the mixture's size and is shared by weight (a null
+    weight counts as the dataset's own share of the windows), by largest remainder, at least one a dataset that has any.
     """
-    if all(w is None for w in weights):
+    if not any(weights):
         return list(sizes)
     total = sum(sizes)
     shares = np.array([size / total if w is None else w for size, w in zip(sizes, weights, strict=True)])

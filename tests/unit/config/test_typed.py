@@ -352,7 +352,7 @@ def test_a_mixture_without_a_dataset_is_refused(sources):
 @pytest.mark.parametrize(
     ("key", "bad", "good"),
     [
-        ("data.sources.main.weight", 0.0, 0.5),
+        ("data.sources.main.weight", -0.5, 0.0),
         ("data.sources.main.weight", -1, 3),
         ("data.sources.main.val_split_ratio", 1.1, 1.0),
         ("data.sources.main.val_split_ratio", -0.1, 0.99),

@@ -19,6 +19,7 @@ from opentau_train.data.mixture.open import open_source
 from opentau_train.errors import UserError
 from opentau_train.tools import keep_ranges as tool
 from opentau_train.tools.keep_ranges import nonidle_ranges
+from tests.droid_datasets import published_filter, write_droid
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO
 
@@ -94,11 +95,31 @@ def test_a_template_that_is_given_wins_over_keys_that_look_like_episode_numbers(
     assert kept(open_filtered(root, path)) != START
 
 
+def test_numbers_are_episodes_under_a_template_that_never_makes_one(tmp_path):
+    """As droid_cosmos's, whose dataset may also have a file that tools.keep_ranges has computed."""
+    root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": [str(e) for e in range(5)]}))
+    path = filter_file(tmp_path, {str(e): r for e, r in enumerate(RANGES)})
+    assert kept(open_filtered(root, path, filter_key="gs://x/{episode_id}/y")) == START
+    with pytest.raises(UserError, match="lacks the key '700'"):
+        open_filtered(root, path, filter_key="70{episode_id}")
+
+
 def test_a_template_makes_the_key_of_an_episode_id(tmp_path):
     ids = [f"lab+{e}" for e in range(5)]
     root = write(tmp_path / "set", replace(ROWS_ONLY, episode_columns={"episode_id": ids}))
     path = filter_file(tmp_path, {f"gs://x/{i}--y": r for i, r in zip(ids, RANGES)})
     assert kept(open_filtered(root, path, filter_key="gs://x/{episode_id}--y")) == START
+
+
+def test_a_dataset_that_the_published_keys_cannot_match_is_told_to_compute_its_own(tmp_path):
+    """lerobot/droid_1.0.1 has neither of the two paths; the file that the remedy computes is read."""
+    root = write_droid(tmp_path / "set", lengths=(60, 40))
+    with pytest.raises(UserError, match="'recording_folderpath' is no column") as refused:
+        open_filtered(root, str(published_filter(tmp_path / "published.json", [[[0, 9]]])))
+    command = refused.value.remedy.rpartition("python -m opentau_train.tools.keep_ranges ")[2]
+    own = str(tmp_path / "own.json")
+    assert tool.main([str(root) if w == "ROOT" else own if w == "FILE" else w for w in command.split()]) == 0
+    assert kept(open_filtered(root, own)) == [(0, 0, 50), (1, 0, 30)]
 
 
 def test_rule_whole_keeps_windows_whose_chunk_lies_inside_a_range(tmp_path):
