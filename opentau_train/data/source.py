@@ -7,7 +7,8 @@ its `Cursor`s read it forward.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,15 @@ class Source(Protocol):
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """(position, state [L, S] f32, actions [L, A] f32) of the episodes at `positions`; never decodes video."""
+        ...
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source of files below one directory: where that lies on a server, they are fetched before they are read."""
+
+    def files(self, position: int) -> list[Path]:
+        """What a cursor opens for the episode at `position` of the table."""
         ...
 
 

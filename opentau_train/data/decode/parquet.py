@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from opentau_train.data.decode.opening import Opener, open_here
 
 EPISODE_COLUMN = "episode_index"
 OPEN_FILES = 32
@@ -24,14 +27,14 @@ class RowError(Exception):
 
 
 class RowReader:
-    """Reads episodes' rows of `columns` from files, whose paths `path` gives by their numbers. The last files stay
-    open, and their last row groups in memory: a group may hold many episodes.
+    """Reads episodes' rows of `columns` from files, whose paths `path` gives by their numbers and `opener` opens. The
+    last files stay open, and their last row groups in memory: a group may hold many episodes.
 
     Single-threaded, so that it works in forked workers.
     """
 
-    def __init__(self, path: Callable[[int], Path], columns: Sequence[str]):
-        self._path = path
+    def __init__(self, path: Callable[[int], Path], columns: Sequence[str], opener: Opener = open_here):
+        self._path, self._opener = path, opener
         self._columns = [*dict.fromkeys([EPISODE_COLUMN, *columns])]
         self._files: OrderedDict[int, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
@@ -86,7 +89,7 @@ class RowReader:
             return known
         while len(self._files) >= OPEN_FILES:
             self._files.popitem(last=False)[1][0].close()
-        handle = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        handle = self._opener(path, partial(pq.ParquetFile, memory_map=True, page_checksum_verification=True))
         missing = [c for c in self._columns if c not in handle.schema_arrow.names]
         if missing:
             handle.close()

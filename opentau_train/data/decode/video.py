@@ -19,6 +19,7 @@ from pathlib import Path
 import av
 
 from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Coding, VideoError, VideoFile, new_decoder
 
 ROUNDING_S = 1e-4
@@ -58,12 +59,13 @@ def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
 class VideoPool:
     """The open files of one worker process, at most as many as there are cursors.
 
-    A closed file is opened again when a cursor asks for it. `frames_decoded` counts the pictures that all cursors
-    have sent to their decoders.
+    A closed file is opened again, by `opener`, when a cursor asks for it. `frames_decoded` counts the pictures that all
+    cursors have sent to their decoders.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opener: Opener = open_here) -> None:
         self.frames_decoded = 0
+        self._opener = opener
         self._capacity = 0
         self._files: OrderedDict[str, VideoFile] = OrderedDict()  # strings: a Path takes microseconds to compare
 
@@ -87,7 +89,7 @@ class VideoPool:
         file = self._files.get(name)
         if file is None:
             self._shrink(self._capacity - 1)
-            file = self._files[name] = VideoFile(path)
+            file = self._files[name] = self._opener(path, VideoFile)
         else:
             self._files.move_to_end(name)
         return file

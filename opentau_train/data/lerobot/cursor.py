@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from opentau_train.data.chunk import chunk_places, history_rows, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import ImageError, Resizer, decode_image
+from opentau_train.data.decode.opening import Opener
 from opentau_train.data.decode.parquet import RowError, RowReader
 from opentau_train.data.decode.video import BURST, FrameCursor, VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
+from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample
 from opentau_train.types import RawWindow, WindowSpec
 
@@ -26,8 +28,9 @@ class LeRobotCursorFactory:
 
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
-        self.pool = VideoPool()
-        self.rows = RowReader(reading.stored.data.path, reading.columns)
+        self.opener = opener_at(reading.root)
+        self.pool = VideoPool(self.opener)
+        self.rows = RowReader(reading.stored.data.path, reading.columns, self.opener)
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
         self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
@@ -170,18 +173,18 @@ class LeRobotCursor:
         reading, rows = self._reading, self._rows
         assert rows is not None, "an image belongs to the episode entered before"
         try:
-            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
+            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root, self._factory.opener))
         except (ImageError, OSError) as error:
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
 
 
-def _encoded(cell: Any, root: Path) -> bytes:
+def _encoded(cell: Any, root: Path, opener: Opener) -> bytes:
     """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
     if isinstance(cell, Mapping):
         if cell.get("bytes") is None and cell.get("path"):
-            return (root / cell["path"]).read_bytes()
+            return opener(root / cell["path"], Path.read_bytes)
         cell = cell.get("bytes")
     if not isinstance(cell, bytes):
         raise ImageError("it has no image bytes")

@@ -13,6 +13,7 @@ import numpy as np
 
 from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.data.lerobot.info import Info
+from opentau_train.data.remote.mirror import mirror_at
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
@@ -38,11 +39,17 @@ def identify(info: Info, stored: StoredEpisodes) -> tuple[str, str]:
     num_data = len(relative)
     for places in stored.videos.values():
         relative += [places.files.relative(number) for number in np.unique(places.file).tolist()]
-    stats = file_stats([f"{info.root}/{name}" for name in relative])
+    mirror = mirror_at(info.root)
+    if mirror is None:
+        stats = file_stats([f"{info.root}/{name}" for name in relative])
+    else:
+        stats = [FileStat(*stat) for stat in mirror.stats(relative)]
     for name, stat in zip(relative, stats, strict=True):
         digest.update(f"{name}\x1f{stat.size}\x1e".encode())
-    for path in relative[: num_data : -(-num_data // MAX_ENDS)]:
-        digest.update(end_of(f"{info.root}/{path}"))
+    some = relative[: num_data : -(-num_data // MAX_ENDS)]
+    ends = [end_of(f"{info.root}/{path}") for path in some] if mirror is None else mirror.ends(some, END_BYTES)
+    for end in ends:
+        digest.update(end)
     written = repr([stat.modified for stat in stats[:num_data]])
     return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 

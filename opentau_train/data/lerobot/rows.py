@@ -3,7 +3,7 @@ single columns of many episodes, for control modes, success and statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,9 +12,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opentau_train.data.decode.opening import open_here
 from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.remote.ahead import fetch_ahead
+from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -22,12 +25,14 @@ T = TypeVar("T")
 
 OneRow = Literal["first", "last"]
 """The row of an episode that stands for it."""
+NUM_AHEAD = 256
+"""Episodes whose rows are fetched before they are read, where they lie on a server."""
 
 
 def of_episodes(
     where: str,
     stored: StoredEpisodes,
-    positions: Sequence[int],
+    positions: Iterable[int],
     columns: Sequence[str],
     take: Callable[[pa.Table], T],
     *,
@@ -38,7 +43,10 @@ def of_episodes(
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    table, reader = stored.table, RowReader(stored.data.path, list(columns))
+    table, mirror = stored.table, mirror_at(stored.data.root)
+    reader = RowReader(stored.data.path, list(columns), open_here if mirror is None else mirror.open)
+    if mirror is not None:
+        positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:
         for position in positions:
             file, start = int(stored.data_file[position]), int(stored.row_start[position])

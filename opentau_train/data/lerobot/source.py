@@ -82,6 +82,12 @@ class LeRobotDataset:
         """See `Source.cursors`."""
         return LeRobotCursorFactory(self.reading, window)
 
+    def files(self, position: int) -> list[Path]:
+        """See `FileSource.files`."""
+        stored = self.reading.stored
+        videos = (path for path, _ in self.reading.places(position).values())
+        return [stored.data.path(int(stored.data_file[position])), *videos]
+
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
         reading, stored = self.reading, self.reading.stored
