@@ -27,7 +27,11 @@ WAIT_S = 0.05
 
 
 class TooLarge(Exception):
-    """A file is larger than all that the cache may hold beside the metadata."""
+    """A file doesn't fit into the cache beside the metadata: together they have `num_bytes`."""
+
+    def __init__(self, num_bytes: int):
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Cache:
                 files.append((status.st_mtime_ns, status.st_size, path))
             used += status.st_size
         if kept + size > capacity:
-            raise TooLarge(kept)
+            raise TooLarge(kept + size)
         for _, freed, path in sorted(files):
             if used <= max(0, int(FILL_LEVEL * capacity) - size):
                 break

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from errno import ENOENT
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
+from opentau_train import rng
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.remote.cache import KEPT, Cache, TooLarge
 from opentau_train.data.remote.server import BLOCK, THREADS, Entry, Server
@@ -64,16 +65,29 @@ class Mirror:
         where the server doesn't give it or the cache can't be written.
         """
         name = path.relative_to(self.root).as_posix()
-        entry = self._entry(name)
+        size = self._entry(name).size
+        self._fill(path, size, lambda file: file.writelines(self.server.read(name, size)))
+
+    def fetch_metadata(self) -> None:
+        """Bring all metadata here, unless they are. Raises as `fetch` does."""
+        listing = _to_json(self.server, self.entries)
+        if (self.root / LISTING).is_file():
+            return
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self.fetch, [self.root / name for name in self.entries if _is_metadata(name)]))
+        self._fill(self.root / LISTING, len(listing), lambda file: file.write(listing))
+
+    def _fill(self, path: Path, size: int, write: Callable[[BinaryIO], object]) -> None:
         try:
-            self.cache.fill(path, entry.size, lambda file: file.writelines(self.server.read(name, entry.size)))
+            self.cache.fill(path, size, write)
         except FileNotFoundError:
             raise
         except TooLarge as error:
+            metadata = sum(entry.size for name, entry in self.entries.items() if _is_metadata(name))
             raise UserError(
-                f"{self.server.url}/{name} has {entry.size / 1e9:.3g} GB: the cache is too small for it",
+                f"{path.relative_to(self.root)} of {self.server.url} has {size / 1e9:.3g} GB: the cache is too small",
                 where="data.cache_gb",
-                remedy=f"set data.cache_gb above {2 * entry.size / 1e9 + self._metadata_gb():.3g}, better to what all "
+                remedy=f"set data.cache_gb to {1.1 * (error.num_bytes + metadata) / 1e9:.3g} or more, better to what all "
                 "lanes of a node read at a time",
             ) from error
         except OSError as error:
@@ -86,7 +100,7 @@ class Mirror:
     def stats(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """(bytes, a number that changes with the content) of each file; (-1, -1) for one that the server hasn't."""
         found = (self.entries.get(name) for name in names)
-        return [(-1, -1) if e is None else (e.size, int.from_bytes(_hash(e.version), "little")) for e in found]
+        return [(-1, -1) if e is None else (e.size, rng.key(e.version)) for e in found]
 
     def ends(self, names: Sequence[str], num_bytes: int) -> list[bytes]:
         """The last bytes of each file, `num_bytes` at most; none of one that the server hasn't. Raises as `fetch`."""
@@ -113,9 +127,6 @@ class Mirror:
             raise FileNotFoundError(ENOENT, "the server has no such file", f"{self.server.url}/{name}")
         return self.entries[name]
 
-    def _metadata_gb(self) -> float:
-        return sum(entry.size for name, entry in self.entries.items() if name.startswith(f"{KEPT}/")) / 1e9
-
 
 def make_mirror(url: str, folder: Path, capacity: int) -> Path:
     """The root of the mirror of the directory `url` in the cache `folder`, which may hold `capacity` bytes; its
@@ -123,9 +134,8 @@ def make_mirror(url: str, folder: Path, capacity: int) -> Path:
     that leads to no files, and as `Mirror.fetch` does."""
     server, cache = Server(url.rstrip("/")), Cache(folder)
     entries = server.list()
-    name = server.url.rpartition("/")[2]
-    listing = json.dumps({"url": server.url, "files": entries}).encode()
-    mirror = Mirror(folder / _hash(listing.decode()).hex() / name, server, cache, entries)
+    identity = hashlib.blake2b(_to_json(server, entries), digest_size=7).hexdigest()
+    mirror = Mirror(folder / identity / server.url.rpartition("/")[2], server, cache, entries)
     try:
         cache.resize(capacity)
     except OSError as error:
@@ -134,11 +144,7 @@ def make_mirror(url: str, folder: Path, capacity: int) -> Path:
             where=str(folder),
             remedy="set paths.cache_dir to a directory that you can write, on a disk of each node",
         ) from error
-    if not (mirror.root / LISTING).is_file():
-        metadata = [mirror.root / name for name in entries if name.startswith(f"{KEPT}/")]
-        with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(mirror.fetch, metadata))
-        cache.fill(mirror.root / LISTING, len(listing), lambda file: file.write(listing))
+    mirror.fetch_metadata()
     return mirror.root
 
 
@@ -161,5 +167,9 @@ def _read(root: Path, modified: int) -> Mirror:
     return Mirror(root, Server(listing["url"]), Cache(root.parent.parent), entries)
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=7).digest()
+def _to_json(server: Server, entries: Mapping[str, Entry]) -> bytes:
+    return json.dumps({"url": server.url, "files": entries}).encode()
+
+
+def _is_metadata(name: str) -> bool:
+    return name.startswith(f"{KEPT}/")
