@@ -85,7 +85,7 @@ class Mirror:
         except TooLarge as error:
             metadata = sum(entry.size for name, entry in self.entries.items() if _is_metadata(name))
             raise UserError(
-                f"{path.relative_to(self.root)} of {self.server.url} has {size / 1e9:.3g} GB: the cache is too small",
+                f"{path.relative_to(self.root)} of {self.server.url} has {size / 1e9:.3g} GB, too much for the cache",
                 where="data.cache_gb",
                 remedy=f"set data.cache_gb to {1.1 * (error.num_bytes + metadata) / 1e9:.3g} or more, better to what all "
                 "lanes of a node read at a time",
