@@ -44,7 +44,8 @@ class SourceOptions(Protocol):
 
     def open(self, name: str, settings: SourceSettings) -> Source:
         """The dataset that is called `name` in the mixture. `settings.root` is a local directory, or None where none is
-        given: whether it is needed is for the class to say.
+        given: whether it is needed is for the class to say. A URL comes as it was given; LeRobot's datasets alone get
+        the directory that `data/remote` keeps for it.
 
         Raises `UserError` for what is missing, broken or unknown.
         """

@@ -84,11 +84,11 @@ class Mirror:
             raise
         except TooLarge as error:
             metadata = sum(entry.size for name, entry in self.entries.items() if _is_metadata(name))
+            least = 1.1 * (error.num_bytes + metadata) / 1e9
             raise UserError(
                 f"{path.relative_to(self.root)} of {self.server.url} has {size / 1e9:.3g} GB, too much for the cache",
                 where="data.cache_gb",
-                remedy=f"set data.cache_gb to {1.1 * (error.num_bytes + metadata) / 1e9:.3g} or more, better to what all "
-                "lanes of a node read at a time",
+                remedy=f"set data.cache_gb={least:.3g} or more, better to what all lanes of a node read at a time",
             ) from error
         except OSError as error:
             raise Fault(

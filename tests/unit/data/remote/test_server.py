@@ -223,7 +223,7 @@ def test_a_file_that_does_not_fit_names_the_setting_and_a_size_that_works(local,
     with pytest.raises(UserError) as caught:
         list(windows(mixture_of("s3://bucket/set", tmp_path, f"data.cache_gb={(metadata + 2000) / 1e9:.9f}")))
     assert caught.value.where == "data.cache_gb"
-    size = caught.value.remedy.removeprefix("set data.cache_gb to ").split()[0]
+    size = caught.value.remedy.removeprefix("set data.cache_gb=").split()[0]
     mixture = mixture_of("s3://bucket/set", tmp_path, f"data.cache_gb={size}")
     assert len(list(windows(mixture))) == sum(LENGTHS)
 
