@@ -21,13 +21,15 @@ class EpisodeTable:
     """Every episode of one source, as columns (arrays only: forked workers share their pages).
 
     `episode_index` [E] i64 as the dataset numbers them; `length` [E] i32 rows; `control_mode` [E] i16 codes into
-    `control_modes`. Where an episode's rows and frames are stored is the source's own matter.
+    `control_modes`; `lacking` [E] whether a file of the episode is known to be missing (None: of no episode). Where an
+    episode's rows and frames are stored is the source's own matter.
     """
 
     episode_index: NDArray[np.int64]
     length: NDArray[np.int32]
     control_mode: NDArray[np.int16]
     control_modes: tuple[str, ...]
+    lacking: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.length)
@@ -39,6 +41,7 @@ class EpisodeTable:
             length=self.length[keep],
             control_mode=self.control_mode[keep],
             control_modes=self.control_modes,
+            lacking=None if self.lacking is None else self.lacking[keep],
         )
 
 

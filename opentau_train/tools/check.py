@@ -1,9 +1,11 @@
-"""Say what a LeRobot dataset is and whether it has a schema's columns, from its `meta/info.json` alone.
+"""Say what a LeRobot dataset is, and whether a training on it would start, by all that its metadata can show.
 
-    python -m opentau_train.tools.check ROOT [--schema droid|droid_cosmos|any]
+    python -m opentau_train.tools.check ROOT [--schema droid|droid_cosmos|any] [KEY=VALUE ...]
+    python -m opentau_train.tools.check +recipe=droid_policy data=droid_cosmos data.sources.droid.root=ROOT
 
-Exits 0, or 2 with what is wrong, where and the remedy on stderr. Reads no data and imports no torch: launchers run
-it on every node before anything starts.
+The first form stands for `+recipe=lerobot data.sources.main.root=ROOT`, the second takes the arguments of
+`python -m opentau_train`. Exits 0, or 2 with what is wrong, where and the remedy on stderr, as that training would.
+Reads no rows and decodes nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opentau_train import cli
+from opentau_train.config.data import SourceSettings
+from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info
-from opentau_train.errors import EXIT_OK, EXIT_USER, UserError, did_you_mean
-from opentau_train.tools.words import NAME, in_own_words
+from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 
 _DROID_ACTIONS = ("action.joint_position", "action.gripper_position")
 
@@ -41,14 +45,6 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "any": (),
 }
 """The columns that a schema needs; a dataset may have more."""
-
-
-def read(root: Path) -> Info:
-    """The dataset's info.json, as the training reads it. Raises `UserError` where it couldn't."""
-    try:
-        return read_info(root, f"data.sources.{NAME}")
-    except UserError as error:
-        raise in_own_words(error, root) from error
 
 
 def check_schema(info: Info, schema: str) -> None:
@@ -78,21 +74,19 @@ def _count(columns: Sequence[str]) -> str:
 
 
 def describe(info: Info) -> str:
-    """The dataset in a few lines: format, size, cameras, columns, robot, tasks, and whether its files are there."""
+    """The dataset in a few lines: format, size, cameras, columns, robot and tasks."""
     features, tree = info.features, info.tree
     cameras = [f"{name} {_pixels(f)}" for name, f in features.items() if f.get("dtype") in CAMERA]
-    folders = ["data"] + ["videos"] * any(f.get("dtype") == "video" for f in features.values())
     episodes, frames, tasks = (tree.get(f"total_{things}", "unknown") for things in ("episodes", "frames", "tasks"))
     lines = {
         "dataset": str(info.root),
-        "format": tree["codebase_version"],
+        "format": info.version,
         "size": f"{episodes} episodes, {frames} frames, {tree['fps']} fps",
         "cameras": ", ".join(cameras) or "none",
         "state": _vectors(features, "observation.state"),
         "actions": _vectors(features, "action"),
         "robot": str(tree.get("robot_type") or "unknown"),
         "tasks": str(tasks),
-        "files": ", ".join(f"{name}/{'' if (info.root / name).is_dir() else ' MISSING'}" for name in folders),
     }
     return "\n".join(f"{name + ':':9}{text}" for name, text in lines.items())
 
@@ -113,20 +107,56 @@ def _vectors(features: Features, prefix: str) -> str:
     return ", ".join(columns) or "none"
 
 
+def check(tree: dict[str, Any], schema: str) -> str:
+    """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
+    that a training would."""
+    from opentau_train.data.mixture.open import open_plan  # imports torch
+    from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.data.mixture.statistics import check_heads
+
+    settings = load_settings(tree)
+    sources = resolve_sources(settings)
+    own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]
+    infos = [read_info(Path(source.root), where) for where, source in own if source.root]
+    for info in infos:
+        check_schema(info, schema)
+    plan = open_plan(settings, sources)
+    check_heads(plan.datasets, plan.groups)
+    lines = [f"{describe(info)}\n" for info in infos]
+    for dataset in plan.datasets:
+        cameras = ", ".join(dataset.source.cameras) or "none"
+        lines.append(
+            f"{dataset.name}: {dataset.train.num_windows} windows of {(~dataset.held_out).sum()} episodes to train on, "
+            f"{dataset.held_out.sum()} episodes held out; {len(dataset.state_names)} dimensions of state, "
+            f"{len(dataset.action_names)} of actions; cameras {cameras}"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.check", description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, help="the dataset's directory")
+    parser = argparse.ArgumentParser(
+        prog="python -m opentau_train.tools.check", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--schema", choices=list(SCHEMAS), default="any", help="the columns it must have")
-    options = parser.parse_args(arguments)
-    try:
-        info = read(options.root)
-        check_schema(info, options.schema)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER
-    print(describe(info))
-    return EXIT_OK
+    parser.add_argument("root", nargs="?", metavar="ROOT", help="the dataset's directory, or the first override")
+    options, composed = parser.parse_known_args(arguments)
+    root = options.root or ""
+    if "=" in root and not Path(root).exists():
+        root, composed = "", [root, *composed]
+
+    def work() -> int:
+        if not root and not composed:
+            raise UserError("nothing to check", remedy="give ROOT, or the arguments of a training")
+        if not root:
+            print(check(cli.compose(composed), options.schema))
+            return EXIT_OK
+        tree = cli.compose(["+recipe=lerobot", *composed])
+        tree["data"]["sources"]["main"]["root"] = root
+        print(check(tree, options.schema))
+        return EXIT_OK
+
+    return cli.answer(work)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,18 +13,30 @@ from opentau_train.errors import UserError, did_you_mean
 Features = Mapping[str, Mapping[str, Any]]
 
 FLOAT = frozenset({"float16", "float32", "float64"})
-NUMBER = FLOAT | {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+INTEGER = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBER = FLOAT | INTEGER | {"bool"}
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""Columns of numbers that LeRobot gives every dataset."""
 CAMERA = frozenset({"video", "image"})
-TEXT = frozenset({"string"})
+TEXT = INTEGER | {"string"}
+"""Of a prompt: its text, or the number of one in meta/tasks."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers with `dim` values a row; `continuous`: between two rows it may be interpolated."""
+    """`dim` numbers a row: those of a column, or of its `width` ones those from `first` on. `continuous`: between two
+    rows they may be interpolated."""
 
     name: str
     dim: int
-    continuous: bool = True
+    continuous: bool
+    first: int
+    width: int
+
+    @property
+    def dims(self) -> range:
+        """The places of its numbers in the column."""
+        return range(self.first, self.first + self.dim)
 
 
 def choose_cameras(
@@ -41,17 +54,33 @@ def choose_cameras(
     return {c if times[c.rpartition(".")[2]] > 1 else c.rpartition(".")[2]: c for c in columns}
 
 
-def choose_numbers(features: Features, setting: tuple[str, ...] | None, whole: str, where: str) -> tuple[Column, ...]:
-    """The columns given, else the column `whole`, else every float column `whole.*` in info.json's order."""
+def choose_numbers(
+    features: Features, setting: tuple[str, ...] | None, whole: str, where: str, slices: Mapping[str, Column]
+) -> tuple[Column, ...]:
+    """The columns and `slices` given, else the column `whole`, else every float column `whole.*`, as info.json orders
+    them."""
     if setting is not None:
         for name in setting:
-            _require(features, name, NUMBER, "number", where)
+            if name not in slices:
+                _require(features, name, NUMBER, "number", where)
         names = list(setting)
     elif features.get(whole, {}).get("dtype") in NUMBER:
         names = [whole]
     else:
         names = [c for c in _of_kind(features, FLOAT) if c.startswith(whole + ".")]
-    return tuple(Column(n, _dim(features[n]), features[n]["dtype"] in FLOAT) for n in names)
+    return tuple(slices[n] if n in slices else _whole(n, features[n]) for n in names)
+
+
+def _whole(name: str, feature: Mapping[str, Any]) -> Column:
+    dim = num_values(feature)
+    return Column(name, dim, feature["dtype"] in FLOAT, 0, dim)
+
+
+def named_so(features: Features, whole: str, key: str) -> str:
+    """How to choose columns of numbers where there is none called `whole`: the likely one, and all that there are."""
+    names = [name for name in _of_kind(features, NUMBER) if name not in BOOKKEEPING]
+    near = difflib.get_close_matches(whole.rpartition(".")[2], names, n=1) or ["COLUMN,..."]
+    return f"{key}=[{near[0]}] takes others; the dataset's number columns: {', '.join(names) or '(none)'}"
 
 
 def left_out(features: Features, whole: str) -> list[str]:
@@ -62,9 +91,9 @@ def left_out(features: Features, whole: str) -> list[str]:
 
 
 def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The text columns given, checked."""
+    """The columns given, checked: of texts, or of integers, which are places in meta/tasks."""
     for name in setting:
-        _require(features, name, TEXT, "text", where)
+        _require(features, name, TEXT, "text or integer", where)
     return setting
 
 
@@ -73,10 +102,10 @@ def dimension_names(features: Features, columns: tuple[Column, ...]) -> tuple[st
     out: list[str] = []
     for column in columns:
         names = _flat_names(features[column.name].get("names"))
-        if len(names) == column.dim:
-            out += [f"{column.name}.{name}" for name in names]
+        if len(names) == column.width:
+            out += [f"{column.name}.{names[i]}" for i in column.dims]
         else:
-            out += [f"{column.name}[{i}]" for i in range(column.dim)]
+            out += [f"{column.name}[{i}]" for i in column.dims]
     return tuple(out)
 
 
@@ -91,7 +120,8 @@ def _flat_names(names: Any) -> list[str]:
     return []
 
 
-def _dim(feature: Mapping[str, Any]) -> int:
+def num_values(feature: Mapping[str, Any]) -> int:
+    """How many values a row of a column has, by its `shape`."""
     dim = 1
     for size in feature.get("shape") or ():
         dim *= int(size)

@@ -1,22 +1,26 @@
-"""The metadata of a LeRobot dataset, v3.0 and v2.1: episodes, tasks, and where the files are."""
+"""The metadata of a LeRobot dataset: episodes, tasks, and where the files are."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.parquet import UNREADABLE
+from opentau_train.data.lerobot.columns import CAMERA
 from opentau_train.data.lerobot.info import RESTORE, Info
+from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
+
+NO_EPISODES = "record some, or remove the source"
+MOST_ROWS = 2**31 - 1
+"""Of an episode: lengths are 32-bit numbers."""
+_VIDEO_FIELDS = {"chunk_index": int, "file_index": int, "from_timestamp": float}
+"""What meta/episodes says of an episode's video: {field: type}."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +102,26 @@ class Episodes:
 
 def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]) -> Episodes:
     """Every episode of the dataset. `extra` names columns that may be there. Raises `UserError`."""
-    read = _episodes_v30 if info.get("codebase_version") == "v3.0" else _episodes_v21
+    where = str(info.root / "meta")
+    if info.tree.get("total_episodes") == 0:
+        raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
+    read = _episodes_v21 if info.file_an_episode else _episodes_v30
     episodes = read(info, tuple(video_columns), tuple(extra))
     order = np.argsort(episodes.episode_index, kind="stable")
     index = episodes.episode_index[order]
-    where = str(info.root / "meta")
     if len(index) == 0:
-        raise UserError("the dataset has no episodes", where=where, remedy="record some, or remove the source")
+        raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
     twice = index[1:][np.diff(index) == 0]
     if len(twice):
         raise UserError(f"episode {twice[0]} is listed twice", where=where, remedy=RESTORE)
-    empty = index[episodes.length[order] <= 0]
-    if len(empty):
-        raise UserError(f"episode {empty[0]} has no rows", where=where, remedy="exclude or re-export it")
+    length = episodes.length[order]
+    wrong = index[(length <= 0) | (length > MOST_ROWS)]
+    if len(wrong):
+        what = f"episode {wrong[0]} has {length[index == wrong[0]][0]} rows"
+        raise UserError(what, where=where, remedy=RESTORE)
     return Episodes(
         episode_index=index,
-        length=episodes.length[order],
+        length=length,
         chunk=episodes.chunk[order],
         file=episodes.file[order],
         row_start=episodes.row_start[order],
@@ -125,103 +133,93 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]
 
 def read_tasks(info: Info) -> dict[int, str]:
     """{task_index: text}. Raises `UserError`."""
-    if info.get("codebase_version") == "v2.1":
-        path = info.root / "meta" / "tasks.jsonl"
-        rows = _read_jsonl(path)
-        return {_field(r, "task_index", int, path): _field(r, "task", str, path) for r in rows}
-    path = info.root / "meta" / "tasks.parquet"
-    table = _read_parquet(path, None)
-    # pandas wrote the texts as its index, whose column may have any name.
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    texts.sort(key=lambda n: {"task": 0, "__index_level_0__": 1}.get(n, 2))
-    if "task_index" not in table.column_names or not texts:
-        raise UserError("no task_index column or no text column", where=str(path), remedy=RESTORE)
-    return dict(zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist()))
+    if info.file_an_episode:
+        path, column = info.root / "meta" / "tasks.jsonl", "task"
+        table = read_jsonl(path, {"task_index": int}, [column])
+    else:
+        path = info.root / "meta" / "tasks.parquet"
+        # pandas wrote the texts as its index, whose column may have any name.
+        columns = sorted(text_columns(path), key=lambda n: {"task": 0, "__index_level_0__": 1}.get(n, 2))
+        column = next(iter(columns), "task")
+        table = read_parquet([path], {"task_index": int}, [column])
+    texts = table.values.get(column, [])
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str | None)), None)
+    if wrong is not None or len(texts) != len(table.numbers["task_index"]):
+        what = (
+            "no column of texts" if wrong is None else f"column '{column}', entry {wrong}: {texts[wrong]!r} is no text"
+        )
+        raise UserError(what, where=str(path), remedy=RESTORE)
+    return dict(zip(table.numbers["task_index"].tolist(), (text or "" for text in texts), strict=True))
 
 
 def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
-    folder = info.root / "meta" / "episodes"
-    paths = sorted(folder.glob("**/*.parquet"))
-    if not paths:
-        raise UserError("no episode metadata: no parquet file", where=str(folder), remedy=RESTORE)
+    paths = parquet_files(info.root / "meta" / "episodes")
     names = ["episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index"]
-    for key in video_columns:
-        names += [f"videos/{key}/{field}" for field in ("chunk_index", "file_index", "from_timestamp")]
-    table = pa.concat_tables([_read_parquet(p, names, extra) for p in paths], promote_options="default")
-    column = {n: _metadata_numbers(table, n, folder) for n in names}
-    chunk, file, start = (column[n] for n in ("data/chunk_index", "data/file_index", "dataset_from_index"))
+    table = read_parquet(paths, dict.fromkeys(names, int), extra)
+    chunk, file, start = (table.numbers[n] for n in ("data/chunk_index", "data/file_index", "dataset_from_index"))
     _, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     number = number.reshape(-1)
     first_row = np.full(number.max() + 1 if len(number) else 0, np.iinfo(np.int64).max)
     np.minimum.at(first_row, number, start)
     videos = {}
     for key in video_columns:
-        parts = [column[f"videos/{key}/{f}"] for f in ("chunk_index", "file_index", "from_timestamp")]
-        videos[key] = (parts[0], parts[1], parts[2].astype(np.float64))
+        fields = {f"videos/{key}/{f}": kind for f, kind in _VIDEO_FIELDS.items()}
+        if fields.keys() & set(table.names):  # else the camera has no video at all
+            places = read_parquet(paths, fields, remedy=_without_camera(info, key))
+            chunks, files, begins = places.numbers.values()
+            if f"videos/{key}/from_timestamp" in places.integers:
+                _check_whole_seconds(info, paths, key, begins)
+            videos[key] = chunks, files, begins
     return Episodes(
-        episode_index=column["episode_index"],
-        length=column["dataset_to_index"] - start,
+        episode_index=table.numbers["episode_index"],
+        length=table.numbers["dataset_to_index"] - start,
         chunk=chunk,
         file=file,
         row_start=start - first_row[number] if len(number) else start,
         videos=videos,
-        extra={name: table.column(name).to_pylist() for name in extra if name in table.column_names},
-        names=tuple(pq.read_schema(paths[0]).names),
+        extra=table.values,
+        names=table.names,
     )
 
 
+def _without_camera(info: Info, column: str) -> str:
+    """The remedy where the metadata of a camera's videos can't be used."""
+    others = [name for name, feature in info.features.items() if feature.get("dtype") in CAMERA and name != column]
+    return f"{RESTORE}, or leave the camera out: {info.where}.cameras=[{','.join(others)}]"
+
+
+def _check_whole_seconds(info: Info, paths: list[Path], key: str, begins: NDArray[np.float64]) -> None:
+    """LeRobot writes seconds as floats. Where a file has integers, raise `UserError` naming an episode whose
+    `to_timestamp` contradicts them: a fraction was cut off, and frames of another episode would be shown."""
+    column, to = f"videos/{key}/from_timestamp", f"videos/{key}/to_timestamp"
+    rows = {"episode_index": int, "dataset_from_index": int, "dataset_to_index": int}
+    if to not in read_parquet(paths, rows).names:
+        return
+    index, start, stop, ends = read_parquet(paths, {**rows, to: float}).numbers.values()
+    fps = float(info.get("fps"))
+    wrong = np.flatnonzero(np.abs(ends - begins - (stop - start) / fps) > 0.5 / fps)
+    if len(wrong):
+        row = wrong[0]
+        raise UserError(
+            f"column '{column}' has whole seconds, whose fraction was cut off: episode {index[row]} is "
+            f"{stop[row] - start[row]} rows, {begins[row]:g} to {ends[row]:g} s",
+            where=str(info.root / "meta" / "episodes"),
+            remedy=_without_camera(info, key),
+        )
+
+
 def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
-    path = info.root / "meta" / "episodes.jsonl"
-    rows = _read_jsonl(path)
-    index = np.array([_field(r, "episode_index", int, path) for r in rows], np.int64)
-    length = np.array([_field(r, "length", int, path) for r in rows], np.int64)
+    table = read_jsonl(info.root / "meta" / "episodes.jsonl", {"episode_index": int, "length": int}, extra)
+    index = table.numbers["episode_index"]
     chunk = index // int(info.tree.get("chunks_size") or 1000)
     zero = np.zeros(len(index))
     return Episodes(
         episode_index=index,
-        length=length,
+        length=table.numbers["length"],
         chunk=chunk,
         file=index,
         row_start=zero.astype(np.int64),
         videos={key: (chunk, index, zero) for key in video_columns},
-        extra={name: [r.get(name) for r in rows] for name in extra if any(name in r for r in rows)},
-        names=tuple(dict.fromkeys(name for r in rows for name in r)),
+        extra=table.values,
+        names=table.names,
     )
-
-
-def _read_parquet(path: Path, names: list[str] | None, extra: tuple[str, ...] = ()) -> pa.Table:
-    """The columns `names` (all for None) and, where the file has it, `extra`."""
-    try:
-        with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            missing = [n for n in names or () if n not in there]
-            if missing:
-                raise UserError(f"no column '{missing[0]}'", where=str(path), remedy=RESTORE)
-            wanted = None if names is None else [*dict.fromkeys([*names, *(n for n in extra if n in there)])]
-            table = file.read(columns=wanted, use_threads=False)
-            table.validate(full=True)
-            return table
-    except UNREADABLE as error:
-        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
-
-
-def _metadata_numbers(table: pa.Table, name: str, folder: Path) -> NDArray[Any]:
-    column = table.column(name)
-    if column.null_count:
-        raise UserError(f"column '{name}' has nulls", where=str(folder), remedy=RESTORE)
-    return np.asarray(column)
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
-
-
-def _field(row: Any, key: str, kind: type, path: Path) -> Any:
-    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-        raise UserError(
-            f"an entry has no '{key}' ({kind.__name__}): {json.dumps(row)[:80]}", where=str(path), remedy=RESTORE
-        )
-    return row[key]

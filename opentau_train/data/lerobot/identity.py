@@ -7,11 +7,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.remote.mirror import mirror_at
 
@@ -22,8 +24,34 @@ STATS_A_TURN = 500
 """Files whose status one thread asks for before it takes others."""
 
 
-def identify(info: Info, stored: StoredEpisodes) -> tuple[str, str]:
-    """(`fingerprint`, `rows_stamp`) of the dataset, see `Source`.
+class FileStat(NamedTuple):
+    """A file's bytes, and its modification time in nanoseconds; -1 for a file that can't be had."""
+
+    size: int
+    modified: int
+
+
+class StoredFile(NamedTuple):
+    """A file of the episodes in use: the one with the place `number` among those of `camera`, or of the rows (None);
+    `relative` is its path below the dataset's directory."""
+
+    camera: str | None
+    number: int
+    relative: str
+    stat: FileStat
+
+
+def stored_files(info: Info, stored: StoredEpisodes) -> list[StoredFile]:
+    """The files of the episodes in use: those of rows, then those of each camera."""
+    kinds: list[tuple[str | None, FileTable, NDArray]] = [(None, stored.data, stored.data_file)]
+    kinds += [(camera, places.files, places.file) for camera, places in stored.videos.items()]
+    named = [(camera, n, files.relative(n)) for camera, files, used in kinds for n in np.unique(used).tolist()]
+    stats = stats_below(info.root, [relative for _, _, relative in named])
+    return [StoredFile(*name, stat) for name, stat in zip(named, stats, strict=True)]
+
+
+def identify(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> tuple[str, str]:
+    """(`fingerprint`, `rows_stamp`) of the dataset, see `Source`. `files` are those of `stored`.
 
     The fingerprint hashes the metadata, the episodes, the sizes of their files and the ends of some files of rows, so
     that a dataset that was recorded, encoded or computed again has another one. The stamp hashes when the files of rows
@@ -35,30 +63,27 @@ def identify(info: Info, stored: StoredEpisodes) -> tuple[str, str]:
         digest.update(np.ascontiguousarray(column).tobytes())
     for camera, places in stored.videos.items():
         digest.update(camera.encode() + places.file.tobytes() + places.start.tobytes())
-    relative = [stored.data.relative(number) for number in np.unique(stored.data_file).tolist()]
-    num_data = len(relative)
-    for places in stored.videos.values():
-        relative += [places.files.relative(number) for number in np.unique(places.file).tolist()]
-    mirror = mirror_at(info.root)
-    if mirror is None:
-        stats = file_stats([f"{info.root}/{name}" for name in relative])
-    else:
-        stats = [FileStat(*stat) for stat in mirror.stats(relative)]
-    for name, stat in zip(relative, stats, strict=True):
-        digest.update(f"{name}\x1f{stat.size}\x1e".encode())
-    some = relative[: num_data : -(-num_data // MAX_ENDS)]
-    ends = [end_of(f"{info.root}/{path}") for path in some] if mirror is None else mirror.ends(some, END_BYTES)
-    for end in ends:
+    for file in files:
+        digest.update(f"{file.relative}\x1f{file.stat.size}\x1e".encode())
+    rows = [file for file in files if file.camera is None]
+    for end in _ends_below(info.root, [file.relative for file in rows[:: -(-len(rows) // MAX_ENDS)]]):
         digest.update(end)
-    written = repr([stat.modified for stat in stats[:num_data]])
+    written = repr([file.stat.modified for file in rows])
     return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
 
-class FileStat(NamedTuple):
-    """A file's bytes, and its modification time in nanoseconds; -1 for a file that can't be had."""
+def stats_below(root: Path, relative: Sequence[str]) -> list[FileStat]:
+    """`file_stats` of files that are named by their paths below the dataset's directory, here or on a server."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        return [FileStat(*stat) for stat in mirror.stats(relative)]
+    return file_stats([f"{root}/{name}" for name in relative])
 
-    size: int
-    modified: int
+
+def _ends_below(root: Path, relative: Sequence[str]) -> list[bytes]:
+    """`end_of` of files that are named by their paths below the dataset's directory, here or on a server."""
+    mirror = mirror_at(root)
+    return [end_of(f"{root}/{name}") for name in relative] if mirror is None else mirror.ends(relative, END_BYTES)
 
 
 def file_stats(paths: Sequence[str]) -> list[FileStat]:

@@ -1,8 +1,9 @@
-"""meta/info.json of a LeRobot dataset, v3.0 and v2.1: read, and its values checked once for all that use them."""
+"""meta/info.json of a LeRobot dataset, v3.0, v2.1 and v2.0: read, and its values checked once for all that use them."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +12,13 @@ from typing import Any
 
 from opentau_train.errors import UserError
 
-VERSIONS = ("v3.0", "v2.1")
+VERSIONS = ("v3.0", "v2.1", "v2.0")
 RESTORE = "restore the file (download or export the dataset again)"
+V1_CONVERTER = "python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 --repo-id=OWNER/NAME --single-task=TEXT"
+"""Of lerobot 0.3.3, the last release that has it."""
+LFS_HEAD = b"version https://git-lfs"
+LFS_BYTES = 1024
+"""A git-lfs pointer is smaller."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,16 @@ class Info:
     @property
     def path(self) -> Path:
         return self.root / "meta" / "info.json"
+
+    @property
+    def version(self) -> str:
+        """One of `VERSIONS`, as they are written there."""
+        return _version(self.tree.get("codebase_version"))
+
+    @property
+    def file_an_episode(self) -> bool:
+        """Whether each episode has its own files (v2.0 and v2.1), and meta/ is in lines of JSON."""
+        return self.version != "v3.0"
 
     @property
     def features(self) -> Mapping[str, Mapping[str, Any]]:
@@ -49,23 +65,67 @@ def read_info(root: Path, where: str) -> Info:
         raw = path.read_bytes()
         tree = json.loads(raw)
     except FileNotFoundError as error:
+        if (root / "meta_data" / "info.json").exists():  # where the formats before v2.0 had it
+            raise _refused("v1", str(root / "meta_data" / "info.json")) from error
         raise UserError(
             f"{root} is not a LeRobot dataset: it has no meta/info.json",
             where=where,
             remedy=f"set {where}.root to the directory that holds meta/ and data/",
         ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"meta/info.json can't be read: {error}", where=str(path), remedy=RESTORE) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
     info = Info(root, where, raw, tree if isinstance(tree, dict) else {})
     version = info.get("codebase_version")
-    if version not in VERSIONS:
-        raise UserError(
-            f"LeRobot format {version} can't be read, only {' and '.join(VERSIONS)}",
-            where=str(path),
-            remedy="convert the dataset with the lerobot package's conversion scripts",
-        )
+    if _version(version) not in VERSIONS:
+        raise _refused(version, str(path))
     _check_values(info)
     return info
+
+
+def is_lfs_pointer(path: Path | str) -> bool:
+    """Whether git left a pointer in place of the file's content."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(LFS_BYTES)
+    except OSError:
+        return False
+    return len(head) < LFS_BYTES and head.startswith(LFS_HEAD)
+
+
+def unreadable(path: Path, error: BaseException, place: str = "") -> UserError:
+    """The error of a file of meta/ whose reading raised `error`, at its `place`."""
+    if is_lfs_pointer(path):
+        return lfs_error(str(path))
+    return UserError(f"{path.parent.name}/{path.name} can't be read: {place}{error}", where=str(path), remedy=RESTORE)
+
+
+def lfs_error(path: str, num_others: int = 0) -> UserError:
+    """The error of a git-lfs pointer, and of as many others."""
+    others = f" (as are {num_others} others)" if num_others else ""
+    return UserError(
+        f"the file is a git-lfs pointer, not the data{others}",
+        where=path,
+        remedy="run `git lfs pull` in the dataset's directory",
+    )
+
+
+def _version(value: Any) -> str:
+    """The version as LeRobot writes it: "v2.1", also for "2.1" and "v2.1.0"."""
+    match = re.fullmatch(r"v?(\d+)\.(\d+)(\.0)*", value) if isinstance(value, str) else None
+    return f"v{int(match[1])}.{int(match[2])}" if match else ""
+
+
+def _refused(version: Any, where: str) -> UserError:
+    """The error of a dataset in a format that isn't read."""
+    if isinstance(version, str) and re.match(r"v?1(\.|$)", version):
+        remedy = f"convert it to v2.0 with lerobot 0.3.3 (pip install lerobot==0.3.3): {V1_CONVERTER}"
+    else:
+        remedy = "convert it to v3.0 or v2.1 with the program that wrote it"
+    return UserError(
+        f"LeRobot format {str(version)[:40]} can't be read, only {', '.join(VERSIONS[:-1])} and {VERSIONS[-1]}",
+        where=where,
+        remedy=remedy,
+    )
 
 
 def _check_values(info: Info) -> None:
@@ -88,7 +148,8 @@ def _check_values(info: Info) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value <= 2**31 and float(value).is_integer()
 
 
 def _wrong(info: Info, key: str, expected: str, value: Any) -> UserError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -127,7 +127,7 @@ class EpisodeRows:
 
 def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
     """[L, D] f32: the columns side by side. Raises `RowError`."""
-    parts = [numbers(rows, c.name, c.dim) for c in columns]
+    parts = [numbers(rows, c.name, c.width)[:, c.first : c.first + c.dim] for c in columns]
     return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
 
 
@@ -168,13 +168,13 @@ def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             step, dim = wrong[0].tolist()
-            name = [f"{c.name}[{i}]" for c in columns for i in range(c.dim)][dim]
+            name = [f"{c.name}[{i}]" for c in columns for i in c.dims][dim]
             raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
 
 
 def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
     """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
-    columns = [texts(rows, name) for name in reading.prompt_columns]
+    columns = [_prompt_column(rows, name, reading.tasks) for name in reading.prompt_columns]
     codes = [code for code, _ in columns]
     if reading.task_column:
         codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
@@ -188,9 +188,21 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
         if not chosen and reading.task_column:
             if combination[-1] not in reading.tasks:
                 raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
-            chosen = _clean([reading.tasks[combination[-1]] or ""], reading.prompt_separator)
+            chosen = _clean([reading.tasks[combination[-1]]], reading.prompt_separator)
         prompts.append(chosen)
     return code.reshape(-1), prompts
+
+
+def _prompt_column(rows: pa.Table, name: str, tasks: Mapping[int, str]) -> tuple[NDArray[Any], list[str]]:
+    """`texts` of a column of texts, or of integers, which are places in `tasks`."""
+    kind = rows.schema.field(name).type
+    if not pa.types.is_integer(kind):
+        return texts(rows, name)
+    distinct, code = np.unique(numbers(rows, name, 1, np.int64), return_inverse=True)
+    unknown = [task for task in distinct.tolist() if task not in tasks]
+    if unknown:
+        raise RowError(f"{name} {unknown[0]} is not in the dataset's tasks")
+    return code.reshape(-1), [tasks[task] for task in distinct.tolist()]
 
 
 def _clean(texts: list[str], separator: str | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""LeRobot datasets, formats v3.0 and v2.1, as a `Source`: what `LeRobotSource.open` gives.
+"""LeRobot datasets, formats v3.0, v2.1 and v2.0, as a `Source`: what `LeRobotSource.open` gives.
 
 Metadata is read once, when the source is opened; files of rows and frames are opened by the cursors, in the
 process that uses them.
@@ -19,6 +19,7 @@ from opentau_train.config.data import SourceSettings
 from opentau_train.data.decode.parquet import texts
 from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.columns import (
+    INTEGER,
     NUMBER,
     Column,
     choose_cameras,
@@ -27,6 +28,7 @@ from opentau_train.data.lerobot.columns import (
     dimension_names,
     frame_size,
     left_out,
+    named_so,
 )
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot.episodes import (
@@ -37,9 +39,11 @@ from opentau_train.data.lerobot.episodes import (
     read_episodes,
     read_tasks,
 )
-from opentau_train.data.lerobot.identity import identify
+from opentau_train.data.lerobot.identity import identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
+from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
+from opentau_train.data.lerobot.presence import present_cameras, without_video
 from opentau_train.data.lerobot.rows import Reading, stack_columns
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
@@ -112,11 +116,16 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     state, actions = _state_and_actions(info, options)
     prompts = choose_texts(features, options.prompt_columns, f"{where}.prompt_columns")
     videos = _videos(info, cameras)
-    tasked = "task_index" in features
+    tasked = "task_index" in features or any(features[name]["dtype"] in INTEGER for name in prompts)
     listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
-    listing = Listing(info, _stored(info, listed, videos), listed.extra, listed.names)
+    stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
+    cameras = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
+    listing = Listing(info, stored, listed.extra, listed.names)
     listing = _with_control_mode(listing.select(kept_positions(listing, settings)), settings)
     stored = listing.stored
+    files = stored_files(info, stored)
+    lacking = without_video(info, stored, files, settings.exclude_episodes)
+    stored = replace(stored, table=replace(stored.table, lacking=lacking))
     blocks = filter_blocks(listing, settings) if settings.use_filter_dict else whole_episodes(stored.table.length)
     fps = float(info.get("fps"))
     by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
@@ -130,16 +139,16 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         actions=actions,
         prompt_columns=prompts,
         prompt_separator=options.prompt_separator,
-        task_column="task_index" if tasked else None,
+        task_column="task_index" if "task_index" in features else None,
         tasks=read_tasks(info) if tasked else {},
         tolerance_s=options.tolerance_s,
         fps=fps,
-        timed=bool(videos) or by_time,
+        timed=bool(stored.videos) or by_time,
     )
-    fingerprint, rows_stamp = identify(info, stored)
+    fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
-        robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
+        robot_type=settings.robot_type or str(info.tree.get("robot_type") or UNKNOWN_ROBOT),
         fps=fps,
         state_names=dimension_names(features, state),
         action_names=dimension_names(features, actions),
@@ -147,21 +156,25 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         rows_stamp=rows_stamp,
         reading=reading,
         blocks=blocks,
-        frame_sizes={camera: frame_size(features[column]) for camera, column in videos.items()},
+        frame_sizes={camera: frame_size(features[videos[camera]]) for camera in stored.videos},
     )
 
 
 def _state_and_actions(info: Info, options: LeRobotSource) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
     """The columns of both, with a warning of what an unset choice passes over. Raises `UserError`."""
     where = info.where
-    state = choose_numbers(info.features, options.state, "observation.state", f"{where}.state")
-    actions = choose_numbers(info.features, options.actions, "action", f"{where}.actions")
+    state_key, actions_key = f"{where}.state", f"{where}.actions"
+    slices = named_slices(info, "state", options.state or (), state_key)
+    state = choose_numbers(info.features, options.state, "observation.state", state_key, slices)
+    slices = named_slices(info, "action", options.actions or (), actions_key)
+    actions = choose_numbers(info.features, options.actions, "action", actions_key, slices)
     if not actions:
-        raise UserError("the dataset has no actions", where=str(info.path), remedy=f"set {where}.actions=[COLUMN]")
+        remedy = named_so(info.features, "action", actions_key)
+        raise UserError("the dataset has no actions", where=str(info.path), remedy=remedy)
     if options.state is None:
-        _warn_of_left_out(info, f"{where}.state", "observation.state", state)
+        _warn_of_left_out(info, state_key, "observation.state", state)
     if options.actions is None:
-        _warn_of_left_out(info, f"{where}.actions", "action", actions)
+        _warn_of_left_out(info, actions_key, "action", actions)
     return state, actions
 
 
@@ -172,7 +185,7 @@ def _warn_of_left_out(info: Info, key: str, whole: str, chosen: tuple[Column, ..
         all_of_them = ",".join([*(c.name for c in chosen), *names])
         log.warning("%s: left out, having no floats: %s; %s=[%s] takes them", key, ", ".join(names), key, all_of_them)
     elif not chosen:
-        log.warning("%s: the dataset has no %s; %s=[COLUMN,...] takes other columns", key, whole, key)
+        log.warning("%s: the dataset has no %s; %s", key, whole, named_so(info.features, whole, key))
 
 
 def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
@@ -193,6 +206,8 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
     data, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
     places = {}
     for camera, column in videos.items():
+        if column not in listed.videos:
+            continue
         chunk, file, start = listed.videos[column]
         places[camera] = VideoPlaces(*_number_files(info, "video_path", chunk, file, column), start)
     table = EpisodeTable(
@@ -210,8 +225,9 @@ def _number_files(
     pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
     try:
-        files.relative(0)
-    except (KeyError, IndexError, ValueError) as error:
+        if "\0" in files.relative(0):
+            raise ValueError("it holds a null character")
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key} '{files.template}' can't be filled in: {error}",
             where=str(info.path),

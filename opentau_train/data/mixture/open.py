@@ -20,7 +20,7 @@ from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.split import validation_split
+from opentau_train.data.mixture.split import ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source, SourceOptions
 from opentau_train.data.transforms.base import Transform
@@ -152,6 +152,8 @@ def _open_dataset(
         for keep in (~held_out, held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
+    if settings.validation.every and settings.validation.on_bad_sample == "fail":
+        _check_held_out(source, chosen, held_out)
     given = (chosen.transforms, data.transforms)
     path = f"data.sources.{name}.transforms"
     transforms, state_names, action_names = compose(given, source.state_names, source.action_names, path)
@@ -194,6 +196,21 @@ def _check_usable(
             "gradients are correlated and their norm unstable; for debugging only",
             name,
         )
+
+
+def _check_held_out(source: Source, chosen: SourceSettings, held_out: NDArray[np.bool_]) -> None:
+    """Raises `UserError` where a video of a held-out episode is missing: validation replaces no window."""
+    lacking = source.episodes.lacking
+    if lacking is None or not (lacking & held_out).any():
+        return
+    numbers = source.episodes.episode_index
+    where = f"data.sources.{source.name}"
+    all_lacking = sorted({*chosen.exclude_episodes, *numbers[lacking].tolist()})
+    raise UserError(
+        f"dataset '{source.name}' has no video of the held-out episodes {ranges(numbers[lacking & held_out].tolist())}",
+        where=where,
+        remedy=f"restore it, or leave them out: {where}.exclude_episodes=[{','.join(map(str, all_lacking))}]",
+    )
 
 
 def _groups_of(source: Source) -> list[Group]:

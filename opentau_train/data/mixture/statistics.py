@@ -25,9 +25,9 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
     """{norm head: statistics} over all training episodes of the datasets that share the head; over the held-out ones
     where there are no others. Raises `UserError` for datasets that can't share one, and for values that aren't
     finite."""
+    check_heads(datasets, groups)
     heads: dict[str, HeadStats] = {}
-    for head in sorted({g.norm_head for g in groups}):
-        members = [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
+    for head, members in _members(datasets, groups).items():
         positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out) for d in members]
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
@@ -38,8 +38,6 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
 def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64]], settings: Settings) -> HeadStats:
     """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
     first = members[0]
-    for other in members[1:]:
-        _check_shared(head, members[0], other)
     identity = []
     for d, p in zip(members, positions, strict=True):
         names = d.state_names + d.action_names
@@ -58,6 +56,21 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
         identity,
         lambda: normalize.compute(rows(), num_rows, first.state_names, first.action_names),
     )
+
+
+def _members(datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, list[Dataset]]:
+    """{norm head: the datasets that have it}, by name."""
+    return {
+        head: [d for d in datasets if any(groups[g].norm_head == head for g in np.unique(d.group_of))]
+        for head in sorted({g.norm_head for g in groups})
+    }
+
+
+def check_heads(datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:
+    """Raises `UserError` for datasets that can't share a norm head, as far as metadata show it."""
+    for head, members in _members(datasets, groups).items():
+        for other in members[1:]:
+            _check_shared(head, members[0], other)
 
 
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
