@@ -67,15 +67,16 @@ class Fault(Explained, RuntimeError):
 class BadSample(RuntimeError):
     """A window of a dataset that can't be read: a fault of the file, not of the configuration.
 
-    The stream substitutes it and writes it to the quarantine; validation reports it.
+    The stream substitutes it and writes it to the quarantine; validation reports it. `remedy`: what a user can do,
+    where the cause tells it.
     """
 
-    def __init__(self, dataset: str, episode: int, frame: int, cause: str):
-        self.dataset, self.episode, self.frame, self.cause = dataset, episode, frame, cause
+    def __init__(self, dataset: str, episode: int, frame: int, cause: str, remedy: str = ""):
+        self.dataset, self.episode, self.frame, self.cause, self.remedy = dataset, episode, frame, cause, remedy
         super().__init__(f"dataset {dataset}, episode {episode}, frame {frame}: {cause}")
 
     def __reduce__(self):
-        return (type(self), (self.dataset, self.episode, self.frame, self.cause))
+        return (type(self), (self.dataset, self.episode, self.frame, self.cause, self.remedy))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

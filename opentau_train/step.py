@@ -10,7 +10,7 @@ Nothing here reads from the device: the host runs ahead of it, and a step's resu
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -143,11 +143,12 @@ def check_skipped(step: int, in_a_row: int, limit: int) -> None:
         )
 
 
-def check_windows(bad: int, seen: int, limits: BadSampleSettings) -> None:
-    """Raises `UserError`, on all ranks alike, where more of the windows `seen` can't be read than `limits` allow."""
+def check_windows(bad: int, seen: int, limits: BadSampleSettings, remedy: Callable[[], str] = str) -> None:
+    """Raises `UserError`, on all ranks alike, where more of the windows `seen` can't be read than `limits` allow.
+    `remedy` gives what their causes call for, "" where they don't tell."""
     if bad > limits.grace and bad > limits.max_fraction * seen:
         raise UserError(
             f"{bad} of {seen} windows could not be read (data.bad_samples.max_fraction={limits.max_fraction})",
             where="quarantine.jsonl in the run directory names each with its cause",
-            remedy="repair or exclude these episodes, or raise data.bad_samples.max_fraction",
+            remedy=remedy() or "repair or exclude these episodes, or raise data.bad_samples.max_fraction",
         )

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -175,7 +176,13 @@ def _check_windows(job: Job, num_substituted: int) -> None:
         message = "step %d: %d windows so far can't be read and were replaced by others: %s"
         log.warning(message, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
     seen = job.state.step * job.settings.trainer.global_batch_size
-    check_windows(job.counters["bad"], seen, job.settings.data.bad_samples)
+    check_windows(job.counters["bad"], seen, job.settings.data.bad_samples, lambda: _last_remedy(job.run_dir))
+
+
+def _last_remedy(run_dir: Path) -> str:
+    """What the last window in the quarantine calls for, "" where its cause doesn't tell."""
+    lines = (run_dir / QUARANTINE).read_text().splitlines()
+    return json.loads(lines[-1])["remedy"] if lines else ""
 
 
 def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:

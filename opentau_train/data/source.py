@@ -82,7 +82,8 @@ class Source(Protocol):
         ...
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
-        """(position, state [L, S] f32, actions [L, A] f32) of the episodes at `positions`; never decodes video."""
+        """(position, state [L, S] f32, actions [L, A] f32) of the episodes at `positions`; never decodes video. One
+        that is passed over has no rows that can be read, and isn't trained on."""
         ...
 
 

@@ -5,7 +5,7 @@
 
 The first form stands for `+recipe=lerobot data.sources.main.root=ROOT`, the second takes the arguments of
 `python -m opentau_train`. Exits 0, or 2 with what is wrong, where and the remedy on stderr, as that training would.
-Reads no rows and decodes nothing.
+Of the rows and videos it reads the times of three episodes, to propose a `tolerance_s` where they differ.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _vectors(features: Features, prefix: str) -> str:
 def check(tree: dict[str, Any], schema: str) -> str:
     """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
     that a training would."""
-    from opentau_train.data.mixture.open import open_plan  # imports torch
+    from opentau_train.data.lerobot.cursor import proposed_tolerance  # these import torch
+    from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
     from opentau_train.data.mixture.statistics import check_heads
 
@@ -130,6 +132,12 @@ def check(tree: dict[str, Any], schema: str) -> str:
             f"{dataset.held_out.sum()} episodes held out; {len(dataset.state_names)} dimensions of state, "
             f"{len(dataset.action_names)} of actions; cameras {cameras}"
         )
+        tolerance = proposed_tolerance(dataset.source.reading) if isinstance(dataset.source, LeRobotDataset) else None
+        if tolerance is not None:
+            lines.append(
+                f"{dataset.name}: the rows' times miss the video's frames by more than tolerance_s; where the nearest "
+                f"frames are the right ones, set data.sources.{dataset.name}.tolerance_s={tolerance}"
+            )
     return "\n".join(lines)
 
 

@@ -11,10 +11,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opentau_train import cli
-from tests.lerobot_writer import Camera, Dataset, vector, write
+from tests.lerobot_writer import Camera, Dataset, png, vector, write
 from tests.program import TINY_POLICY, command, environment, run, train_here
 
 LENGTHS = (12, 9, 14, 10, 8, 11)
@@ -408,3 +411,87 @@ def test_a_disk_full_during_a_save_costs_only_that_save(small_disk, good, tmp_pa
     done = run([*again, f"paths.run_dir={roomy}", "trainer.steps=4"])
     assert done.returncode == 0 and "at step 2" in done.stderr, done.stderr
     assert (roomy / "checkpoints/00000004/run.json").is_file()
+
+
+# ---------------------------------------------------------------- a remedy, applied, makes the run start
+
+
+def applied(said: str) -> str:
+    """The first setting of the source that the error's remedy names."""
+    return "data.sources.main." + message(said).partition("remedy: ")[2].partition("data.sources.main.")[2].split()[0]
+
+
+def test_drifting_timestamps_train_with_the_tolerance_that_the_error_proposes(train, tmp_path):
+    seconds = [np.arange(n) / 29 for n in LENGTHS]
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO, version="v2.1"))
+    for path, times in zip(sorted((root / "data").rglob("*.parquet")), seconds, strict=True):
+        table = pq.read_table(path)
+        column = pa.array(times, pa.float32())
+        pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", column), path)
+    outcome = train(root)
+    assert_clear(outcome, "no frame within 0.0001 s", "tolerance_s=", "miss the video's frames by up to 0.0")
+    assert train(root, applied(outcome[1]))[0] == 0
+
+
+def test_dimensions_without_values_train_once_dropped_as_the_error_proposes(train, tmp_path):
+    feature = {"dtype": "float32", "shape": [3], "names": None}
+    columns = {"observation.state": (feature, lambda e, f: [e + f / 9, math.nan, 1.0 + f]), "action": vector(2)}
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras={}, columns=columns))
+    outcome = train(root)
+    assert_clear(outcome, "observation.state[1] is nan", "and all others", "drop_dims=[observation.state.1]")
+    assert train(root, applied(outcome[1]))[0] == 0
+
+
+def test_a_stored_depth_trains_without_its_camera_as_the_error_proposes(train, tmp_path):
+    cameras = {FRONT: Camera(None, size=(32, 48)), "observation.images.depth": Camera(None, size=(32, 48))}
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=cameras))
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        cells = pa.array([{"bytes": png(np.full((32, 48), 300, np.uint16)), "path": None}] * len(table))
+        place = table.column_names.index("observation.images.depth")
+        pq.write_table(table.set_column(place, "observation.images.depth", cells), path)
+    outcome = train(root)
+    assert_clear(outcome, "'observation.images.depth': its pixels are 16 bits", f"cameras=[{FRONT}]")
+    assert train(root, applied(outcome[1]))[0] == 0
+
+
+def test_rows_without_a_frame_of_their_own_are_told_at_start_and_cost_no_quarantine(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
+    for path in sorted(root.glob("meta/episodes/**/*.parquet")):
+        table = pq.read_table(path)
+        ends = [to - 2 / 30 for to in table[f"videos/{FRONT}/to_timestamp"].to_pylist()]
+        place = table.column_names.index(f"videos/{FRONT}/to_timestamp")
+        pq.write_table(table.set_column(place, f"videos/{FRONT}/to_timestamp", pa.array(ends)), path)
+    code, said = train(root, "trainer.steps=8", "data.bad_samples.max_fraction=0", "data.bad_samples.grace=0")
+    assert code == 0, said
+    assert "left out, having no frame of their own:\n  front  episodes 0, 1, 2, 3, 4, 5  12 rows" in said
+    assert not (tmp_path / "run/quarantine.jsonl").exists()
+
+
+def test_an_episode_without_its_rows_is_left_out_and_the_others_train(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras={}, version="v2.1"))
+    path = root / "data/chunk-000/episode_000002.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 5), path)
+    strict = ["trainer.steps=20", "data.bad_samples.max_fraction=0", "data.bad_samples.grace=0"]
+    for _ in range(2):  # the second time with the statistics that the first one stored
+        code, said = train(root, *strict)
+        assert code == 0, said
+        assert "data.sources.main: left out, their rows not being there: episodes 2" in said
+        assert not (tmp_path / "run/quarantine.jsonl").exists()
+        shutil.rmtree(tmp_path / "run")
+    for path in (root / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).slice(0, 5), path)
+    assert_clear(train(root), "has rows that can be read", "data.sources.main", "restore")
+
+
+def test_too_many_windows_of_drifting_clocks_end_with_the_tolerance_in_the_remedy(train, tmp_path):
+    """Every other row lies off its frame: a substitute is always at hand, until there were too many."""
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        frames = np.array(table["frame_index"])
+        times = pa.array(frames / 30 + 0.001 * (frames % 2), pa.float32())
+        pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", times), path)
+    outcome = train(root, "trainer.steps=40")
+    assert_clear(outcome, "windows could not be read", "quarantine.jsonl", "tolerance_s=0.001")
+    assert train(root, "trainer.steps=8", applied(outcome[1]), "data.bad_samples.grace=0")[0] == 0

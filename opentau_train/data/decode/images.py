@@ -17,6 +17,10 @@ class ImageError(Exception):
     """A still image can't be decoded; the text says why."""
 
 
+class DepthError(ImageError):
+    """An image's values are no colours: depth in 16 bits or in floating point numbers, of which 8 bits tell nothing."""
+
+
 def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the largest picture of the same aspect ratio inside `size` (H, W), at least one pixel each
     way."""
@@ -66,9 +70,9 @@ class Resizer:
 
 
 def decode_image(encoded: bytes) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8 RGB of a PNG, JPEG, ...; grey images repeat their channel, 16-bit ones keep the high byte.
+    """[H, W, 3] uint8 RGB of a PNG, JPEG, ...; grey images repeat their channel.
 
-    Raises `ImageError`.
+    Raises `ImageError`, a `DepthError` for values that aren't 8-bit colours.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -78,9 +82,7 @@ def decode_image(encoded: bytes) -> NDArray[np.uint8]:
 
 
 def _to_rgb(image: Any) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):
-        grey = (np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if image.mode == "F":
-        raise ImageError("its pixels are floating point numbers, whose range is not known")
+    if image.mode.startswith(("I", "F")):
+        bits = "floating point numbers" if image.mode == "F" else "16 bits or more"
+        raise DepthError(f"its pixels are {bits}, a depth and no picture")
     return np.array(image.convert("RGB"))

@@ -1,9 +1,10 @@
-"""Rows of parquet files: the rows of one episode, of the columns that are needed, and nothing else."""
+"""Rows of parquet files: a run of rows, of the columns that are needed, and nothing else."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 from opentau_train.data.decode.opening import Opener, open_here
 
-EPISODE_COLUMN = "episode_index"
 OPEN_FILES = 32
 CACHED_BYTES = 64 * 2**20
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -27,36 +27,64 @@ class RowError(Exception):
 
 
 class RowReader:
-    """Reads episodes' rows of `columns` from files, whose paths `path` gives by their numbers and `opener` opens. The
-    last files stay open, and their last row groups in memory: a group may hold many episodes.
+    """Reads rows of `columns` from parquet files, which `opener` opens, in row order. The last files stay open, and
+    their last row groups in memory: a group may hold many episodes.
 
-    Single-threaded, so that it works in forked workers.
+    Single-threaded, so that it works in forked workers. Its methods raise `RowError` where a file can't be read.
     """
 
-    def __init__(self, path: Callable[[int], Path], columns: Sequence[str], opener: Opener = open_here):
-        self._path, self._opener = path, opener
-        self._columns = [*dict.fromkeys([EPISODE_COLUMN, *columns])]
-        self._files: OrderedDict[int, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+    def __init__(self, columns: Sequence[str], opener: Opener = open_here):
+        self._opener = opener
+        self._columns = [*dict.fromkeys(columns)]
+        self._files: OrderedDict[Path, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
+        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._cached_bytes = 0
 
-    def read(self, file: int, start: int, length: int, episode_index: int) -> pa.Table:
-        """`length` rows from row `start` of the file numbered `file`, and of them the reader's columns, each in one
-        contiguous chunk that shares no memory with the file's other rows.
+    def num_rows(self, path: Path) -> int:
+        """Rows of the file."""
+        with self._reading(path) as (_, ends):
+            return int(ends[-1]) if len(ends) else 0
 
-        Raises `RowError` where the file can't be read or the rows aren't those of `episode_index`.
-        """
-        path = self._path(file)
-        try:
-            rows = self._slice(file, path, start, length)
+    def slice(self, path: Path, start: int, length: int) -> pa.Table:
+        """The reader's columns of `length` rows from row `start` on, fewer where the file ends, each in one contiguous
+        chunk that shares no memory with the file's other rows."""
+        with self._reading(path) as (handle, ends):
+            length = max(min(length, (int(ends[-1]) if len(ends) else 0) - start), 0)
+            first, last = np.searchsorted(ends, [start, start + length - 1], side="right") if length else (0, -1)
+            parts = [handle.schema_arrow.empty_table().select(self._columns)]
+            for group in range(first, last + 1):
+                begin = ends[group - 1] if group else 0
+                table = self._group(path, handle, group)
+                low, high = max(start - begin, 0), min(start + length - begin, table.num_rows)
+                parts.append(table.slice(low, high - low))
+            # A copy: a lane keeps its episode's rows for long, and a slice would keep the whole row group alive.
+            rows = pa.concat_tables(parts).take(pa.array(np.arange(length))).combine_chunks()
             rows.validate(full=True)
-        except UNREADABLE as error:
-            self._forget(file)
-            raise RowError(f"{path}: {error}") from error
-        episodes = rows.column(EPISODE_COLUMN)
-        if episodes.null_count or not (np.asarray(episodes) == episode_index).all():
-            raise RowError(f"{path}: rows {start} to {start + length - 1} are not all of episode {episode_index}")
-        return rows
+            return rows
+
+    def take(self, path: Path, rows: NDArray[np.int64]) -> pa.Table:
+        """The reader's columns of the rows numbered `rows` [N], in that order."""
+        order = np.argsort(rows, kind="stable")
+        runs = np.split(rows[order], np.flatnonzero(np.diff(rows[order]) != 1) + 1)
+        risen = pa.concat_tables([self.slice(path, int(run[0]), len(run)) for run in runs if len(run)])
+        return risen.take(pa.array(np.argsort(order))).combine_chunks()
+
+    def whole(self, path: Path, columns: Sequence[str]) -> pa.Table:
+        """`columns` of all of the file's rows."""
+        with self._reading(path) as (handle, _):
+            return handle.read(columns=list(columns), use_threads=False).select(columns)
+
+    def extremes(self, path: Path, column: str) -> tuple[float, float]:
+        """(least, greatest) value of a column of numbers by the file's statistics; -inf and inf where it has none."""
+        with self._reading(path) as (handle, _):
+            metadata = handle.metadata
+            place = next(
+                i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column
+            )
+            groups = [metadata.row_group(i).column(place).statistics for i in range(metadata.num_row_groups)]
+            if not all(statistics is not None and statistics.has_min_max for statistics in groups):
+                return -np.inf, np.inf
+            return min((s.min for s in groups), default=np.inf), max((s.max for s in groups), default=-np.inf)
 
     def close(self) -> None:
         for handle, _ in self._files.values():
@@ -65,27 +93,19 @@ class RowReader:
         self._groups.clear()
         self._cached_bytes = 0
 
-    def _slice(self, file: int, path: Path, start: int, length: int) -> pa.Table:
-        handle, ends = self._open(file, path)
-        if start + length > (ends[-1] if len(ends) else 0):
-            raise RowError(
-                f"{path} has {handle.metadata.num_rows} rows, the metadata place an episode at "
-                f"rows {start} to {start + length - 1}"
-            )
-        first, last = np.searchsorted(ends, [start, start + length - 1], side="right")
-        parts = []
-        for group in range(first, last + 1):
-            begin = ends[group - 1] if group else 0
-            table = self._group(file, handle, group)
-            low, high = max(start - begin, 0), min(start + length - begin, table.num_rows)
-            parts.append(table.slice(low, high - low))
-        # A copy: a lane keeps its episode's rows for long, and a slice would keep the whole row group alive.
-        return pa.concat_tables(parts).take(pa.array(np.arange(length))).combine_chunks()
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[tuple[pq.ParquetFile, NDArray[np.int64]]]:
+        """The opened file and the rows up to the end of each row group; a file that turns out damaged is forgotten."""
+        try:
+            yield self._open(path)
+        except UNREADABLE as error:
+            self._forget(path)
+            raise RowError(f"{path}: {error}") from error
 
-    def _open(self, file: int, path: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
-        known = self._files.get(file)
+    def _open(self, path: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
+        known = self._files.get(path)
         if known is not None:
-            self._files.move_to_end(file)
+            self._files.move_to_end(path)
             return known
         while len(self._files) >= OPEN_FILES:
             self._files.popitem(last=False)[1][0].close()
@@ -96,27 +116,27 @@ class RowReader:
             raise RowError(f"{path} has no column '{missing[0]}'")
         metadata = handle.metadata
         ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
-        self._files[file] = (handle, ends)
+        self._files[path] = (handle, ends)
         return handle, ends
 
-    def _group(self, file: int, handle: pq.ParquetFile, group: int) -> pa.Table:
-        table = self._groups.get((file, group))
+    def _group(self, path: Path, handle: pq.ParquetFile, group: int) -> pa.Table:
+        table = self._groups.get((path, group))
         if table is not None:
-            self._groups.move_to_end((file, group))
+            self._groups.move_to_end((path, group))
             return table
         # pyarrow takes "action" for a prefix of "action.x" too: select again.
         table = handle.read_row_group(group, columns=self._columns, use_threads=False).select(self._columns)
-        self._groups[file, group] = table
+        self._groups[path, group] = table
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHED_BYTES and len(self._groups) > 1:
             self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         return table
 
-    def _forget(self, file: int) -> None:
-        known = self._files.pop(file, None)
+    def _forget(self, path: Path) -> None:
+        known = self._files.pop(path, None)
         if known is not None:
             known[0].close()
-        for key in [k for k in self._groups if k[0] == file]:
+        for key in [k for k in self._groups if k[0] == path]:
             self._cached_bytes -= self._groups.pop(key).nbytes
 
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.data.decode.images import fit
 from opentau_train.data.decode.opening import Opener, open_here
-from opentau_train.data.decode.video_file import Coding, VideoError, VideoFile, new_decoder
+from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
@@ -28,6 +31,9 @@ Only saves decoding the frame after it; the nearest frame is returned in any cas
 
 BURST = 16
 """Frames of a camera that a lane decodes at once where reading goes on: as many small pictures are kept."""
+
+_HALF_TICK = 0.51
+"""Of the file's time base, by which frame times are rounded: half a millisecond in Matroska."""
 
 _DECODER_BYTES, _DECODER_BYTES_A_PIXEL = 600_000, 11
 
@@ -56,12 +62,17 @@ def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
     return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + BURST * height * width * 3
 
 
-class VideoPool:
-    """The open files of one worker process, at most as many as there are cursors.
+class TimeError(VideoError):
+    """No frame lies within the tolerance of a wanted time."""
 
-    A closed file is opened again, by `opener`, when a cursor asks for it. `frames_decoded` counts the pictures that all
-    cursors have sent to their decoders.
-    """
+
+EVER = (-math.inf, math.inf)
+"""All of a file's frames."""
+
+
+class VideoPool:
+    """The files of one worker process that `opener` has opened, at most as many as there are cursors; a closed one is
+    opened again when it is asked for. `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
     def __init__(self, opener: Opener = open_here) -> None:
         self.frames_decoded = 0
@@ -130,9 +141,12 @@ class FrameCursor:
         """
         return next(self.read_all(path, (seconds,), tolerance_s))
 
-    def read_all(self, path: Path, seconds: Iterable[float], tolerance_s: float) -> Iterator[av.VideoFrame]:
+    def read_all(
+        self, path: Path, seconds: Iterable[float], tolerance_s: float, between: tuple[float, float] = EVER
+    ) -> Iterator[av.VideoFrame]:
         """`read` for each of `seconds`, one after another; no other cursor of the pool may be used before it has ended.
-        Raises as `read` does at the frame that can't be had; those before it have been given by then."""
+        Raises as `read` does at the frame that can't be had, and for one that isn't shown in `between` (from, before);
+        those before it have been given by then."""
         file = None
         for wanted in seconds:
             try:
@@ -145,11 +159,30 @@ class FrameCursor:
                     raise
                 raise VideoError(f"{path}: {error.strerror or error}") from error
             shown = _ticks(frame) * file.time_base
-            if abs(shown - wanted) > tolerance_s:
-                raise VideoError(
+            if abs(shown - wanted) > max(tolerance_s, _HALF_TICK * file.time_base):
+                raise TimeError(
                     f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {shown:.6f} s"
                 )
+            if not between[0] <= shown < between[1]:
+                raise VideoError(f"{path}: the frame nearest to {wanted:.6f} s, at {shown:.6f} s, is another episode's")
             yield frame
+
+    def clock(self, path: Path) -> Clock:
+        """Raises `VideoError`."""
+        with _as_video_error(path):
+            return self._pool.get(path).clock
+
+    def drift(self, path: Path, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N] seconds from the nearest frame to each of `seconds` [N]. Raises `VideoError`."""
+        with _as_video_error(path):
+            file = self._pool.get(path)
+            ticks = seconds / file.time_base
+            shown = np.array(file.shown(math.floor(ticks.min()), math.ceil(ticks.max())), np.float64)
+        if not len(shown):
+            raise VideoError(f"{path} has no frames")
+        place = np.searchsorted(shown, ticks)
+        before, after = shown[np.maximum(place - 1, 0)], shown[np.minimum(place, len(shown) - 1)]
+        return np.minimum(np.abs(ticks - before), np.abs(after - ticks)) * file.time_base
 
     def close(self) -> None:
         self._path = self._decoder = self._coding = None
@@ -249,6 +282,14 @@ class FrameCursor:
                 self._coding = None  # the file changes its coding on the way: no decoder for another file
         self._pool.frames_decoded += 1
         self._frames.extend(self._opened.decode(packet))
+
+
+@contextmanager
+def _as_video_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
 def _ticks(frame: av.VideoFrame) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 
@@ -21,6 +22,18 @@ MIN_SKIPPED = 4
 
 class VideoError(Exception):
     """A frame can't be had; the text names the file and the cause."""
+
+
+class DepthVideoError(VideoError):
+    """A video's values are no colours."""
+
+
+class Clock(NamedTuple):
+    """When a file's first and last frames are shown (inf: not told), in seconds; how many it has (0: not told)."""
+
+    first: float
+    last: float
+    frames: int
 
 
 Coding = tuple[str, bytes | None, int, int, int, int, int, int]
@@ -56,10 +69,39 @@ class VideoFile:
         colours = codec.color_range, codec.colorspace, codec.color_primaries, codec.color_trc
         self.coding: Coding = (codec.name, codec.extradata, codec.width, codec.height, *colours)
         self._index = self._stream.index_entries
+        channels = codec.format.components if codec.format is not None else ()
+        if len(channels) == 1 and channels[0].bits > 8:
+            self._container.close()
+            raise DepthVideoError(f"{path} has one channel of {channels[0].bits} bits, a depth and no picture")
         self._last_dts: int | None = None
 
     def close(self) -> None:
         self._container.close()
+
+    @property
+    def clock(self) -> Clock:
+        """By the file's own header."""
+        index, frames, base = self._index, self._stream.frames, self.time_base
+        begins = self._stream.start_time or 0
+        if frames and len(index) == frames:  # by decode times: those of the first and the last frame are as late
+            return Clock(begins * base, (begins + index[-1].timestamp - index[0].timestamp) * base, frames)
+        interval = 1.0 / float(self._stream.average_rate or math.inf)
+        ends = (self._container.duration or math.inf) / av.time_base  # in Matroska from 0 on
+        if self._stream.duration is not None:
+            ends = (begins + self._stream.duration) * base
+        return Clock(begins * base, ends - interval, frames)
+
+    def shown(self, begin: int, end: int) -> list[int]:
+        """When frames are shown, in ticks by rising time: at least all of those from `begin` to `end`."""
+        self._last_dts = None  # the place among the packets is lost
+        self._container.seek(max(begin, 0), stream=self._stream)
+        ticks: list[int] = []
+        for packet in self._container.demux(self._stream):
+            if packet.pts is not None:
+                ticks.append(packet.pts)
+            if packet.dts is not None and packet.dts > end:
+                break
+        return sorted(ticks)
 
     def packets_from_keyframe(self, ticks: int) -> list[av.Packet]:
         """The next packets from the last keyframe that is shown at `ticks` or before; else from the first."""

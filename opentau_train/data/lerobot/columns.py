@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from opentau_train.data.names import fits, unbracketed
 from opentau_train.errors import UserError, did_you_mean
 
 Features = Mapping[str, Mapping[str, Any]]
@@ -20,6 +24,7 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 CAMERA = frozenset({"video", "image"})
 TEXT = INTEGER | {"string"}
 """Of a prompt: its text, or the number of one in meta/tasks."""
+_TAKEN_BY_DEFAULT = ("observation.state.", "action.")
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,13 @@ def choose_cameras(
         for column in setting.values():
             _require(features, column, CAMERA, "camera", where)
         return dict(setting)
-    columns = _of_kind(features, CAMERA) if setting is None else list(dict.fromkeys(setting))
+    pictures = [c for c in _of_kind(features, CAMERA) if not is_depth(features[c])]
+    columns = pictures if setting is None else list(dict.fromkeys(setting))
     for column in columns:
         _require(features, column, CAMERA, "camera", where)
+        if column not in pictures:
+            remedy = f"leave it out: {where}=[{','.join(pictures)}]"
+            raise UserError(f"'{column}' holds depth, not colours in 8 bits", where=where, remedy=remedy)
     times = Counter(c.rpartition(".")[2] for c in columns)
     return {c if times[c.rpartition(".")[2]] > 1 else c.rpartition(".")[2]: c for c in columns}
 
@@ -88,6 +97,32 @@ def left_out(features: Features, whole: str) -> list[str]:
     if features.get(whole, {}).get("dtype") in NUMBER:
         return []
     return [c for c in _of_kind(features, NUMBER - FLOAT) if c.startswith(whole + ".")]
+
+
+def choose_dimensions(
+    features: Features, columns: tuple[Column, ...], dropped: tuple[str, ...]
+) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
+    """(names of the dimensions that aren't `dropped`, which these are of the columns' [D])."""
+    names = dimension_names(features, columns)
+    kept = _kept(names, dropped)
+    return tuple(name for name, is_kept in zip(names, kept, strict=True) if is_kept), kept
+
+
+def check_dropped(dropped: tuple[str, ...], names: tuple[str, ...], where: str) -> None:
+    """Raises `UserError` for a pattern that fits no dimension."""
+    for pattern in dropped:
+        if _kept(names, (pattern,)).all():
+            raise UserError(
+                f"no dimension is named '{pattern}'{did_you_mean(pattern, names)}",
+                where=where,
+                remedy=f"name some of {', '.join(map(unbracketed, names))}",
+            )
+
+
+def _kept(names: tuple[str, ...], dropped: tuple[str, ...]) -> NDArray[np.bool_]:
+    """[D] the dimensions of these names that no pattern of `dropped` fits: `*` stands for any characters, and
+    `column.3` for `column[3]`, whose brackets a command line would have to quote."""
+    return np.array([not any(fits(n, p) or fits(unbracketed(n), p) for p in dropped) for n in names], bool)
 
 
 def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -142,6 +177,41 @@ def _require(features: Features, name: str, kinds: frozenset[str], kind: str, wh
         where=where,
         remedy=f"choose from the dataset's {kind} columns: {', '.join(there) or '(it has none)'}",
     )
+
+
+def is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether info.json says of a camera that its pixels are distances."""
+    told = feature.get("info") or feature.get("video_info")
+    told = told if isinstance(told, Mapping) else {}
+    grey_bits = str(told.get("video.pix_fmt", "")).removeprefix("gray")[:2]
+    return bool(told.get("video.is_depth_map") or told.get("is_depth_map")) or grey_bits in ("10", "12", "14", "16")
+
+
+def unusable(features: Features, used: Collection[str]) -> list[str]:
+    """A line for each reason why a column of observations or actions isn't `used`, with all columns that it holds for.
+    `left_out` has those that `choose_numbers` might have taken."""
+    rest = {
+        name: feature
+        for name, feature in features.items()
+        if name.startswith(("observation", "action")) and name not in used
+    }
+    rest = {n: f for n, f in rest.items() if f.get("dtype") not in FLOAT and not n.startswith(_TAKEN_BY_DEFAULT)}
+    shaped = {n for n, f in rest.items() if len(f.get("shape") or ()) > 1 and f.get("dtype") not in CAMERA}
+    kinds = {n: str(f.get("dtype")) for n, f in rest.items()}
+    reasons = {
+        "no camera that can be read (video or image of 8-bit colours)": {
+            n for n in rest if n in shaped or kinds[n] == "depth" or (kinds[n] in CAMERA and is_depth(rest[n]))
+        },
+        "flags and whole numbers, taken only where state or actions name them": {
+            n for n in rest if kinds[n] in NUMBER and n not in shaped
+        },
+        "text, which is no state and no action": {n for n in rest if kinds[n] == "string"},
+    }
+    return [
+        f"not used, {reason}: " + ", ".join(f"{n} ({kinds[n]})" for n in rest if n in names)
+        for reason, names in reasons.items()
+        if names
+    ]
 
 
 def frame_size(feature: Mapping[str, Any]) -> tuple[int, int]:

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.chunk import chunk_places, history_rows, next_rows, row_step, rows_at
-from opentau_train.data.decode.images import ImageError, Resizer, decode_image
+from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.opening import Opener
-from opentau_train.data.decode.parquet import RowError, RowReader
-from opentau_train.data.decode.video import BURST, FrameCursor, VideoPool
-from opentau_train.data.decode.video_file import VideoError
+from opentau_train.data.decode.parquet import RowError
+from opentau_train.data.decode.video import BURST, FrameCursor, TimeError, VideoPool
+from opentau_train.data.decode.video_file import DepthVideoError, VideoError
+from opentau_train.data.lerobot.locate import EpisodeReader
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
+from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
 from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample
 from opentau_train.types import RawWindow, WindowSpec
@@ -30,10 +32,12 @@ class LeRobotCursorFactory:
         self.reading, self.window = reading, window
         self.opener = opener_at(reading.root)
         self.pool = VideoPool(self.opener)
-        self.rows = RowReader(reading.stored.data.path, reading.columns, self.opener)
+        self.rows = EpisodeReader(reading.stored, reading.columns)
+        self.frame_s = 1.0 / reading.fps
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
-        self.held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
+        held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
+        self.held = held[reading.actions_kept]
         self.num_cursors = 0
 
     @property
@@ -60,7 +64,7 @@ class LeRobotCursor:
         self._rings: dict[str, dict[int, NDArray[np.uint8]]] = {c: {} for c in self._reading.cameras}
         self._episode = -1
         self._rows: EpisodeRows | None = None
-        self._places: dict[str, tuple[Path, float]] = {}  # {camera: the episode's mp4 and start in it}
+        self._frames: dict[str, tuple[Span, FrameTimes]] = {}  # {camera: where the episode's frames are}
         self._due: dict[str, int] = {}  # {camera: the frame after the last decoded one}
         self._number = factory.num_cursors
 
@@ -76,8 +80,8 @@ class LeRobotCursor:
                 check_finite(self._reading, rows.state[frame], actions)
             images = {camera: self._images(camera, frame, ahead) for camera in self._reading.cameras}
         except (RowError, VideoError, ImageError) as error:
-            episode_index = int(self._reading.episodes.episode_index[episode])
-            raise BadSample(self._reading.dataset, episode_index, frame, str(error)) from error
+            number = int(self._reading.episodes.episode_index[episode])
+            raise BadSample(self._reading.dataset, number, frame, str(error), self._remedy(error)) from error
         return RawWindow(images, rows.state[frame].copy(), actions, is_pad, rows.prompts[rows.prompt_code[frame]])
 
     def _actions(self, rows: EpisodeRows, frame: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -105,9 +109,57 @@ class LeRobotCursor:
         if episode != self._episode or self._rows is None:
             self._leave()
             self._rows = load_rows(self._factory.rows, self._reading, episode)
-            self._places = self._reading.places(episode)
+            self._frames = {c: self._locate(c, span) for c, span in self._reading.spans(episode).items()}
             self._episode = episode
         return self._rows
+
+    def _locate(self, camera: str, span: Span) -> tuple[Span, FrameTimes]:
+        """Where the frames of the present rows are in the file of `span`. Raises `VideoError`."""
+        rows = self._rows
+        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
+        clock = self._videos[camera].clock(span.path)
+        return span, frame_times(span, rows.seconds, clock, self._factory.frame_s, self._reading.tolerance_s)
+
+    def _remedy(self, error: Exception) -> str:
+        """What to do about an unreadable window, where its data say more than that it is unreadable."""
+        reading, where = self._reading, f"data.sources.{self._reading.dataset}"
+        if isinstance(error, DepthError | DepthVideoError):
+            columns = [*reading.images.values(), *(v.files.video_key for v in reading.stored.videos.values())]
+            others = [c for c in columns if f"'{c}'" not in str(error) and f"/{c}/" not in str(error)]
+            return f"leave the camera out: {where}.cameras=[{','.join(others)}]"
+        if not isinstance(error, TimeError):
+            return ""
+        drift = max(self.drifts().values())
+        if drift <= self._reading.tolerance_s:  # a frame is missing, but for that the clocks agree
+            return ""
+        return (
+            f"if the nearest frames are the right ones, {where}.tolerance_s={enough(drift)} takes them: the rows' "
+            f"times miss the video's frames by up to {drift:.6f} s"
+        )
+
+    def drift_of(self, episode: int) -> float:
+        """How far, at most, the frames of the episode at `episode` are from its rows' times, see `drifts`. Raises
+        `RowError` and `VideoError`."""
+        self._enter(episode)
+        return max(self.drifts().values(), default=0.0)
+
+    def drifts(self) -> dict[str, float]:
+        """{camera: how far, at most, the present episode's rows are from the nearest frames}, in seconds; 0 where that
+        is within the tolerance for all rows that aren't after the video's end. Raises `VideoError`."""
+        tolerance_s, frame_s = self._reading.tolerance_s, self._factory.frame_s
+        worst = {}
+        for camera, (span, times) in self._frames.items():
+            cursor = self._videos[camera]
+            drift = cursor.drift(span.path, times.seconds) + times.beyond
+            inside = times.seconds < cursor.clock(span.path).last + frame_s / 2
+            if drift[inside].max(initial=0.0) > tolerance_s:
+                # Clocks of two rates drift apart with time: up to half a frame, farther after the video's end.
+                grown = drift.max() * (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)
+                bounded = drift.max() <= frame_s / 2
+                worst[camera] = float(max(drift.max(), min(grown, frame_s / 2)) if bounded else grown)
+            else:
+                worst[camera] = 0.0
+        return worst
 
     def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:
         """[h+1, H', W', 3] uint8 of the window at `frame` of the present episode; the caller's own.
@@ -158,10 +210,16 @@ class LeRobotCursor:
     def _decoded(self, camera: str, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
         """[H', W', 3] uint8 of frames `first`.. of the present episode; fewer than `count` where a later one can't be
         had, which its own window's reading will find."""
-        rows, (path, start), resizer = self._rows, self._places[camera], self._factory.resizers[camera]
-        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
-        seconds = (start + rows.seconds[first : first + count]).tolist()
-        images = resizer.all(self._videos[camera].read_all(path, seconds, self._reading.tolerance_s), count)
+        (span, times), resizer = self._frames[camera], self._factory.resizers[camera]
+        if times.lost[first]:
+            raise VideoError(f"{span.path}: row {first} lies outside the episode's frames")
+        good = ~times.lost[first : first + count]
+        count = count if good.all() else int(np.argmin(good))
+        seconds = times.seconds[first : first + count].tolist()
+        between = times.low, times.high
+        images = resizer.all(
+            self._videos[camera].read_all(span.path, seconds, self._reading.tolerance_s, between), count
+        )
         yield next(images)
         try:
             yield from images
@@ -176,8 +234,22 @@ class LeRobotCursor:
             pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root, self._factory.opener))
         except (ImageError, OSError) as error:
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
-            raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
+            kind = type(error) if isinstance(error, ImageError) else ImageError
+            raise kind(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
+
+
+def proposed_tolerance(reading: Reading) -> str | None:
+    """The `tolerance_s` that takes every frame of the first, last and longest episodes, where the present one doesn't
+    and their clocks, not missing frames, are the reason. Reads these episodes' rows and the times of their frames."""
+    cursor, worst = LeRobotCursorFactory(reading, WindowSpec(chunk_length=1)).cursor(), 0.0
+    for position in {0, len(reading.episodes) - 1, int(np.argmax(reading.episodes.length))}:
+        try:
+            worst = max(worst, cursor.drift_of(position))
+        except (RowError, VideoError):
+            continue  # a training names what it can't read
+    cursor.close()
+    return enough(worst) if worst > 0 else None
 
 
 def _encoded(cell: Any, root: Path, opener: Opener) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from numpy.typing import NDArray
 
 from opentau_train.data.lerobot.columns import CAMERA
 from opentau_train.data.lerobot.info import RESTORE, Info
+from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
+from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
+
+log = logging.getLogger(__name__)
 
 NO_EPISODES = "record some, or remove the source"
 MOST_ROWS = 2**31 - 1
@@ -48,36 +53,73 @@ class FileTable:
         """The whole path of file `number`."""
         return self.root / self.relative(number)
 
+    def on_disk(self) -> list[Path]:
+        """The files of the kind that there are, here or on the server, sorted, whether the metadata name them or
+        not."""
+        folder, suffix = Path(self.template).parts[0], Path(self.template).suffix
+        mirror = mirror_at(self.root)
+        if mirror is not None:
+            return sorted(self.root / n for n in mirror.entries if n.startswith(f"{folder}/") and n.endswith(suffix))
+        return sorted((self.root / folder).glob(f"**/*{suffix}"))
+
 
 @dataclass(frozen=True)
 class VideoPlaces:
-    """Where one camera's frames are: `file` [E] i32 places in `files`, `start` [E] f64 seconds at which the episode
-    begins in its mp4."""
+    """Where one camera's frames are, see `spans.Span`: `file` [E] i32 places in `files`; `start`, `first`, `end` [E]
+    f64 seconds in that mp4; `claimed` [E, 2] f64; `rows`, `sharing` [E] i64."""
 
     files: FileTable
     file: NDArray[np.int32]
     start: NDArray[np.float64]
+    first: NDArray[np.float64]
+    end: NDArray[np.float64]
+    claimed: NDArray[np.float64]
+    rows: NDArray[np.int64]
+    sharing: NDArray[np.int64]
+
+    def select(self, keep: NDArray) -> VideoPlaces:
+        """The episodes at the positions `keep`, in that order."""
+        columns = (self.file, self.start, self.first, self.end, self.claimed, self.rows, self.sharing)
+        return VideoPlaces(self.files, *(column[keep] for column in columns))
+
+    def span(self, position: int) -> Span:
+        """The frames of the episode at `position`."""
+        path, (first, end) = self.files.path(int(self.file[position])), self.claimed[position].tolist()
+        start, begin, stop = (float(column[position]) for column in (self.start, self.first, self.end))
+        return Span(path, start, begin, stop, (first, end), int(self.rows[position]), int(self.sharing[position]))
 
 
 @dataclass(frozen=True)
 class StoredEpisodes:
     """The episodes in use and where they are stored: `data_file` [E] i32 places in `data`, `row_start` [E] i64 the
-    episode's first row in its file, `videos` {camera stored as video: its places}."""
+    episode's first row in its file, `videos` {camera stored as video: its places}.
+
+    `rows_in_file` [F] i64: how many rows the metadata place in each file of rows; `shared_files`: files may hold
+    several episodes; `order`: the column of rows that tells their order in the episode, None where there is none.
+    """
 
     table: EpisodeTable
     data: FileTable
     data_file: NDArray[np.int32]
     row_start: NDArray[np.int64]
     videos: Mapping[str, VideoPlaces]
+    rows_in_file: NDArray[np.int64]
+    shared_files: bool
+    order: str | None
+
+    def paths(self, position: int) -> list[Path]:
+        """The files of the episode at `position`, as the metadata have it: of its rows, then of each camera."""
+        videos = [places.files.path(int(places.file[position])) for places in self.videos.values()]
+        return [self.data.path(int(self.data_file[position])), *videos]
 
     def select(self, keep: NDArray) -> StoredEpisodes:
         """The episodes at the positions `keep`, in that order."""
-        return StoredEpisodes(
+        return replace(
+            self,
             table=self.table.select(keep),
-            data=self.data,
             data_file=self.data_file[keep],
             row_start=self.row_start[keep],
-            videos={c: VideoPlaces(v.files, v.file[keep], v.start[keep]) for c, v in self.videos.items()},
+            videos={camera: places.select(keep) for camera, places in self.videos.items()},
         )
 
 
@@ -111,14 +153,14 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]
     index = episodes.episode_index[order]
     if len(index) == 0:
         raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
-    twice = index[1:][np.diff(index) == 0]
-    if len(twice):
-        raise UserError(f"episode {twice[0]} is listed twice", where=where, remedy=RESTORE)
+    again = np.append(False, np.diff(index) == 0)
+    if again.any():
+        log.warning("%s: of episodes that are listed twice the first line counts: %s", where, np.unique(index[again]))
+        order, index = order[~again], index[~again]
     length = episodes.length[order]
-    wrong = index[(length <= 0) | (length > MOST_ROWS)]
-    if len(wrong):
-        what = f"episode {wrong[0]} has {length[index == wrong[0]][0]} rows"
-        raise UserError(what, where=where, remedy=RESTORE)
+    if (abs(length) > MOST_ROWS).any():
+        wrong = int(np.argmax(abs(length) > MOST_ROWS))
+        raise UserError(f"episode {index[wrong]} has {length[wrong]} rows", where=where, remedy=RESTORE)
     return Episodes(
         episode_index=index,
         length=length,

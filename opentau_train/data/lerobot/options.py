@@ -31,6 +31,8 @@ class LeRobotSource:
     state: tuple[str, ...] | None = None
     """Columns, or slices that meta/modality.json names; `actions` alike."""
     actions: tuple[str, ...] | None = None
+    drop_dims: tuple[str, ...] = ()
+    """Dimensions of state and actions to leave out, by name or pattern (`*`; `column.3` is `column[3]`)."""
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
     """Columns that hold the instruction, as text or as its number in meta/tasks; none = the dataset's tasks."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)

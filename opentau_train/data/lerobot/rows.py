@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.opening import open_here
-from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array, texts
+from opentau_train.data.decode.parquet import RowError, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.lerobot.locate import EpisodeError, EpisodeReader
+from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.remote.ahead import fetch_ahead
 from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
@@ -37,29 +38,31 @@ def of_episodes(
     take: Callable[[pa.Table], T],
     *,
     row: OneRow | None = None,
+    left_out: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """(position, `take` of the episode's rows) for each of `positions`, in their order; of its first or last row only
-    where `row` says so. `where` is the source's path in the configuration.
+    where `row` says so. `where` is the source's path in the configuration. With `left_out`, an episode whose own rows
+    can't be had is noted there, {position: cause}, and passed over.
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    table, mirror = stored.table, mirror_at(stored.data.root)
-    reader = RowReader(stored.data.path, list(columns), open_here if mirror is None else mirror.open)
+    reader, mirror = EpisodeReader(stored, list(columns)), mirror_at(stored.data.root)
     if mirror is not None:
         positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:
         for position in positions:
-            file, start = int(stored.data_file[position]), int(stored.row_start[position])
-            length = int(table.length[position])
-            if row is not None:
-                start, length = start + (length - 1 if row == "last" else 0), 1
             try:
-                taken = take(reader.read(file, start, length, int(table.episode_index[position])))
+                rows = reader.read(position) if row is None else reader.read_one(position, last=row == "last")
+                taken = take(rows)
             except RowError as error:
+                if left_out is not None and isinstance(error, EpisodeError):
+                    left_out[position] = str(error)
+                    continue
+                number = int(stored.table.episode_index[position])
                 raise UserError(
                     f"rows can't be read: {error}",
-                    where=str(stored.data.path(file)),
-                    remedy=f"restore the file, or leave its episodes out with {where}.exclude_episodes",
+                    where=f"episode {number}, {stored.data.path(int(stored.data_file[position]))}",
+                    remedy=f"restore the file, or leave the episode out: {where}.exclude_episodes=[{number}]",
                 ) from error
             yield position, taken
     finally:
@@ -72,7 +75,7 @@ class Reading:
 
     `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `images` {camera: its
     parquet column}; `task_column` is None where rows have no task; `prompt_separator` splits one text into
-    alternatives.
+    alternatives; `state_kept` and `actions_kept` mark the dimensions of their columns that aren't dropped.
     """
 
     dataset: str
@@ -89,6 +92,8 @@ class Reading:
     tolerance_s: float
     fps: float
     timed: bool
+    state_kept: NDArray[np.bool_]
+    actions_kept: NDArray[np.bool_]
 
     @property
     def episodes(self) -> EpisodeTable:
@@ -102,12 +107,9 @@ class Reading:
         names += [self.task_column] if self.task_column else []
         return names + (["timestamp"] if self.timed else [])
 
-    def places(self, position: int) -> dict[str, tuple[Path, float]]:
-        """{video camera: (mp4, seconds at which the episode starts in it)}."""
-        return {
-            camera: (places.files.path(int(places.file[position])), float(places.start[position]))
-            for camera, places in self.stored.videos.items()
-        }
+    def spans(self, position: int) -> dict[str, Span]:
+        """{video camera: the frames of the episode at `position`}."""
+        return {camera: places.span(position) for camera, places in self.stored.videos.items()}
 
 
 @dataclass(frozen=True)
@@ -125,36 +127,40 @@ class EpisodeRows:
     finite: bool
 
 
-def stack_columns(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
-    """[L, D] f32: the columns side by side. Raises `RowError`."""
+def state_and_actions(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(state [L, S] f32, actions [L, A] f32): their columns side by side. Raises `RowError`."""
+    both = (reading.state, reading.state_kept), (reading.actions, reading.actions_kept)
+    state, actions = (_stack(rows, columns)[:, kept] for columns, kept in both)
+    return state, actions
+
+
+def _stack(rows: pa.Table, columns: tuple[Column, ...]) -> NDArray[np.float32]:
     parts = [numbers(rows, c.name, c.width)[:, c.first : c.first + c.dim] for c in columns]
     return np.concatenate(parts, axis=1) if parts else np.zeros((rows.num_rows, 0), np.float32)
 
 
-def load_rows(reader: RowReader, reading: Reading, position: int) -> EpisodeRows:
+def load_rows(reader: EpisodeReader, reading: Reading, position: int) -> EpisodeRows:
     """The rows of the episode at `position` of the table. Raises `RowError` naming the file."""
-    stored, table = reading.stored, reading.episodes
-    file = int(stored.data_file[position])
-    rows = reader.read(
-        file, int(stored.row_start[position]), int(table.length[position]), int(table.episode_index[position])
-    )
+    rows = reader.read(position)
     try:
         code, prompts = _prompts(rows, reading)
-        state, actions = stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+        state, actions = state_and_actions(rows, reading)
         return EpisodeRows(
             state=state,
             actions=actions,
-            seconds=_seconds(rows) if reading.timed else None,
+            seconds=row_seconds(rows) if reading.timed else None,
             prompt_code=code,
             prompts=prompts,
             images={camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
             finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
         )
     except RowError as error:
-        raise RowError(f"{stored.data.path(file)}: {error}") from error
+        path = reading.stored.data.path(int(reading.stored.data_file[position]))
+        raise RowError(f"{path}: {error}") from error
 
 
-def _seconds(rows: pa.Table) -> NDArray[np.float64]:
+def row_seconds(rows: pa.Table) -> NDArray[np.float64]:
+    """[L] f64 times of an episode's rows. Raises `RowError` where they don't rise."""
     seconds = numbers(rows, "timestamp", 1, np.float64)[:, 0]
     wrong = np.flatnonzero(~np.isfinite(seconds) | (np.diff(seconds, prepend=-np.inf) < 0))
     if len(wrong):
@@ -164,11 +170,12 @@ def _seconds(rows: pa.Table) -> NDArray[np.float64]:
 
 def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[np.float32]) -> None:
     """Raises `RowError` naming the first value of a window's `state` [S] or `actions` [T, A] that is not finite."""
-    for values, columns in ((state[None], reading.state), (actions, reading.actions)):
+    both = (state[None], reading.state, reading.state_kept), (actions, reading.actions, reading.actions_kept)
+    for values, columns, kept in both:
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             step, dim = wrong[0].tolist()
-            name = [f"{c.name}[{i}]" for c in columns for i in c.dims][dim]
+            name = np.array([f"{c.name}[{i}]" for c in columns for i in c.dims])[kept][dim]
             raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
 
 

@@ -22,20 +22,22 @@ from opentau_train.data.lerobot.columns import (
     INTEGER,
     NUMBER,
     Column,
+    check_dropped,
     choose_cameras,
+    choose_dimensions,
     choose_numbers,
     choose_texts,
     dimension_names,
     frame_size,
     left_out,
     named_so,
+    unusable,
 )
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot.episodes import (
     Episodes,
     FileTable,
     StoredEpisodes,
-    VideoPlaces,
     read_episodes,
     read_tasks,
 )
@@ -44,8 +46,9 @@ from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
 from opentau_train.data.lerobot.presence import present_cameras, without_video
-from opentau_train.data.lerobot.rows import Reading, stack_columns
+from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
+from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, some, tell_unlisted, video_places
 from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -88,23 +91,26 @@ class LeRobotDataset:
 
     def files(self, position: int) -> list[Path]:
         """See `FileSource.files`."""
-        stored = self.reading.stored
-        videos = (path for path, _ in self.reading.places(position).values())
-        return [stored.data.path(int(stored.data_file[position])), *videos]
+        return self.reading.stored.paths(position)
 
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
-        """See `Source.columns`; episodes come in the order of the files. Raises `UserError` naming the file."""
+        """See `Source.columns`; episodes come in the order of the files, without those whose rows aren't there, which
+        the log names. Raises `UserError` naming the file."""
         reading, stored = self.reading, self.reading.stored
         names = [c.name for c in (*reading.state, *reading.actions)]
         positions = np.asarray(positions, np.int64)
         ordered = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))].tolist()
 
         def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
-            return stack_columns(rows, reading.state), stack_columns(rows, reading.actions)
+            return state_and_actions(rows, reading)
 
-        where = f"data.sources.{self.name}"
-        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take):
+        where, left_out = f"data.sources.{self.name}", dict[int, str]()
+        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take, left_out=left_out):
             yield position, state, actions
+        if left_out:
+            episodes = some(self.episodes.episode_index[list(left_out)].tolist())
+            cause = next(iter(left_out.values()))
+            log.warning("%s: rows that can't be read: episodes %s (%s)", where, episodes, cause)
 
 
 def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) -> LeRobotDataset:
@@ -115,18 +121,27 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     cameras = choose_cameras(features, options.cameras, f"{where}.cameras")
     state, actions = _state_and_actions(info, options)
     prompts = choose_texts(features, options.prompt_columns, f"{where}.prompt_columns")
+    for line in unusable(features, {c for c in (*cameras.values(), *(c.name for c in (*state, *actions)), *prompts)}):
+        log.warning("%s: %s", where, line)
+    state_names, state_kept = choose_dimensions(features, state, options.drop_dims)
+    action_names, actions_kept = choose_dimensions(features, actions, options.drop_dims)
+    check_dropped(options.drop_dims, dimension_names(features, (*state, *actions)), f"{where}.drop_dims")
     videos = _videos(info, cameras)
     tasked = "task_index" in features or any(features[name]["dtype"] in INTEGER for name in prompts)
-    listed = read_episodes(info, videos.values(), wanted_columns(settings, where))
+    ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
+    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, where), "length", *ends])
+    tell_unlisted(info, listed.episode_index)
     stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
     cameras = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
     listing = Listing(info, stored, listed.extra, listed.names)
-    listing = _with_control_mode(listing.select(kept_positions(listing, settings)), settings)
+    listing = settle_lengths(listing.select(kept_positions(listing, settings)))
+    listing = _with_control_mode(listing, settings)
     stored = listing.stored
     files = stored_files(info, stored)
     lacking = without_video(info, stored, files, settings.exclude_episodes)
     stored = replace(stored, table=replace(stored.table, lacking=lacking))
     blocks = filter_blocks(listing, settings) if settings.use_filter_dict else whole_episodes(stored.table.length)
+    blocks = cut(blocks, seen_rows(listing, options.tolerance_s))
     fps = float(info.get("fps"))
     by_time = settings.fps is not None and features.get("timestamp", {}).get("dtype") in NUMBER
     reading = Reading(
@@ -144,14 +159,16 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         tolerance_s=options.tolerance_s,
         fps=fps,
         timed=bool(stored.videos) or by_time,
+        state_kept=state_kept,
+        actions_kept=actions_kept,
     )
     fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
         robot_type=settings.robot_type or str(info.tree.get("robot_type") or UNKNOWN_ROBOT),
         fps=fps,
-        state_names=dimension_names(features, state),
-        action_names=dimension_names(features, actions),
+        state_names=state_names,
+        action_names=action_names,
         fingerprint=fingerprint,
         rows_stamp=rows_stamp,
         reading=reading,
@@ -209,14 +226,26 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
         if column not in listed.videos:
             continue
         chunk, file, start = listed.videos[column]
-        places[camera] = VideoPlaces(*_number_files(info, "video_path", chunk, file, column), start)
+        files, number = _number_files(info, "video_path", chunk, file, column)
+        told = listed.extra.get(f"videos/{column}/to_timestamp", [None] * len(start))
+        to = np.array([end if isinstance(end, int | float) else np.nan for end in told], np.float64)
+        places[camera] = video_places(info, listed, files, number, start, to)
     table = EpisodeTable(
         episode_index=listed.episode_index,
         length=listed.length.astype(np.int32),
         control_mode=np.zeros(len(listed.length), np.int16),
         control_modes=(DEFAULT_CONTROL_MODE,),
     )
-    return StoredEpisodes(table, data, data_file, listed.row_start, places)
+    return StoredEpisodes(
+        table,
+        data,
+        data_file,
+        listed.row_start,
+        places,
+        rows_in_file=np.bincount(data_file, weights=listed.length, minlength=len(data)).astype(np.int64),
+        shared_files=not info.file_an_episode,
+        order=next((name for name in ("frame_index", "index") if name in info.features), None),
+    )
 
 
 def _number_files(

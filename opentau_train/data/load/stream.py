@@ -129,7 +129,7 @@ class ShardDataset(IterableDataset[Shard]):
         raise UserError(
             f"dataset '{blocks.name}': {SUBSTITUTE_TRIES} windows in place of an unreadable one can't be read either",
             where=str(error),
-            remedy="repair the dataset's files, or exclude the episodes named in quarantine.jsonl",
+            remedy=error.remedy or "repair the dataset's files, or exclude the episodes named in quarantine.jsonl",
         )
 
     def _record(self, error: BadSample, pass_index: int) -> None:
@@ -142,6 +142,7 @@ class ShardDataset(IterableDataset[Shard]):
             "frame": error.frame,
             "pass": pass_index,
             "cause": error.cause,
+            "remedy": error.remedy,
         }
         # One write of one line in append mode: lines of several workers and ranks don't mix.
         with open(self.quarantine, "a") as file:
@@ -152,7 +153,8 @@ def _unreadable(error: BadSample) -> UserError:
     return UserError(
         f"a validation window can't be read: {error.cause}",
         where=f"dataset '{error.dataset}', episode {error.episode}, frame {error.frame}",
-        remedy=f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}] or "
+        remedy=error.remedy
+        or f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}] or "
         "validation.on_bad_sample=skip",
     )
 

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.names import unbracketed
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.errors import UserError
 
@@ -58,28 +59,41 @@ class Moments:
 
 def affine_of(moments: Moments, method: Method) -> Affine:
     """The map that normalises by `moments`: to zero mean and unit deviation with mean_std, to [-1, 1] between the two
-    bounds with min_max and quantiles (q01, q99)."""
+    bounds with min_max and quantiles (q01, q99; the extremes where these two are one)."""
     if method == "mean_std":
         offset, spread = moments.mean, moments.std
     else:
-        low, high = (moments.min, moments.max) if method == "min_max" else (moments.q01, moments.q99)
+        rare = np.ones(len(moments.min), bool) if method == "min_max" else rarely_moving(moments)
+        low, high = np.where(rare, moments.min, moments.q01), np.where(rare, moments.max, moments.q99)
         offset, spread = (low + high) / 2, (high - low) / 2
-    varies = spread > _CONSTANT * np.maximum(1.0, np.abs(offset))
+    varies = _varies(offset, spread)
     scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
     return Affine(offset.astype(np.float32), scale.astype(np.float32))
 
 
+def rarely_moving(moments: Moments) -> NDArray[np.bool_]:
+    """[D] the dimensions that vary, but in fewer rows than the quantiles q01 and q99 see."""
+    flat = ~_varies((moments.q01 + moments.q99) / 2, (moments.q99 - moments.q01) / 2)
+    return flat & _varies((moments.min + moments.max) / 2, (moments.max - moments.min) / 2)
+
+
+def _varies(offset: NDArray[np.float64], spread: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return spread > _CONSTANT * np.maximum(1.0, np.abs(offset))
+
+
 @dataclass(frozen=True)
 class HeadStats:
-    """One norm head's statistics and dimension names of state and actions."""
+    """One norm head's statistics and dimension names of state and actions. `left_out`: the episodes (dataset, number)
+    that should have been part of them and whose rows can't be had."""
 
     state: Moments
     actions: Moments
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+    left_out: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> dict:
-        return {
+        return ({"left_out": self.left_out} if self.left_out else {}) | {
             "state": self.state.to_json(),
             "actions": self.actions.to_json(),
             "state_names": list(self.state_names),
@@ -89,7 +103,8 @@ class HeadStats:
     @classmethod
     def from_json(cls, tree: dict) -> HeadStats:
         names = tuple(tree["state_names"]), tuple(tree["action_names"])
-        return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names)
+        left_out = tuple((dataset, number) for dataset, number in tree.get("left_out", ()))
+        return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names, left_out)
 
 
 Rows = Iterator[tuple[str, int, NDArray, NDArray]]
@@ -99,19 +114,39 @@ Rows = Iterator[tuple[str, int, NDArray, NDArray]]
 def compute(rows: Rows, num_rows: int, state_names: Sequence[str], action_names: Sequence[str]) -> HeadStats:
     """Statistics of a head over `rows`. Raises `UserError` naming dataset, episode and dimension of a value that is
     not finite."""
-    state, actions = _Accumulator(num_rows, state_names), _Accumulator(num_rows, action_names)
+    state, actions = _Accumulator(num_rows, len(state_names)), _Accumulator(num_rows, len(action_names))
     for dataset, episode, state_rows, action_rows in rows:
-        state.add(state_rows, dataset, episode)
-        actions.add(action_rows, dataset, episode)
+        _check_finite(
+            np.concatenate([state_rows, action_rows], axis=1), [*state_names, *action_names], dataset, episode
+        )
+        state.add(state_rows)
+        actions.add(action_rows)
     return HeadStats(state.moments(), actions.moments(), tuple(state_names), tuple(action_names))
+
+
+def _check_finite(rows: NDArray, names: Sequence[str], dataset: str, episode: int) -> None:
+    """Raises `UserError` for a value of the rows [L, D] that is not finite."""
+    wrong = ~np.isfinite(rows)
+    if not wrong.any():
+        return
+    row, dim = np.argwhere(wrong)[0]
+    where = f"data.sources.{dataset}"
+    remedy = f"repair it, or leave it out: {where}.exclude_episodes=[{episode}]"
+    never = [unbracketed(name) for name, in_all in zip(names, wrong.all(axis=0), strict=True) if in_all]
+    if never:
+        remedy = f"if it is so in all episodes, drop what has no values: {where}.drop_dims=[{','.join(never)}]"
+    raise UserError(
+        f"{names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episode}, frame {row}"
+        + (" and all others" if wrong[:, dim].all() else ""),
+        where=where,
+        remedy=remedy,
+    )
 
 
 class _Accumulator:
     """Sums of rows shifted by the first one (so that float64 loses nothing to a large mean), extremes, a sample."""
 
-    def __init__(self, num_rows: int, names: Sequence[str]):
-        dims = len(names)
-        self.names = names
+    def __init__(self, num_rows: int, dims: int):
         self.stride = -(-num_rows // QUANTILE_ROWS) or 1
         self.count = 0
         self.shift: NDArray | None = None
@@ -119,14 +154,7 @@ class _Accumulator:
         self.min, self.max = np.full(dims, np.inf), np.full(dims, -np.inf)
         self.kept: list[NDArray] = []
 
-    def add(self, rows: NDArray, dataset: str, episode: int) -> None:
-        if not np.isfinite(rows).all():
-            row, dim = np.argwhere(~np.isfinite(rows))[0]
-            raise UserError(
-                f"{self.names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episode}, frame {row}",
-                where=f"data.sources.{dataset}",
-                remedy=f"repair it, or leave it out: data.sources.{dataset}.exclude_episodes=[{episode}]",
-            )
+    def add(self, rows: NDArray) -> None:
         rows = rows.astype(np.float64)
         if self.shift is None:
             self.shift = rows[0]
@@ -138,7 +166,7 @@ class _Accumulator:
         self.count += len(rows)
 
     def moments(self) -> Moments:
-        dims = len(self.names)
+        dims = len(self.min)
         if self.shift is None:
             raise ValueError("statistics of no rows")
         mean = self.sum / self.count
@@ -193,5 +221,14 @@ def normalizer(stats: Mapping[str, HeadStats], method: Method) -> Normalize:
 
 def constant_dimensions(stats: HeadStats, method: Method) -> list[str]:
     """Names of the dimensions that normalisation leaves at zero."""
+    return _named(stats, lambda moments: affine_of(moments, method).scale == 0)
+
+
+def rare_dimensions(stats: HeadStats, method: Method) -> list[str]:
+    """Names of the dimensions that are normalised by their extremes, quantiles being asked for."""
+    return _named(stats, rarely_moving) if method == "quantiles" else []
+
+
+def _named(stats: HeadStats, chosen: Callable[[Moments], NDArray[np.bool_]]) -> list[str]:
     pairs = ((stats.state, stats.state_names), (stats.actions, stats.action_names))
-    return [n for m, names in pairs for n, scale in zip(names, affine_of(m, method).scale, strict=True) if scale == 0]
+    return [n for m, names in pairs for n, is_chosen in zip(names, chosen(m), strict=True) if is_chosen]

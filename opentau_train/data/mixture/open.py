@@ -92,13 +92,35 @@ def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline,
 
 
 def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
-    """The mixture normalised by `stats`; logs which dimensions don't vary. Raises `UserError` where they don't fit."""
+    """The mixture normalised by `stats`, without the episodes whose rows these didn't find; logs which they are, and
+    which dimensions don't vary. Raises `UserError` where the statistics don't fit."""
     statistics.check(stats, mixture.datasets, mixture.groups)
+    mixture = _without(mixture, {episode for known in stats.values() for episode in known.left_out})
     for head, known in stats.items():
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)
         if flat:
             log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
+        rare = normalize.rare_dimensions(known, mixture.settings.normalization)
+        if rare:
+            log.warning("norm head %s: by min and max, since q01 is q99: %s", head, ", ".join(rare))
     return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
+
+
+def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
+    """The mixture without windows of the episodes (dataset, number) in `left_out`."""
+    if not left_out:
+        return mixture
+    datasets = []
+    for dataset in mixture.datasets:
+        numbers = sorted(number for name, number in left_out if name == dataset.name)
+        if numbers:
+            where = f"data.sources.{dataset.name}"
+            log.warning("%s: left out, their rows not being there: episodes %s", where, ranges(numbers))
+        sides = dataset.train.without(numbers), dataset.validation.without(numbers)
+        datasets.append(dataclasses.replace(dataset, train=sides[0], validation=sides[1]))
+    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
+    groups = _with_shares(mixture.groups, datasets, draws)
+    return dataclasses.replace(mixture, datasets=tuple(datasets), draws=tuple(draws), groups=tuple(groups))
 
 
 def table_digests(mixture: Mixture) -> dict[str, str]:

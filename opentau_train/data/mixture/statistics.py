@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +46,26 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
         if d.transforms:
             identity.append(json.dumps(Pipeline(d.transforms).to_json()))
 
+    left_out: list[tuple[str, int]] = []
+
     def rows() -> normalize.Rows:
         for d, chosen in zip(members, positions, strict=True):
+            missing, numbers = set(chosen.tolist()), d.source.episodes.episode_index
             for place, state, actions in d.columns(chosen):
-                yield d.name, int(d.source.episodes.episode_index[place]), state, actions
+                missing.discard(place)
+                yield d.name, int(numbers[place]), state, actions
+            left_out.extend((d.name, int(numbers[place])) for place in sorted(missing))
+        if len(left_out) == sum(map(len, positions)):
+            where = f"data.sources.{first.name}"
+            remedy = "restore the dataset's files of rows (download or export it again)"
+            raise UserError(f"no episode of norm head {head} has rows that can be read", where=where, remedy=remedy)
+
+    def make() -> HeadStats:
+        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names)
+        return replace(stats, left_out=tuple(left_out))
 
     num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))
-    return normalize.cached(
-        settings.paths.cache,
-        identity,
-        lambda: normalize.compute(rows(), num_rows, first.state_names, first.action_names),
-    )
+    return normalize.cached(settings.paths.cache, identity, make)
 
 
 def _members(datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, list[Dataset]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,12 @@ class DatasetBlocks:
     @property
     def num_windows(self) -> int:
         return int(self.length.sum(dtype=np.int64))
+
+    def without(self, numbers: Sequence[int]) -> DatasetBlocks:
+        """The blocks of all episodes but those of these numbers."""
+        keep = ~np.isin(self.number, numbers)
+        columns = {name: getattr(self, name)[keep] for name in ("episode", "start", "length", "number")}
+        return replace(self, **columns)
 
     def digest(self) -> str:
         """A hash of the block table: what a checkpoint compares before it trusts its sample number."""

@@ -117,6 +117,10 @@ class Mirror:
         with ThreadPoolExecutor(THREADS) as threads:
             return list(threads.map(end, names))
 
+    def __contains__(self, path: Path) -> bool:
+        """Whether the server has the file `path` below `root`."""
+        return path.relative_to(self.root).as_posix() in self.entries
+
     def size(self, path: Path) -> int:
         """The file's bytes; 0 for one that the server hasn't."""
         entry = self.entries.get(path.relative_to(self.root).as_posix())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.names import fits
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.errors import UserError, did_you_mean
 
@@ -61,18 +61,13 @@ def _factors(rules: Mapping[str, float], names: tuple[str, ...], what: str) -> N
     for pattern, factor in rules.items():
         if not np.isfinite(factor) or factor == 0:
             raise UserError(f"a factor of {what} is {factor}", where=pattern, remedy="give a finite number but 0")
-        if not any(_fits(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise UserError(
                 f"no dimension of {what} is named '{pattern}'{did_you_mean(pattern, names)}",
                 where="transforms",
                 remedy=f"name one of {', '.join(names)}, or a pattern such as *[0]",
             )
     return np.array(
-        [next((factor for pattern, factor in rules.items() if _fits(name, pattern)), 1.0) for name in names],
+        [next((factor for pattern, factor in rules.items() if fits(name, pattern)), 1.0) for name in names],
         np.float32,
     )
-
-
-def _fits(name: str, pattern: str) -> bool:
-    """`*` alone is special: dimensions have brackets in their names."""
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None

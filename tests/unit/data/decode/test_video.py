@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opentau_train.data.decode import video_file
-from opentau_train.data.decode.images import ImageError, Resizer, decode_image, fit
+from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image, fit
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
@@ -336,13 +336,14 @@ def test_pictures_of_one_block_belong_to_whoever_has_them(video):
     assert list(resizer.all(iter([]), 4)) == []
 
 
-def test_still_images_of_any_depth_become_rgb():
+def test_still_images_become_rgb_and_depth_is_no_image():
     colour = picture(0, 0, "x", (32, 48))
     np.testing.assert_array_equal(decode_image(png(colour)), colour)
     grey = colour[..., 0]
     np.testing.assert_array_equal(decode_image(png(grey)), np.repeat(grey[..., None], 3, -1))
     depth = grey.astype(np.uint16) * 256 + 7
-    np.testing.assert_array_equal(decode_image(png(depth)), np.repeat(grey[..., None], 3, -1))
+    with pytest.raises(DepthError, match="16 bits"):
+        decode_image(png(depth))
     with pytest.raises(ImageError):
         decode_image(png(colour)[:60])
     with pytest.raises(ImageError):

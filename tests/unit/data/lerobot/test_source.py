@@ -650,14 +650,32 @@ def _with_column(name: str, values: list, kind: pa.DataType | None = None):
         (_with_column("action", [[0.0] * 5] * 3, pa.list_(pa.float32(), 5)), "'action' doesn't have the 3"),
         (_with_column("action", [["a"] * 3] * 3), "'action' holds string"),
         (lambda t: t.drop_columns(["action"]), "no column 'action'"),
-        (lambda t: t.slice(0, 2), "has 2 rows"),
-        (_with_column("episode_index", [0, 0, 0], pa.int64()), "not all of episode 1"),
     ],
 )
 def test_rows_that_contradict_the_metadata_are_bad_samples(tmp_path, change, cause):
     root = small(tmp_path, version="v2.1")
     _rewrite(root / "data/chunk-000/episode_000001.parquet", change)
     _assert_rows_fail(open_source(root), 1, 0, cause)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda t: t.slice(0, 2), "episode 1 has 2 rows, the metadata give it 3"),
+        (_with_column("episode_index", [0, 0, 0], pa.int64()), "no rows of episode 1"),
+        (_with_column("frame_index", [0, 1, 1], pa.int64()), "episode 1 has 2 rows"),
+    ],
+)
+def test_an_episode_whose_own_rows_are_not_there_is_left_out_by_its_number(tmp_path, change, cause, caplog):
+    root = small(tmp_path, version="v2.1")
+    _rewrite(root / "data/chunk-000/episode_000001.parquet", change)
+    source = open_source(root)
+    cursor = source.cursors(WindowSpec(1)).cursor()
+    with pytest.raises(BadSample, match=rf"episode_000001\.parquet: {cause}"):
+        cursor.read(1, 0)
+    assert cursor.read(0, 1).state[0] == 1
+    assert [position for position, _, _ in source.columns(np.arange(2))] == [0]
+    assert "data.sources.main" in caplog.text and "episodes 1 (" in caplog.text and cause in caplog.text
 
 
 def test_a_damaged_parquet_file_is_a_bad_sample(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,32 @@ def test_nan_names_dataset_episode_and_dimension():
     rows = [("good", 0, np.zeros((5, 0)), np.zeros((5, 2))), ("bad", 17, np.zeros((5, 0)), x)]
     with pytest.raises(UserError, match="y is nan in dataset 'bad', episode 17, frame 3"):
         normalize.compute(iter(rows), 10, [], ["x", "y"])
+
+
+def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
+    rows = np.ones((9, 3), np.float32)
+    rows[:, 1] = np.nan
+    two = [("d", e, rows, rows[:, :2]) for e in range(2)]
+    with pytest.raises(UserError) as caught:
+        normalize.compute(iter(two), 18, ["s[0]", "s[1]", "s.z"], ["a[0]", "a.y"])
+    assert "s[1] is nan in dataset 'd', episode 0, frame 0 and all others" in str(caught.value)
+    assert "data.sources.d.drop_dims=[s.1,a.y]" in caught.value.remedy
+
+
+def test_quantiles_of_a_dimension_that_moves_in_few_rows_are_its_extremes():
+    x = np.random.default_rng(0).uniform(-1, 1, size=(1000, 3)).astype(np.float32)
+    x[:, 1], x[:, 2] = 0.0, 5.0
+    x[:4, 1] = 1.0  # a gripper that closes in 0.4 % of the rows
+    stats = stats_of(x)
+    z = affine_of(stats.actions, "quantiles").normalize(x)
+    assert set(z[:, 1].tolist()) == {-1.0, 1.0} and not z[:, 2].any()
+    assert normalize.rare_dimensions(stats, "quantiles") == ["a1"]
+    assert normalize.constant_dimensions(stats, "quantiles") == ["a2"]
+    assert normalize.rare_dimensions(stats, "min_max") == []
+    moments = stats.actions
+    np.testing.assert_array_equal(
+        z[:, 0], affine_of(replace(moments, min=moments.min - 9), "quantiles").normalize(x)[:, 0]
+    )
 
 
 def test_quantiles_of_a_stride_sample_stay_close(monkeypatch):

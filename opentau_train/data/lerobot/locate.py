@@ -1,0 +1,189 @@
+"""Where an episode's rows are: where the metadata place them, or, if that isn't so, where the files have them.
+
+A row belongs to the episode of its `episode_index` and has its place there by its `frame_index`, wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from opentau_train.data.decode.parquet import RowError, RowReader, numbers
+from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.remote.mirror import mirror_at, opener_at
+
+EPISODE_COLUMN = "episode_index"
+INDEXED_FILES = 16
+
+
+class EpisodeError(RowError):
+    """The rows of one episode can't be had; the others of its file can."""
+
+
+class EpisodeReader:
+    """Reads `columns` of one whole episode at a time, in the order of its frames. Its methods raise `RowError`.
+
+    Rows that stand where the metadata say are read from there. Else the file's own columns tell where they are, then
+    those of the other files that may have them: an episode may lie in two, or in another than the metadata say.
+    """
+
+    def __init__(self, stored: StoredEpisodes, columns: Sequence[str]):
+        self._stored = stored
+        self._keys = [EPISODE_COLUMN] + ([stored.order] if stored.order else [])
+        self._mirror = mirror_at(stored.data.root)
+        self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root))
+        self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()
+        self._listing: list[Path] | None = None
+
+    def read(self, position: int) -> pa.Table:
+        """All rows of the episode at `position` of the table."""
+        stored = self._stored
+        file, length = int(stored.data_file[position]), int(stored.table.length[position])
+        number, path = int(stored.table.episode_index[position]), stored.data.path(file)
+        try:
+            rows = self._at_place(path, file, int(stored.row_start[position]), length, number)
+            if rows is not None:
+                return rows
+        except RowError as error:
+            if self._exists(path) or not stored.shared_files:
+                raise
+            try:
+                return self._search(path, number, length)
+            except EpisodeError:
+                raise error from None  # what is missing is the file
+        return self._search(path, number, length)
+
+    def _at_place(self, path: Path, file: int, start: int, length: int, number: int) -> pa.Table | None:
+        """The `length` rows from `start` on of a file, by rising frame; None if they aren't just those of episode
+        `number`."""
+        rows = self._reader.slice(path, start, length)
+        frames = self._frames(rows, number)
+        if frames is None or len(frames) != length:
+            return None
+        if self._reader.num_rows(path) != int(self._stored.rows_in_file[file]):
+            beside = [self._reader.slice(path, row, 1) for row in (start - 1, start + length) if row >= 0]
+            if any(row.num_rows and self._frames(row, number) is not None for row in beside):
+                return None
+        if (np.diff(frames) == 1).all():
+            return rows
+        if len(np.unique(frames)) == length:
+            return rows.take(pa.array(np.argsort(frames))).combine_chunks()
+        return None
+
+    def read_one(self, position: int, *, last: bool) -> pa.Table:
+        """The first or last row of the episode at `position` of the table."""
+        stored = self._stored
+        file, length = int(stored.data_file[position]), int(stored.table.length[position])
+        number, frame = int(stored.table.episode_index[position]), length - 1 if last else 0
+        path = stored.data.path(file)
+        if stored.order == "frame_index" and self._exists(path):
+            row = self._reader.slice(path, int(stored.row_start[position]) + frame, 1)
+            if self._frames(row, number) == [frame]:
+                return row
+        return self.read(position).slice(frame, 1)
+
+    def count(self, position: int) -> int:
+        """How many frames the episode at `position` of the table has in the files, whatever the metadata say."""
+        path = self._stored.data.path(int(self._stored.data_file[position]))
+        parts = self._gather(path, int(self._stored.table.episode_index[position]), enough=None)
+        return len(np.unique(np.concatenate([frames for _, _, frames in parts]))) if parts else 0
+
+    def close(self) -> None:
+        self._reader.close()
+        self._indices.clear()
+
+    def _frames(self, rows: pa.Table, number: int) -> NDArray[np.int64] | None:
+        """[N] the frame of each row, by the row's place where no column tells it; None if a row is of another episode
+        than `number`."""
+        if not (numbers(rows, EPISODE_COLUMN, 1, np.int64) == number).all():
+            return None
+        return _order(rows, self._stored.order)
+
+    def _search(self, path: Path, number: int, length: int) -> pa.Table:
+        """The `length` rows of episode `number`, which the metadata place in the file `path`."""
+        parts = self._gather(path, number, enough=length)
+        if not parts:
+            raise EpisodeError(f"{path}: no rows of episode {number}, here or in another file")
+        frames = np.concatenate([frames for _, _, frames in parts])
+        order = np.argsort(frames, kind="stable")
+        again = np.diff(frames[order], prepend=-1) == 0
+        if (num := len(frames) - int(again.sum())) != length:
+            raise EpisodeError(f"{path}: episode {number} has {num} rows, the metadata give it {length}")
+        rows = pa.concat_tables([self._reader.take(file, places) for file, places, _ in parts])
+        rows = rows.take(pa.array(order)).combine_chunks()
+        twice = np.flatnonzero(again)
+        differs = [place for place in twice.tolist() if not rows.slice(place, 1).equals(rows.slice(place - 1, 1))]
+        if differs:
+            raise EpisodeError(
+                f"{path}: frame {frames[order][differs[0]]} of episode {number} is there twice, differently"
+            )
+        return rows.take(pa.array(np.flatnonzero(~again))).combine_chunks()
+
+    def _gather(
+        self, path: Path, number: int, enough: int | None
+    ) -> list[tuple[Path, NDArray[np.int64], NDArray[np.int64]]]:
+        """[(file, numbers of its rows of the episode, their frames)], until there are `enough` different frames."""
+        parts: list[tuple[Path, NDArray[np.int64], NDArray[np.int64]]] = []
+        for file in self._files_near(path):
+            least, greatest = self._reader.extremes(file, EPISODE_COLUMN)
+            if least <= number <= greatest:
+                places, frames = self._index(file).of(number)
+                if len(places):
+                    parts.append((file, places, frames))
+            if enough is not None and parts and len(np.unique(np.concatenate([f for _, _, f in parts]))) >= enough:
+                break
+        return parts
+
+    def _files_near(self, path: Path) -> Iterator[Path]:
+        """The file itself, then, if files hold several episodes, all others, the nearest first, a later one before an
+        earlier one."""
+        if self._exists(path) or not self._stored.shared_files:
+            yield path
+        if not self._stored.shared_files:
+            return
+        if self._listing is None:
+            self._listing = [p for p in self._stored.data.on_disk() if not p.name.startswith(".")]
+        later = [p for p in self._listing if p > path]
+        earlier = [p for p in self._listing if p < path][::-1]
+        for i in range(max(len(later), len(earlier))):
+            yield from (side[i] for side in (later, earlier) if i < len(side))
+
+    def _exists(self, path: Path) -> bool:
+        """Whether there is the file, here or on the server."""
+        return path.exists() if self._mirror is None else path in self._mirror
+
+    def _index(self, path: Path) -> _FileIndex:
+        index = self._indices.get(path)
+        if index is None:
+            index = self._indices[path] = _FileIndex(self._reader.whole(path, self._keys), self._stored.order)
+            if len(self._indices) > INDEXED_FILES:
+                self._indices.popitem(last=False)
+        self._indices.move_to_end(path)
+        return index
+
+
+class _FileIndex:
+    """The rows of one file by episode and frame: 16 bytes a row."""
+
+    def __init__(self, rows: pa.Table, order: str | None):
+        episode, frame = numbers(rows, EPISODE_COLUMN, 1, np.int64)[:, 0], _order(rows, order)
+        row = np.lexsort((frame, episode))
+        self._frame, self._row = frame[row], row.astype(np.int64)
+        self._episode, self._first = np.unique(episode[row], return_index=True)
+
+    def of(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(numbers [N] of the rows of the episode, by rising frame; their frames [N])."""
+        place = int(np.searchsorted(self._episode, number))
+        if place == len(self._episode) or self._episode[place] != number:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        end = self._first[place + 1] if place + 1 < len(self._first) else len(self._row)
+        return self._row[self._first[place] : end], self._frame[self._first[place] : end]
+
+
+def _order(rows: pa.Table, column: str | None) -> NDArray[np.int64]:
+    return np.arange(rows.num_rows) if column is None else numbers(rows, column, 1, np.int64)[:, 0]
