@@ -13,9 +13,10 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+LEROBOT := .venv/lerobot
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-nightly test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,14 +36,15 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-cuda test-nightly test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all: export OMP_NUM_THREADS := 1
 
 # The tests of a file run after one another in one worker: they share fixtures. (xdist's groups do nothing with pytest 9.2,
 # whose node ids they can't change.)
 test: setup ## The fast tests, WORKERS at a time
-	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot" -n $(WORKERS) --dist loadfile $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
-	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda)"
+	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda),"
+	@echo "          the comparison with LeRobot itself (make test-lerobot)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) $(ARGS)
@@ -56,11 +58,24 @@ test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install s
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
 
+# LeRobot pins older releases than this project: it gets an environment of its own, which sees the packages of .venv too, so
+# that torch isn't installed twice.
+$(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
+	rm -rf $(LEROBOT)
+	$(BIN)/python -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --no-deps -r tests/side_by_side/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(LEROBOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
+	touch $@
+
+test-lerobot: $(LEROBOT)/.installed ## Windows and statistics against LeRobot's own classes
+	$(LEROBOT)/bin/python -m pytest -m lerobot tests/side_by_side $(ARGS)
+
 test-nightly: setup ## The property tests with 2,000 examples each
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
-test-all: setup ## Every test
-	$(BIN)/python -m pytest $(ARGS)
+test-all: setup test-lerobot ## Every test
+	$(BIN)/python -m pytest -m "not lerobot" $(ARGS)
 
 lint: setup ## Check Python (ruff) and shell (shellcheck)
 	$(BIN)/ruff check .

@@ -22,10 +22,11 @@ def settings_of(arguments: Sequence[str]) -> Settings:
     return load_settings(cli.compose(arguments))
 
 
-def mixture_of(root: Path, *arguments: str) -> Mixture:
-    """The mixture of one LeRobot dataset."""
+def mixture_of(root: Path | str, *arguments: str, cache: Path | None = None) -> Mixture:
+    """The mixture of one LeRobot dataset; `cache` lies beside it where it isn't given."""
+    cache = Path(root).parent / "cache" if cache is None else cache
     given = ["+recipe=lerobot", f"data.sources.main.root={root}", "data.sources.main.val_split_ratio=0.0"]
-    return open_mixture(settings_of([*given, f"paths.cache_dir={root.parent / 'cache'}", *arguments]))
+    return open_mixture(settings_of([*given, f"paths.cache_dir={cache}", *arguments]))
 
 
 def unique_bytes(pid: int) -> int:

@@ -27,7 +27,7 @@ class SourceSettings:
 
     target: str = field(default="opentau_train.data.lerobot.LeRobotSource", metadata={"key": "_target_"})
     root: str | None = field(default=None, metadata=SAFE)  # what lies there is compared by itself (`data/order/state`)
-    """Local directory of the dataset."""
+    """Local directory of the dataset, or the URL of one on a server: s3://, gs://, hf://datasets/, http(s)://, ..."""
     repo_id: str | None = None
     """Hugging Face Hub name, downloaded once a node when `root` is null."""
     revision: str | None = None
@@ -191,6 +191,8 @@ class DataSettings:
     num_workers: int = field(default=2, metadata=SAFE)
     prefetch_factor: int = field(default=2, metadata=SAFE)
     max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
+    cache_gb: float = field(default=100.0, metadata=SAFE)
+    """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
     lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
     phase_rows: int = field(default=1024, metadata=NEW_PLAN)
     blank_images: bool = field(default=False, metadata=warned())
@@ -204,7 +206,7 @@ class DataSettings:
     def check(self, path: str) -> None:
         for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):
             positive(f"{path}.{name}", getattr(self, name))
-        for name in ("prefetch_factor", "max_samples_per_batch"):
+        for name in ("prefetch_factor", "max_samples_per_batch", "cache_gb"):
             positive(f"{path}.{name}", getattr(self, name))
         for name in ("history", "num_workers"):
             at_least(f"{path}.{name}", getattr(self, name), 0)

@@ -7,7 +7,8 @@ its `Cursor`s read it forward.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,8 @@ class SourceOptions(Protocol):
 
     def open(self, name: str, settings: SourceSettings) -> Source:
         """The dataset that is called `name` in the mixture. `settings.root` is a local directory, or None where none is
-        given: whether it is needed is for the class to say.
+        given: whether it is needed is for the class to say. A URL comes as it was given; LeRobot's datasets alone get
+        the directory that `data/remote` keeps for it.
 
         Raises `UserError` for what is missing, broken or unknown.
         """
@@ -82,6 +84,15 @@ class Source(Protocol):
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """(position, state [L, S] f32, actions [L, A] f32) of the episodes at `positions`; never decodes video. One
         that is passed over has no rows that can be read, and isn't trained on."""
+        ...
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source of files below one directory: where that lies on a server, they are fetched before they are read."""
+
+    def files(self, position: int) -> list[Path]:
+        """What a cursor opens for the episode at `position` of the table."""
         ...
 
 

@@ -24,9 +24,7 @@ from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
 from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
-from opentau_train.data.lerobot.cursor import proposed_tolerance
 from opentau_train.data.lerobot.info import Info, read_info
-from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.log import log_to
 
@@ -141,7 +139,9 @@ def _vectors(features: Features, prefix: str) -> str:
 def check(tree: dict[str, Any], schema: str) -> str:
     """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
     that a training would."""
-    from opentau_train.data.mixture.open import open_plan  # imports torch
+    from opentau_train.data.lerobot.cursor import proposed_tolerance  # these import torch
+    from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
     from opentau_train.data.mixture.statistics import check_heads
     from opentau_train.job import check_targets

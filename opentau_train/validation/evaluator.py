@@ -22,7 +22,7 @@ from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import BadSample, UserError
+from opentau_train.errors import BadSample, Explained
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
 from opentau_train.validation.plan import ValidationPlan, plan_validation
@@ -114,7 +114,7 @@ class Context:
         `visit` runs in evaluation mode, without gradients, in the run's precision. Random states and parameters are
         untouched if it leaves them alone.
 
-        Raises on all ranks the `UserError` of a window that any rank couldn't read, and `Stopped` where any was asked
+        Raises on all ranks the error of a window that any rank couldn't read, and `Stopped` where any was asked
         to stop; `Fault` on the rank whose data worker died.
         """
         progress = _Progress()
@@ -163,7 +163,7 @@ class Context:
 class _Progress:
     """How a pass went on this rank."""
 
-    error: UserError | None = None
+    error: Explained | None = None
     halted: bool = False
     left_out: list[BadSample] = field(default_factory=list)
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"data/mixture/"},
     {"data/lerobot/", "data/order/", "models/", "sinks/", "optim"},
     {"data/source", "data/transforms/"},
-    {"batch", "config/", "data/builtin/", "data/keep_ranges", "log"},
+    {"batch", "config/", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
     {"data/chunk", "data/decode/", "data/names", "errors", "performance", "rng", "threads", "types"},
     {"__init__", "data/__init__"},  # they import nothing
 )

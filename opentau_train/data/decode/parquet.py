@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from opentau_train.data.decode.opening import Opener, open_here
 
 OPEN_FILES = 32
 CACHED_BYTES = 64 * 2**20
@@ -24,13 +27,14 @@ class RowError(Exception):
 
 
 class RowReader:
-    """Reads rows of `columns` from parquet files, in row order. The last files stay open, and their last row groups in
-    memory: a group may hold many episodes.
+    """Reads rows of `columns` from parquet files, which `opener` opens, in row order. The last files stay open, and
+    their last row groups in memory: a group may hold many episodes.
 
     Single-threaded, so that it works in forked workers. Its methods raise `RowError` where a file can't be read.
     """
 
-    def __init__(self, columns: Sequence[str]):
+    def __init__(self, columns: Sequence[str], opener: Opener = open_here):
+        self._opener = opener
         self._columns = [*dict.fromkeys(columns)]
         self._files: OrderedDict[Path, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
@@ -105,7 +109,7 @@ class RowReader:
             return known
         while len(self._files) >= OPEN_FILES:
             self._files.popitem(last=False)[1][0].close()
-        handle = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        handle = self._opener(path, partial(pq.ParquetFile, memory_map=True, page_checksum_verification=True))
         missing = [c for c in self._columns if c not in handle.schema_arrow.names]
         if missing:
             handle.close()

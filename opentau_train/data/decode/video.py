@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
 
 ROUNDING_S = 1e-4
@@ -70,14 +71,12 @@ EVER = (-math.inf, math.inf)
 
 
 class VideoPool:
-    """The open files of one worker process, at most as many as there are cursors.
+    """The files of one worker process that `opener` has opened, at most as many as there are cursors; a closed one is
+    opened again when it is asked for. `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
-    A closed file is opened again when a cursor asks for it. `frames_decoded` counts the pictures that all cursors
-    have sent to their decoders.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, opener: Opener = open_here) -> None:
         self.frames_decoded = 0
+        self._opener = opener
         self._capacity = 0
         self._files: OrderedDict[str, VideoFile] = OrderedDict()  # strings: a Path takes microseconds to compare
 
@@ -101,7 +100,7 @@ class VideoPool:
         file = self._files.get(name)
         if file is None:
             self._shrink(self._capacity - 1)
-            file = self._files[name] = VideoFile(path)
+            file = self._files[name] = self._opener(path, VideoFile)
         else:
             self._files.move_to_end(name)
         return file

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from opentau_train.data.chunk import chunk_places, history_rows, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
+from opentau_train.data.decode.opening import Opener
 from opentau_train.data.decode.parquet import RowError
 from opentau_train.data.decode.video import BURST, FrameCursor, TimeError, VideoPool
 from opentau_train.data.decode.video_file import DepthVideoError, VideoError
 from opentau_train.data.lerobot.locate import EpisodeReader
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
+from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample
 from opentau_train.types import RawWindow, WindowSpec
 
@@ -28,7 +30,8 @@ class LeRobotCursorFactory:
 
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
-        self.pool = VideoPool()
+        self.opener = opener_at(reading.root)
+        self.pool = VideoPool(self.opener)
         self.rows = EpisodeReader(reading.stored, reading.columns)
         self.frame_s = 1.0 / reading.fps
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
@@ -228,7 +231,7 @@ class LeRobotCursor:
         reading, rows = self._reading, self._rows
         assert rows is not None, "an image belongs to the episode entered before"
         try:
-            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
+            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root, self._factory.opener))
         except (ImageError, OSError) as error:
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
             kind = type(error) if isinstance(error, ImageError) else ImageError
@@ -249,11 +252,11 @@ def proposed_tolerance(reading: Reading) -> str | None:
     return enough(worst) if worst > 0 else None
 
 
-def _encoded(cell: Any, root: Path) -> bytes:
+def _encoded(cell: Any, root: Path, opener: Opener) -> bytes:
     """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
     if isinstance(cell, Mapping):
         if cell.get("bytes") is None and cell.get("path"):
-            return (root / cell["path"]).read_bytes()
+            return opener(root / cell["path"], Path.read_bytes)
         cell = cell.get("bytes")
     if not isinstance(cell, bytes):
         raise ImageError("it has no image bytes")

@@ -15,6 +15,7 @@ from opentau_train.data.lerobot.columns import CAMERA
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
+from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -53,8 +54,12 @@ class FileTable:
         return self.root / self.relative(number)
 
     def on_disk(self) -> list[Path]:
-        """The files of the kind in the chunks that there are, sorted, whether the metadata name them or not."""
+        """The files of the kind that there are, here or on the server, sorted, whether the metadata name them or
+        not."""
         folder, suffix = Path(self.template).parts[0], Path(self.template).suffix
+        mirror = mirror_at(self.root)
+        if mirror is not None:
+            return sorted(self.root / n for n in mirror.entries if n.startswith(f"{folder}/") and n.endswith(suffix))
         return sorted((self.root / folder).glob(f"*/*{suffix}"))
 
 
@@ -101,6 +106,11 @@ class StoredEpisodes:
     rows_in_file: NDArray[np.int64]
     shared_files: bool
     order: str | None
+
+    def paths(self, position: int) -> list[Path]:
+        """The files of the episode at `position`, as the metadata have it: of its rows, then of each camera."""
+        videos = [places.files.path(int(places.file[position])) for places in self.videos.values()]
+        return [self.data.path(int(self.data_file[position])), *videos]
 
     def select(self, keep: NDArray) -> StoredEpisodes:
         """The episodes at the positions `keep`, in that order."""

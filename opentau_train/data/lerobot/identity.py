@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
 from opentau_train.data.lerobot.info import Info
+from opentau_train.data.remote.mirror import mirror_at
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
@@ -65,15 +66,24 @@ def identify(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) ->
     for file in files:
         digest.update(f"{file.relative}\x1f{file.stat.size}\x1e".encode())
     rows = [file for file in files if file.camera is None]
-    for file in rows[:: -(-len(rows) // MAX_ENDS)]:
-        digest.update(end_of(f"{info.root}/{file.relative}"))
+    for end in _ends_below(info.root, [file.relative for file in rows[:: -(-len(rows) // MAX_ENDS)]]):
+        digest.update(end)
     written = repr([file.stat.modified for file in rows])
     return digest.hexdigest(), hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
 
 def stats_below(root: Path, relative: Sequence[str]) -> list[FileStat]:
-    """`file_stats` of files that are named by their paths below the dataset's directory."""
+    """`file_stats` of files that are named by their paths below the dataset's directory, here or on a server."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        return [FileStat(*stat) for stat in mirror.stats(relative)]
     return file_stats([f"{root}/{name}" for name in relative])
+
+
+def _ends_below(root: Path, relative: Sequence[str]) -> list[bytes]:
+    """`end_of` of files that are named by their paths below the dataset's directory, here or on a server."""
+    mirror = mirror_at(root)
+    return [end_of(f"{root}/{name}") for name in relative] if mirror is None else mirror.ends(relative, END_BYTES)
 
 
 def file_stats(paths: Sequence[str]) -> list[FileStat]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from opentau_train.data.decode.parquet import RowError, RowReader, numbers
 from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.remote.mirror import mirror_at, opener_at
 
 EPISODE_COLUMN = "episode_index"
 INDEXED_FILES = 16
@@ -34,7 +35,8 @@ class EpisodeReader:
     def __init__(self, stored: StoredEpisodes, columns: Sequence[str]):
         self._stored = stored
         self._keys = [EPISODE_COLUMN] + ([stored.order] if stored.order else [])
-        self._reader = RowReader([*self._keys, *columns])
+        self._mirror = mirror_at(stored.data.root)
+        self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root))
         self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()
         self._listing: list[Path] | None = None
 
@@ -48,7 +50,7 @@ class EpisodeReader:
             if rows is not None:
                 return rows
         except RowError as error:
-            if path.exists() or not stored.shared_files:
+            if self._exists(path) or not stored.shared_files:
                 raise
             try:
                 return self._search(path, number, length)
@@ -79,7 +81,7 @@ class EpisodeReader:
         file, length = int(stored.data_file[position]), int(stored.table.length[position])
         number, frame = int(stored.table.episode_index[position]), length - 1 if last else 0
         path = stored.data.path(file)
-        if stored.order == "frame_index" and path.exists():
+        if stored.order == "frame_index" and self._exists(path):
             row = self._reader.slice(path, int(stored.row_start[position]) + frame, 1)
             if self._frames(row, number) == [frame]:
                 return row
@@ -140,7 +142,7 @@ class EpisodeReader:
     def _files_near(self, path: Path) -> Iterator[Path]:
         """The file itself, then, if files hold several episodes, all others, the nearest first, a later one before an
         earlier one."""
-        if path.exists() or not self._stored.shared_files:
+        if self._exists(path) or not self._stored.shared_files:
             yield path
         if not self._stored.shared_files:
             return
@@ -150,6 +152,10 @@ class EpisodeReader:
         earlier = [p for p in self._listing if p < path][::-1]
         for i in range(max(len(later), len(earlier))):
             yield from (side[i] for side in (later, earlier) if i < len(side))
+
+    def _exists(self, path: Path) -> bool:
+        """Whether there is the file, here or on the server."""
+        return path.exists() if self._mirror is None else path in self._mirror
 
     def _index(self, path: Path) -> _FileIndex:
         index = self._indices.get(path)

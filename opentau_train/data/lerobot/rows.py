@@ -3,7 +3,7 @@ single columns of many episodes, for control modes, success and statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,8 @@ from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.data.lerobot.locate import EpisodeError, EpisodeReader
 from opentau_train.data.lerobot.spans import Span
+from opentau_train.data.remote.ahead import fetch_ahead
+from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -24,12 +26,14 @@ T = TypeVar("T")
 
 OneRow = Literal["first", "last"]
 """The row of an episode that stands for it."""
+NUM_AHEAD = 256
+"""Episodes whose rows are fetched before they are read, where they lie on a server."""
 
 
 def of_episodes(
     where: str,
     stored: StoredEpisodes,
-    positions: Sequence[int],
+    positions: Iterable[int],
     columns: Sequence[str],
     take: Callable[[pa.Table], T],
     *,
@@ -42,7 +46,9 @@ def of_episodes(
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    reader = EpisodeReader(stored, list(columns))
+    reader, mirror = EpisodeReader(stored, list(columns)), mirror_at(stored.data.root)
+    if mirror is not None:
+        positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:
         for position in positions:
             try:

@@ -90,6 +90,10 @@ class LeRobotDataset:
         """See `Source.cursors`."""
         return LeRobotCursorFactory(self.reading, window)
 
+    def files(self, position: int) -> list[Path]:
+        """See `FileSource.files`."""
+        return self.reading.stored.paths(position)
+
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """See `Source.columns`; episodes come in the order of the files, without those whose rows aren't there, which
         the log names. Raises `UserError` naming the file."""
@@ -162,7 +166,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
-        robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
+        robot_type=settings.robot_type or str(info.tree.get("robot_type") or UNKNOWN_ROBOT),
         fps=fps,
         state_names=state_names,
         action_names=action_names,
@@ -265,7 +269,8 @@ def _number_files(
     pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
     try:
-        files.relative(0)
+        if "\0" in files.relative(0):
+            raise ValueError("it holds a null character")
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key} '{files.template}' can't be filled in: {error}",

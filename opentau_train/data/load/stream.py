@@ -19,11 +19,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from opentau_train import rng
 from opentau_train.batch import Batch, Sample, join, stack
 from opentau_train.data.decode.video import OpenDecoders
+from opentau_train.data.load.fetching import files_fetched
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, UserError
+from opentau_train.errors import BadSample, Explained, UserError
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
@@ -44,7 +45,7 @@ class Shard:
     t: np.ndarray
     batch: Batch | None
     num_substituted: int = 0
-    error: UserError | None = None
+    error: Explained | None = None
     left_out: tuple[BadSample, ...] = ()
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """The decoders that the worker keeps open."""
@@ -57,7 +58,7 @@ class RankBatch:
 
     batch: Batch | None
     num_substituted: int = 0
-    error: UserError | None = None
+    error: Explained | None = None
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """The decoders that all of the rank's workers keep open."""
 
@@ -86,9 +87,9 @@ class ShardDataset(IterableDataset[Shard]):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         builder = SampleBuilder(self.mixture, training=self.train)
         try:
-            for windows in self.plan(worker, num_workers):
+            for windows in files_fetched(self.mixture, self.plan(worker, num_workers)):
                 yield self._build(builder, windows)
-        except UserError as error:
+        except Explained as error:
             yield Shard(np.zeros(0, np.int64), None, error=error)
         finally:
             builder.close()
@@ -186,9 +187,9 @@ def training_batches(
 ) -> Generator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 
-    R must divide B. A `UserError` comes as the last item's `error` instead of being raised: a rank that ended alone
-    would leave the others in a collective. Raises `Fault` for a worker that died (killed for its memory, a crash in
-    native code). Close the generator to end the workers.
+    R must divide B. An `Explained` error comes as the last item's `error` instead of being raised: a rank that ended
+    alone would leave the others in a collective. Raises `Fault` for a worker that died (killed for its memory, a crash
+    in native code). Close the generator to end the workers.
     """
     data = mixture.settings
     tape.batch(first_step)  # orders the blocks here and now: forked workers then share the pages, 12 B a block

@@ -1,4 +1,4 @@
-"""Where the sources' files are: given directories, downloads, or the built-in sample."""
+"""Where the sources' files are: given directories, mirrors of servers', downloads, or the built-in sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
 from opentau_train.data.lerobot.outcomes import by_outcome
-from opentau_train.errors import UserError
+from opentau_train.data.remote.mirror import is_url, make_mirror
+from opentau_train.errors import Fault, UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ def alone(make: Callable[[], T]) -> T:
 def resolve_sources(
     settings: Settings, once_a_node: OnceANode = alone, num_nodes: int = 1
 ) -> dict[str, SourceSettings]:
-    """The sources to open, sorted by name, with local roots: given, downloaded once a node, or the built-in sample's.
-    A directory of datasets by outcome is several of them (`lerobot.outcomes`).
+    """The sources to open, sorted by name, with local roots: given, mirrored or downloaded once a node, or the built-in
+    sample's. A directory of datasets by outcome is several of them (`lerobot.outcomes`).
 
     Raises `UserError`, of the configuration on all processes alike.
     """
@@ -44,7 +45,7 @@ def resolve_sources(
         sources = _builtin_sample(settings, once_a_node, num_nodes)
     taken: dict[str, SourceSettings] = {}
     for name, source in sorted(sources.items()):
-        parts = by_outcome(name, _with_root(name, source, once_a_node))
+        parts = by_outcome(name, _with_root(name, source, settings, once_a_node))
         twice = next((part for part in parts if part != name and part in sources), None)
         if twice is not None:
             raise UserError(
@@ -57,7 +58,11 @@ def resolve_sources(
     return dict(sorted(taken.items()))
 
 
-def _with_root(name: str, source: SourceSettings, once_a_node: OnceANode) -> SourceSettings:
+def _with_root(name: str, source: SourceSettings, settings: Settings, once_a_node: OnceANode) -> SourceSettings:
+    if source.root and is_url(source.root):
+        if source.target != SourceSettings.target:
+            return source  # how it reads a URL is the class's own business
+        return dataclasses.replace(source, root=once_a_node(lambda: _mirror(name, source, settings)))
     if source.root:
         return dataclasses.replace(source, root=str(Path(source.root).expanduser()))
     if source.repo_id:
@@ -78,6 +83,20 @@ def _download(name: str, source: SourceSettings) -> str:
             where=f"data.sources.{name}.repo_id",
             remedy="check the name, the network and HF_HUB_OFFLINE, or give data.sources.NAME.root",
         ) from error
+
+
+def _mirror(name: str, source: SourceSettings, settings: Settings) -> str:
+    assert source.root is not None
+    where = f"data.sources.{name}.root"
+    if source.revision is not None:
+        remedy = "write it into a URL of the Hub: root=hf://datasets/OWNER/NAME@REVISION"
+        raise UserError("revision goes with repo_id, not with a URL", where=where, remedy=remedy)
+    try:
+        root = make_mirror(source.root, settings.paths.cache / "remote", int(settings.data.cache_gb * 1e9))
+    except Fault as error:
+        raise UserError(error.what, where=where, remedy="check the URL, the network and the credentials") from error
+    log.info("%s: %s is read through %s", where, source.root, root)
+    return str(root)
 
 
 def _builtin_sample(settings: Settings, once_a_node: OnceANode, num_nodes: int) -> dict[str, SourceSettings]:

@@ -1,0 +1,1 @@
+"""The program's reading and statistics beside those of LeRobot itself: `make test-lerobot`."""
