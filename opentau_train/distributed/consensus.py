@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.world import World
-from opentau_train.errors import UserError
+from opentau_train.errors import Explained
 
 TAG = 0x0907E
 """The tag of the votes' messages: no other point-to-point message of the program has it."""
@@ -35,7 +35,7 @@ class Vote:
 
     counts: Mapping[str, float]
     num_substituted: int = 0
-    error: UserError | None = None
+    error: Explained | None = None
     has_batch: bool = True
     has_written: bool = False
     stop: Stop = Stop.NONE

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from opentau_train.distributed.preflight import check_in
 from opentau_train.distributed.rollcall import RollCall
-from opentau_train.errors import UserError
+from opentau_train.errors import Explained, UserError
 
 T = TypeVar("T")
 
@@ -121,20 +121,21 @@ class World:
             dist.barrier()
 
     def agree(self, make: Callable[[], T]) -> T:
-        """`make()` on every rank; where it raises a `UserError` on any, the lowest such rank's is raised on all.
+        """`make()` on every rank; where it raises an `Explained` error on any, the lowest such rank's is raised on all.
 
         A file missing on one node must end every rank, with one message, instead of leaving the rest in a collective.
         """
         result, error = None, None
         try:
             result = make()
-        except UserError as refusal:
+        except Explained as refusal:
             error = refusal
         errors = self.gather(error)
         for rank, mistake in enumerate(errors):
             if mistake is not None:
                 if any(e is None for e in errors):
-                    mistake = UserError(mistake.what, where=f"{mistake.where} (on rank {rank})", remedy=mistake.remedy)
+                    where = f"{mistake.where} (on rank {rank})"
+                    mistake = type(mistake)(mistake.what, where=where, remedy=mistake.remedy)
                 raise mistake
         return result  # type: ignore[return-value]
 

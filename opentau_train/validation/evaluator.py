@@ -22,7 +22,7 @@ from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import BadSample, UserError
+from opentau_train.errors import BadSample, Explained
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
 from opentau_train.validation.plan import ValidationPlan, plan_validation
@@ -163,7 +163,7 @@ class Context:
 class _Progress:
     """How a pass went on this rank."""
 
-    error: UserError | None = None
+    error: Explained | None = None
     halted: bool = False
     left_out: list[BadSample] = field(default_factory=list)
 

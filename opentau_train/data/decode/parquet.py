@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from opentau_train.data.decode.open_files import OpenFiles
+from opentau_train.machine import check_machine_read
 
 EPISODE_COLUMN = "episode_index"
 OPEN_FILES = 32
@@ -23,6 +26,16 @@ class RowError(Exception):
     """Rows can't be had; the text names the file and the cause."""
 
 
+class _RowFile(NamedTuple):
+    """An open file, and after which of its rows each row group ends."""
+
+    handle: pq.ParquetFile
+    ends: NDArray[np.int64]
+
+    def close(self) -> None:
+        self.handle.close()
+
+
 class RowReader:
     """Reads episodes' rows of `columns` from files, whose paths `path` gives by their numbers. The last files stay
     open, and their last row groups in memory: a group may hold many episodes.
@@ -33,7 +46,7 @@ class RowReader:
     def __init__(self, path: Callable[[int], Path], columns: Sequence[str]):
         self._path = path
         self._columns = [*dict.fromkeys([EPISODE_COLUMN, *columns])]
-        self._files: OrderedDict[int, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
+        self._files = OpenFiles(self._opened, OPEN_FILES)
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached_bytes = 0
 
@@ -41,7 +54,8 @@ class RowReader:
         """`length` rows from row `start` of the file numbered `file`, and of them the reader's columns, each in one
         contiguous chunk that shares no memory with the file's other rows.
 
-        Raises `RowError` where the file can't be read or the rows aren't those of `episode_index`.
+        Raises `RowError` where the file can't be read or the rows aren't those of `episode_index`, and `Fault` where
+        the machine is to blame.
         """
         path = self._path(file)
         try:
@@ -49,6 +63,7 @@ class RowReader:
             rows.validate(full=True)
         except UNREADABLE as error:
             self._forget(file)
+            check_machine_read(error, path)
             raise RowError(f"{path}: {error}") from error
         episodes = rows.column(EPISODE_COLUMN)
         if episodes.null_count or not (np.asarray(episodes) == episode_index).all():
@@ -56,14 +71,12 @@ class RowReader:
         return rows
 
     def close(self) -> None:
-        for handle, _ in self._files.values():
-            handle.close()
-        self._files.clear()
+        self._files.shrink(0)
         self._groups.clear()
         self._cached_bytes = 0
 
     def _slice(self, file: int, path: Path, start: int, length: int) -> pa.Table:
-        handle, ends = self._open(file, path)
+        handle, ends = self._files.get(file)
         if start + length > (ends[-1] if len(ends) else 0):
             raise RowError(
                 f"{path} has {handle.metadata.num_rows} rows, the metadata place an episode at "
@@ -79,22 +92,17 @@ class RowReader:
         # A copy: a lane keeps its episode's rows for long, and a slice would keep the whole row group alive.
         return pa.concat_tables(parts).take(pa.array(np.arange(length))).combine_chunks()
 
-    def _open(self, file: int, path: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
-        known = self._files.get(file)
-        if known is not None:
-            self._files.move_to_end(file)
-            return known
-        while len(self._files) >= OPEN_FILES:
-            self._files.popitem(last=False)[1][0].close()
-        handle = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    def _opened(self, file: int) -> _RowFile:
+        path = self._path(file)
+        # Not mapped: a page that the disk or the server refuses would kill the process by SIGBUS.
+        handle = pq.ParquetFile(path, page_checksum_verification=True)
         missing = [c for c in self._columns if c not in handle.schema_arrow.names]
         if missing:
             handle.close()
             raise RowError(f"{path} has no column '{missing[0]}'")
         metadata = handle.metadata
         ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
-        self._files[file] = (handle, ends)
-        return handle, ends
+        return _RowFile(handle, ends)
 
     def _group(self, file: int, handle: pq.ParquetFile, group: int) -> pa.Table:
         table = self._groups.get((file, group))
@@ -110,9 +118,7 @@ class RowReader:
         return table
 
     def _forget(self, file: int) -> None:
-        known = self._files.pop(file, None)
-        if known is not None:
-            known[0].close()
+        self._files.drop(file)
         for key in [k for k in self._groups if k[0] == file]:
             self._cached_bytes -= self._groups.pop(key).nbytes
 

@@ -17,6 +17,7 @@ from opentau_train.data.decode.video import BURST, FrameCursor, VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
 from opentau_train.errors import BadSample
+from opentau_train.machine import check_machine
 from opentau_train.types import RawWindow, WindowSpec
 
 
@@ -172,6 +173,7 @@ class LeRobotCursor:
         try:
             pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root))
         except (ImageError, OSError) as error:
+            check_machine(error)
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
             raise ImageError(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")

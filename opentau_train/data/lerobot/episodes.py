@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.data.decode.parquet import UNREADABLE
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 from opentau_train.types import EpisodeTable
 
 
@@ -202,6 +203,7 @@ def _read_parquet(path: Path, names: list[str] | None, extra: tuple[str, ...] = 
             table.validate(full=True)
             return table
     except UNREADABLE as error:
+        check_machine(error, path)
         raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
 
 
@@ -216,6 +218,7 @@ def _read_jsonl(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
+        check_machine(error, path)
         raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
 
 

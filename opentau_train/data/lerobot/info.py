@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 VERSIONS = ("v3.0", "v2.1")
 RESTORE = "restore the file (download or export the dataset again)"
@@ -55,6 +56,7 @@ def read_info(root: Path, where: str) -> Info:
             remedy=f"set {where}.root to the directory that holds meta/ and data/",
         ) from error
     except (OSError, ValueError) as error:
+        check_machine(error, path)
         raise UserError(f"meta/info.json can't be read: {error}", where=str(path), remedy=RESTORE) from error
     info = Info(root, where, raw, tree if isinstance(tree, dict) else {})
     version = info.get("codebase_version")

@@ -23,7 +23,8 @@ from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, UserError
+from opentau_train.errors import BadSample, Explained, UserError
+from opentau_train.machine import machine_fault
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
@@ -44,7 +45,7 @@ class Shard:
     t: np.ndarray
     batch: Batch | None
     num_substituted: int = 0
-    error: UserError | None = None
+    error: Explained | None = None
     left_out: tuple[BadSample, ...] = ()
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """The decoders that the worker keeps open."""
@@ -57,7 +58,7 @@ class RankBatch:
 
     batch: Batch | None
     num_substituted: int = 0
-    error: UserError | None = None
+    error: Explained | None = None
     open_decoders: OpenDecoders = field(default_factory=OpenDecoders)
     """The decoders that all of the rank's workers keep open."""
 
@@ -88,8 +89,11 @@ class ShardDataset(IterableDataset[Shard]):
         try:
             for windows in self.plan(worker, num_workers):
                 yield self._build(builder, windows)
-        except UserError as error:
-            yield Shard(np.zeros(0, np.int64), None, error=error)
+        except (Explained, OSError, MemoryError, RuntimeError) as error:
+            explained = error if isinstance(error, Explained) else machine_fault(error, self.quarantine or "")
+            if explained is None:
+                raise
+            yield Shard(np.zeros(0, np.int64), None, error=explained)
         finally:
             builder.close()
 
