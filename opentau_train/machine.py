@@ -21,11 +21,11 @@ PROBED_BYTES = 64 * 2**20
 
 _MORE_FILES = (
     "raise it: `ulimit -n 4096` before the start, `docker run --ulimit nofile=4096`, a service's LimitNOFILE; or lower "
-    "data.lanes_per_sample"
+    "data.num_workers"
 )
 _LESS_MEMORY = (
-    "ask for more memory, or lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
-    "resume=auto"
+    "ask for more memory (of the scheduler, `ulimit -v`), or lower data.num_workers, data.prefetch_factor or "
+    "data.lanes_per_sample; go on with resume=auto"
 )
 _FULL = "the disk is full", "make room or raise the quota, or name another place; go on with resume=auto"
 _MENDED = "see dmesg and the mount; once it is mended, go on with resume=auto"
@@ -58,11 +58,11 @@ def machine_fault(error: BaseException, path: Path | str = "") -> Fault | None:
     what, remedy = _WORDS[code]
     place = str(error.filename or path) if isinstance(error, OSError) else ""
     if code == errno.EMFILE:
-        place += f" (the limit, `ulimit -n`, is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
+        what += f", the limit (`ulimit -n`) is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
     if code == errno.ENOSPC:
         place += _room(place)
-    where = f"{place} on {socket.gethostname()}".strip()
-    return Fault(f"{what}: {os.strerror(code)}", where=where, remedy=remedy, teller=Teller.THIS_RANK)
+    where = f"{place} on {socket.gethostname()}" if place else socket.gethostname()
+    return Fault(f"{what}: {errno.errorcode[code]}", where=where, remedy=remedy, teller=Teller.THIS_RANK)
 
 
 def check_machine(error: BaseException, path: Path | str = "") -> None:

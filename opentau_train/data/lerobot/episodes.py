@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.data.decode.parquet import UNREADABLE
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.machine import check_machine, check_machine_read
 from opentau_train.types import EpisodeTable
 
 
@@ -203,7 +203,7 @@ def _read_parquet(path: Path, names: list[str] | None, extra: tuple[str, ...] = 
             table.validate(full=True)
             return table
     except UNREADABLE as error:
-        check_machine(error, path)
+        check_machine_read(error, path)
         raise UserError(f"the file can't be read: {error}", where=str(path), remedy=RESTORE) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import multiprocessing
 import signal
 import socket
 from collections.abc import Generator, Sequence
@@ -45,6 +46,8 @@ def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) 
     The same workers make all passes; they live until the generator is closed. With `num_workers` 0 the calling process
     is the only worker. Raises `Fault` for a worker that died, and where there is no room for what one hands over.
     """
+    if num_workers:
+        _check_semaphores(num_workers)
     with ExitStack() as stack:
         channels = [socket.socketpair() for _ in range(num_workers)]
         for channel in channels:
@@ -74,12 +77,7 @@ def _parcels(
         generator=torch.Generator().manual_seed(0),
         in_order=True,
     )
-    try:
-        iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
-    except OSError as error:
-        if error.errno not in NO_SHARED_MEMORY:
-            raise
-        raise shared_memory_fault(f"{num_workers} data workers can't be started: {error.strerror}") from error
+    iterator: Any = iter(data_loader)  # whose workers torch offers no public way to end
     workers: list[BaseProcess] = iterator._workers if num_workers else []
     if num_workers:
         # Torch's handler of SIGCHLD raises in the main thread when a worker dies, wherever that is just then: in the
@@ -100,6 +98,17 @@ def _parcels(
         # which then sends the workers a SIGTERM, which they ignore, and waits for them for ever.
         if num_workers:
             iterator._shutdown_workers()
+
+
+def _check_semaphores(num_workers: int) -> None:
+    """Raises `Fault` where the system hasn't the shared memory for the workers' queues, a page a semaphore: asked for
+    beforehand, since a loader that breaks off half built prints a traceback of its own."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(3 * num_workers + 8)]
+    except OSError as error:
+        if error.errno not in NO_SHARED_MEMORY:
+            raise
+        raise shared_memory_fault(f"{num_workers} data workers can't be started: {error.strerror}") from error
 
 
 def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
