@@ -134,6 +134,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
             texts = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
+        check_machine(error, file)
         raise _unreadable(file, error) from error
     if folder is None and texts.get("format") != FORMAT:
         raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")

@@ -12,6 +12,7 @@ from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def _download(name: str, source: SourceSettings) -> str:
     try:
         return snapshot_download(source.repo_id, repo_type="dataset", revision=source.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        check_machine(error)
         raise UserError(
             f"can't download dataset '{source.repo_id}': {str(error).splitlines()[0]}",
             where=f"data.sources.{name}.repo_id",
