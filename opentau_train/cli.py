@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError
+from opentau_train.machine import machine_fault, raise_file_limit
 from opentau_train.threads import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
@@ -65,7 +66,11 @@ def end(code: int) -> None:
 
 
 def answer(work: Callable[[], int]) -> int:
-    """Run `work()` and return its exit code; an error that it raises is printed once, in the form of `errors`."""
+    """Run `work()` and return its exit code; an error that it raises is printed once, in the form of `errors`.
+
+    `work` may open as many files as the machine's hard limit allows.
+    """
+    raise_file_limit()
     asked = os.environ.get("HYDRA_FULL_ERROR", "")
     full_error = asked not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing and exiting itself
@@ -85,10 +90,13 @@ def answer(work: Callable[[], int]) -> int:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     except Exception as error:
-        # Broad, and not to be split: what can be foreseen is split off above. The rest ends with its traceback and a
-        # fault's code, instead of the code that Python would choose, and ranks still end through `end`.
-        traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
+        # Broad, and not to be split: what can be foreseen is split off above. The rest ends with its traceback, or with
+        # the machine's fault behind it, and a fault's code, instead of the code that Python would choose, and ranks
+        # still end through `end`.
+        fault = machine_fault(error)
+        if full_error or fault is None:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {fault or error}\n")
         return EXIT_FAULT
     finally:
         os.environ["HYDRA_FULL_ERROR"] = asked

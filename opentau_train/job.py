@@ -43,6 +43,7 @@ from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, build_optimizer, check_optimizer
 from opentau_train.performance import ForwardFlops
@@ -278,6 +279,7 @@ def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(as_yaml(tree))
     except OSError as error:
+        check_machine(error, run_dir)
         raise UserError(
             f"the run directory can't be written: {error}",
             where=str(run_dir),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +149,13 @@ def _loss(path: Path) -> str | None:
     try:
         sizes = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
+        check_machine(error, path / MANIFEST)
         return f"no readable {MANIFEST} ({type(error).__name__})"
     for name, size in sizes.items():
         try:
             actual = (path / name).stat().st_size
-        except OSError:
+        except OSError as error:
+            check_machine(error, path / name)
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} bytes of {size}"

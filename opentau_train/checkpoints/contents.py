@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 from opentau_train.step import TrainState
 
 VERSION = 1
@@ -118,6 +119,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads((path / RUN).read_text())
     except (OSError, ValueError) as error:
+        check_machine(error, path)
         raise UserError(
             f"not a checkpoint: {error}",
             where=str(path),

@@ -29,6 +29,7 @@ from opentau_train.config import typed
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, did_you_mean
+from opentau_train.machine import check_machine
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 
@@ -108,6 +109,7 @@ def _read(path: Path, words: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        check_machine(error, path)
         raise UserError(
             f"the checkpoint has no readable {words}, without which its outputs mean nothing: {error}",
             where=str(path),
@@ -132,6 +134,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
             texts = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
+        check_machine(error, file)
         raise _unreadable(file, error) from error
     if folder is None and texts.get("format") != FORMAT:
         raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")

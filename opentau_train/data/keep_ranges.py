@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 Ranges = list[tuple[int, int]]
 TRIM_KEY = "filter_last_n_in_ranges"
@@ -95,6 +96,7 @@ def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
             remedy=f"make one (python -m opentau_train.tools.keep_ranges), or set {where}.use_filter_dict=false",
         ) from error
     except (OSError, ValueError) as error:
+        check_machine(error, path)
         raise _broken(path, f"can't be read: {error}") from error
     if not isinstance(tree, dict):
         raise _broken(path, "holds no mapping")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 from opentau_train.sinks.base import Sink, SinkContext
 
 
@@ -29,7 +30,11 @@ class JsonlSink(Sink):
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         values = {tag: float(value) if math.isfinite(value) else None for tag, value in row.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, "time": time.time(), **values}, allow_nan=False) + "\n")
+        except OSError as error:
+            check_machine(error, self._file.name)
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 
 @contextmanager
@@ -16,6 +17,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        check_machine(error, path)
         raise UserError(
             f"can't write {path}: {error.strerror or error}", where="--out", remedy="give a file that can be written"
         ) from error

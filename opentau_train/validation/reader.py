@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
+from multiprocessing.sharedctypes import RawValue
 
 from opentau_train.data.load.stream import Shard, ShardDataset
 from opentau_train.data.load.workers import passes
@@ -17,14 +17,14 @@ from opentau_train.validation.plan import ValidationPlan
 
 @dataclass(frozen=True)
 class _Current:
-    """The windows of the plan that is being read. `number` [] i64 lies in memory that is shared with the workers."""
+    """The windows of the plan that is being read. `number` lies in memory that is shared with the workers."""
 
     plans: Sequence[ValidationPlan]
     rank: int
-    number: torch.Tensor
+    number: ctypes.c_int64
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Windows]:
-        return self.plans[int(self.number)].for_worker(self.rank, worker, num_workers)
+        return self.plans[self.number.value].for_worker(self.rank, worker, num_workers)
 
 
 class Reader:
@@ -36,7 +36,7 @@ class Reader:
     """
 
     def __init__(self, mixture: Mixture, plans: Sequence[ValidationPlan], rank: int, *, skip_bad: bool):
-        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._number = RawValue(ctypes.c_int64) if mixture.settings.num_workers else ctypes.c_int64()
         self._dataset = ShardDataset(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
         self._shards: InterruptibleIterator[Shard | None] | None = None
         self._begun = False
@@ -45,7 +45,7 @@ class Reader:
         """Read plan `number` from now on."""
         if self._begun:
             self.close()  # an error ended the pass before, of which shards are left
-        self._number.fill_(number)
+        self._number.value = number
 
     def next(self, stop: Callable[[], int]) -> Shard | None:
         """The plan's next batch; None when `stop()` turns true before it is there. Raises `Fault` for a worker that

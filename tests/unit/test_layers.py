@@ -28,7 +28,9 @@ LAYERS = (
     {"data/lerobot/", "data/order/", "models/", "sinks/", "optim"},
     {"data/source", "data/transforms/"},
     {"batch", "config/", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
-    {"data/chunk", "data/decode/", "data/names", "errors", "performance", "rng", "threads", "types"},
+    {"data/chunk", "data/decode/", "data/names", "performance", "rng", "threads", "types"},
+    {"machine"},
+    {"errors"},
     {"__init__", "data/__init__"},  # they import nothing
 )
 """Rooms (a folder of modules, or a module by itself) from the top down. A room imports from itself and from lower

@@ -30,6 +30,7 @@ from opentau_train.data.builtin import arm, scene, video, writer
 from opentau_train.data.builtin.video import Camera
 from opentau_train.data.builtin.writer import Episode, Feature, Layout
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 CONTROL_MODES = ("joint", "ee")
 
@@ -98,6 +99,7 @@ def ensure_droid_sample(cache_dir: Path, spec: SampleSpec = SampleSpec(), num_pr
             _generate(partial, spec, num_processes)
             _publish(partial, final)
         except OSError as error:
+            check_machine(error, final)
             remedy = "set paths.cache_dir to a writable directory with 50 MB to spare"
             raise UserError(
                 f"the built-in sample can't be written: {error}", where=str(final), remedy=remedy

@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
+from opentau_train.machine import check_machine_read
 
 OPEN_FILES = 32
 CACHED_BYTES = 64 * 2**20
@@ -24,6 +26,16 @@ UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 class RowError(Exception):
     """Rows can't be had; the text names the file and the cause."""
+
+
+class _RowFile(NamedTuple):
+    """An open file, and after which of its rows each row group ends."""
+
+    handle: pq.ParquetFile
+    ends: NDArray[np.int64]
+
+    def close(self) -> None:
+        self.handle.close()
 
 
 class RowReader:
@@ -36,7 +48,7 @@ class RowReader:
     def __init__(self, columns: Sequence[str], opener: Opener = open_here):
         self._opener = opener
         self._columns = [*dict.fromkeys(columns)]
-        self._files: OrderedDict[Path, tuple[pq.ParquetFile, NDArray[np.int64]]] = OrderedDict()
+        self._files = OpenFiles[Path, _RowFile](self._opened, OPEN_FILES)
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._cached_bytes = 0
 
@@ -87,37 +99,31 @@ class RowReader:
             return min((s.min for s in groups), default=np.inf), max((s.max for s in groups), default=-np.inf)
 
     def close(self) -> None:
-        for handle, _ in self._files.values():
-            handle.close()
-        self._files.clear()
+        self._files.shrink(0)
         self._groups.clear()
         self._cached_bytes = 0
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[tuple[pq.ParquetFile, NDArray[np.int64]]]:
-        """The opened file and the rows up to the end of each row group; a file that turns out damaged is forgotten."""
+    def _reading(self, path: Path) -> Iterator[_RowFile]:
+        """The opened file; one that turns out damaged is forgotten. Raises `RowError`, and `Fault` where the machine is
+        to blame."""
         try:
-            yield self._open(path)
+            yield self._files.get(path)
         except UNREADABLE as error:
             self._forget(path)
+            check_machine_read(error, path)
             raise RowError(f"{path}: {error}") from error
 
-    def _open(self, path: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
-        known = self._files.get(path)
-        if known is not None:
-            self._files.move_to_end(path)
-            return known
-        while len(self._files) >= OPEN_FILES:
-            self._files.popitem(last=False)[1][0].close()
-        handle = self._opener(path, partial(pq.ParquetFile, memory_map=True, page_checksum_verification=True))
+    def _opened(self, path: Path) -> _RowFile:
+        # Not mapped: a page that the disk or the server refuses would kill the process by SIGBUS.
+        handle = self._opener(path, partial(pq.ParquetFile, page_checksum_verification=True))
         missing = [c for c in self._columns if c not in handle.schema_arrow.names]
         if missing:
             handle.close()
             raise RowError(f"{path} has no column '{missing[0]}'")
         metadata = handle.metadata
         ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
-        self._files[path] = (handle, ends)
-        return handle, ends
+        return _RowFile(handle, ends)
 
     def _group(self, path: Path, handle: pq.ParquetFile, group: int) -> pa.Table:
         table = self._groups.get((path, group))
@@ -133,9 +139,7 @@ class RowReader:
         return table
 
     def _forget(self, path: Path) -> None:
-        known = self._files.pop(path, None)
-        if known is not None:
-            known[0].close()
+        self._files.drop(path)
         for key in [k for k in self._groups if k[0] == path]:
             self._cached_bytes -= self._groups.pop(key).nbytes
 

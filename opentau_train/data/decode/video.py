@@ -11,7 +11,7 @@ a fork.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
+from opentau_train.machine import check_machine_read
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
@@ -71,14 +73,13 @@ EVER = (-math.inf, math.inf)
 
 
 class VideoPool:
-    """The files of one worker process that `opener` has opened, at most as many as there are cursors; a closed one is
-    opened again when it is asked for. `frames_decoded` counts the pictures that all cursors have sent to decoders."""
+    """The files of one dataset that `opener` has opened in a worker process, at most as many as there are cursors, and
+    fewer where the process's limit of open files is near. A closed one is opened again when it is asked for. `frames_decoded`
+    counts the pictures that all cursors have sent to decoders."""
 
     def __init__(self, opener: Opener = open_here) -> None:
         self.frames_decoded = 0
-        self._opener = opener
-        self._capacity = 0
-        self._files: OrderedDict[str, VideoFile] = OrderedDict()  # strings: a Path takes microseconds to compare
+        self._files = OpenFiles[Path, VideoFile](lambda path: opener(path, VideoFile), 0)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -86,37 +87,24 @@ class VideoPool:
     def cursor(self) -> FrameCursor:
         """A new cursor, for which one file more may stay open."""
         # Fewer files than cursors would be opened anew for every few packets when each cursor is in another file.
-        self._capacity += 1
+        self._files.capacity += 1
         return FrameCursor(self)
 
     def release(self) -> None:
         """A cursor was closed: keep one file fewer open."""
-        self._capacity -= 1
-        self._shrink(self._capacity)
+        self._files.capacity -= 1
+        self._files.shrink(self._files.capacity)
 
     def get(self, path: Path) -> VideoFile:
         """The file, opened if it isn't. Raises `VideoError` and `av.FFmpegError`."""
-        name = str(path)
-        file = self._files.get(name)
-        if file is None:
-            self._shrink(self._capacity - 1)
-            file = self._files[name] = self._opener(path, VideoFile)
-        else:
-            self._files.move_to_end(name)
-        return file
+        return self._files.get(path)
 
     def drop(self, path: Path) -> None:
         """Close a file whose demuxer may be in a bad state."""
-        file = self._files.pop(str(path), None)
-        if file is not None:
-            file.close()
+        self._files.drop(path)
 
     def close(self) -> None:
-        self._shrink(0)
-
-    def _shrink(self, size: int) -> None:
-        while len(self._files) > max(size, 0):
-            self._files.popitem(last=False)[1].close()
+        self._files.shrink(0)
 
 
 class FrameCursor:
@@ -129,6 +117,7 @@ class FrameCursor:
     def __init__(self, pool: VideoPool):
         self._pool = pool
         self._path: Path | None = None
+        self._time_base = 1.0  # seconds a tick in the file
         self._decoder: av.VideoCodecContext | None = None
         self._coding: Coding | None = None  # what the decoder was made from; None where it can't be trusted any more
         self._forget()
@@ -137,7 +126,7 @@ class FrameCursor:
         """The frame of `path` shown nearest to `seconds` (the file's own clock).
 
         Raises `VideoError` where none lies within `tolerance_s`, and where the file can't be read or decoded; the
-        cursor can be used again after that.
+        cursor can be used again after that. Raises `Fault` where the machine is to blame for it.
         """
         return next(self.read_all(path, (seconds,), tolerance_s))
 
@@ -147,19 +136,20 @@ class FrameCursor:
         """`read` for each of `seconds`, one after another; no other cursor of the pool may be used before it has ended.
         Raises as `read` does at the frame that can't be had, and for one that isn't shown in `between` (from, before);
         those before it have been given by then."""
-        file = None
         for wanted in seconds:
             try:
-                file = file or self._enter(path)
-                frame = self._nearest(file, wanted / file.time_base, ROUNDING_S / file.time_base)
-            except (av.FFmpegError, OSError, VideoError) as error:
+                self._enter(path)
+                frame = self._nearest(wanted / self._time_base, ROUNDING_S / self._time_base)
+            except (av.FFmpegError, OSError, MemoryError, VideoError) as error:
                 self._path = self._coding = None
                 self._pool.drop(path)
+                check_machine_read(error, path)
                 if isinstance(error, VideoError):
                     raise
-                raise VideoError(f"{path}: {error.strerror or error}") from error
-            shown = _ticks(frame) * file.time_base
-            if abs(shown - wanted) > max(tolerance_s, _HALF_TICK * file.time_base):
+                cause = error.strerror if isinstance(error, av.FFmpegError | OSError) else None
+                raise VideoError(f"{path}: {cause or error}") from error
+            shown = _ticks(frame) * self._time_base
+            if abs(shown - wanted) > max(tolerance_s, _HALF_TICK * self._time_base):
                 raise TimeError(
                     f"{path} has no frame within {tolerance_s:g} s of {wanted:.6f} s: the nearest is at {shown:.6f} s"
                 )
@@ -194,14 +184,20 @@ class FrameCursor:
         assert self._decoder is not None, "read() makes the decoder"
         return self._decoder
 
-    def _enter(self, path: Path) -> VideoFile:
+    @property
+    def _file(self) -> VideoFile:
+        """The file, open. Asked for only where packets are needed: it may have to be opened anew for them."""
+        assert self._path is not None, "read() enters a file"
+        return self._pool.get(self._path)
+
+    def _enter(self, path: Path) -> None:
+        if path is self._path or path == self._path:
+            return
         file = self._pool.get(path)
-        if path is not self._path and path != self._path:
-            if self._coding != file.coding:
-                self._decoder, self._coding = new_decoder(file.coding), file.coding
-            self._path = path
-            self._forget()
-        return file
+        if self._coding != file.coding:
+            self._decoder, self._coding = new_decoder(file.coding), file.coding
+        self._path, self._time_base = path, file.time_base
+        self._forget()
 
     def _forget(self) -> None:
         self._packets: deque[av.Packet] = deque()
@@ -214,21 +210,21 @@ class FrameCursor:
         self._before: av.VideoFrame | None = None
         self._latest: av.VideoFrame | None = None
 
-    def _nearest(self, file: VideoFile, target: float, early: float) -> av.VideoFrame:
-        if self._must_seek(file, target, early):
-            self._seek(file, math.floor(target + early))
+    def _nearest(self, target: float, early: float) -> av.VideoFrame:
+        if self._must_seek(target, early):
+            self._seek(math.floor(target + early))
         while self._latest is None or _ticks(self._latest) < target - early:
-            frame = self._next_frame(file)
+            frame = self._next_frame()
             if frame is None:
                 break
             self._before, self._latest = self._latest, frame
         if self._latest is None:
-            raise VideoError(f"{file.path} has no frame at {target * file.time_base:.6f} s")
+            raise VideoError(f"{self._path} has no frame at {target * self._time_base:.6f} s")
         if self._before is not None and target - _ticks(self._before) <= _ticks(self._latest) - target:
             return self._before
         return self._latest
 
-    def _must_seek(self, file: VideoFile, target: float, early: float) -> bool:
+    def _must_seek(self, target: float, early: float) -> bool:
         if self._latest is None or self._fed_dts is None:
             return True
         if target < _ticks(self._before or self._latest) - early:
@@ -239,25 +235,25 @@ class FrameCursor:
             interval = _ticks(self._latest) - _ticks(self._before)
             if target - _ticks(self._latest) <= 2 * interval:
                 return False  # the next frame or the one after: no jump, and not worth a look into the index
-        return file.skips_packets(self._fed_dts, target - self._key_delay)
+        return self._file.skips_packets(self._fed_dts, target - self._key_delay)
 
-    def _seek(self, file: VideoFile, ticks: int) -> None:
+    def _seek(self, ticks: int) -> None:
         self._forget()
         self._opened.flush_buffers()
-        self._take(file.packets_from_keyframe(ticks))
+        self._take(self._file.packets_from_keyframe(ticks))
 
     def _take(self, packets: list[av.Packet]) -> None:
         self._packets.extend(packets)
         if packets:
             self._tail_dts = packets[-1].dts
 
-    def _next_frame(self, file: VideoFile) -> av.VideoFrame | None:
+    def _next_frame(self) -> av.VideoFrame | None:
         """The next frame in presentation order; None at the end of the file."""
         while not self._frames:
             if self._drained:
                 return None
             if not self._packets and self._tail_dts is not None:
-                self._take(file.packets_after(self._tail_dts))
+                self._take(self._file.packets_after(self._tail_dts))
             if self._packets:
                 self._feed(self._packets.popleft())
             else:
@@ -265,10 +261,10 @@ class FrameCursor:
                 self._frames.extend(self._opened.decode(None))
         frame = self._frames.popleft()
         if frame.pts is None:
-            raise VideoError(f"{file.path}: a frame has no presentation time")
+            raise VideoError(f"{self._path}: a frame has no presentation time")
         if frame.is_corrupt or frame.pts >= self._cut_off:
             # What follows in its group of pictures is built on it, though the decoder doesn't mark that.
-            raise VideoError(f"{file.path}: the frame at {frame.pts * file.time_base:.6f} s is damaged")
+            raise VideoError(f"{self._path}: the frame at {frame.pts * self._time_base:.6f} s is damaged")
         return frame
 
     def _feed(self, packet: av.Packet) -> None:
@@ -289,6 +285,7 @@ def _as_video_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError) as error:
+        check_machine_read(error, path)
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 

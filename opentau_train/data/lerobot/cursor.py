@@ -21,6 +21,7 @@ from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, 
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
 from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample
+from opentau_train.machine import check_machine
 from opentau_train.types import RawWindow, WindowSpec
 
 
@@ -233,6 +234,7 @@ class LeRobotCursor:
         try:
             pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root, self._factory.opener))
         except (ImageError, OSError) as error:
+            check_machine(error)
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
             kind = type(error) if isinstance(error, ImageError) else ImageError
             raise kind(f"{path}: column '{reading.images[camera]}': {error}") from error

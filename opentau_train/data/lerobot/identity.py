@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.remote.mirror import mirror_at
+from opentau_train.machine import check_machine
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
@@ -110,13 +111,15 @@ def end_of(path: str) -> bytes:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
             return file.read()
-    except OSError:
+    except OSError as error:
+        check_machine(error, path)
         return b""
 
 
 def _stat(path: str) -> FileStat:
     try:
         status = os.stat(path)
-    except OSError:
+    except OSError as error:
+        check_machine(error, path)
         return FileStat(-1, -1)
     return FileStat(status.st_size, status.st_mtime_ns)

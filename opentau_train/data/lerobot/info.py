@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine_read
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 RESTORE = "restore the file (download or export the dataset again)"
@@ -93,7 +94,9 @@ def is_lfs_pointer(path: Path | str) -> bool:
 
 
 def unreadable(path: Path, error: BaseException, place: str = "") -> UserError:
-    """The error of a file of meta/ whose reading raised `error`, at its `place`."""
+    """The error of a file of meta/ whose reading raised `error`, at its `place`. Raises `Fault` where the machine is to
+    blame."""
+    check_machine_read(error, path)
     if is_lfs_pointer(path):
         return lfs_error(str(path))
     return UserError(f"{path.parent.name}/{path.name} can't be read: {place}{error}", where=str(path), remedy=RESTORE)

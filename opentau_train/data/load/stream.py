@@ -25,6 +25,7 @@ from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
 from opentau_train.errors import BadSample, Explained, UserError
+from opentau_train.machine import machine_fault
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8
@@ -89,8 +90,11 @@ class ShardDataset(IterableDataset[Shard]):
         try:
             for windows in files_fetched(self.mixture, self.plan(worker, num_workers)):
                 yield self._build(builder, windows)
-        except Explained as error:
-            yield Shard(np.zeros(0, np.int64), None, error=error)
+        except (Explained, OSError, MemoryError, RuntimeError) as error:
+            explained = error if isinstance(error, Explained) else machine_fault(error, self.quarantine or "")
+            if explained is None:
+                raise
+            yield Shard(np.zeros(0, np.int64), None, error=explained)
         finally:
             builder.close()
 

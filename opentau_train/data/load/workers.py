@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import multiprocessing
 import signal
 import socket
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from opentau_train.data.load.parcel import Parcel, pack, unpack
 from opentau_train.errors import Fault, Teller
+from opentau_train.machine import machine_fault, shared_memory_fault
 
 T = TypeVar("T")
 
 GONE_S = 2.0
 """Seconds that a worker whose connection broke may take to be gone."""
+NO_SHARED_MEMORY = (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.ENOSYS)
+"""What the system answers where it can't make the semaphores of the workers' queues, which lie in shared memory."""
 
 
 def one_pass(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) -> Generator[T]:
@@ -37,15 +44,33 @@ def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) 
     handed over in turn: worker 0's first, worker 1's first, ...; None marks the end of the pass.
 
     The same workers make all passes; they live until the generator is closed. With `num_workers` 0 the calling process
-    is the only worker. Raises `Fault` for a worker that died.
+    is the only worker. Raises `Fault` for a worker that died, and where there is no room for what one hands over.
     """
+    if num_workers:
+        _check_semaphores(num_workers)
+    with ExitStack() as stack:
+        channels = [socket.socketpair() for _ in range(num_workers)]
+        for channel in channels:
+            for end in channel:
+                stack.enter_context(end)
+        senders = [sender for _, sender in channels]
+        for item in stack.enter_context(closing(_parcels(dataset, num_workers, prefetch_factor, senders))):
+            if isinstance(item, Fault):
+                raise Fault(item.what, where=item.where, remedy=item.remedy, teller=Teller.THIS_RANK)
+            yield unpack(item, channels[item.sender][0]) if isinstance(item, Parcel) else item
+
+
+def _parcels(
+    dataset: IterableDataset[T], num_workers: int, prefetch_factor: int, senders: Sequence[socket.socket]
+) -> Generator[T | Parcel | Fault | None]:
+    """What `passes` gives, still as the workers pack it; worker i sends the files through `senders[i]`."""
     data_loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
-        collate_fn=_same,
+        collate_fn=partial(_hand_over, senders) if num_workers else _same,
         worker_init_fn=begin_worker if num_workers else None,
         # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
         # then change every later ambient draw of the training loop.
@@ -75,6 +100,17 @@ def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) 
             iterator._shutdown_workers()
 
 
+def _check_semaphores(num_workers: int) -> None:
+    """Raises `Fault` where the system hasn't the shared memory for the workers' queues, a page a semaphore: asked for
+    beforehand, since a loader that breaks off half built prints a traceback of its own."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(3 * num_workers + 8)]
+    except OSError as error:
+        if error.errno not in NO_SHARED_MEMORY:
+            raise
+        raise shared_memory_fault(f"{num_workers} data workers can't be started: {error.strerror}") from error
+
+
 def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:
     """Whether the loader failed because a worker ended without an exception of its own."""
     if isinstance(error, RuntimeError):
@@ -92,17 +128,32 @@ def _worker_death(workers: list[BaseProcess]) -> Fault:
         for w in workers
         if w.exitcode
     ]
+    mapped = " (SIGBUS: a mapped file or shared memory that the machine couldn't give)"
+    by_bus = any(w.exitcode == -signal.SIGBUS for w in workers)
     return Fault(
         f"a data worker on {socket.gethostname()} died ({'; '.join(dead) or 'no exit code'})",
-        where="the operating system's log (dmesg) tells whether memory ran out",
+        where="the operating system's log (dmesg) tells whether memory ran out" + (mapped if by_bus else ""),
         remedy="if it did, lower data.num_workers, data.prefetch_factor or data.lanes_per_sample; go on with "
         "resume=auto",
         teller=Teller.THIS_RANK,
     )
 
 
-def _same(item: Any) -> Any:
+def _same(item: T) -> T:
     return item
+
+
+def _hand_over(senders: Sequence[socket.socket], item: Any) -> Parcel | Fault:
+    """The item as a worker hands it over, or what keeps it from that: raised, the error would come with a traceback."""
+    info = get_worker_info()
+    assert info is not None, "a worker hands over"
+    try:
+        return pack(item, info.id, senders[info.id])
+    except (OSError, MemoryError) as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        return fault
 
 
 def begin_worker(worker: int) -> None:

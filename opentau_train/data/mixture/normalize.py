@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from opentau_train.data.names import unbracketed
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.errors import UserError
+from opentau_train.machine import check_machine
 
 log = logging.getLogger(__name__)
 
@@ -204,6 +205,7 @@ def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
                 os.fsync(file.fileno())
             os.replace(fresh, path)
     except OSError as error:
+        check_machine(error, path.parent)
         remedy = "set paths.cache_dir to a directory that you can write"
         raise UserError(f"the statistics can't be stored: {error}", where=str(path.parent), remedy=remedy) from error
     return stats

@@ -14,6 +14,7 @@ from opentau_train.data.builtin.droid import ensure_droid_sample
 from opentau_train.data.lerobot.outcomes import by_outcome
 from opentau_train.data.remote.mirror import is_url, make_mirror
 from opentau_train.errors import Fault, UserError
+from opentau_train.machine import check_machine
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def _download(name: str, source: SourceSettings) -> str:
     try:
         return snapshot_download(source.repo_id, repo_type="dataset", revision=source.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        check_machine(error)
         raise UserError(
             f"can't download dataset '{source.repo_id}': {str(error).splitlines()[0]}",
             where=f"data.sources.{name}.repo_id",

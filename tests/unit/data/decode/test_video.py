@@ -18,6 +18,7 @@ from opentau_train.data.decode.images import DepthError, ImageError, Resizer, de
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
+from tests.limits import room_for
 
 FRAMES = 70
 EVEN = np.arange(FRAMES) / 30
@@ -305,6 +306,34 @@ def test_no_more_files_are_open_than_cursors_and_none_after_close(video):
     assert len(os.listdir("/proc/self/fd")) <= before + 1
     pool.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["h264_gop2", "h264_b_frames", "h264_open_gop", "av1_gop2", "h264_cut_by_edit_list"])
+def test_files_that_are_closed_for_others_go_on_where_they_were(video, folder, name, monkeypatch):
+    """Ten cursors take turns in ten files of which two may be open: the same frames, none decoded twice, and a file
+    opened again only for its next packets."""
+    path, times, frames = video(name)
+    paths = [folder / f"{name}_{i}.mp4" for i in range(10)]
+    for copy in paths:
+        copy.write_bytes(path.read_bytes())
+    opened = []
+    monkeypatch.setattr(video_file.av, "open", lambda *a, _open=av.open, **k: opened.append(a[0]) or _open(*a, **k))
+    pool = VideoPool()
+    cursors = [pool.cursor() for _ in paths]
+    with room_for(2):
+        for i, time in enumerate(times):
+            for cursor, copy in zip(cursors, paths):
+                np.testing.assert_array_equal(rgb(cursor.read(copy, time, 1e-4)), frames[i])
+            assert len(pool) <= 2
+    alone = VideoPool()
+    cursor = alone.cursor()
+    for time in times:
+        cursor.read(path, time, 1e-4)
+    assert pool.frames_decoded == 10 * alone.frames_decoded
+    most = 3 + FRAMES // video_file.PACKETS_PER_READ  # to enter, to learn the rate, for packets, to see the end
+    assert len(opened) <= 10 * most + 1
+    pool.close()
+    alone.close()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 40), (32, 48), (64, 96), (200, 100)])

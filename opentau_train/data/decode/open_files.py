@@ -1,0 +1,69 @@
+"""The files that a process keeps open to read on in them: few enough for the operating system's limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import ClassVar, Generic, Protocol, TypeVar
+from weakref import WeakSet
+
+from opentau_train.machine import few_files_left
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+K = TypeVar("K", bound=Hashable)
+F = TypeVar("F", bound=_Closable)
+
+
+class OpenFiles(Generic[K, F]):
+    """One owner's open files by name, at most `capacity`. The limit is the process's, so all owners in it make room for
+    each other: where it comes near, the file that was used least recently is closed, whose ever it is. A name that is
+    asked for again is opened again."""
+
+    _owners: ClassVar[WeakSet[OpenFiles]] = WeakSet()
+    _uses: ClassVar[itertools.count[int]] = itertools.count()
+
+    def __init__(self, open_file: Callable[[K], F], capacity: int):
+        self.capacity, self._open_file = capacity, open_file
+        self._files: OrderedDict[K, tuple[int, F]] = OrderedDict()  # {name: (when it was used last, file)}, by use
+        self._owners.add(self)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, name: K) -> F:
+        """The file, opened if it isn't: good until the next `get` of any owner. Raises what opening it raises."""
+        known = self._files.pop(name, None)
+        if known is None:
+            self.shrink(self.capacity - 1)
+            self._make_room()
+        file = self._open_file(name) if known is None else known[1]
+        self._files[name] = next(self._uses), file
+        return file
+
+    def drop(self, name: K) -> None:
+        """Close the file if it is open."""
+        known = self._files.pop(name, None)
+        if known is not None:
+            known[1].close()
+
+    def shrink(self, size: int) -> None:
+        """Close the files used least recently, but for `size`."""
+        while len(self._files) > max(size, 0):
+            self._files.popitem(last=False)[1][1].close()
+
+    @classmethod
+    def _make_room(cls) -> None:
+        while few_files_left():
+            oldest = min((owner for owner in cls._owners if owner), key=cls._last_use, default=None)
+            if oldest is None:
+                return  # all is others': opening tells whether it still goes
+            oldest.shrink(len(oldest) - 1)
+
+    def _last_use(self) -> int:
+        """When the file was used that was used least recently."""
+        return next(iter(self._files.values()))[0]
