@@ -42,8 +42,12 @@ def present_cameras(info: Info, stored: StoredEpisodes, videos: dict[str, str], 
 
 def _any_file(info: Info, places: VideoPlaces) -> bool:
     """Whether a file of the camera exists; the first one, as a rule."""
-    paths = [places.files.relative(number) for number in range(len(places.files))]
-    return any(stat.size >= 0 for some in (paths[:1], paths[1:]) for stat in stats_below(info.root, some))
+    numbers = range(len(places.files))
+    return any(
+        stat.size >= 0
+        for some in (numbers[:1], numbers[1:])
+        for stat in stats_below(info.root, [places.files.relative(number) for number in some])
+    )
 
 
 def without_video(
