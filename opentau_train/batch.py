@@ -3,25 +3,21 @@
 A `Field` says what one sample has (its name, shape, dtype, what fills it where nothing is there) and how samples are
 stacked. Samples are built, stacked, joined, blanked, filled up and cut by going through the table: a new field is one
 line here, or one line in the transform that writes it, and whoever reads it.
-
-Torch is imported where tensors are made: what only names fields, as the tools do that read metadata, starts without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opentau_train.errors import did_you_mean
 from opentau_train.types import BatchSpec
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Sample = Mapping[str, Any]
 """One sample: {field: value}, a numpy array, a number, a string, or for pictures {camera: array}. What is left out is
@@ -56,15 +52,11 @@ class Field:
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> Any:
         """The samples' values, stacked to the batch's value."""
-        import torch
-
         values: NDArray = np.array(self.of(samples, spec), self.dtype)  # a third of what np.stack takes
         return torch.from_numpy(values.view(np.int64) if self.dtype is np.uint64 else values)
 
     def join(self, values: Sequence[Any], order: Sequence[int]) -> Any:
         """Row i of the result is row `order[i]` of the values laid end to end."""
-        import torch
-
         return torch.cat(list(values))[torch.tensor(order)]
 
     def rows(self, value: Any, index: slice | Tensor) -> Any:
@@ -116,8 +108,6 @@ class _PerCamera(Field):
         return {camera: self._join([value[camera] for value in values], order) for camera in values[0]}
 
     def _join(self, tensors: list[Tensor], order: Sequence[int]) -> Tensor:
-        import torch
-
         return torch.cat(tensors)[torch.tensor(order)]
 
 
@@ -139,8 +129,6 @@ class PictureField(_PerCamera):
         return {camera: self._stack([value.get(camera) for value in values], spec) for camera in spec.cameras}
 
     def _stack(self, pictures: Sequence[NDArray | None], spec: BatchSpec) -> Tensor:
-        import torch
-
         stacked = np.zeros((len(pictures), *self.shape(spec)), np.uint8)
         middle: dict[tuple[int, ...], NDArray] = {}  # where pictures of a shape go
         for row, picture in enumerate(pictures):
@@ -152,8 +140,6 @@ class PictureField(_PerCamera):
 
     def _join(self, tensors: list[Tensor], order: Sequence[int]) -> Tensor:
         """Copied once, each row from its part to its place, as the rows lie in memory."""
-        import torch
-
         joined = torch.empty((len(order), *tensors[0].movedim(2, -1).shape[1:]), dtype=torch.uint8)
         goes_to = torch.empty(len(order), dtype=torch.int64)
         goes_to[torch.tensor(order)] = torch.arange(len(order))
@@ -172,8 +158,6 @@ class PresenceField(_PerCamera):
     pictures: str = "images"
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        import torch
-
         return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in spec.cameras}
 
 
@@ -256,8 +240,6 @@ class Batch:
 
     def filled_up(self, size: int) -> Batch:
         """The batch with copies of its first row, of weight 0, up to `size` rows."""
-        import torch
-
         num = len(self)
         if num == size:
             return self

@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:  # what reads metadata alone starts without it, which takes seconds
-    import torch
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Address(NamedTuple):
     pass_index: int
 
 
-LossTerms: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor]]"
+LossTerms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """{term: (sum [B] f32, count [B] f32)}: per-sample sums and counts, never a mean."""
 
 

@@ -20,12 +20,7 @@ from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
-from opentau_train.data.lerobot.cursor import proposed_tolerance
 from opentau_train.data.lerobot.info import Info, read_info
-from opentau_train.data.lerobot.source import LeRobotDataset
-from opentau_train.data.mixture.open import open_plan
-from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.statistics import check_heads
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 
 _DROID_ACTIONS = ("action.joint_position", "action.gripper_position")
@@ -115,6 +110,12 @@ def _vectors(features: Features, prefix: str) -> str:
 def check(tree: dict[str, Any], schema: str) -> str:
     """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
     that a training would."""
+    from opentau_train.data.lerobot.cursor import proposed_tolerance
+    from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.mixture.open import open_plan  # imports torch
+    from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.data.mixture.statistics import check_heads
+
     settings = load_settings(tree)
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]

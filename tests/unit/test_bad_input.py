@@ -98,10 +98,10 @@ def test_a_directory_that_is_no_dataset_is_refused_with_the_file_it_lacks(train,
     assert_clear(train(tmp_path / "empty"), "not a LeRobot dataset", "meta/info.json", "data.sources.main.root")
 
 
-@pytest.mark.parametrize("version", ["v1.6", "v2.0", "v4.0"])
+@pytest.mark.parametrize("version", ["v1.6", "v2.2", "v4.0"])
 def test_a_format_that_cannot_be_read_is_refused_with_those_that_can(version, train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=(4,), cameras={}, info={"codebase_version": version}))
-    assert_clear(train(root), f"format {version}", "v3.0 and v2.1", "info.json", "convert")
+    assert_clear(train(root), f"format {version}", "v3.0, v2.1 and v2.0", "info.json", "convert")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_format_that_cannot_be_read_is_refused_with_those_that_can(version, tr
         ("actions=[actoin]", ["'actoin'", "did you mean 'action'?", "main.actions", "timestamp"]),
         (f"actions=[{FRONT}]", [f"'{FRONT}' is a video column", "main.actions"]),
         ("cameras=[observation.images.fornt]", ["fornt", f"did you mean '{FRONT}'?", "main.cameras"]),
-        ("prompt_columns=[language_instruction]", ["'language_instruction'", "it has none", "main.prompt_columns"]),
+        ("prompt_columns=[language_instruction]", ["'language_instruction'", "task_index", "main.prompt_columns"]),
         ("control_mode_column=mode", ["'mode'", "main.control_mode_column"]),
         ("episodes=[99]", ["episode 99", "main.episodes", "6 episodes, 0 to 5"]),
     ],
@@ -221,11 +221,10 @@ def test_too_many_damaged_windows_stop_the_run(train, tmp_path):
     assert len(quarantined(tmp_path / "run")) >= 3
 
 
-@pytest.mark.parametrize("how", ["garbled", "missing"])
-def test_videos_that_are_all_damaged_stop_the_run_with_a_name(how, train, tmp_path):
+def test_videos_that_are_all_damaged_stop_the_run_with_a_name(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     for path in root.glob("videos/**/*.mp4"):
-        path.write_bytes(b"no video") if how == "garbled" else path.unlink()
+        path.write_bytes(b"no video")
     assert_clear(train(root), "'main'", "episode", "frame", ".mp4", "repair")
 
 
@@ -234,6 +233,24 @@ def test_a_damaged_validation_window_fails_the_pass_with_its_name(train, tmp_pat
     truncate(sorted(root.glob("videos/**/*.mp4"))[0])
     outcome = train(root, "data.sources.main.val_split_ratio=0.9", "validation.every=1")
     assert_clear(outcome, ".mp4", "dataset 'main', episode", "data.sources.main.exclude_episodes")
+
+
+def test_videos_that_are_missing_are_told_at_the_start_and_training_goes_on(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
+    missing = sorted(root.glob("videos/**/*.mp4"))[0]
+    missing.unlink()
+    code, told = train(root, "trainer.steps=12", "data.bad_samples.max_fraction=0.9")
+    assert code == 0 and f"camera 'front' is missing for episodes 0, 1 (21 of 64 rows), first {missing}" in told
+    assert {row["episode"] for row in quarantined(tmp_path / "run")} <= {0, 1}
+
+
+def test_a_missing_video_of_a_held_out_episode_ends_the_run_before_its_first_step(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, version="v2.1", cameras=VIDEO))
+    (root / f"videos/chunk-000/{FRONT}/episode_000003.mp4").unlink()
+    held_out = ["data.sources.main.val_episodes=[1,3]", "validation.every=2"]
+    assert_clear(train(root, *held_out), "no video of the held-out episodes 3", "main.exclude_episodes=[3]")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert train(root, *held_out, "validation.on_bad_sample=skip")[0] == 0
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing"])

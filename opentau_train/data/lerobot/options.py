@@ -22,18 +22,19 @@ PROMPTS = warned("other prompts from here on")
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """The options of a LeRobot dataset, v2.1 or v3.0: see `opentau_train.data.source.SourceOptions`."""
+    """The options of a LeRobot dataset, v3.0, v2.1 or v2.0: see `opentau_train.data.source.SourceOptions`."""
 
     selects: ClassVar[bool] = True
 
     cameras: dict[str, str] | tuple[str, ...] | None = None
     """{camera name: column}, or columns; null = every camera of the dataset."""
     state: tuple[str, ...] | None = None
+    """Columns, or slices that meta/modality.json names; `actions` alike."""
     actions: tuple[str, ...] | None = None
     drop_dims: tuple[str, ...] = ()
     """Dimensions of state and actions to leave out, by name or pattern (`*`; `column.3` is `column[3]`)."""
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
-    """String columns that hold the instruction; none = the dataset's tasks."""
+    """Columns that hold the instruction, as text or as its number in meta/tasks; none = the dataset's tasks."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)
     """Splits one text into alternatives, e.g. ' | '."""
     tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)
