@@ -75,7 +75,7 @@ its own, without it the other's is kept."""
 
 
 def pointer(key: str, value: Any = None) -> str | None:
-    """What to write in place of `key` (with or without dashes before it), None where no program has a key of this name."""
+    """What to write in place of `key`, with or without dashes before it; None where no program has such a key."""
     name = key.lstrip("-+").replace("-", "_")
     spellings = (f"--{name}" if key.startswith("--") else name, name, f"{name.rpartition('.')[0]}.*")
     known = next((spelling for spelling in spellings if spelling in POINTERS), None)

@@ -90,7 +90,6 @@ TROUBLES = {
     "cut_seconds": Trouble(
         set_column(f"videos/{FRONT}/from_timestamp", lambda v: pa.array([int(n) for n in v])), "v3.0"
     ),
-    "listed_twice": Trouble(set_column("episode_index", lambda v: pa.array([0] * len(v))), "v3.0"),
     "no_tasks": Trouble(unlink("meta/tasks.jsonl")),
     "no_episodes_file": Trouble(unlink("meta/episodes/*/*.parquet"), "v3.0"),
     "pointer_tasks": Trouble(point("meta/tasks.*"), "v3.0"),

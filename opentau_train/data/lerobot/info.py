@@ -148,7 +148,8 @@ def _check_values(info: Info) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value <= 2**31 and float(value).is_integer()
 
 
 def _wrong(info: Info, key: str, expected: str, value: Any) -> UserError:

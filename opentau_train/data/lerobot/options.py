@@ -22,16 +22,17 @@ PROMPTS = warned("other prompts from here on")
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """The options of a LeRobot dataset, v2.1 or v3.0: see `opentau_train.data.source.SourceOptions`."""
+    """The options of a LeRobot dataset, v3.0, v2.1 or v2.0: see `opentau_train.data.source.SourceOptions`."""
 
     selects: ClassVar[bool] = True
 
     cameras: dict[str, str] | tuple[str, ...] | None = None
     """{camera name: column}, or columns; null = every camera of the dataset."""
     state: tuple[str, ...] | None = None
+    """Columns, or slices that meta/modality.json names; `actions` alike."""
     actions: tuple[str, ...] | None = None
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)
-    """String columns that hold the instruction; none = the dataset's tasks."""
+    """Columns that hold the instruction, as text or as its number in meta/tasks; none = the dataset's tasks."""
     optional_prompts: bool = field(default=False, metadata=PROMPTS)
     """Whether a dataset may lack some of `prompt_columns`, or all: then its tasks are the prompts."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)

@@ -146,7 +146,7 @@ def _succeeded(listing: Listing, column: str) -> NDArray[np.bool_]:
     """[E] whether each of the episodes is a success: its own value of `column`, or its last row's."""
     values = listing.values(column, "last", "success_column")
     for value in values:
-        if not isinstance(value, bool | int | float | np.bool_ | np.number):
+        if not isinstance(value, bool | int | float | np.bool_ | np.number) or value != value:  # NaN
             raise UserError(
                 f"'{column}' holds {value!r}, which is neither true nor false",
                 where=f"{listing.info.where}.success_column",

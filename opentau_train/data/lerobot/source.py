@@ -143,7 +143,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
-        robot_type=settings.robot_type or info.tree.get("robot_type") or UNKNOWN_ROBOT,
+        robot_type=settings.robot_type or str(info.tree.get("robot_type") or UNKNOWN_ROBOT),
         fps=fps,
         state_names=dimension_names(features, state),
         action_names=dimension_names(features, actions),
@@ -234,7 +234,8 @@ def _number_files(
     pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
     try:
-        files.relative(0)
+        if "\0" in files.relative(0):
+            raise ValueError("it holds a null character")
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key} '{files.template}' can't be filled in: {error}",

@@ -52,6 +52,9 @@ def test_success_of_an_unknown_column_or_of_texts_is_an_error(tmp_path):
         open_source(root, success_only=True, success_column="outcom")
     with pytest.raises(UserError, match="'good', which is neither true nor false"):
         open_source(root, success_only=True, success_column="outcome")
+    root = write(tmp_path / "gaps", replace(ROWS_ONLY, episode_columns={"outcome": [1.0, float("nan"), 0.0, 1.0, 1.0]}))
+    with pytest.raises(UserError, match="nan, which is neither true nor false"):
+        open_source(root, success_only=True, success_column="outcome")
 
 
 def test_no_success_at_all_is_an_error(tmp_path):
