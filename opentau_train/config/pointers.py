@@ -70,19 +70,20 @@ POINTERS: dict[str, tuple[str, str]] = {
     "fsdp_devices": ("parallelism.data_parallel_shard_degree", ""),
     "wandb_enabled": ("logger=[default,wandb]", TRACKER),
 }
-"""{their key: (ours, a note)}. `*` ends a key with any rest. With `=` ours has a value of its own."""
+"""{key of the other program: (key or override here, a note)}. `*` ends a key with any rest; with `=` here is a value of
+its own, without it the other's is kept."""
 
 
 def pointer(key: str, value: Any = None) -> str | None:
-    """What to write in place of `key` (with or without dashes before it), None where nobody's key has this name."""
+    """What to write in place of `key`, with or without dashes before it; None where no program has such a key."""
     name = key.lstrip("-+").replace("-", "_")
-    dashed = f"--{name}" if key.startswith("--") else name
-    theirs = next((theirs for theirs in (dashed, name, f"{name.rpartition('.')[0]}.*") if theirs in POINTERS), None)
-    if theirs is None:
+    spellings = (f"--{name}" if key.startswith("--") else name, name, f"{name.rpartition('.')[0]}.*")
+    known = next((spelling for spelling in spellings if spelling in POINTERS), None)
+    if known is None:
         return None
-    ours, note = POINTERS[theirs]
-    wanted = ours if "=" in ours else f"{ours}={_written(value)}"
-    return f"write {wanted}" + (f" ({note})" if note else "")
+    target, note = POINTERS[known]
+    override = target if "=" in target else f"{target}={_written(value)}"
+    return f"write {override}" + (f" ({note})" if note else "")
 
 
 def pointers(key: str, value: Any) -> str | None:

@@ -129,5 +129,5 @@ def test_the_options_of_every_download_are_those_of_the_real_command():
     helped = subprocess.run(
         [Path(sys.executable).parent / "hf", "download", "--help"], capture_output=True, text=True, env=environment()
     )
-    options = {"--include", *re.findall(r" (--[a-z-]+)", "".join(re.findall("^hf download.*", PAGE, flags=re.M)))}
+    options = {"--include", *re.findall(r" (--[a-z-]+)", " ".join(re.findall("^hf download.*", PAGE, flags=re.M)))}
     assert {"--dry-run", "--local-dir"} <= options and all(option in helped.stdout for option in options)

@@ -76,7 +76,7 @@ class Node:
             cwd=cwd or self.path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     def source(self, script: str, **variables: object) -> subprocess.CompletedProcess:

@@ -24,7 +24,7 @@ def tree() -> dict[str, Any]:
 
 
 def value_of(tree: dict[str, Any], key: str) -> Any:
-    """The configured value of a key of ours; KeyError where there is no such key."""
+    """The configured value of a key; KeyError where there is no such key."""
     for part in key.split("."):
         tree = tree[part]
     return tree
@@ -36,13 +36,13 @@ def test_every_pointer_leads_to_a_key_that_can_be_set(tree):
     for key in POINTERS:
         text = pointer(key)
         assert text is not None
-        ours, value = re.fullmatch(r"write ([\w.]+)=(\S+)( \(.+\))?", text).groups()[:2]
-        ours = ours.replace("NAME", "main")
-        written[ours] = json.dumps(value_of(tree, ours)) if value == "VALUE" else value
-    load_settings(cli.compose([RECIPE, *(f"{ours}={value}" for ours, value in written.items())]))
+        target, value = re.fullmatch(r"write ([\w.]+)=(\S+)( \(.+\))?", text).groups()[:2]
+        target = target.replace("NAME", "main")
+        written[target] = json.dumps(value_of(tree, target)) if value == "VALUE" else value
+    load_settings(cli.compose([RECIPE, *(f"{target}={value}" for target, value in written.items())]))
 
 
-def test_no_key_of_the_table_is_a_key_of_ours(tree):
+def test_no_key_of_another_program_is_one_of_this_one(tree):
     for key in (key for key in POINTERS if not key.startswith("--")):
         with pytest.raises(KeyError):
             value_of(tree, key)
