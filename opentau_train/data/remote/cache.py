@@ -21,6 +21,7 @@ PART = ".part"
 """How the name of a file ends that isn't whole yet."""
 KEPT = "meta"
 """The folder of a dataset, which lies at HASH/NAME, from which no file is removed: datasets are opened at any time."""
+LEDGER = ".ledger"
 FILL_LEVEL = 0.9
 """What a removal leaves of the capacity, so that it isn't due again for the next file."""
 WAIT_S = 0.05
@@ -46,8 +47,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """The bytes that it may hold."""
-        with self._ledger() as ledger:
-            return ledger.capacity
+        return _Ledger.of((self.folder / LEDGER).read_bytes()).capacity
 
     def resize(self, capacity: int) -> None:
         """Let it hold `capacity` bytes from now on; what is too much goes when the next file comes. Raises OSError
@@ -127,17 +127,18 @@ class Cache:
         """What the folder holds and may hold, for this process alone to read and change. Files that somebody removed by
         hand are still counted: the next removal, which counts anew, puts it right."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".ledger", "a+") as file:
+        file = os.open(self.folder / LEDGER, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            ledger = _Ledger(*(int(number) for number in file.read().split()))
+            ledger = _Ledger.of(os.pread(file, 64, 0))
             before = replace(ledger)
             try:
                 yield ledger
             finally:
-                if ledger != before:
-                    file.truncate(0)
-                    file.write(f"{ledger.used} {ledger.capacity}")
+                if ledger != before:  # in one write: who is killed leaves the old numbers or the new ones
+                    os.pwrite(file, str(ledger).encode(), 0)
+        finally:
+            os.close(file)
 
 
 @dataclass
@@ -146,6 +147,13 @@ class _Ledger:
 
     used: int = 0
     capacity: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.used:20d} {self.capacity:20d}"  # of one length: it is written over the old one
+
+    @classmethod
+    def of(cls, text: bytes) -> _Ledger:
+        return cls(*(int(number) for number in text.split()))
 
 
 def _files(folder: Path) -> Iterator[Path]:
