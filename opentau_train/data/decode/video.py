@@ -74,8 +74,8 @@ EVER = (-math.inf, math.inf)
 
 class VideoPool:
     """The files of one dataset that `opener` has opened in a worker process, at most as many as there are cursors, and
-    fewer where the process's limit of open files is near. A closed one is opened again when it is asked for. `frames_decoded`
-    counts the pictures that all cursors have sent to decoders."""
+    fewer where the process's limit of open files is near. A closed one is opened again when it is asked for.
+    `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
     def __init__(self, opener: Opener = open_here) -> None:
         self.frames_decoded = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opentau_train.errors import UserError
-from opentau_train.machine import check_machine_read
+from opentau_train.machine import check_machine, check_machine_read
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 RESTORE = "restore the file (download or export the dataset again)"
@@ -88,7 +88,8 @@ def is_lfs_pointer(path: Path | str) -> bool:
     try:
         with open(path, "rb") as file:
             head = file.read(LFS_BYTES)
-    except OSError:
+    except OSError as error:
+        check_machine(error, path)
         return False
     return len(head) < LFS_BYTES and head.startswith(LFS_HEAD)
 
