@@ -178,15 +178,15 @@ def test_validation_leaves_out_no_window_for_the_machines_sake(kind, skip_bad, h
 
 def test_readers_of_video_and_rows_say_that_no_file_can_be_opened(healthy):
     cursor = VideoPool().cursor()
-    rows = RowReader(lambda number: healthy / FILES["rows"], ["action"])
+    rows, path = RowReader(["action"]), healthy / FILES["rows"]
     with no_room():
         with pytest.raises(Fault, match="too many open files"):
             cursor.read(healthy / FILES["video"], 0.0, 1e-3)
         with pytest.raises(Fault, match="too many open files"):
-            rows.read(1, 0, 7, 1)
+            rows.slice(path, 0, 7)
         with pytest.raises(Fault, match="too many open files"):
             end_of(str(healthy / FILES["rows"]))
-    assert cursor.read(healthy / FILES["video"], 0.0, 1e-3).width and rows.read(1, 0, 7, 1).num_rows == 7
+    assert cursor.read(healthy / FILES["video"], 0.0, 1e-3).width and rows.slice(path, 0, 7).num_rows == 7
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "missing"])
@@ -194,9 +194,8 @@ def test_damaged_files_stay_bad_data(harm, healthy, tmp_path):
     root = shutil.copytree(healthy, tmp_path / "set")
     for kind in FILES:
         harm(root / FILES[kind])
-    rows = RowReader(lambda number: root / FILES["rows"], ["action"])
     with pytest.raises(RowError):
-        rows.read(1, 0, 7, 1)
+        RowReader(["action"]).slice(root / FILES["rows"], 0, 7)
     cursor = VideoPool().cursor()
     with pytest.raises(VideoError):
         for frame in range(7):
