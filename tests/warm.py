@@ -73,6 +73,7 @@ def run(command: list, timeout: float | None = None, **options) -> subprocess.Co
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
+            # Broad, and raised again: whatever ends the waiting, no process must outlive the test.
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -16,7 +16,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from opentau_train.config.data import SourceSettings
-from opentau_train.data.decode.parquet import texts
 from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.columns import (
     INTEGER,
@@ -34,6 +33,7 @@ from opentau_train.data.lerobot.columns import (
     named_so,
     unusable,
 )
+from opentau_train.data.lerobot.control_modes import DEFAULT_CONTROL_MODE, with_control_mode
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot.episodes import (
     Episodes,
@@ -55,8 +55,6 @@ from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CONTROL_MODE = "default"
 
 
 @dataclass(frozen=True)
@@ -129,14 +127,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     check_dropped(options.drop_dims, dimension_names(features, (*state, *actions)), f"{where}.drop_dims")
     videos = _videos(info, cameras)
     tasked = "task_index" in features or any(features[name]["dtype"] in INTEGER for name in prompts)
-    ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
-    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, where), "length", *ends])
-    tell_unlisted(info, listed.episode_index)
-    stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
-    cameras = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
-    listing = Listing(info, stored, listed.extra, listed.names)
-    listing = settle_lengths(listing.select(kept_positions(listing, settings)))
-    listing = _with_control_mode(listing, settings)
+    listing, cameras = _listing(info, settings, options, cameras, videos)
     stored = listing.stored
     files = stored_files(info, stored)
     lacking = without_video(info, stored, files, settings.exclude_episodes)
@@ -176,6 +167,21 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         blocks=blocks,
         frame_sizes={camera: frame_size(features[videos[camera]]) for camera in stored.videos},
     )
+
+
+def _listing(
+    info: Info, settings: SourceSettings, options: LeRobotSource, cameras: dict[str, str], videos: dict[str, str]
+) -> tuple[Listing, dict[str, str]]:
+    """(the episodes that the settings choose, with the rows and control modes that the files tell; the `cameras`
+    {name: column} that have files, `videos` being those stored as video). Raises `UserError`."""
+    ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
+    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, info.where), "length", *ends])
+    tell_unlisted(info, listed.episode_index)
+    stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
+    listing = Listing(info, stored, listed.extra, listed.names)
+    listing = settle_lengths(listing.select(kept_positions(listing, settings)))
+    there = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
+    return with_control_mode(listing, settings), there
 
 
 def _state_and_actions(info: Info, options: LeRobotSource) -> tuple[tuple[Column, ...], tuple[Column, ...]]:
@@ -278,38 +284,3 @@ def _number_files(
             remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
         ) from error
     return files, number.reshape(-1).astype(np.int32)
-
-
-def _with_control_mode(listing: Listing, settings: SourceSettings) -> Listing:
-    """The listing with the control mode of each episode. Raises `UserError` for a column that isn't there."""
-    info, stored, column = listing.info, listing.stored, settings.control_mode_column
-    same = settings.control_mode or info.tree.get("control_mode")
-    if same:
-        modes = [str(same)] * len(stored.table)
-    elif column in listing.extra:
-        modes = [str(mode) if mode else DEFAULT_CONTROL_MODE for mode in listing.extra[column]]
-    elif column in info.features:
-        modes = _modes_in_rows(stored, column, info.where)
-    elif column != SourceSettings.control_mode_column:
-        raise UserError(
-            f"'{column}' is not in the dataset{did_you_mean(column, info.features)}",
-            where=f"{info.where}.control_mode_column",
-            remedy=f"name a column of the dataset, or set {info.where}.control_mode=NAME",
-        )
-    else:
-        modes = [DEFAULT_CONTROL_MODE] * len(stored.table)
-    known, code = np.unique(modes, return_inverse=True)
-    table = replace(stored.table, control_mode=code.astype(np.int16), control_modes=tuple(str(k) for k in known))
-    return replace(listing, stored=replace(stored, table=table))
-
-
-def _modes_in_rows(stored: StoredEpisodes, column: str, where: str) -> list[str]:
-    """Each episode's text in the data column; 'mixed' where it changes inside the episode."""
-
-    def take(rows: pa.Table) -> str:
-        code, known = texts(rows, column)
-        distinct = {known[c] if c >= 0 else DEFAULT_CONTROL_MODE for c in np.unique(code)}
-        return distinct.pop() if len(distinct) == 1 else "mixed"
-
-    everywhere = range(len(stored.table))
-    return [mode for _, mode in rows.of_episodes(where, stored, everywhere, [column], take)]

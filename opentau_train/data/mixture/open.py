@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture import normalize, statistics
+from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -54,10 +54,10 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     for name in sources:
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
-        groups += _groups_of(dataset.source)
+        groups += groups_of(dataset.source)
     _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = _with_shares(groups, datasets, draws)
+    groups = with_shares(groups, datasets, draws)
     spec = _batch_spec(data, datasets, groups)
     return Mixture(
         settings=data,
@@ -119,7 +119,7 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
         sides = dataset.train.without(numbers), dataset.validation.without(numbers)
         datasets.append(dataclasses.replace(dataset, train=sides[0], validation=sides[1]))
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = _with_shares(mixture.groups, datasets, draws)
+    groups = with_shares(mixture.groups, datasets, draws)
     return dataclasses.replace(mixture, datasets=tuple(datasets), draws=tuple(draws), groups=tuple(groups))
 
 
@@ -235,13 +235,6 @@ def _check_held_out(source: Source, chosen: SourceSettings, held_out: NDArray[np
     )
 
 
-def _groups_of(source: Source) -> list[Group]:
-    """A group for each control mode that an episode of the source has, by rising code; shares are not known yet."""
-    table = source.episodes
-    modes = [table.control_modes[code] for code in np.unique(table.control_mode)]
-    return [Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0) for mode in modes]
-
-
 def _made_of(source: Source, chosen: SourceSettings) -> dict[str, str]:
     """The files that a dataset's blocks follow from, each as a short hash: a resume compares them to say what has
     changed. The settings that they follow from are compared by themselves (`config/drift`)."""
@@ -260,29 +253,6 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
             "the datasets' action chunks have different rates (%s): set data.sources.NAME.fps to resample them by time",
             ", ".join(f"{name}: {rate:g} fps" for name, rate in rates.items()),
         )
-
-
-def _with_shares(groups: Sequence[Group], datasets: Sequence[Dataset], draws: Sequence[int]) -> list[Group]:
-    """Groups with their weight in aggregates: the dataset's, split by the group's training windows.
-
-    The dataset's weight is what no other dataset changes, its windows or its configured weight, wherever either is
-    set throughout: normalised shares would round another way each time that a dataset joins. A group without training
-    windows has weight 0: an aggregate speaks of the mixture that is trained on.
-    """
-    trained = [d for d, drawn in zip(datasets, draws, strict=True) if drawn]
-    natural = all(d.settings.weight is None for d in trained)
-    weighted = all(d.settings.weight is not None for d in trained)
-    share = np.zeros(len(groups))
-    for dataset, drawn in zip(datasets, draws, strict=True):
-        windows_of = np.bincount(
-            dataset.group_of[dataset.train.episode], weights=dataset.train.length, minlength=len(groups)
-        )
-        if drawn and natural:
-            share += windows_of
-        elif drawn:
-            weight = dataset.settings.weight if weighted else drawn
-            share += weight * (windows_of / windows_of.sum())
-    return [dataclasses.replace(g, share=float(s)) for g, s in zip(groups, share, strict=True)]
 
 
 def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
