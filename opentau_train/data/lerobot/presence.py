@@ -45,8 +45,8 @@ def _any_file(info: Info, places: VideoPlaces) -> bool:
     numbers = range(len(places.files))
     return any(
         stat.size >= 0
-        for some in (numbers[:1], numbers[1:])
-        for stat in stats_below(info.root, [places.files.relative(number) for number in some])
+        for asked in (numbers[:1], numbers[1:])
+        for stat in stats_below(info.root, [places.files.relative(number) for number in asked])
     )
 
 
@@ -91,9 +91,14 @@ def without_video(
 
 def episodes(numbers: Sequence[int] | NDArray[np.int64]) -> str:
     """Their numbers as text, the first few of many."""
-    named = ", ".join(str(number) for number in numbers[:NAMED])
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"episode{'s' * (len(numbers) > 1)} {named}{more}"
+    return f"episode{'s' * (len(numbers) > 1)} {some(numbers)}"
+
+
+def some(numbers: Iterable[int]) -> str:
+    """The first of the numbers, and how many more there are."""
+    ordered = sorted(int(number) for number in numbers)
+    more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
+    return ", ".join(map(str, ordered[:NAMED])) + more
 
 
 def exclude(where: str, excluded: Iterable[int], numbers: Iterable[int]) -> str:

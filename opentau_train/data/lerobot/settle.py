@@ -4,7 +4,7 @@ have no frame of their own. Each is told in the log, and only what can't be read
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,22 +16,13 @@ from opentau_train.data.decode.video_file import Clock, VideoError
 from opentau_train.data.lerobot.episodes import Episodes, FileTable, VideoPlaces
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.lerobot.locate import EpisodeReader
+from opentau_train.data.lerobot.presence import NAMED, some
 from opentau_train.data.lerobot.rows import of_episodes, row_seconds
 from opentau_train.data.lerobot.select import Listing
 from opentau_train.data.lerobot.spans import F64, boundaries, frame_times
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
-
-NAMED = 8
-"""How many episodes a line names."""
-
-
-def some(numbers: Iterable[int]) -> str:
-    """The first of the numbers, and how many more there are."""
-    ordered = sorted(numbers)
-    more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
-    return ", ".join(map(str, ordered[:NAMED])) + more
 
 
 def tell_unlisted(info: Info, episode_index: NDArray[np.int64]) -> None:

@@ -46,10 +46,10 @@ from opentau_train.data.lerobot.identity import identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
-from opentau_train.data.lerobot.presence import present_cameras, without_video
+from opentau_train.data.lerobot.presence import present_cameras, some, without_video
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
-from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, some, tell_unlisted, video_places
+from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
 from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
