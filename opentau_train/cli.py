@@ -118,7 +118,7 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
         if _flag(arguments, "--cfg", "-c"):
             # What a run would say of them: `--cfg` never reaches `_app`.
             settings = load_settings(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
-            from opentau_train.job import check_targets  # imports torch: only once the settings hold
+            from opentau_train.targets import check_targets  # imports torch: only once the settings hold
 
             check_targets(settings)
         _quietly(_app)

@@ -45,9 +45,10 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import UserError
 from opentau_train.machine import check_machine
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, build_optimizer, check_optimizer
+from opentau_train.optim import Ema, build_optimizer
 from opentau_train.performance import ForwardFlops
 from opentau_train.step import StepSetup, TrainState
+from opentau_train.targets import check_targets
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import Validation, open_evaluators
 
@@ -149,17 +150,6 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if checkpoint is not None:
         _resume(job, checkpoint)
     return job
-
-
-def check_targets(settings: Settings) -> None:
-    """Raises `UserError` for a mistake in the keys of anything that a `_target_` names. Needs neither data nor ranks: a
-    run checks before it opens data for minutes, a launcher before it starts ranks."""
-    bind(settings.model, "model", ["spec"])
-    bind(settings.scheduler, "scheduler", [])
-    check_optimizer(settings.optimizer)
-    for name, options in settings.logger.items():
-        bind(options, f"logger.{name}", ["context"])
-    open_evaluators(settings.validation)
 
 
 def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:

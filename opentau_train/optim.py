@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from opentau_train.config.settings import OptimizerSettings, ParameterRule
 from opentau_train.config.typed import bind
@@ -84,7 +84,13 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 def check_optimizer(settings: OptimizerSettings) -> None:
     """Raises `UserError` for options that the optimizer's class doesn't take, before there is a model: an optimizer is
     built over a parameter made for the check."""
-    _make(settings, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    guarded = torch.optim.Optimizer.add_param_group
+    # What torch wraps around it imports the compiler, two seconds that a check of settings needn't take.
+    torch.optim.Optimizer.add_param_group = inspect.unwrap(guarded)  # type: ignore[method-assign]
+    try:
+        _make(settings, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    finally:
+        torch.optim.Optimizer.add_param_group = guarded  # type: ignore[method-assign]
 
 
 def _make(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
@@ -251,5 +257,7 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _locals(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """This rank's shards, in the order of `tensors`, sharing their memory."""
+    from torch.distributed.tensor import DTensor  # takes 1.5 s: not where settings are only checked
+
     values = (tensor.detach() for tensor in tensors.values())
     return [value.to_local() if isinstance(value, DTensor) else value for value in values]

@@ -144,7 +144,7 @@ def check(tree: dict[str, Any], schema: str) -> str:
     from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
     from opentau_train.data.mixture.statistics import check_heads
-    from opentau_train.job import check_targets
+    from opentau_train.targets import check_targets
 
     settings = load_settings(tree)
     check_targets(settings)

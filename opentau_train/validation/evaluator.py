@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from opentau_train.batch import Batch, blank_batch
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
@@ -27,6 +27,9 @@ from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.reader import Reader
+
+if TYPE_CHECKING:  # takes 2 s: not where settings are only checked
+    from opentau_train.distributed.parallel import Replicas
 
 NOTHING = np.zeros(0, np.int64)
 FLAGS = "(flags of the pass)"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.stopping import StopFlag
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
@@ -20,6 +20,9 @@ from opentau_train.validation.evaluator import Context, Evaluation, Evaluator
 from opentau_train.validation.losses import LossEvaluator
 from opentau_train.validation.plan import ValidationPlan
 from opentau_train.validation.reader import Reader
+
+if TYPE_CHECKING:  # takes 2 s: not where settings are only checked
+    from opentau_train.distributed.parallel import Replicas
 
 log = logging.getLogger(__name__)
 

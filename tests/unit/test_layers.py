@@ -18,7 +18,7 @@ LAYERS = (
     {"cli"},
     {"train"},
     {"job"},
-    {"checkpoints/"},
+    {"checkpoints/", "targets"},
     {"validation/"},
     {"metrics/"},
     {"step"},
@@ -153,4 +153,15 @@ def test_an_allowed_import_is_not(file, source):
 )
 def test_help_and_checks_start_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_a_check_of_the_settings_does_without_the_half_of_torch_that_only_a_run_needs():
+    recipe = ["+recipe=droid_policy", "trainer.steps=4"]
+    code = (
+        "import sys; from opentau_train import cli; from opentau_train.config.settings import load_settings;"
+        f"settings = load_settings(cli.compose({recipe}));"
+        "from opentau_train.targets import check_targets; check_targets(settings);"
+        "sys.exit(sum(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp', 'sympy')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

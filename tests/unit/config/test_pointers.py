@@ -13,7 +13,7 @@ from opentau_train.config.explain import refused_flags
 from opentau_train.config.pointers import POINTERS, pointer
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import UserError
-from opentau_train.job import check_targets
+from opentau_train.targets import check_targets
 
 RECIPE = "+recipe=lerobot"
 
