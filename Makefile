@@ -11,6 +11,9 @@ ARGS ?=
 # How many tests run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
+# An environment that forbids compiled modules would compile the package anew in each of the thousands of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 LEROBOT := .venv/lerobot

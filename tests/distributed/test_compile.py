@@ -21,12 +21,13 @@ NEEDS_COMPILER = pytest.mark.skipif(
 def train(tmp_path_factory):
     """Train once in every form that is asked for; the generated code is shared between the runs."""
     root, done = tmp_path_factory.mktemp("compile"), {}
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def runs(ranks: int, *settings: str) -> dict:
         if (ranks, settings) not in done:
             run_dir = root / str(len(done))
             paths = [f"paths.run_dir={run_dir}", f"paths.cache_dir={root / 'cache'}"]
-            ended = run([*SHORT, *settings, *paths], ranks, TORCHINDUCTOR_CACHE_DIR=str(root / "inductor"))
+            ended = run([*SHORT, *settings, *paths], ranks, TORCHINDUCTOR_CACHE_DIR=str(shared / "inductor"))
             assert ended.returncode == 0, ended.stderr[-4000:]
             done[ranks, settings] = metrics(run_dir)
         return done[ranks, settings]

@@ -195,11 +195,12 @@ def test_permuting_the_config_changes_no_key_and_no_value(tmp_path):
 
 def test_validating_more_often_changes_no_training_number(tmp_path):
     """With everything that a pass can do, and dropout in the data."""
-    run = [*TOY, "trainer.steps=6", "data.dropout.prompt=0.5", "trainer.ema_decay=0.9", "data.num_workers=1"]
+    run = [*TOY, "trainer.steps=4", "data.dropout.prompt=0.5", "trainer.ema_decay=0.9", "data.num_workers=1"]
+    run.append("validation.max_samples_per_group=8")
     more = ["validation.evaluators=[loss,action]", "validation.num_noise_draws=2"]
     never = metrics(train_here([*run, "validation.every=0"], tmp_path / "never"))
     often = metrics(train_here([*run, *more, "validation.every=1"], tmp_path / "often"))
-    assert training(never) == training(often) and len(never) == 6
+    assert training(never) == training(often) and len(never) == 4
 
 
 def test_ambient_random_states_and_modes_are_untouched_by_a_pass(tmp_path, monkeypatch):
@@ -285,7 +286,7 @@ def test_resuming_on_another_split_is_an_error_that_names_the_episodes(change, n
 
 def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resumed(tmp_path):
     run = [*TOY, "trainer.steps=12", "validation.every=3", "checkpoint.every=2", "checkpoint.keep_last=1"]
-    run.append("validation.best_margin=0.5")
+    run += ["validation.best_margin=0.5", "validation.max_samples_per_group=16"]
     whole = train_here(run, tmp_path / "whole")
     best = (whole / "checkpoints" / "best").resolve()
     assert (best / "run.json").is_file() and int(best.name) % 3 == 0
@@ -318,12 +319,12 @@ def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(asynchron
     write = Saver._write
 
     def slowly(*arguments):
-        time.sleep(0.3)
+        time.sleep(0.2)
         write(*arguments)
 
     monkeypatch.setattr(Saver, "_write", slowly)
     frozen = [*FROZEN, "trainer.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1"]
-    frozen.append(f"checkpoint.async={asynchronous}")
+    frozen += [f"checkpoint.async={asynchronous}", "validation.max_samples_per_group=8"]
     run = train_here(frozen, tmp_path / "run")
     folder = run / "checkpoints"
     assert (folder / "best").resolve().name == "00000002" and (folder / "last").resolve().name == "00000006"

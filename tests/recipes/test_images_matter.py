@@ -10,11 +10,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.timeout(1500)
 def test_held_out_action_error_is_at_least_thirty_percent_below_the_one_with_blanked_images(tmp_path):
-    """Both runs are the whole recipe, side by side, one thread each. The error is the mean absolute one of sampled
-    chunks on held-out episodes: joint angles in radians and hand positions in metres."""
+    """Both runs are the recipe in 240 of its 400 steps, side by side, one thread each. The error is the mean absolute
+    one of sampled chunks on held-out episodes: joint angles in radians and hand positions in metres."""
     recipe = [
         "+recipe=droid_policy",
-        "validation.every=400",
+        "trainer.steps=240",
+        "validation.every=240",
         "validation.evaluator.action.max_samples_per_group=128",
         "data.num_workers=1",
     ]
@@ -30,6 +31,6 @@ def test_held_out_action_error_is_at_least_thirty_percent_below_the_one_with_bla
     finally:
         for process in running.values():
             process.kill()
-    errors = {name: metrics(tmp_path / name)[400] for name in variants}
+    errors = {name: metrics(tmp_path / name)[240] for name in variants}
     for tag in ("Validation-Action/droid/joint/MAE_rad", "Validation-Action/droid_ee/ee/MAE_m"):
         assert errors["seen"][tag] <= 0.7 * errors["blanked"][tag], {n: e[tag] for n, e in errors.items()}

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -375,12 +376,20 @@ def free_port() -> int:
 # ---------------------------------------------------------------- a full disk
 
 
+SMALL_FILES = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (256 * 1024,) * 2)
+runpy.run_module("opentau_train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.fixture(params=["file_size_limit", "full_file_system"])
 def small_disk(request, tmp_path, finished) -> Iterator[tuple[Path, list[str]]]:
-    """(a run of two steps, a command prefix), with room for the run's small files and not for a second checkpoint."""
+    """(a run of two steps, how to start the program), with room for the run's small files and not for a second
+    checkpoint."""
     used = sum(p.stat().st_size for p in finished.rglob("*") if p.is_file() and not p.is_symlink())
     if request.param == "file_size_limit":
-        yield shutil.copytree(finished, tmp_path / "run", symlinks=True), ["prlimit", f"--fsize={256 * 1024}"]
+        yield shutil.copytree(finished, tmp_path / "run", symlinks=True), [sys.executable, "-c", SMALL_FILES]
         return
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -388,22 +397,16 @@ def small_disk(request, tmp_path, finished) -> Iterator[tuple[Path, list[str]]]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system can't be mounted here; the limit on file sizes stands in for it")
     try:
-        yield shutil.copytree(finished, disk / "run", symlinks=True), []
+        yield shutil.copytree(finished, disk / "run", symlinks=True), command([])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_full_during_a_save_costs_only_that_save(small_disk, good, tmp_path):
-    run_dir, prefix = small_disk
+    run_dir, program = small_disk
     arguments = [*SMALL, f"data.sources.main.root={good}", f"paths.run_dir={run_dir}", "resume=auto"]
     arguments.append(f"paths.cache_dir={tmp_path / 'cache'}")
-    ended = subprocess.run(
-        [*prefix, *command([*arguments, "trainer.steps=4"])],
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=200,
-    )
+    ended = warm.run([*program, *arguments, "trainer.steps=4"], env=environment(), timeout=200)
     assert_clear((ended.returncode, ended.stderr), "can't save", "00000004", "last good checkpoint", code=1)
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["00000002", "last"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -18,11 +20,13 @@ from tests.program import TOY, metrics, run, start
 from tests.unit.sinks.curves import check_curves, parts
 from tests.unit.sinks.wandb_server import serving
 
-wandb = pytest.importorskip("wandb", reason="the W&B tests are left out: the package wandb is not installed")
+if importlib.util.find_spec("wandb") is None:
+    pytest.skip("the W&B tests are left out: the package wandb is not installed", allow_module_level=True)
 
 PROGRAM = [*TOY, "logger=[console,wandb,tensorboard]", "model.width=16"]
 
 
+@pytest.mark.slow
 def test_a_preempted_run_is_one_run_in_wandb_and_tensorboard(tmp_path):
     command = [*PROGRAM, "trainer.steps=6", "validation.every=3", f"paths.run_dir={tmp_path / 'run'}"]
     command += [f"paths.cache_dir={tmp_path / 'cache'}"]
@@ -39,6 +43,7 @@ def test_a_preempted_run_is_one_run_in_wandb_and_tensorboard(tmp_path):
     check_curves(tmp_path / "run", range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_an_older_checkpoint_as_the_same_run(tmp_path):
     run_dir = tmp_path / "run"
     command = [*PROGRAM, "trainer.steps=60", "validation.every=20", "checkpoint.every=20", "data.image_size=[16,16]"]
@@ -73,7 +78,7 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
     yield lambda url: monkeypatch.setenv("WANDB_BASE_URL", url)
-    wandb.teardown()
+    import_module("wandb").teardown()
 
 
 def tracker(context, seconds: float = 20.0, **settings) -> WandbSink:
@@ -135,7 +140,7 @@ def test_a_resumed_run_goes_on_offline_where_the_server_is_not_reached(make_cont
         sink = tracker(make_context(4), init_timeout=1)
         sink.write(5, {"Training/Loss": 0.5})
         sink.close()
-    wandb.teardown()  # its process has written all that it holds
+    import_module("wandb").teardown()  # its process has written all that it holds
     assert "goes on offline" in caplog.text and "wandb sync" in caplog.text
     assert [[*rows] for _, rows in parts(tmp_path) if rows] == [[5]]
 

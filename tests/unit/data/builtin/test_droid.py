@@ -250,6 +250,7 @@ def test_action_is_the_next_frames_command(mode):
     assert (trajectory.measured[:, 7] >= 0).all() and (trajectory.measured[:, 7] <= 1).all()
 
 
+@pytest.mark.slow
 def test_racing_processes_leave_one_good_sample(tmp_path):
     racers = [start_generating(tmp_path, TINY) for _ in range(2)]
     assert [racer.wait(timeout=120) for racer in racers] == [0, 0]
@@ -258,6 +259,7 @@ def test_racing_processes_leave_one_good_sample(tmp_path):
     assert all(len(rows(root, episodes(root)[0])) == 60 for root in roots.values())
 
 
+@pytest.mark.slow
 def test_killed_generation_does_not_count_and_leaves_no_process(tmp_path):
     spec = SampleSpec(num_episodes=6, min_frames=60, max_frames=60, episodes_per_video_file=1)
     process = start_generating(tmp_path, spec)
