@@ -255,6 +255,21 @@ def test_a_missing_video_of_a_held_out_episode_ends_the_run_before_its_first_ste
     assert train(root, *held_out, "validation.on_bad_sample=skip")[0] == 0
 
 
+def test_missing_rows_of_a_held_out_episode_end_the_run_before_its_first_step(train, tmp_path):
+    root = write(tmp_path / "data", Dataset(lengths=LENGTHS, version="v2.1", cameras={}))
+    for episode in (2, 3):
+        path = root / f"data/chunk-000/episode_{episode:06d}.parquet"
+        pq.write_table(pq.read_table(path).slice(0, 5), path)
+    held_out = ["data.sources.main.val_episodes=[1,3]", "validation.every=2"]
+    for _ in range(2):  # the second time with the statistics that the first one stored
+        assert_clear(train(root, *held_out), "no rows of the held-out episodes 3", "main.exclude_episodes=[2,3]")
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert train(root, *held_out, "validation.on_bad_sample=skip")[0] == 0
+    shutil.rmtree(tmp_path / "run")
+    applied = ["data.sources.main.exclude_episodes=[2,3]", "data.sources.main.val_episodes=[1]", "validation.every=2"]
+    assert train(root, *applied)[0] == 0
+
+
 @pytest.mark.parametrize("how", ["truncated", "missing"])
 def test_a_damaged_parquet_file_is_named(how, train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras={}))

@@ -20,7 +20,7 @@ from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.split import ranges, validation_split
+from opentau_train.data.mixture.split import held_out_error, ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source, SourceOptions
 from opentau_train.data.transforms.base import Transform
@@ -174,7 +174,7 @@ def _open_dataset(
         for keep in (~held_out & (chosen.weight != 0), held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
-    if settings.validation.every and settings.validation.on_bad_sample == "fail":
+    if settings.validation.must_be_whole:
         _check_held_out(source, chosen, held_out)
     given = (chosen.transforms, data.transforms)
     path = f"data.sources.{name}.transforms"
@@ -226,13 +226,8 @@ def _check_held_out(source: Source, chosen: SourceSettings, held_out: NDArray[np
     if lacking is None or not (lacking & held_out).any():
         return
     numbers = source.episodes.episode_index
-    where = f"data.sources.{source.name}"
-    all_lacking = sorted({*chosen.exclude_episodes, *numbers[lacking].tolist()})
-    raise UserError(
-        f"dataset '{source.name}' has no video of the held-out episodes {ranges(numbers[lacking & held_out].tolist())}",
-        where=where,
-        remedy=f"restore it, or leave them out: {where}.exclude_episodes=[{','.join(map(str, all_lacking))}]",
-    )
+    excluded = [*chosen.exclude_episodes, *numbers[lacking].tolist()]
+    raise held_out_error(source.name, "video", numbers[lacking & held_out].tolist(), excluded)
 
 
 def _made_of(source: Source, chosen: SourceSettings) -> dict[str, str]:

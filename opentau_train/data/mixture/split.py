@@ -32,6 +32,18 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{p[0]}" if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
+def held_out_error(name: str, what: str, lost: Iterable[int], without: Iterable[int]) -> UserError:
+    """Held-out episodes `lost` of the dataset have no `what`, and validation replaces no window; `without` are all
+    that the remedy excludes."""
+    where = f"data.sources.{name}"
+    listed = ",".join(map(str, sorted(set(without))))
+    return UserError(
+        f"dataset '{name}' has no {what} of the held-out episodes {ranges(lost)}",
+        where=where,
+        remedy=f"restore the files, or leave the episodes out: {where}.exclude_episodes=[{listed}]",
+    )
+
+
 def numbers(text: str) -> set[int]:
     """The inverse of `ranges`."""
     members: set[int] = set()

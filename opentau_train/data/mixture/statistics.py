@@ -14,6 +14,7 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import normalize
 from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.data.mixture.split import held_out_error
 from opentau_train.data.source import UNKNOWN_ROBOT
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.errors import UserError
@@ -32,17 +33,38 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
         positions = [np.flatnonzero(_in_head(d, groups, head) & ~d.held_out & d.settings.trains) for d in members]
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
-        heads[head] = _of_head(head, members, positions, settings)
+        held_out = [np.flatnonzero(_in_head(d, groups, head) & d.held_out) for d in members]
+        if not settings.validation.must_be_whole:
+            held_out = [p[:0] for p in held_out]
+        heads[head] = _of_head(head, members, positions, held_out, settings)
+        _check_held_out(heads[head], members, held_out)
     return heads
 
 
-def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64]], settings: Settings) -> HeadStats:
-    """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones."""
+def _check_held_out(stats: HeadStats, members: list[Dataset], held_out: list[NDArray[np.int64]]) -> None:
+    """Raises `UserError` where rows of one of the episodes `held_out` aren't there."""
+    for d, positions in zip(members, held_out, strict=True):
+        lacking = [number for name, number in stats.left_out if name == d.name]
+        lost = [n for n in d.source.episodes.episode_index[positions].tolist() if n in lacking]
+        if lost:
+            raise held_out_error(d.name, "rows", lost, [*d.settings.exclude_episodes, *lacking])
+
+
+def _of_head(
+    head: str,
+    members: list[Dataset],
+    positions: list[NDArray[np.int64]],
+    held_out: list[NDArray[np.int64]],
+    settings: Settings,
+) -> HeadStats:
+    """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones. What
+    is `left_out` is looked for among the episodes at `held_out`, too."""
     first = members[0]
     identity = []
-    for d, p in zip(members, positions, strict=True):
+    for d, p, looked_at in zip(members, positions, held_out, strict=True):
         names = d.state_names + d.action_names
         identity += [d.name, d.source.fingerprint, d.source.rows_stamp, repr(names), repr(p.tolist())]
+        identity.append(repr(looked_at.tolist()))
         if d.transforms:
             identity.append(json.dumps(Pipeline(d.transforms).to_json()))
 
@@ -59,6 +81,11 @@ def _of_head(head: str, members: list[Dataset], positions: list[NDArray[np.int64
             where = f"data.sources.{first.name}"
             remedy = "restore the dataset's files of rows (download or export it again)"
             raise UserError(f"no episode of norm head {head} has rows that can be read", where=where, remedy=remedy)
+        for d, chosen, looked_at in zip(members, positions, held_out, strict=True):
+            rest = np.setdiff1d(looked_at, chosen)
+            there = {place for place, _, _ in d.columns(rest)}
+            numbers = d.source.episodes.episode_index
+            left_out.extend((d.name, int(numbers[place])) for place in rest.tolist() if place not in there)
 
     def make() -> HeadStats:
         stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names)
