@@ -289,6 +289,14 @@ def test_it_works_from_any_directory_and_with_relative_paths(node, datasets):
     assert (elsewhere / "logs" / "train_droid_policy.node0.log").exists()
 
 
+def test_a_dataset_on_a_server_is_checked_there(node, datasets):
+    url = f"file://{datasets / 'my droid'}"
+    answer = node.run(DATASET_PATH=url, CHECK_CONFIG="1", OPENTAU_CACHE=node.path / "cache")
+    assert answer.returncode == 0, answer.stderr
+    assert "4 episodes, 130 frames, 15 fps" in answer.stdout
+    assert (node.path / "record.droid_root").read_text() == url
+
+
 def test_python_names_the_interpreter(node):
     interpreter = node.path / "my python"
     interpreter.write_text(

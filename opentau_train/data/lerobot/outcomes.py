@@ -7,34 +7,36 @@ from dataclasses import replace
 from pathlib import Path
 
 from opentau_train.config.data import SourceSettings
+from opentau_train.data.remote.mirror import mirror_at
 
 log = logging.getLogger(__name__)
 
 SUCCESS, FAILURE = "success", "failure"
 
 
-def by_outcome(name: str, settings: SourceSettings) -> dict[str, SourceSettings]:
+def by_outcome(name: str, settings: SourceSettings, local: str | None) -> dict[str, SourceSettings]:
     """{name: settings} of the sources that `data.sources.NAME` stands for: itself, unless its directory is no dataset
     but holds some by outcome. Then NAME is `success/` and NAME_failure is `failure/`, with the weight `failure_weight`;
-    `success_only` takes the first alone. Logs which it takes.
+    `success_only` takes the first alone. Logs which it takes. `local` is where the files of `settings.root` are, or,
+    where that is a URL, come to be.
 
     Episode numbers (`episodes`, `exclude_episodes`, `val_episodes`) are those of `success/`. A keep-ranges filter may
     know few failures or none: `failure/` is filtered only where it is trained on, and needs no least match.
     """
-    root = Path(settings.root or "")
-    if settings.root is None or settings.target != SourceSettings.target:
+    if settings.root is None or local is None or settings.target != SourceSettings.target:
         return {name: settings}
-    if _is_dataset(root) or not _is_dataset(root / SUCCESS):
+    given, root = settings.root.rstrip("/"), Path(local)
+    if _has_dataset(root) or not _has_dataset(root, SUCCESS):
         return {name: settings}
-    taken = {name: replace(settings, root=str(root / SUCCESS), success_only=False)}
-    what = f"data.sources.{name}: {root} holds datasets by outcome: {name} is {SUCCESS}/"
-    if settings.success_only or not _is_dataset(root / FAILURE):
+    taken = {name: replace(settings, root=f"{given}/{SUCCESS}", success_only=False)}
+    what = f"data.sources.{name}: {given} holds datasets by outcome: {name} is {SUCCESS}/"
+    if settings.success_only or not _has_dataset(root, FAILURE):
         why = "success_only" if settings.success_only else f"there is no {FAILURE}/"
         log.info("%s, and nothing else is read (%s)", what, why)
         return taken
     taken[f"{name}_{FAILURE}"] = replace(
         settings,
-        root=str(root / FAILURE),
+        root=f"{given}/{FAILURE}",
         weight=settings.failure_weight,
         episodes=None,
         exclude_episodes=(),
@@ -50,5 +52,7 @@ def by_outcome(name: str, settings: SourceSettings) -> dict[str, SourceSettings]
     return taken
 
 
-def _is_dataset(folder: Path) -> bool:
-    return (folder / "meta" / "info.json").is_file()
+def _has_dataset(root: Path, folder: str = "") -> bool:
+    """Whether a dataset lies in `folder` of `root`, here or on the server that `root` is a mirror of."""
+    mirror, info = mirror_at(root), root / folder / "meta" / "info.json"
+    return info.is_file() if mirror is None else info in mirror

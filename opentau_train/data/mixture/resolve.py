@@ -46,7 +46,12 @@ def resolve_sources(
         sources = _builtin_sample(settings, once_a_node, num_nodes)
     taken: dict[str, SourceSettings] = {}
     for name, source in sorted(sources.items()):
-        parts = by_outcome(name, _with_root(name, source, settings, once_a_node))
+        located = _with_root(name, source, settings, once_a_node)
+        if source.root and is_url(source.root):
+            at_url = by_outcome(name, source, located.root)
+            parts = {p: located if s is source else _with_root(p, s, settings, once_a_node) for p, s in at_url.items()}
+        else:
+            parts = by_outcome(name, located, located.root)
         twice = next((part for part in parts if part != name and part in sources), None)
         if twice is not None:
             raise UserError(

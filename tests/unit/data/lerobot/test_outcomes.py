@@ -75,8 +75,8 @@ def test_a_dataset_is_read_as_it_is_whatever_stands_beside_its_meta(release, tmp
         (tmp_path / name).symlink_to(release / "failure" / name)
     (tmp_path / "success").symlink_to(release / "success")
     settings = SourceSettings(root=str(tmp_path))
-    assert by_outcome("x", settings) == {"x": settings}
-    assert by_outcome("x", SourceSettings()) == {"x": SourceSettings()}
+    assert by_outcome("x", settings, str(tmp_path)) == {"x": settings}
+    assert by_outcome("x", SourceSettings(), str(release)) == {"x": SourceSettings()}
 
 
 def test_episode_numbers_are_those_of_the_successes(release):

@@ -23,10 +23,12 @@ from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import Fault, UserError
 from opentau_train.types import RawWindow, WindowSpec
 from tests import lerobot_writer
+from tests.droid_datasets import write_cosmos
 from tests.lerobot_writer import Camera
 from tests.object_server import Proxy, object_server, proxy_to, running, upload
 from tests.program import TINY_POLICY, metrics, train_here
 
+SUCCESS_ONLY = "data.sources.main.success_only=true"
 LENGTHS = (11, 7, 13, 9, 5, 12, 8, 6)
 
 
@@ -269,6 +271,21 @@ def test_a_plain_web_server_without_ranges_is_read_through_its_pages(local, loca
     with running(["-m", "http.server", "-b", "127.0.0.1"], cwd=local.parent) as port, proxy_to(port) as proxy:
         assert_gives(mixture_of(f"{proxy.url}/set", tmp_path), local_windows)
         assert sorted(proxy.data_bytes().values()) == sorted(sizes(local).values())
+
+
+def test_datasets_by_outcome_are_found_on_the_server(proxy, tmp_path):
+    write_cosmos(tmp_path / "release" / "success")
+    write_cosmos(tmp_path / "release" / "failure", "failure", (20, 22, 24))
+    upload(proxy, tmp_path / "release", "release")
+    split = ["data.sources.main.val_split_ratio=0.3"]
+    whole, good = (mixture_of("s3://bucket/release/", tmp_path, *split, *more) for more in ((), (SUCCESS_ONLY,)))
+    assert [d.name for d in whole.datasets] == ["main", "main_failure"]
+    assert [len(d.source.episodes) for d in whole.datasets] == [4, 3] and [d.name for d in good.datasets] == ["main"]
+    for dataset in whole.datasets:
+        folder = tmp_path / "release" / ("failure" if "failure" in dataset.name else "success")
+        (alone,) = mixture_of(folder, tmp_path, *split).datasets
+        assert dataset.source.fingerprint == alone.source.fingerprint
+    assert len(list(windows(whole))) > 0
 
 
 def test_a_run_that_began_on_the_disk_goes_on_from_a_url(local, proxy, tmp_path, capsys):
