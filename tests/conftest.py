@@ -1,10 +1,12 @@
 """Fixtures that several files share. Tests run on one thread a process: they share two cores."""
 
+import copy
 import logging
 import os
 import signal
 
 import pytest
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource as Packaged
 from hypothesis import settings
 
 from tests.retry import (  # noqa: F401  pytest takes its hooks from here
@@ -20,6 +22,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for number in (signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+# The program's own YAML files are the same in all tests: parsing them anew is half of what composing takes.
+_read, _parsed = Packaged._read_config, {}
+
+
+def _read_once(source, file):
+    if str(file) not in _parsed:
+        _parsed[str(file)] = _read(source, file)
+    return copy.deepcopy(_parsed[str(file)])
+
+
+Packaged._read_config = _read_once
 
 # HYPOTHESIS_PROFILE=nightly searches for long; a property that starts processes takes a share of the profile's number.
 settings.register_profile("fast", max_examples=25, deadline=None)

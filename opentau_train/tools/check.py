@@ -185,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", nargs="?", metavar="ROOT", help="the dataset's directory, or the first override")
     options, composed = parser.parse_known_args(arguments)
     root = options.root or ""
-    if "=" in root and not Path(root).exists():
+    is_override = "=" in root and "://" not in root.partition("=")[0]
+    if is_override and not Path(root).exists():
         root, composed = "", [root, *composed]
 
     def work() -> int:

@@ -95,6 +95,13 @@ def test_a_dataset_of_a_schema_has_that_schema(schema, written):
     assert main([str(written(schema)), "--schema", schema]) == 0
 
 
+def test_a_url_with_an_equals_sign_is_a_dataset(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENTAU_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "date=2024").symlink_to(written("droid"))
+    assert main([f"file://{tmp_path}/date=2024/"]) == 0
+    assert "3 episodes, 9 frames, 15 fps" in capsys.readouterr().out
+
+
 def test_the_arguments_of_a_training_are_checked(written, capsys):
     root = written("droid_cosmos")
     composed = ["+recipe=lerobot", f"data.sources.main.root={root}", f"data.sources.two.root={root}"]
