@@ -100,6 +100,26 @@ def test_imports_point_down_only(file):
     assert not violations(relative, file.read_text())
 
 
+EDGES = ("data/lerobot/", "data/remote/", "data/builtin/", "sinks/", "tools/")
+"""Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are no docstring, no comment and not blank."""
+    without = set[int]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            without |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and n not in without for n, line in lines)
+
+
+def test_the_core_stays_small():
+    core = [file for file in FILES if not file.relative_to(PACKAGE).as_posix().startswith(EDGES)]
+    assert lines_of_code('"""Doc."""\n\n# why\nx = """a\nb"""\n"""Of x,\ntwo lines."""\n') == 2
+    assert 0 < sum(lines_of_code(file.read_text()) for file in core) < 10_000
+
+
 def test_every_room_says_what_it_is_for():
     for room in (file.parent for file in FILES):
         assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), room
