@@ -87,7 +87,7 @@ launch_require_command() {
 launch_take_dataset() {
   if [[ -z ${DATASET_PATH:-} ]]; then
     launch_fail "DATASET_PATH is not set" "the environment variable DATASET_PATH" \
-      "set DATASET_PATH to the directory of a LeRobot dataset"
+      "set DATASET_PATH to the directory or the URL of a LeRobot dataset"
     return
   fi
   export DATASET_PATH DROID_ROOT=$DATASET_PATH
