@@ -5,8 +5,8 @@
 #   DATASET_PATH=/data/droid_1.0.1 NPROC_PER_NODE=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launchers/train_droid_policy.sh
 #
 # Environment (a variable that is unset or empty is left out):
-#   DATASET_PATH          required: directory or URL of a LeRobot dataset, with the columns of lerobot/droid_1.0.1 unless an
-#                         override says otherwise: data=droid_cosmos (nvidia/Cosmos3-DROID), data=lerobot (any). It
+#   DATASET_PATH          required: directory or URL of a LeRobot dataset, with the columns of lerobot/droid_1.0.1 unless
+#                         an override says otherwise: data=droid_cosmos (nvidia/Cosmos3-DROID), data=lerobot (any). It
 #                         becomes the source's root. Checked, with all overrides, before anything starts.
 #   NPROC_PER_NODE        processes on this node, one a GPU; unset: torchrun's default, one.
 #   NNODES                nodes; unset: one. More than one needs MASTER_ADDR.
