@@ -36,7 +36,7 @@ def _read_once(source, file):
 Packaged._read_config = _read_once
 
 # HYPOTHESIS_PROFILE=nightly searches for long; a property that starts processes takes a share of the profile's number.
-settings.register_profile("fast", max_examples=25, deadline=None)
+settings.register_profile("fast", max_examples=40, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 

@@ -152,11 +152,6 @@ class ValidationSettings:
     """Standard errors of the paired difference by which a pass must beat the best one to become
     `checkpoints/best`; null = no best checkpoint."""
 
-    @property
-    def must_be_whole(self) -> bool:
-        """Whether every held-out window must be readable."""
-        return self.every > 0 and self.on_bad_sample == "fail"
-
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
         for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):

@@ -20,7 +20,7 @@ from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.split import held_out_error, ranges, validation_split
+from opentau_train.data.mixture.split import held_out_error, must_be_whole, ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.source import Source, SourceOptions
 from opentau_train.data.transforms.base import Transform
@@ -174,7 +174,7 @@ def _open_dataset(
         for keep in (~held_out & (chosen.weight != 0), held_out)
     ]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
-    if settings.validation.must_be_whole:
+    if must_be_whole(settings.validation):
         _check_held_out(source, chosen, held_out)
     given = (chosen.transforms, data.transforms)
     path = f"data.sources.{name}.transforms"

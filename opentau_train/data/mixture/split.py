@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import rng
+from opentau_train.config.settings import ValidationSettings
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.errors import UserError
 
@@ -30,6 +31,11 @@ def ranges(numbers: Iterable[int]) -> str:
         return ""
     parts = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
     return ", ".join(f"{p[0]}" if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def must_be_whole(validation: ValidationSettings) -> bool:
+    """Whether every held-out window must be readable."""
+    return validation.every > 0 and validation.on_bad_sample == "fail"
 
 
 def held_out_error(name: str, what: str, lost: Iterable[int], without: Iterable[int]) -> UserError:

@@ -14,7 +14,7 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import normalize
 from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.split import held_out_error
+from opentau_train.data.mixture.split import held_out_error, must_be_whole
 from opentau_train.data.source import UNKNOWN_ROBOT
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.errors import UserError
@@ -34,7 +34,7 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
         if not any(map(len, positions)):  # only held-out episodes: better their statistics than none
             positions = [np.flatnonzero(_in_head(d, groups, head)) for d in members]
         held_out = [np.flatnonzero(_in_head(d, groups, head) & d.held_out) for d in members]
-        if not settings.validation.must_be_whole:
+        if not must_be_whole(settings.validation):
             held_out = [p[:0] for p in held_out]
         heads[head] = _of_head(head, members, positions, held_out, settings)
         _check_held_out(heads[head], members, held_out)
@@ -44,7 +44,7 @@ def compute(settings: Settings, datasets: Sequence[Dataset], groups: Sequence[Gr
 def _check_held_out(stats: HeadStats, members: list[Dataset], held_out: list[NDArray[np.int64]]) -> None:
     """Raises `UserError` where rows of one of the episodes `held_out` aren't there."""
     for d, positions in zip(members, held_out, strict=True):
-        lacking = [number for name, number in stats.left_out if name == d.name]
+        lacking = {number for name, number in stats.left_out if name == d.name}
         lost = [n for n in d.source.episodes.episode_index[positions].tolist() if n in lacking]
         if lost:
             raise held_out_error(d.name, "rows", lost, [*d.settings.exclude_episodes, *lacking])
