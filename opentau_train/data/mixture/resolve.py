@@ -100,6 +100,8 @@ def _mirror(name: str, source: SourceSettings, settings: Settings) -> str:
         raise UserError("revision goes with repo_id, not with a URL", where=where, remedy=remedy)
     try:
         root = make_mirror(source.root, settings.paths.cache / "remote", int(settings.data.cache_gb * 1e9))
+    except UserError as error:
+        raise UserError(error.what, where=error.where or where, remedy=error.remedy) from error
     except Fault as error:
         raise UserError(error.what, where=where, remedy="check the URL, the network and the credentials") from error
     log.info("%s: %s is read through %s", where, source.root, root)

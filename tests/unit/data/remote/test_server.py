@@ -243,6 +243,7 @@ def test_a_wrong_url_is_the_users_mistake(proxy, tmp_path, root, words):
     with pytest.raises(UserError) as caught:
         mixture_of(root, tmp_path)
     assert words in caught.value.what and caught.value.remedy
+    assert caught.value.where == "data.sources.main.root"
 
 
 def test_a_server_that_does_not_answer_at_the_start_is_named_with_its_key(proxy, tmp_path):
