@@ -24,10 +24,10 @@ from support.datasets import write_dataset
 from support.program import machine, mixture_of
 from torch.utils.data import DataLoader, IterableDataset
 
+from opentau_train.data.decode.open_files import SPARE_FILES
 from opentau_train.data.load.stream import training_batches
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.machine import SPARE_FILES
 
 LANES, KEPT, BATCH = 64, 8, 16
 

@@ -28,8 +28,8 @@ from support.orders import BATCH, NAMES, Order, all_windows, make_order
 from support.program import machine, settings_of
 
 from opentau_train import rng
-from opentau_train.batch import Batch, stack
 from opentau_train.config.settings import Settings
+from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture

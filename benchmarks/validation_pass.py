@@ -143,7 +143,7 @@ def per_dataset(mixture, policy, accelerator, clock) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from opentau_train.batch import stack
+    from opentau_train.data.batch import stack
     from opentau_train.data.load.samples import SampleBuilder
     from opentau_train.models.draws import Draws
     from opentau_train.types import Address

@@ -1,4 +1,4 @@
-"""The entry: Hydra composes, `load_settings` checks, `train.run` trains. Torch is imported only for the last.
+"""The entry: Hydra composes, `checked` checks, `train.run` trains. Torch is imported only once the settings hold.
 
     python -m opentau_train +recipe=droid_policy trainer.steps=1000
     torchrun --nproc-per-node 8 -m opentau_train +recipe=droid_policy
@@ -29,9 +29,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
-from opentau_train.config.settings import load_settings
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError
-from opentau_train.machine import machine_fault, raise_file_limit
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.typed import bind
+from opentau_train.data.decode.open_files import raise_file_limit
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.threads import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
@@ -117,10 +118,7 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     try:
         if _flag(arguments, "--cfg", "-c"):
             # What a run would say of them: `--cfg` never reaches `_app`.
-            settings = load_settings(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
-            from opentau_train.targets import check_targets  # imports torch: only once the settings hold
-
-            check_targets(settings)
+            checked(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
         _quietly(_app)
         composed, _composed[:] = list(_composed), []
         return plain(composed[-1]) if composed else None
@@ -176,10 +174,30 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _run(tree: dict[str, Any]) -> int:
-    settings = load_settings(tree)
-    from opentau_train import train  # imports torch: only once the settings hold
+    settings = checked(tree)
+    from opentau_train import train
 
     return train.run(settings, tree)
+
+
+def checked(tree: dict[str, Any]) -> Settings:
+    """The typed settings of a composed tree, in which the options of every `_target_` are right too: what a run,
+    `--cfg`, the launchers' check and the tools say of a wrong key before they open data or start ranks. Raises
+    `UserError`.
+
+    Imports what those classes need and no more, which is half of a run's imports: users wait for a check.
+    """
+    settings = load_settings(tree)
+    from opentau_train.optim import check_optimizer
+    from opentau_train.validation.passes import open_evaluators
+
+    bind(settings.model, "model", ["spec"])
+    bind(settings.scheduler, "scheduler", [])
+    check_optimizer(settings.optimizer)
+    for name, options in settings.logger.items():
+        bind(options, f"logger.{name}", ["context"])
+    open_evaluators(settings.validation)
+    return settings
 
 
 def plain(composed: Any) -> dict[str, Any]:

@@ -38,17 +38,15 @@ from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
+from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, build_optimizer
-from opentau_train.performance import ForwardFlops
 from opentau_train.step import StepSetup, TrainState
-from opentau_train.targets import check_targets
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import Validation, open_evaluators
 
@@ -112,7 +110,6 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     """
     trainer = settings.trainer
     check_batch(trainer.global_batch_size, world.data_size)
-    check_targets(settings)
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))

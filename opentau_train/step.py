@@ -20,16 +20,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opentau_train import rng
-from opentau_train.batch import Batch
 from opentau_train.config.data import BadSampleSettings
+from opentau_train.data.batch import Batch
 from opentau_train.distributed.parallel import Replicas
+from opentau_train.distributed.performance import ForwardFlops, Stamp
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, set_lr
-from opentau_train.performance import ForwardFlops, Stamp
 from opentau_train.types import LossTerms
 
 

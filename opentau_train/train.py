@@ -22,6 +22,7 @@ from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.state import save_state
 from opentau_train.distributed.consensus import Agreement, Ballot, Vote
 from opentau_train.distributed.numerics import set_numerics
+from opentau_train.distributed.performance import scheduled_collection, traced
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.stopping import Stop, StopFlag, Stopped, mark_preempted, stop_signals
 from opentau_train.distributed.watchdog import watch
@@ -31,7 +32,6 @@ from opentau_train.job import Job, prepare
 from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
-from opentau_train.performance import scheduled_collection, traced
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line

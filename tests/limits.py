@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from opentau_train.machine import SPARE_FILES
+from opentau_train.data.decode.open_files import SPARE_FILES
 from tests.program import environment
 
 

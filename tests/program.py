@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 
 from opentau_train import cli
-from opentau_train.config.settings import load_settings
 from tests import warm
 
 REPO = Path(__file__).parent.parent
@@ -102,7 +101,7 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
     ]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = cli.plain(hydra.compose("train", overrides))
-    assert train.run(load_settings(tree), tree) == 0
+    assert train.run(cli.checked(tree), tree) == 0
     return run_dir
 
 

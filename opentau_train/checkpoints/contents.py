@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from opentau_train.distributed.world import World
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine
 from opentau_train.step import TrainState
 
 VERSION = 1

@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opentau_train.batch import Batch
 from opentau_train.checkpoints import commit
 from opentau_train.config import typed
+from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
-from opentau_train.errors import UserError, did_you_mean
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine, did_you_mean
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 

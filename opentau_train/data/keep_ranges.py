@@ -23,8 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine
 
 Ranges = list[tuple[int, int]]
 TRIM_KEY = "filter_last_n_in_ranges"

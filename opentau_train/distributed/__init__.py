@@ -1,1 +1,1 @@
-"""Processes and devices: the world of ranks, policies spread over it, and who is gone or stands still."""
+"""Processes and devices: the world of ranks, policies spread over it, what a step costs them, and who is gone."""

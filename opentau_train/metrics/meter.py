@@ -13,9 +13,9 @@ from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.quality import ShuffleQuality
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.performance import ForwardFlops, Stamp, memory_row, utilization
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import Sums, training_row
-from opentau_train.performance import ForwardFlops, Stamp, memory_row, utilization
 from opentau_train.step import StepTaken, TrainState
 
 

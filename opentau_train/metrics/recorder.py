@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import torch
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.world import World

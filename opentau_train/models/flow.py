@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.batch import Field
+from opentau_train.data.batch import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.types import BatchSpec
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Wants
 from opentau_train.models.draws import Draws
 from opentau_train.types import LossTerms

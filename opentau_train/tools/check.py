@@ -22,7 +22,6 @@ import numpy as np
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
-from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
@@ -144,10 +143,8 @@ def check(tree: dict[str, Any], schema: str) -> str:
     from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
     from opentau_train.data.mixture.statistics import check_heads
-    from opentau_train.targets import check_targets
 
-    settings = load_settings(tree)
-    check_targets(settings)
+    settings = cli.checked(tree)
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]
     infos = []

@@ -70,7 +70,7 @@ def golden_batch(policy: Any, num: int = 4) -> Any:
     import numpy as np
 
     from opentau_train import rng
-    from opentau_train.batch import stack
+    from opentau_train.data.batch import stack
     from opentau_train.data.transforms.pipeline import Pipeline, meet
 
     spec = meet(policy.spec, policy.wants())

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opentau_train.batch import Batch, blank_batch
 from opentau_train.config.settings import ValidationSettings
+from opentau_train.data.batch import Batch, blank_batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress

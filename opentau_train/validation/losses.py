@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.errors import BadSample
 from opentau_train.metrics.sums import Sums, exact, validation_row
 from opentau_train.models.draws import Draws

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.distributed.parallel import Execution, Replicas, data_mesh, spread
 from opentau_train.distributed.world import World, launch
 from opentau_train.optim import Ema

@@ -18,7 +18,6 @@ LAYERS = (
     {"cli"},
     {"train"},
     {"job"},
-    {"targets"},
     {"checkpoints/"},
     {"validation/"},
     {"metrics/"},
@@ -28,9 +27,8 @@ LAYERS = (
     {"data/mixture/"},
     {"data/lerobot/", "data/order/", "models/", "sinks/", "optim"},
     {"data/source", "data/transforms/"},
-    {"batch", "config/", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
-    {"data/chunk", "data/decode/", "data/names", "performance", "rng", "threads", "types"},
-    {"machine"},
+    {"config/", "data/batch", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
+    {"data/chunk", "data/decode/", "data/names", "rng", "threads", "types"},
     {"errors"},
     {"__init__", "data/__init__"},  # they import nothing
 )
@@ -180,9 +178,7 @@ def test_help_and_checks_start_without_torch(module):
 def test_a_check_of_the_settings_does_without_the_half_of_torch_that_only_a_run_needs():
     recipe = ["+recipe=droid_policy", "trainer.steps=4"]
     code = (
-        "import sys; from opentau_train import cli; from opentau_train.config.settings import load_settings;"
-        f"settings = load_settings(cli.compose({recipe}));"
-        "from opentau_train.targets import check_targets; check_targets(settings);"
+        f"import sys; from opentau_train import cli; cli.checked(cli.compose({recipe}));"
         "sys.exit(sum(m in sys.modules for m in ('torch._dynamo', 'torch.distributed.fsdp', 'sympy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -29,8 +29,7 @@ from opentau_train import rng
 from opentau_train.data.builtin import arm, scene, video, writer
 from opentau_train.data.builtin.video import Camera
 from opentau_train.data.builtin.writer import Episode, Feature, Layout
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine
 
 CONTROL_MODES = ("joint", "ee")
 

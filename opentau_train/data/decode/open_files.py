@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import ClassVar, Generic, Protocol, TypeVar
 from weakref import WeakSet
 
-from opentau_train.machine import few_files_left
+SPARE_FILES = 32
+"""File descriptors that are kept free for what else a process opens: sockets, logs, checkpoints."""
 
 
 class _Closable(Protocol):
@@ -67,3 +71,27 @@ class OpenFiles(Generic[K, F]):
     def _last_use(self) -> int:
         """When the file was used that was used least recently."""
         return next(iter(self._files.values()))[0]
+
+
+def raise_file_limit() -> None:
+    """Let this process and those that it starts open as many files as the machine's hard limit allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except ValueError:  # macOS: its hard limit is larger than what it lets a process have
+        return
+
+
+def few_files_left() -> bool:
+    """Whether this process comes near its limit of open files, whoever holds them."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return False
+    try:
+        lowest_free = os.open(os.devnull, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return True
+    os.close(lowest_free)
+    return lowest_free >= limit - min(SPARE_FILES, limit // 4)

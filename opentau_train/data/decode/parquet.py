@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
-from opentau_train.machine import check_machine_read
+from opentau_train.errors import check_machine_read
 
 OPEN_FILES = 32
 CACHED_BYTES = 64 * 2**20

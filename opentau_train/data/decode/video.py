@@ -25,7 +25,7 @@ from opentau_train.data.decode.images import fit
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
-from opentau_train.machine import check_machine_read
+from opentau_train.errors import check_machine_read
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.

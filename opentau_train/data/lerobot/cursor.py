@@ -20,8 +20,7 @@ from opentau_train.data.lerobot.locate import EpisodeReader
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
 from opentau_train.data.remote.mirror import opener_at
-from opentau_train.errors import BadSample
-from opentau_train.machine import check_machine
+from opentau_train.errors import BadSample, check_machine
 from opentau_train.types import RawWindow, WindowSpec
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.remote.mirror import mirror_at
-from opentau_train.machine import check_machine
+from opentau_train.errors import check_machine
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""

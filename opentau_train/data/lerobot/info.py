@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine, check_machine_read
+from opentau_train.errors import UserError, check_machine, check_machine_read
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 RESTORE = "restore the file (download or export the dataset again)"

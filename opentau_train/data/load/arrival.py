@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.data.load.stream import RankBatch
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy

@@ -6,7 +6,7 @@ All randomness of a sample is keyed by (seed, dataset, episode, frame, pass), so
 from __future__ import annotations
 
 from opentau_train import rng
-from opentau_train.batch import Sample
+from opentau_train.data.batch import Sample
 from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.source import Cursor, CursorFactory

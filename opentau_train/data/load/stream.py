@@ -17,15 +17,14 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from opentau_train import rng
-from opentau_train.batch import Batch, Sample, join, stack
+from opentau_train.data.batch import Batch, Sample, join, stack
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.load.fetching import files_fetched
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape, Windows
-from opentau_train.errors import BadSample, Explained, UserError
-from opentau_train.machine import machine_fault
+from opentau_train.errors import BadSample, Explained, UserError, machine_fault
 from opentau_train.types import Address
 
 SUBSTITUTE_TRIES = 8

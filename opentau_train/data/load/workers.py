@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from opentau_train.data.load.parcel import Parcel, pack, unpack
-from opentau_train.errors import Fault, Teller
-from opentau_train.machine import machine_fault, shared_memory_fault
+from opentau_train.errors import Fault, Teller, machine_fault, shared_memory_fault
 
 T = TypeVar("T")
 

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from opentau_train.data.names import unbracketed
 from opentau_train.data.transforms.normalize import Affine, Normalize
-from opentau_train.errors import UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import UserError, check_machine
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
 from opentau_train.data.lerobot.outcomes import by_outcome
 from opentau_train.data.remote.mirror import is_url, make_mirror
-from opentau_train.errors import Fault, UserError
-from opentau_train.machine import check_machine
+from opentau_train.errors import Fault, UserError, check_machine
 
 log = logging.getLogger(__name__)
 

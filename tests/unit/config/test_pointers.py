@@ -13,7 +13,6 @@ from opentau_train.config.explain import refused_flags
 from opentau_train.config.pointers import POINTERS, pointer
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import UserError
-from opentau_train.targets import check_targets
 
 RECIPE = "+recipe=lerobot"
 
@@ -76,7 +75,7 @@ def test_no_key_of_another_program_is_one_of_this_one(tree):
 )
 def test_what_is_typed_is_answered_with_the_key_to_write(typed, remedy):
     with pytest.raises(Exception) as refused:  # Hydra's own errors too: `explain` is what users see
-        check_targets(load_settings(cli.compose([RECIPE, typed])))
+        cli.checked(cli.compose([RECIPE, typed]))
     error = cli.explain(refused.value)
     assert isinstance(error, UserError) and remedy in error.remedy
 

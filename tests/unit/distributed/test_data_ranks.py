@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from opentau_train.data.load.stream import training_batches
+from opentau_train.distributed.performance import Stamp
 from opentau_train.distributed.world import World
 from opentau_train.metrics.recorder import FOLDER, FlightRecorder
-from opentau_train.performance import Stamp
 from opentau_train.step import StepTaken, TrainState
 from tests.fake_source import ONE, mixture_of
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opentau_train.batch import Batch
+from opentau_train.data.batch import Batch
 from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.performance import Stamp
 from opentau_train.errors import UserError
 from opentau_train.metrics.recorder import FOLDER, FlightRecorder, read_step
-from opentau_train.performance import Stamp
 from opentau_train.step import StepTaken, TrainState
 from tests.fake_source import ONE, mixture_of
 from tests.program import TOY, metrics, train_here

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opentau_train.batch import FIELDS, Batch
+from opentau_train.data.batch import FIELDS, Batch
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.models.flow import SUPERVISES, FlowPolicy
 from opentau_train.models.inputs import Supervise, TokenizeBytes

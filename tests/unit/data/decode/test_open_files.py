@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.decode.open_files import OpenFiles
-from opentau_train.machine import few_files_left
+from opentau_train.data.decode.open_files import OpenFiles, few_files_left
 from tests.limits import no_room, num_open, room_for
 
 

@@ -17,8 +17,7 @@ from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from opentau_train.data.lerobot.identity import end_of
 from opentau_train.data.load.stream import ShardDataset
-from opentau_train.errors import EXIT_FAULT, Fault
-from opentau_train.machine import check_machine_read, machine_fault
+from opentau_train.errors import EXIT_FAULT, Fault, check_machine_read, machine_fault
 from opentau_train.sinks.base import SinkContext
 from opentau_train.sinks.jsonl import JsonlSink
 from tests.fake_source import global_batches, with_data

@@ -11,9 +11,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opentau_train import performance
 from opentau_train.data.load.workers import begin_worker
-from opentau_train.performance import ForwardFlops, Stamp, memory_row, scheduled_collection, traced, utilization
+from opentau_train.distributed import performance
+from opentau_train.distributed.performance import (
+    ForwardFlops,
+    Stamp,
+    memory_row,
+    scheduled_collection,
+    traced,
+    utilization,
+)
 from tests.program import TOY, train_here
 
 CPU = torch.device("cpu")
