@@ -23,9 +23,10 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
@@ -39,6 +40,7 @@ CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _CONFIG_DIR = ("--config-dir", "-cd")
+_SHOWING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 HEAD_START_S = 20.0
 """Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
@@ -109,32 +111,25 @@ def _compose_and_run() -> int:
 
 
 def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
-    """The configuration tree that Hydra composes; None where it only shows something (`--help`, `--cfg`). What it
-    refuses with a plain ValueError is the user's mistake too."""
+    """The tree that a run with these arguments has; None where they ask Hydra to show something (`--help`, `--cfg`)."""
+    if not any(argument.partition("=")[0] in _SHOWING for argument in arguments):
+        return compose(arguments)
     overrides = [a for a in arguments if _is_override(a)]
     _check_overrides(overrides)
-    if _flag(arguments, "--multirun", "-m") is not None:
-        raise UserError("sweeps are not run from one process", where="--multirun", remedy="start one process a setting")
     try:
-        if _flag(arguments, "--cfg", "-c"):
-            # What a run would say of them: `--cfg` never reaches `_app`.
+        if _flag(arguments, "--cfg", "-c"):  # what a run would say of them: `--cfg` never reaches `_show`
             checked(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
-        _quietly(_app)
-        composed, _composed[:] = list(_composed), []
-        return plain(composed[-1]) if composed else None
-    except ValueError as error:
+        _quietly(_show)
+    except ValueError as error:  # what Hydra refuses with a plain ValueError is the user's mistake too
         if isinstance(error, _USER_ERRORS):
             raise
         raise UserError(str(error), remedy=HELP) from error
-
-
-_composed: list[Any] = []
+    return None
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PACKAGE, config_name="train")
-def _app(composed: Any) -> None:
-    """Only hand the tree out: Hydra would report an error of the run itself, on every rank."""
-    _composed.append(composed)
+def _show(composed: Any) -> None:
+    """Hydra shows what it is asked for and never comes here."""
 
 
 def _quietly(app: Callable[[], None]) -> None:
@@ -161,16 +156,20 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             parsed = parser.parse_override(override)
         except HydraException as error:
             raise refused_override(override.lstrip("+"), str(error).splitlines()[0]) from error
-        if not parsed.key_or_group:
+        key = parsed.key_or_group
+        if not key:
             raise refused_override(override, "it has no key")
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+            remedy = "leave it out; the run's directory is paths.run_dir"
+            raise UserError(f"'{key}' is a setting of Hydra, which only composes here", remedy=remedy)
         if parsed.is_sweep_override():
             raise UserError(
                 f"'{override.lstrip('+')}' is a sweep over several values, and a process trains one run",
                 remedy="start one process a value, or write a list in brackets, KEY=[A,B], and a value with a comma in "
                 "two pairs of quotes, 'KEY=\"A,B\"'",
             )
-        if parsed.key_or_group in SECTIONS and not isinstance(parsed.value(), str | list) and not parsed.is_delete():
-            raise refused_section(parsed.key_or_group, override)
+        if key in SECTIONS and not isinstance(parsed.value(), str | list) and not parsed.is_delete():
+            raise refused_section(key, override)
 
 
 def _run(tree: dict[str, Any]) -> int:
@@ -181,12 +180,8 @@ def _run(tree: dict[str, Any]) -> int:
 
 
 def checked(tree: dict[str, Any]) -> Settings:
-    """The typed settings of a composed tree, in which the options of every `_target_` are right too: what a run,
-    `--cfg`, the launchers' check and the tools say of a wrong key before they open data or start ranks. Raises
-    `UserError`.
-
-    Imports what those classes need and no more, which is half of a run's imports: users wait for a check.
-    """
+    """The typed settings of a composed tree, in which the options of every `_target_` are right too, before data are
+    opened or ranks started. Raises `UserError`. Users wait for it: it makes half of a run's imports."""
     settings = load_settings(tree)
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
@@ -236,15 +231,15 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
 
 
 def compose(arguments: Sequence[str]) -> dict[str, Any]:
-    """The tree that a run with these arguments would have (`KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`), for tools.
-    Raises `UserError` for an argument of another form, and the errors of Hydra that `answer` explains."""
+    """The tree of a run with these arguments: `KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`. Raises `UserError` for
+    an argument of another form, and the errors of Hydra that `answer` explains."""
     overrides, folder, rest = [], None, iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name in _CONFIG_DIR:
             folder = value if equals else next(rest, "")
-            if not os.path.isdir(folder):
-                raise UserError(f"the directory '{folder}' is not there", where=name, remedy=f"give {name} DIRECTORY")
+        elif name in ("--multirun", "-m"):
+            raise UserError("sweeps are not run from one process", where=name, remedy="start one process a setting")
         elif argument.startswith("-"):
             raise refused_flags([argument, *(a for a in rest if not _is_override(a))])
         else:
@@ -254,10 +249,20 @@ def compose(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
-    """The tree of these overrides, with the user's configuration directory `folder`."""
-    search = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
+    """The tree of these overrides, with the user's configuration directory `folder`. (`hydra.main` would compose it
+    twice, once to learn whether it sweeps.)"""
+    search = []
+    if folder is not None:
+        if not os.path.isdir(folder):
+            raise UserError(f"the directory '{folder}' is not there", where="--config-dir", remedy="name one that is")
+        quoted = os.path.abspath(folder).replace("\\", "\\\\").replace('"', '\\"')
+        search = [f'hydra.searchpath=["file://{quoted}"]']
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return plain(hydra.compose("train", [*map(_settable, overrides), *search]))
+        composed = hydra.compose("train", [*map(_settable, overrides), *search], return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
+        with open_dict(composed):
+            del composed["hydra"]
+        return plain(composed)
 
 
 def _settable(argument: str) -> str:

@@ -1,12 +1,14 @@
 """Fixtures that several files share. Tests run on one thread a process: they share two cores."""
 
 import copy
+import gc
 import logging
 import os
 import signal
 
 import pytest
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource as Packaged
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigSource
 from hypothesis import settings
 
 from tests.retry import (  # noqa: F401  pytest takes its hooks from here
@@ -24,6 +26,7 @@ for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # The program's own YAML files are the same in all tests: parsing them anew is half of what composing takes.
+Packaged = next(p for p in Plugins.instance().discover(ConfigSource) if p.__name__ == "ImportlibResourcesConfigSource")
 _read, _parsed = Packaged._read_config, {}
 
 
@@ -34,6 +37,13 @@ def _read_once(source, file):
 
 
 Packaged._read_config = _read_once
+
+
+def pytest_collection_finish():
+    """Garbage collections, of which each training here makes some, need not go through what all tests share."""
+    gc.collect()
+    gc.freeze()
+
 
 # HYPOTHESIS_PROFILE=nightly searches for long; a property that starts processes takes a share of the profile's number.
 settings.register_profile("fast", max_examples=40, deadline=None)

@@ -80,10 +80,6 @@ def unknown_key(name: str) -> UserError:
             f"{name} has no default that could be replaced", where=f"{name}=...", remedy=f"write +{name}=NAME"
         )
     top = [*Settings.__dataclass_fields__, *ON_COMMAND_LINE]
-    if name.startswith("hydra."):
-        return UserError(
-            f"unknown key '{name}' of Hydra", remedy="leave it out; python -m opentau_train --cfg hydra lists"
-        )
     elsewhere = pointer(name)
     if elsewhere is not None:
         return UserError(f"unknown key '{name}'", remedy=elsewhere)

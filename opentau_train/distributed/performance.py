@@ -75,20 +75,24 @@ def memory_row(device: torch.device) -> dict[str, float]:
 def scheduled_collection() -> Iterator[Callable[[int], None]]:
     """While inside, garbage is collected only by the yielded function, which is called with every step and collects in
     each `COLLECT_EVERY`-th: all ranks then pause in the same step, instead of each in another one that the others wait
-    in. Objects that exist on entering are never looked at, so that data workers keep sharing their pages."""
+    in. Objects that exist on entering are never looked at, so that data workers keep sharing their pages; what a
+    caller has frozen stays frozen."""
+    frozen = gc.get_freeze_count() > 0
 
     def collect(step: int) -> None:
         if step % COLLECT_EVERY == 0:
             gc.collect()
 
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     gc.disable()
     try:
         yield collect
     finally:
         gc.enable()
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ MISTAKES = {
         [DROID, "scheduler.warmup=3"],
         ["'scheduler.warmup'", "did you mean 'warmup_steps'?", "final_ratio"],
     ),
-    "unknown_key_of_hydra": ([DROID, "hydra.run.dri=x"], ["'hydra.run.dri'"]),
+    "setting_of_hydra": ([DROID, "hydra.run.dir=x"], ["'hydra.run.dir'", "paths.run_dir"]),
+    "group_of_hydra": ([DROID, "hydra/launcher=basic"], ["'hydra/launcher'", "leave it out"]),
     "wrong_type": ([DROID, "trainer.steps=many"], ["trainer.steps must be an integer, got 'many'"]),
     "wrong_type_of_the_model": ([DROID, "model.width=1.5"], ["model.width must be an integer, got 1.5"]),
     "fraction_for_an_integer": ([DROID, "seed=1.5"], ["seed must be an integer, got 1.5"]),
@@ -95,9 +96,13 @@ MISTAKES = {
     ),
     "missing_value": ([DROID, "trainer.steps=???"], ["trainer.steps is required", "add trainer.steps=VALUE"]),
     "removed_key": ([DROID, "~trainer.steps"], ["trainer.steps is required"]),
+    "another_primary_configuration": ([DROID, "--config-name", "own"], ["--config-name own", "--help"]),
     "unknown_flag": ([DROID, "--nosuchflag"], ["--nosuchflag", "--help"]),
     "flag_without_value": ([DROID, "--cfg"], ["--cfg", "expected one argument"]),
-    "config_directory_that_is_not_there": ([DROID, "--config-dir", "nowhere"], ["nowhere", "not found"]),
+    "config_directory_that_is_not_there": (
+        [DROID, "--config-dir", "nowhere"],
+        ["'nowhere' is not there", "--config-dir"],
+    ),
     "class_that_is_not_there": (
         [DROID, "model._target_=opentau_train.models.flow.FlowPolcy"],
         ["model._target_", "FlowPolcy", "full dotted path"],
@@ -218,6 +223,16 @@ def test_a_mistake_in_a_users_own_yaml_is_named(name, config_dir, monkeypatch, c
 def test_a_value_in_two_pairs_of_quotes_is_taken_as_it_stands(value):
     tree = cli.compose(["+recipe=lerobot", f'data.sources.main.root="{value}"'])
     assert tree["data"]["sources"]["main"]["root"] == value
+
+
+def test_a_users_directory_may_have_any_name_and_ask_hydra_for_the_choices(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("a, 'b' \"c\" [d]") / "recipe" / "own.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\ndefaults: [lerobot, _self_]\nname: ${hydra:runtime.choices.model}\n")
+    tree = cli.compose([f"--config-dir={recipe.parents[1]}", "+recipe=own", "model=flow_small"])
+    assert tree["name"] == "flow_small"
+    assert tree.keys() == cli.compose(["+recipe=lerobot"]).keys()
 
 
 def test_a_users_own_recipe_composes_from_any_directory(config_dir, tmp_path):

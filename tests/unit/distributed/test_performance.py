@@ -73,6 +73,7 @@ class Cycle:
 
 
 def test_garbage_is_collected_at_its_steps_only():
+    gc.unfreeze()
     with scheduled_collection() as collect:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
         Cycle()
@@ -81,6 +82,11 @@ def test_garbage_is_collected_at_its_steps_only():
         collect(performance.COLLECT_EVERY)
         assert Cycle.alive == 0
     assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.freeze()  # as the tests' own objects are
+    frozen = gc.get_freeze_count()
+    with scheduled_collection():
+        pass
+    assert gc.get_freeze_count() == frozen
 
 
 def test_loader_workers_collect_their_own_garbage():
