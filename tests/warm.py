@@ -10,6 +10,7 @@ begin the same way. What differs from a new interpreter: the code that is import
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -188,6 +189,8 @@ def main(channel: socket.socket) -> None:
     threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
     lost = [name for name in threads if name != "jemalloc_bg_thd"]  # that one begins again in a fork by itself
     assert len(lost) == 1, f"only one thread comes through a fork, here are {lost}"
+    gc.collect()
+    gc.freeze()
     while True:
         request, streams = serve(channel)
         become(request, streams, path)
