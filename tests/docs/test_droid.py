@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import on_path
 from tests.droid_datasets import published_filter, write_cosmos, write_droid
 from tests.program import REPO, TINY_POLICY, environment, metrics, train_here
 
@@ -75,7 +76,7 @@ def run_block(machine: Path, block: str) -> tuple[str, list[str]]:
     """What the block printed, and the overrides that reached the training program (none where nothing was launched)."""
     record = machine / "record"
     record.unlink(missing_ok=True)
-    path = f"{machine / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{machine / 'bin'}:{on_path.folder()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(PATH=path, HUB=str(machine / "hub"), RECORD=str(record), OPENTAU_CACHE=str(machine / "cache"))
     script = block.replace("/data/", f"{machine / 'data'}/")
     command = ["bash", "-euo", "pipefail", "-c", script]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import on_path
 from tests.droid_datasets import write_cosmos, write_droid
 
 REPO = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def node(tmp_path: Path, datasets: Path) -> Node:
     fake.chmod(0o755)
     made = Node(tmp_path)
     made.environment = {
-        "PATH": f"{fake.parent}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PATH": f"{fake.parent}:{on_path.folder()}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "PYTHONPATH": str(REPO),
         "DATASET_PATH": str(datasets / "my droid"),
         "RECORD": str(made.record),
@@ -431,7 +432,7 @@ def test_launcher_trains_for_real_with_two_processes(tmp_path):
     node = Node(tmp_path)
     node.environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{on_path.folder()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
         "DATASET_PATH": str(ensure_droid_sample(tmp_path / "cache")["joint"]),

@@ -182,7 +182,8 @@ def test_ball_is_seen_in_nearly_all_exterior_frames(roots, camera):
             colours = [plan(SMALL, mode, i) for i in range(2 * file_index, min(2 * file_index + 2, SMALL.num_episodes))]
             colours = [scene.COLOURS[trajectory.colour] for trajectory in colours for _ in range(len(trajectory))]
             with av.open(str(video(root, camera, file_index))) as container:
-                for colour, frame in zip(colours, container.decode(video=0), strict=True):
+                frames = list(zip(colours, container.decode(video=0), strict=True))
+                for colour, frame in frames[::4]:
                     far = np.abs(frame.to_ndarray(format="rgb24").astype(int) - colour).max(axis=2)
                     seen.append((far < 45).sum() >= 100)
     assert np.mean(seen) >= 0.95
