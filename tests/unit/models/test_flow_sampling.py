@@ -13,6 +13,7 @@ from opentau_train.models.flow import FlowPolicy
 from tests.unit.models.flow_cases import SPEC, Noise, make_batch, make_noise, make_policy, total
 
 
+@pytest.mark.slow
 def test_overfitted_policy_samples_its_actions_from_any_noise():
     spec = dataclasses.replace(SPEC, cameras=("wrist",), history=0)
     policy = make_policy(spec)
@@ -71,6 +72,7 @@ def test_prompts_are_cut_in_bytes_and_filled_with_the_pad_symbol(policy):
     assert tokens[1].tolist() == [97, 98] + [256] * 30 and (tokens[2] == 256).all()
 
 
+@pytest.mark.slow
 def test_compiled_forward_gives_the_same_losses_for_new_prompts_without_recompiling(policy):
     """Traced, not lowered: code generation is the compiler's own affair and takes a minute."""
     torch._dynamo.reset()

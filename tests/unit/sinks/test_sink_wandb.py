@@ -86,6 +86,7 @@ def tracker(context, seconds: float = 20.0, **settings) -> WandbSink:
     return WandbSink(context=context, project="opentau_train", options=options, close_seconds=seconds)
 
 
+@pytest.mark.slow
 def test_a_resumed_online_run_sends_each_step_and_validation_once(make_context, account):
     """Killed at step 5 after the checkpoint of step 3, whose validation a preemption had put off."""
     with serving() as server:
@@ -134,6 +135,7 @@ def test_a_new_run_without_a_key_is_told_at_once(make_context, account, monkeypa
             tracker(make_context())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_offline_where_the_server_is_not_reached(make_context, account, tmp_path, caplog):
     account("http://127.0.0.1:9")
     with caplog.at_level(logging.WARNING):
