@@ -174,8 +174,8 @@ def shared_memory_fault(what: str) -> Fault:
     return Fault(
         f"no shared memory: {what}",
         where=f"{SHARED_MEMORY}{_room(SHARED_MEMORY)} on {socket.gethostname()}",
-        remedy="enlarge it (docker run --shm-size=8g, or --ipc=host), remove what others left in it, or lower "
-        "data.num_workers",
+        remedy="enlarge it (docker run --shm-size=8g, or --ipc=host) and have it writable, remove what others left in "
+        "it, or lower data.num_workers",
         teller=Teller.THIS_RANK,
     )
 

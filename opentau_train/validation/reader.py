@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import RawValue
 
 from opentau_train.data.load.stream import Shard, ShardDataset
 from opentau_train.data.load.workers import passes
@@ -36,7 +36,8 @@ class Reader:
     """
 
     def __init__(self, mixture: Mixture, plans: Sequence[ValidationPlan], rank: int, *, skip_bad: bool):
-        self._number = RawValue(ctypes.c_int64) if mixture.settings.num_workers else ctypes.c_int64()
+        # Anonymous memory, which forked workers share: it needs no /dev/shm, as multiprocessing's own would.
+        self._number = ctypes.c_int64.from_buffer(mmap.mmap(-1, ctypes.sizeof(ctypes.c_int64)))
         self._dataset = ShardDataset(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
         self._shards: InterruptibleIterator[Shard | None] | None = None
         self._begun = False

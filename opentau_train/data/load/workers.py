@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 GONE_S = 2.0
 """Seconds that a worker whose connection broke may take to be gone."""
-NO_SHARED_MEMORY = (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.ENOSYS)
+NO_SHARED_MEMORY = (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOSYS)
 """What the system answers where it can't make the semaphores of the workers' queues, which lie in shared memory."""
 
 
