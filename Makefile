@@ -41,19 +41,18 @@ smoke: setup ## Two steps of the DROID recipe
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
 test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all: export OMP_NUM_THREADS := 1
 
-# The tests of a file run after one another in one worker: they share fixtures. (xdist's groups do nothing with pytest 9.2,
-# whose node ids they can't change.)
+# Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
-	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot" -n $(WORKERS) --dist worksteal $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
 	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda),"
 	@echo "          the comparison with LeRobot itself (make test-lerobot)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
-	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)

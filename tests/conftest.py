@@ -11,11 +11,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
 from hypothesis import settings
 
-from tests.retry import (  # noqa: F401  pytest takes its hooks from here
-    pytest_collection_modifyitems,
-    pytest_runtest_protocol,
-    pytest_terminal_summary,
-)
+from tests import retry
+from tests.retry import pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401  pytest takes its hooks from here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -37,6 +34,11 @@ def _read_once(source, file):
 
 
 Packaged._read_config = _read_once
+
+
+def pytest_collection_modifyitems(items):
+    retry.pytest_collection_modifyitems(items)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # else it would end long after the others
 
 
 def pytest_collection_finish():

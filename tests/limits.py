@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,27 @@ from tests.program import environment
 
 def num_open() -> int:
     return len(os.listdir("/proc/self/fd")) - 1  # the listing's own
+
+
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """The test in a fork of this process, in which no other thread opens or closes a file meanwhile."""
+
+    @functools.wraps(test)
+    def forked(*arguments, **named):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                test(*arguments, **named)
+                code = 0
+            except BaseException:
+                traceback.print_exc()  # broad: all of it fails the test
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "see stderr"
+
+    return forked
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.data.decode.open_files import OpenFiles, few_files_left
-from tests.limits import no_room, num_open, room_for
+from tests.limits import alone, no_room, num_open, room_for
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def files(tmp_path_factory) -> list[Path]:
     return paths
 
 
+@alone
 def test_owners_stay_below_the_limit_and_close_what_was_used_least_recently(files):
     @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 19)), min_size=1, max_size=60))
     def check(uses):
@@ -44,6 +45,7 @@ def test_owners_stay_below_the_limit_and_close_what_was_used_least_recently(file
         check()
 
 
+@alone
 def test_without_a_limit_near_each_owner_keeps_as_many_as_it_may(files):
     before = num_open()
     owner = OpenFiles(open, 30)
@@ -57,6 +59,7 @@ def test_without_a_limit_near_each_owner_keeps_as_many_as_it_may(files):
     assert num_open() == before
 
 
+@alone
 def test_all_descriptors_taken_by_others_is_few_left_and_opening_says_so(files):
     with no_room():
         assert few_files_left()
