@@ -3,6 +3,8 @@
 What they give is as torchvision documents it (`torchvision.io.VideoReader` with the backend "pyav").
 """
 
+import site
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -41,3 +43,9 @@ class ToTensor:
 
 io = SimpleNamespace(VideoReader=VideoReader)
 transforms = SimpleNamespace(ToTensor=ToTensor)
+
+# What else is asked for (models, for ACT's backbone) is the real package's: its Python code runs without its compiled
+# operators, which fit one build of torch only.
+__path__ += [
+    str(Path(entry) / "torchvision") for entry in site.getsitepackages() if (Path(entry) / "torchvision").is_dir()
+]
