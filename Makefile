@@ -54,8 +54,9 @@ test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, res
 test-slow: setup ## The slow tests: real launches, several processes
 	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(ARGS)
 
+# Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
-	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
 
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)

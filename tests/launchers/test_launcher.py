@@ -435,7 +435,7 @@ def test_launcher_trains_for_real_with_two_processes(tmp_path):
         "PATH": f"{on_path.folder()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
-        "DATASET_PATH": str(ensure_droid_sample(tmp_path / "cache")["joint"]),
+        "DATASET_PATH": str(ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]),
         "NPROC_PER_NODE": "2",
         "MASTER_PORT": str(port),
         "RUN_DIR": str(tmp_path / "my run"),
