@@ -152,19 +152,22 @@ def one_array(column: pa.ChunkedArray) -> pa.Array:
 
 def numbers(rows: pa.Table, name: str, dim: int, dtype: type = np.float32) -> NDArray[Any]:
     """The values [L, dim] of a column of scalars or (nested) lists. Raises `RowError` for nulls and other widths."""
-    array = one_array(rows.column(name))
+    array, ends = one_array(rows.column(name)), np.arange(rows.num_rows + 1)
     while True:
         if array.null_count:
             row = int(np.flatnonzero(np.asarray(array.is_null()))[0])
             raise RowError(f"column '{name}' has a null (value {row} of the episode)")
         if not _is_list(array.type):
             break
+        ends = _ends(array)[ends]
         array = array.flatten()
     values = array.to_numpy(zero_copy_only=False)
-    if values.size != rows.num_rows * dim or _ragged(rows, name, dim):
+    if (np.diff(ends) != dim).any():
         raise RowError(f"column '{name}' doesn't have the {dim} values a row that meta/info.json promises")
     if values.dtype.kind not in "fiub":
         raise RowError(f"column '{name}' holds {array.type}, not numbers")
+    if values.dtype.kind == "f" and dtype is np.int64 and not np.isfinite(values).all():
+        raise RowError(f"column '{name}' has a value that is no number")
     return values.reshape(rows.num_rows, dim).astype(dtype)
 
 
@@ -188,9 +191,9 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _ragged(rows: pa.Table, name: str, dim: int) -> bool:
-    """Whether a list column's rows differ in length although their total fits."""
-    array = one_array(rows.column(name))
-    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or _is_list(array.type.value_type):
-        return False
-    return bool((np.diff(np.asarray(array.offsets)) != dim).any())
+def _ends(array: pa.Array) -> NDArray[Any]:
+    """[L + 1] where each list begins among the values of `array.flatten()`, and where the last one ends."""
+    if pa.types.is_fixed_size_list(array.type):
+        return np.arange(len(array) + 1) * array.type.list_size
+    offsets = np.asarray(array.offsets)
+    return offsets - offsets[0]

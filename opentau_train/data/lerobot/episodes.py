@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from glob import escape, glob
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -54,13 +57,16 @@ class FileTable:
         return self.root / self.relative(number)
 
     def on_disk(self) -> list[Path]:
-        """The files of the kind that there are, here or on the server, sorted, whether the metadata name them or
+        """The files that the template may name, here or on the server, sorted, whether the metadata name them or
         not."""
-        folder, suffix = Path(self.template).parts[0], Path(self.template).suffix
+        parts = [(text, field) for text, field, _, _ in Formatter().parse(self.template)]
+        pattern = "".join(re.escape(text) + (r"\d+" if field else "") for text, field in parts)
         mirror = mirror_at(self.root)
-        if mirror is not None:
-            return sorted(self.root / n for n in mirror.entries if n.startswith(f"{folder}/") and n.endswith(suffix))
-        return sorted((self.root / folder).glob(f"*/*{suffix}"))
+        if mirror is None:
+            names = glob("".join(escape(text) + ("*" if field else "") for text, field in parts), root_dir=self.root)
+        else:
+            names = list(mirror.entries)
+        return sorted(self.root / name for name in names if re.fullmatch(pattern, name))
 
 
 @dataclass(frozen=True)

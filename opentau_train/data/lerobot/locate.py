@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.parquet import RowError, RowReader, numbers
+from opentau_train.data.decode.parquet import RowError, RowReader, numbers, one_array
 from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.data.remote.mirror import mirror_at, opener_at
 
 EPISODE_COLUMN = "episode_index"
 INDEXED_FILES = 16
+_NO_ROWS = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 class EpisodeError(RowError):
@@ -99,10 +100,11 @@ class EpisodeReader:
 
     def _frames(self, rows: pa.Table, number: int) -> NDArray[np.int64] | None:
         """[N] the frame of each row, by the row's place where no column tells it; None if a row is of another episode
-        than `number`."""
-        if not (numbers(rows, EPISODE_COLUMN, 1, np.int64) == number).all():
+        than `number`, or has no frame."""
+        if not (_whole(rows, EPISODE_COLUMN) == number).all():
             return None
-        return _order(rows, self._stored.order)
+        frames = _order(rows, self._stored.order)
+        return frames if (frames >= 0).all() else None
 
     def _search(self, path: Path, number: int, length: int) -> pa.Table:
         """The `length` rows of episode `number`, which the metadata place in the file `path`."""
@@ -130,11 +132,15 @@ class EpisodeReader:
         """[(file, numbers of its rows of the episode, their frames)], until there are `enough` different frames."""
         parts: list[tuple[Path, NDArray[np.int64], NDArray[np.int64]]] = []
         for file in self._files_near(path):
-            least, greatest = self._reader.extremes(file, EPISODE_COLUMN)
-            if least <= number <= greatest:
-                places, frames = self._index(file).of(number)
-                if len(places):
-                    parts.append((file, places, frames))
+            try:
+                least, greatest = self._reader.extremes(file, EPISODE_COLUMN)
+                places, frames = self._index(file).of(number) if least <= number <= greatest else _NO_ROWS
+            except RowError:
+                if file == path:
+                    raise
+                continue  # that one costs its own episodes
+            if len(places):
+                parts.append((file, places, frames))
             if enough is not None and parts and len(np.unique(np.concatenate([f for _, _, f in parts]))) >= enough:
                 break
         return parts
@@ -147,7 +153,7 @@ class EpisodeReader:
         if not self._stored.shared_files:
             return
         if self._listing is None:
-            self._listing = [p for p in self._stored.data.on_disk() if not p.name.startswith(".")]
+            self._listing = self._stored.data.on_disk()
         later = [p for p in self._listing if p > path]
         earlier = [p for p in self._listing if p < path][::-1]
         for i in range(max(len(later), len(earlier))):
@@ -168,11 +174,12 @@ class EpisodeReader:
 
 
 class _FileIndex:
-    """The rows of one file by episode and frame: 16 bytes a row."""
+    """The rows of one file by episode and frame, without those that lack either: 16 bytes a row."""
 
     def __init__(self, rows: pa.Table, order: str | None):
-        episode, frame = numbers(rows, EPISODE_COLUMN, 1, np.int64)[:, 0], _order(rows, order)
+        episode, frame = _whole(rows, EPISODE_COLUMN), _order(rows, order)
         row = np.lexsort((frame, episode))
+        row = row[(episode[row] >= 0) & (frame[row] >= 0)]
         self._frame, self._row = frame[row], row.astype(np.int64)
         self._episode, self._first = np.unique(episode[row], return_index=True)
 
@@ -180,10 +187,24 @@ class _FileIndex:
         """(numbers [N] of the rows of the episode, by rising frame; their frames [N])."""
         place = int(np.searchsorted(self._episode, number))
         if place == len(self._episode) or self._episode[place] != number:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+            return _NO_ROWS
         end = self._first[place + 1] if place + 1 < len(self._first) else len(self._row)
         return self._row[self._first[place] : end], self._frame[self._first[place] : end]
 
 
 def _order(rows: pa.Table, column: str | None) -> NDArray[np.int64]:
-    return np.arange(rows.num_rows) if column is None else numbers(rows, column, 1, np.int64)[:, 0]
+    return np.arange(rows.num_rows) if column is None else _whole(rows, column)
+
+
+def _whole(rows: pa.Table, column: str) -> NDArray[np.int64]:
+    """[L] the numbers of an index column; -1 where a row has none: null, not finite, negative or a fraction. Such a row
+    is nobody's, and costs its own episode alone."""
+    array = one_array(rows.column(column))
+    if array.null_count and (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        absent = np.asarray(array.is_null())
+        array = array.fill_null(0)
+    else:
+        absent = np.zeros(len(array), bool)
+    values = numbers(pa.table({column: array}), column, 1, np.float64)[:, 0]
+    good = np.isfinite(values) & (values >= 0) & (values == np.floor(values)) & ~absent
+    return np.where(good, values, -1).astype(np.int64)

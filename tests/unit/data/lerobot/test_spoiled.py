@@ -1,0 +1,95 @@
+"""Files that a writer spoiled in one place: that place costs its own episode, and no row of another is taken for it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opentau_train.data.decode.parquet import RowError, numbers
+from tests.lerobot_writer import write
+from tests.unit.data.lerobot.test_misplaced import (
+    OF_EPISODE,
+    ROWS,
+    V30,
+    assert_lost,
+    change_rows,
+    episodes_of,
+    rewrite_episodes,
+)
+from tests.unit.data.lerobot.test_source import open_source
+
+
+def with_value(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
+    values = table[column].to_pylist()
+    values[row] = value
+    return table.set_column(table.column_names.index(column), column, pa.array(values))
+
+
+@pytest.mark.parametrize("column", ["frame_index", "episode_index"])
+@pytest.mark.parametrize("value", [None, math.nan, -1, 4.5], ids=str)
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in_order", "shuffled"])
+def test_a_row_without_its_frame_or_episode_costs_its_own_episode(column, value, shuffled, tmp_path):
+    root = write(tmp_path / "set", ROWS)
+    order = [*range(20, 42), *range(20)] if shuffled else [*range(42)]
+
+    def spoil(table: pa.Table) -> pa.Table:
+        return with_value(table, column, 4, value).take(pa.array(order))
+
+    change_rows(root, spoil)
+    read = assert_lost(open_source(root), OF_EPISODE[0])
+    assert "episode 0 has 11 rows, the metadata give it 12" in read[0, 0]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 2)])
+def test_a_nested_column_whose_rows_differ_in_width_is_refused_although_the_total_fits(kind):
+    pairs = [[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]], []]
+    rows = pa.table({"x": pa.array(pairs, pa.list_(kind))})
+    assert numbers(rows.slice(0, 2), "x", 2).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert numbers(rows.slice(1, 1), "x", 2).tolist() == [[3.0, 4.0]]
+    with pytest.raises(RowError, match="2 values a row"):
+        numbers(rows, "x", 2)
+
+
+def test_a_file_of_rows_that_cannot_be_read_costs_no_episode_of_another(tmp_path):
+    root = write(tmp_path / "set", V30)
+    folder = root / "data/chunk-000"
+    (folder / "file-001.parquet").write_bytes(b"junk")
+    (folder / "file-002.parquet").mkdir()
+    rewrite_episodes(root, episodes_of(root) | {"data/file_index": [7, 7, 7]})
+    assert_lost(open_source(root), set())
+
+
+@pytest.mark.parametrize("template", ["{file_index:04d}.rows", "a/b/{chunk_index:d}-{file_index:d}.parquet", "ABOVE"])
+def test_rows_are_looked_for_in_files_of_the_dataset_s_own_names_alone(template, tmp_path):
+    template = template.replace("ABOVE", "../above/{chunk_index:03d}/x{file_index:d}.parquet")
+    root = write(tmp_path / "set", ROWS)
+    whole = pq.read_table(root / "data/chunk-000/file-000.parquet")
+    info = root / "meta/info.json"
+    info.write_text(info.read_text().replace("data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", template))
+    for number, rows in enumerate((whole.slice(0, 12), whole.slice(12))):
+        path = root / template.format(chunk_index=0, file_index=number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, path)
+    assert_lost(open_source(root), set())
+
+    # A file of another name is none of the dataset's: what it holds of an episode is nobody's.
+    last = root / template.format(chunk_index=0, file_index=1)
+    last.rename(last.with_name(f"copy of {last.name}"))
+    assert_lost(open_source(root), {*OF_EPISODE[1], *OF_EPISODE[2]})
+
+
+def test_an_absolute_path_of_the_files_leads_nowhere_else(tmp_path):
+    root = write(tmp_path / "set", ROWS)
+    moved = tmp_path / "elsewhere"
+    (root / "data").rename(moved)
+    info = root / "meta/info.json"
+    info.write_text(info.read_text().replace('"data/chunk', f'"{moved}/chunk'))
+    rewrite_episodes(root, episodes_of(root) | {"data/file_index": [0, 0, 3]})
+    source = open_source(root)
+    assert_lost(source, set())
+    assert source.reading.stored.data.on_disk() == [moved / Path("chunk-000/file-000.parquet")]
