@@ -145,13 +145,14 @@ class LeRobotCursor:
 
     def drifts(self) -> dict[str, float]:
         """{camera: how far, at most, the present episode's rows are from the nearest frames}, in seconds; 0 where that
-        is within the tolerance for all rows that aren't after the video's end. Raises `VideoError`."""
+        is within the tolerance for all rows inside the video and the episode's span. Raises `VideoError`."""
         tolerance_s, frame_s = self._reading.tolerance_s, self._factory.frame_s
         worst = {}
         for camera, (span, times) in self._frames.items():
             cursor = self._videos[camera]
             drift = cursor.drift(span.path, times.seconds) + times.beyond
-            inside = times.seconds < cursor.clock(span.path).last + frame_s / 2
+            clock, half = cursor.clock(span.path), frame_s / 2
+            inside = (clock.first - half < times.seconds) & (times.seconds < clock.last + half) & (times.beyond == 0)
             if drift[inside].max(initial=0.0) > tolerance_s:
                 # Clocks of two rates drift apart with time: up to half a frame, farther after the video's end.
                 grown = drift.max() * (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)

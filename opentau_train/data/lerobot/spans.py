@@ -21,6 +21,9 @@ EVER = (-math.inf, math.inf)
 _INSIDE = 0.25
 """Of a frame: how far beyond its first and last frame an episode's rows may ask. Nearer than half a frame, so that
 rounding never makes the neighbour's frame the nearest one."""
+_SAME_RATE = 0.05
+"""By how much a file with a frame for each row may last longer or shorter than they do: clocks of 29 and 30 fps are
+apart by less, a file that was encoded at another rate by more."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, fram
     (NaN: not told) and durations `length_s`, each [E]; a frame takes `frame_s`.
 
     An episode ends at its `to`, and at the next one's start. Frames that two episodes claim are the later one's, unless
-    it may have room for all of its rows without them: then its start may be wrong, and they are nobody's.
+    it may have room for all of its rows without them: then its start may be wrong, and they are nobody's. Where two
+    have the same start, one of them is wrong, and neither has frames.
     """
     order = np.lexsort((start, file))
     half = frame_s / 2
@@ -67,6 +71,10 @@ def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, fram
     told = np.where(np.isfinite(end[early]), end[early], -np.inf)
     start_wrong = (told > first[late] + half) & (limit[late] - told > length_s[order][late] - half)
     end[early], first[late] = np.minimum(first[late], end[early]), np.where(start_wrong, told, first[late])
+    lasts = length_s[order] > half
+    same = (start[order][late] - start[order][early] < half) & lasts[early] & lasts[late]
+    unknown = np.union1d(early[same], late[same])
+    end[unknown] = first[unknown]
     back = np.argsort(order)
     return first[back], end[back]
 
@@ -83,6 +91,12 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     lasts = clock.last + frame_s - clock.first
     excess = lasts - (claimed_end - claimed_first)
     exact = clock.frames == span.rows if clock.frames else abs(excess) < half
+    rows_last = claimed_end - claimed_first if span.sharing else float(seconds[-1] - seconds[0]) + frame_s
+    if clock.frames == span.rows and abs(lasts - rows_last) > max(frame_s, _SAME_RATE * rows_last):
+        raise VideoError(
+            f"{span.path} has a frame for each row, but lasts {lasts:.3f} s where they last {rows_last:.3f} s: by time "
+            "a row would be shown another one's picture"
+        )
     if span.sharing == 0:
         none = np.zeros(len(seconds))
         return FrameTimes(_alone(span, seconds, clock, half, exact, tolerance_s), none, none > 0, *EVER)

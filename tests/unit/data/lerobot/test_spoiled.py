@@ -11,15 +11,25 @@ import pyarrow.parquet as pq
 import pytest
 
 from opentau_train.data.decode.parquet import RowError, numbers
-from tests.lerobot_writer import write
+from opentau_train.tools import check
+from tests.lerobot_writer import picture, write, write_video
 from tests.unit.data.lerobot.test_misplaced import (
+    EVERYTHING,
+    FRONT,
+    LENGTHS,
     OF_EPISODE,
     ROWS,
+    SIZE,
+    V21,
     V30,
+    VIDEO,
     assert_lost,
     change_rows,
     episodes_of,
+    place_video,
+    read_all,
     rewrite_episodes,
+    trained_on,
 )
 from tests.unit.data.lerobot.test_source import open_source
 
@@ -93,3 +103,44 @@ def test_an_absolute_path_of_the_files_leads_nowhere_else(tmp_path):
     source = open_source(root)
     assert_lost(source, set())
     assert source.reading.stored.data.on_disk() == [moved / Path("chunk-000/file-000.parquet")]
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_of_episodes_with_the_same_start_in_a_file_none_is_shown_the_other_s_pictures(tmp_path, caplog):
+    root = write(tmp_path / "set", V30)
+    place_video(root, start=[0.0, 0.0, 2.6], to=[math.nan] * 3, have=LENGTHS)
+    source = open_source(root)
+    assert_lost(source, OF_EPISODE[0] | OF_EPISODE[1])
+    assert trained_on(source) == OF_EPISODE[2]
+    assert "front  episodes 0, 1  26 rows" in caplog.text
+
+
+@pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
+def test_a_video_of_another_rate_with_a_frame_for_each_row_shows_nothing(dataset, tmp_path):
+    root = write(tmp_path / "set", dataset)
+    everything = sorted(EVERYTHING)
+    for path in sorted(root.rglob("*.mp4")):
+        own = [(e, f) for e, f in everything if dataset is V30 or e == int(path.stem[-3:])]
+        write_video(path, VIDEO, [(i / 20, picture(e, f, FRONT, SIZE)) for i, (e, f) in enumerate(own)])
+    read = assert_lost(open_source(root), EVERYTHING)
+    assert "has a frame for each row, but lasts" in read[0, 0]
+
+
+def test_a_video_of_a_multiple_of_the_rows_rate_is_read(tmp_path):
+    root = write(tmp_path / "set", V21)
+    for e, num in enumerate(LENGTHS):
+        frames = [(i / 20, picture(e, i // 2, FRONT, SIZE)) for i in range(2 * num)]
+        write_video(root / f"videos/chunk-000/{FRONT}/episode_{e:06d}.mp4", VIDEO, frames)
+    assert_lost(open_source(root), set())
+
+
+@pytest.mark.parametrize(
+    "start", [[0.0, 1.1, 2.5], [-5.0, -3.8, -2.4], [0.0, 1.2, 12.6]], ids=["early", "negative", "after_the_end"]
+)
+def test_no_tolerance_is_proposed_where_the_rows_lie_outside_the_video_or_the_episode(start, tmp_path, capsys):
+    root = write(tmp_path / "set", V30)
+    place_video(root, start=start, to=[s + n / 10 for s, n in zip(start, LENGTHS)], have=LENGTHS)
+    assert "wrong" not in {read_all(open_source(root))[e, f] for e, f in OF_EPISODE[0]}
+    assert check.main([str(root)]) == 0 and "tolerance_s" not in capsys.readouterr().out
