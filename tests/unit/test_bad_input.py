@@ -233,8 +233,9 @@ def test_videos_that_are_all_damaged_stop_the_run_with_a_name(train, tmp_path):
 def test_a_damaged_validation_window_fails_the_pass_with_its_name(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     truncate(sorted(root.glob("videos/**/*.mp4"))[0])
-    outcome = train(root, "data.sources.main.val_split_ratio=0.9", "validation.every=1")
-    assert_clear(outcome, ".mp4", "dataset 'main', episode", "data.sources.main.exclude_episodes")
+    split = ["data.sources.main.val_episodes=[1,4]", "data.sources.main.exclude_episodes=[3]"]
+    outcome = train(root, *split, "validation.every=1")
+    assert_clear(outcome, ".mp4", "dataset 'main', episode 1", "data.sources.main.exclude_episodes=[1,3] or")
 
 
 def test_videos_that_are_missing_are_told_at_the_start_and_training_goes_on(train, tmp_path):

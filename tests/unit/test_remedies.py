@@ -50,8 +50,12 @@ def unlink(pattern: str) -> Callable[[Path], object]:
     return lambda root: [path.unlink() for path in root.glob(pattern)]
 
 
+def write_all(pattern: str, text: str) -> Callable[[Path], object]:
+    return lambda root: [path.write_text(text) for path in root.glob(pattern)]
+
+
 def point(pattern: str) -> Callable[[Path], object]:
-    return lambda root: [path.write_text(POINTER) for path in root.glob(pattern)]
+    return write_all(pattern, POINTER)
 
 
 def change_info(change: Callable[[dict], object]) -> Callable[[Path], object]:
@@ -99,6 +103,11 @@ TROUBLES = {
     "earlier_format": Trouble(change_info(lambda info: info.update(codebase_version="v1.6"))),
     "wrong_fps": Trouble(change_info(lambda info: info.update(fps="fast"))),
     "rows_missing": Trouble(unlink("data/chunk-000/episode_000002.parquet"), settings=("exclude_episodes=[1]",)),
+    "rows_missing_v30": Trouble(unlink("data/**/*.parquet"), "v3.0"),
+    "rows_empty": Trouble(write_all("data/**/*_000002.parquet", ""), settings=("exclude_episodes=[1]",)),
+    "no_task": Trouble(write_all("meta/tasks.jsonl", "")),
+    "width_of_a_billion": Trouble(change_info(lambda info: info["features"]["action"].update(shape=[10**9])), "v3.0"),
+    "held_out_video_empty": Trouble(write_all(VIDEO, ""), settings=(HELD_OUT,), choice={"val_episodes": "[3]"}),
     "held_out_video_missing": Trouble(unlink(VIDEO), settings=(HELD_OUT,), choice={"val_episodes": "[3]"}),
     "camera_without_files": Trouble(version="gr00t", settings=(f"cameras=[{EGO},{ABSENT}]",)),
     "no_videos": Trouble(lambda root: shutil.rmtree(root / "videos")),
@@ -196,6 +205,47 @@ def test_the_remedy_of_an_error_makes_the_run_start(name, good, tree_of, tmp_pat
         shutil.rmtree(root)
         shutil.copytree(whole, root)
         start(tree_of(root, {k: v for k, v in settings.items() if k != "data.sources.main.cameras"}))
+
+
+def null_in_episodes(*numbers: int, nested: bool) -> Callable[[pa.Table], pa.Table]:
+    """A change of rows: a state of the episodes has no value, or one that is no number."""
+
+    def change(table: pa.Table) -> pa.Table:
+        values = table["observation.state"].to_pylist()
+        first = [table["episode_index"].to_pylist().index(number) for number in numbers]
+        spoiled = [([*v[:-1], float("nan")] if nested else None) if i in first else v for i, v in enumerate(values)]
+        place = table.column_names.index("observation.state")
+        return table.set_column(place, "observation.state", pa.array(spoiled, pa.list_(pa.float32())))
+
+    return change
+
+
+def renamed(table: pa.Table) -> pa.Table:
+    return table.rename_columns(["observation.state" if n == "action" else n for n in table.column_names])
+
+
+SPOILED = {
+    "damaged_file": lambda root, rows: (root / "data/chunk-000/file-001.parquet").write_bytes(b"PAR1"),
+    "column_twice": lambda root, rows: pq.write_table(renamed(rows), root / "data/chunk-000/file-001.parquet"),
+    "null": lambda root, rows: pq.write_table(
+        null_in_episodes(2, nested=False)(rows), root / "data/chunk-000/file-001.parquet"
+    ),
+    "nan_in_two": lambda root, rows: pq.write_table(
+        null_in_episodes(2, 3, nested=True)(rows), root / "data/chunk-000/file-001.parquet"
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_one_remedy_leaves_out_all_that_a_spoiled_file_of_rows_costs(spoil, tree_of, tmp_path):
+    """What is left out already stays out."""
+    root = write(tmp_path / "set", Dataset(LENGTHS, cameras={}))
+    spoil(root, pq.read_table(root / "data/chunk-000/file-001.parquet"))
+    with pytest.raises(UserError) as caught:
+        start(tree_of(root, keyed(("exclude_episodes=[0]",))))
+    (way,) = OVERRIDE.findall(caught.value.remedy)
+    assert way.startswith("data.sources.main.exclude_episodes=[0,2")
+    start(tree_of(root, keyed((way,))))
 
 
 def test_datasets_that_cannot_share_a_norm_head_are_refused_by_the_check_too(tmp_path, capsys):

@@ -117,10 +117,11 @@ class RowReader:
     def _opened(self, path: Path) -> _RowFile:
         # Not mapped: a page that the disk or the server refuses would kill the process by SIGBUS.
         handle = self._opener(path, partial(pq.ParquetFile, page_checksum_verification=True))
-        missing = [c for c in self._columns if c not in handle.schema_arrow.names]
-        if missing:
+        names = handle.schema_arrow.names
+        wrong = next((c for c in self._columns if names.count(c) != 1), None)
+        if wrong is not None:
             handle.close()
-            raise RowError(f"{path} has no column '{missing[0]}'")
+            raise RowError(f"{path} has {'more than one' if wrong in names else 'no'} column '{wrong}'")
         metadata = handle.metadata
         ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
         return _RowFile(handle, ends)

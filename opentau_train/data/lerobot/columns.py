@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.lerobot.info import RESTORE
 from opentau_train.data.names import fits, unbracketed
 from opentau_train.errors import UserError, did_you_mean
 
@@ -24,6 +25,8 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 CAMERA = frozenset({"video", "image"})
 TEXT = INTEGER | {"string"}
 """Of a prompt: its text, or the number of one in meta/tasks."""
+WIDEST = 2**16
+"""Values of a row of state or actions."""
 _TAKEN_BY_DEFAULT = ("observation.state.", "action.")
 
 
@@ -77,11 +80,17 @@ def choose_numbers(
         names = [whole]
     else:
         names = [c for c in _of_kind(features, FLOAT) if c.startswith(whole + ".")]
-    return tuple(slices[n] if n in slices else _whole(n, features[n]) for n in names)
+    return tuple(slices[n] if n in slices else _whole(n, features[n], where) for n in names)
 
 
-def _whole(name: str, feature: Mapping[str, Any]) -> Column:
+def _whole(name: str, feature: Mapping[str, Any], where: str) -> Column:
     dim = num_values(feature)
+    if dim > WIDEST:
+        raise UserError(
+            f"meta/info.json gives '{name}' {dim} values a row, more than {WIDEST}",
+            where=where,
+            remedy=f"correct its shape, or {RESTORE}",
+        )
     return Column(name, dim, feature["dtype"] in FLOAT, 0, dim)
 
 

@@ -101,7 +101,8 @@ class StoredEpisodes:
     episode's first row in its file, `videos` {camera stored as video: its places}.
 
     `rows_in_file` [F] i64: how many rows the metadata place in each file of rows; `shared_files`: files may hold
-    several episodes; `order`: the column of rows that tells their order in the episode, None where there is none.
+    several episodes; `order`: the column of rows that tells their order in the episode, None where there is none;
+    `excluded`: the numbers of the episodes that the settings leave out already, which a remedy names too.
     """
 
     table: EpisodeTable
@@ -112,6 +113,7 @@ class StoredEpisodes:
     rows_in_file: NDArray[np.int64]
     shared_files: bool
     order: str | None
+    excluded: tuple[int, ...] = ()
 
     def paths(self, position: int) -> list[Path]:
         """The files of the episode at `position`, as the metadata have it: of its rows, then of each camera."""
@@ -179,8 +181,8 @@ def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]
     )
 
 
-def read_tasks(info: Info) -> dict[int, str]:
-    """{task_index: text}. Raises `UserError`."""
+def read_tasks(info: Info, needed: bool) -> dict[int, str]:
+    """{task_index: text}. Raises `UserError`, where they are `needed` also if there are none."""
     if info.file_an_episode:
         path, column = info.root / "meta" / "tasks.jsonl", "task"
         table = read_jsonl(path, {"task_index": int}, [column])
@@ -197,6 +199,8 @@ def read_tasks(info: Info) -> dict[int, str]:
             "no column of texts" if wrong is None else f"column '{column}', entry {wrong}: {texts[wrong]!r} is no text"
         )
         raise UserError(what, where=str(path), remedy=RESTORE)
+    if needed and not texts:
+        raise UserError("it lists no task", where=str(path), remedy=RESTORE)
     return dict(zip(table.numbers["task_index"].tolist(), (text or "" for text in texts), strict=True))
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -122,4 +123,4 @@ def _stat(path: str) -> FileStat:
     except OSError as error:
         check_machine(error, path)
         return FileStat(-1, -1)
-    return FileStat(status.st_size, status.st_mtime_ns)
+    return FileStat(status.st_size, status.st_mtime_ns) if S_ISREG(status.st_mode) else FileStat(-1, -1)

@@ -40,6 +40,7 @@ class EpisodeReader:
         self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root))
         self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()
         self._listing: list[Path] | None = None
+        self._ranges: dict[Path, tuple[float, float]] = {}
 
     def read(self, position: int) -> pa.Table:
         """All rows of the episode at `position` of the table."""
@@ -94,6 +95,13 @@ class EpisodeReader:
         parts = self._gather(path, int(self._stored.table.episode_index[position]), enough=None)
         return len(np.unique(np.concatenate([frames for _, _, frames in parts]))) if parts else 0
 
+    def is_anywhere(self, position: int) -> bool:
+        """Whether a file has rows of the episode at `position` of the table."""
+        try:
+            return self.count(position) > 0
+        except RowError:
+            return False
+
     def close(self) -> None:
         self._reader.close()
         self._indices.clear()
@@ -133,7 +141,7 @@ class EpisodeReader:
         parts: list[tuple[Path, NDArray[np.int64], NDArray[np.int64]]] = []
         for file in self._files_near(path):
             try:
-                least, greatest = self._reader.extremes(file, EPISODE_COLUMN)
+                least, greatest = self._extremes(file)
                 places, frames = self._index(file).of(number) if least <= number <= greatest else _NO_ROWS
             except RowError:
                 if file == path:
@@ -158,6 +166,12 @@ class EpisodeReader:
         earlier = [p for p in self._listing if p < path][::-1]
         for i in range(max(len(later), len(earlier))):
             yield from (side[i] for side in (later, earlier) if i < len(side))
+
+    def _extremes(self, path: Path) -> tuple[float, float]:
+        """The least and the greatest episode of a file, asked for once."""
+        if path not in self._ranges:
+            self._ranges[path] = self._reader.extremes(path, EPISODE_COLUMN)
+        return self._ranges[path]
 
     def _exists(self, path: Path) -> bool:
         """Whether there is the file, here or on the server."""

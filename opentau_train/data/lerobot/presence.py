@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from opentau_train.data.lerobot.episodes import StoredEpisodes, VideoPlaces
 from opentau_train.data.lerobot.identity import StoredFile, stats_below
 from opentau_train.data.lerobot.info import LFS_BYTES, Info, is_lfs_pointer, lfs_error
+from opentau_train.data.lerobot.locate import EpisodeReader
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,46 +45,50 @@ def _any_file(info: Info, places: VideoPlaces) -> bool:
     """Whether a file of the camera exists; the first one, as a rule."""
     numbers = range(len(places.files))
     return any(
-        stat.size >= 0
+        stat.size > 0
         for asked in (numbers[:1], numbers[1:])
         for stat in stats_below(info.root, [places.files.relative(number) for number in asked])
     )
 
 
-def without_video(
-    info: Info, stored: StoredEpisodes, files: Sequence[StoredFile], excluded: Iterable[int]
-) -> NDArray[np.bool_]:
-    """[E] whether a video of the episode is missing; logs which are, of each camera. `files` are those of `stored`.
-
-    Raises `UserError` for git-lfs pointers, and for episodes without their file of rows, where each has its own;
-    `excluded` ones are left out already.
-    """
+def check_rows(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> None:
+    """Raises `UserError` for git-lfs pointers, for episodes whose file of rows is missing and which no other file has,
+    and for columns that no file of rows has. `files` are those of `stored`."""
     small = [f"{info.root}/{file.relative}" for file in files if 0 <= file.stat.size < LFS_BYTES]
     pointers = [path for path in small if is_lfs_pointer(path)]
     if pointers:
         raise lfs_error(pointers[0], len(pointers) - 1)
+    gone = [file for file in files if file.camera is None and file.stat.size <= 0]
+    if not gone:
+        return
+    reader = EpisodeReader(stored, [])
+    doubtful = np.flatnonzero(np.isin(stored.data_file, [file.number for file in gone]))
+    lost = stored.table.episode_index[[e for e in doubtful.tolist() if not reader.is_anywhere(e)]]
+    reader.close()
+    if len(lost):
+        remedy = f"restore {'it' if len(gone) == 1 else 'them'}{or_exclude(info.where, stored, lost)}"
+        path = str(info.root / gone[0].relative)
+        raise UserError(f"the rows of {episodes(lost)} are missing", where=path, remedy=remedy)
+
+
+def without_video(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> NDArray[np.bool_]:
+    """[E] whether a video of the episode is missing; logs which are, of each camera. `files` are those of `stored`."""
     numbers = stored.table.episode_index
     missing = np.zeros(len(numbers), bool)
-    kinds = [None, *stored.videos] if info.file_an_episode else [*stored.videos]
-    for camera in kinds:
-        gone = [file for file in files if file.camera == camera and file.stat.size < 0]
+    for camera, places in stored.videos.items():
+        gone = [file for file in files if file.camera == camera and file.stat.size <= 0]
         if not gone:
             continue
-        places = stored.data_file if camera is None else stored.videos[camera].file
-        lost = np.isin(places, [file.number for file in gone])
-        path = str(info.root / gone[0].relative)
-        if camera is None:
-            remedy = f"restore {'it' if len(gone) == 1 else 'them'}, or {exclude(info.where, excluded, numbers[lost])}"
-            raise UserError(f"the rows of {episodes(numbers[lost])} are missing", where=path, remedy=remedy)
+        lost = np.isin(places.file, [file.number for file in gone])
         log.warning(
-            "%s: the video of camera '%s' is missing for %s (%d of %d rows), first %s: %s",
+            "%s: the video of camera '%s' is missing for %s (%d of %d rows), first %s%s",
             info.where,
             camera,
             episodes(numbers[lost]),
             stored.table.length[lost].sum(),
             stored.table.length.sum(),
-            path,
-            exclude(info.where, excluded, numbers[lost]),
+            info.root / gone[0].relative,
+            or_exclude(info.where, stored, numbers[lost]),
         )
         missing |= lost
     return missing
@@ -101,7 +106,12 @@ def some(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, ordered[:NAMED])) + more
 
 
-def exclude(where: str, excluded: Iterable[int], numbers: Iterable[int]) -> str:
-    """What leaves the episodes `numbers` out, besides those that are `excluded` already."""
-    listed = sorted({int(number) for number in (*excluded, *numbers)})
-    return f"leave them out: {where}.exclude_episodes=[{','.join(map(str, listed))}]"
+def or_exclude(where: str, stored: StoredEpisodes, numbers: Iterable[int]) -> str:
+    """A remedy's second half: what leaves the episodes `numbers` out, besides those that are left out already; nothing
+    where no episode would be left."""
+    lost = {int(number) for number in numbers}
+    if len(lost) == len(stored.table):
+        return ""
+    listed = ",".join(map(str, sorted({*stored.excluded, *lost})))
+    them = "them" if len(lost) > 1 else "it"
+    return f", or leave {them} out: {where}.exclude_episodes=[{listed}]"

@@ -16,6 +16,7 @@ from opentau_train.data.decode.parquet import RowError, numbers, one_array, text
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
 from opentau_train.data.lerobot.locate import EpisodeError, EpisodeReader
+from opentau_train.data.lerobot.presence import or_exclude
 from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.remote.ahead import fetch_ahead
 from opentau_train.data.remote.mirror import mirror_at
@@ -51,18 +52,20 @@ def of_episodes(
         positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:
         for position in positions:
+            same_file = stored.data_file == stored.data_file[position]
             try:
                 rows = reader.read(position) if row is None else reader.read_one(position, last=row == "last")
+                same_file = np.arange(len(same_file)) == position  # the file is there: its other episodes can be had
                 taken = take(rows)
             except RowError as error:
                 if left_out is not None and isinstance(error, EpisodeError):
                     left_out[position] = str(error)
                     continue
-                number = int(stored.table.episode_index[position])
+                number, lost = int(stored.table.episode_index[position]), stored.table.episode_index[same_file]
                 raise UserError(
                     f"rows can't be read: {error}",
                     where=f"episode {number}, {stored.data.path(int(stored.data_file[position]))}",
-                    remedy=f"restore the file, or leave the episode out: {where}.exclude_episodes=[{number}]",
+                    remedy=f"restore the file{or_exclude(where, stored, lost)}",
                 ) from error
             yield position, taken
     finally:

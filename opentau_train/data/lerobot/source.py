@@ -46,7 +46,7 @@ from opentau_train.data.lerobot.identity import identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
-from opentau_train.data.lerobot.presence import present_cameras, some, without_video
+from opentau_train.data.lerobot.presence import check_rows, present_cameras, some, without_video
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
@@ -130,7 +130,8 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
     listing, cameras = _listing(info, settings, options, cameras, videos)
     stored = listing.stored
     files = stored_files(info, stored)
-    lacking = without_video(info, stored, files, settings.exclude_episodes)
+    check_rows(info, stored, files)
+    lacking = without_video(info, stored, files)
     stored = replace(stored, table=replace(stored.table, lacking=lacking))
     blocks = filter_blocks(listing, settings) if settings.use_filter_dict else whole_episodes(stored.table.length)
     blocks = cut(blocks, seen_rows(listing, options.tolerance_s))
@@ -147,7 +148,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         prompt_columns=prompts,
         prompt_separator=options.prompt_separator,
         task_column="task_index" if "task_index" in features else None,
-        tasks=read_tasks(info) if tasked else {},
+        tasks=read_tasks(info, needed=not prompts) if tasked else {},
         tolerance_s=options.tolerance_s,
         fps=fps,
         timed=bool(stored.videos) or by_time,
@@ -177,7 +178,8 @@ def _listing(
     ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
     listed = read_episodes(info, videos.values(), [*wanted_columns(settings, info.where), "length", *ends])
     tell_unlisted(info, listed.episode_index)
-    stored = present_cameras(info, _stored(info, listed, videos), videos, options.cameras is not None)
+    stored = replace(_stored(info, listed, videos), excluded=tuple(settings.exclude_episodes))
+    stored = present_cameras(info, stored, videos, options.cameras is not None)
     listing = Listing(info, stored, listed.extra, listed.names)
     listing = settle_lengths(listing.select(kept_positions(listing, settings)))
     there = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}

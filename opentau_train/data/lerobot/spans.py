@@ -24,6 +24,8 @@ rounding never makes the neighbour's frame the nearest one."""
 _SAME_RATE = 0.05
 """By how much a file with a frame for each row may last longer or shorter than they do: clocks of 29 and 30 fps are
 apart by less, a file that was encoded at another rate by more."""
+_REORDERED = 4
+"""Frames by which a file's duration, told by decode times, may be wrong where its frames are uneven."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     lasts = clock.last + frame_s - clock.first
     excess = lasts - (claimed_end - claimed_first)
     exact = clock.frames == span.rows if clock.frames else abs(excess) < half
-    rows_last = claimed_end - claimed_first if span.sharing else float(seconds[-1] - seconds[0]) + frame_s
-    if clock.frames == span.rows and abs(lasts - rows_last) > max(frame_s, _SAME_RATE * rows_last):
+    told = (claimed_end - claimed_first, span.rows * frame_s) if span.sharing else (seconds[-1] - seconds[0] + frame_s,)
+    apart = [abs(lasts - rows) > max(_REORDERED * frame_s, _SAME_RATE * rows) for rows in told]
+    if clock.frames == span.rows and all(apart):
         raise VideoError(
-            f"{span.path} has a frame for each row, but lasts {lasts:.3f} s where they last {rows_last:.3f} s: by time "
+            f"{span.path} has a frame for each row, but lasts {lasts:.3f} s where they last {told[0]:.3f} s: by time "
             "a row would be shown another one's picture"
         )
     if span.sharing == 0:

@@ -107,7 +107,7 @@ class ShardDataset(IterableDataset[Shard]):
             except BadSample as error:
                 if not self.train:
                     if not self.skip_bad:
-                        raise _unreadable(error) from error
+                        raise self._unreadable(error) from error
                     left_out[i] = error
                     continue
                 samples.append(self._substitute(builder, lane, address, error))
@@ -135,6 +135,18 @@ class ShardDataset(IterableDataset[Shard]):
             remedy=error.remedy or "repair the dataset's files, or exclude the episodes named in quarantine.jsonl",
         )
 
+    def _unreadable(self, error: BadSample) -> UserError:
+        """The error of a validation window; its remedy leaves out what the settings do already, too."""
+        dataset = next(d for d in self.mixture.datasets if d.name == error.dataset)
+        excluded = ",".join(map(str, sorted({*dataset.settings.exclude_episodes, error.episode})))
+        return UserError(
+            f"a validation window can't be read: {error.cause}",
+            where=f"dataset '{error.dataset}', episode {error.episode}, frame {error.frame}",
+            remedy=error.remedy
+            or f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{excluded}] or "
+            "validation.on_bad_sample=skip",
+        )
+
     def _record(self, error: BadSample, pass_index: int) -> None:
         if self.quarantine is None:
             return
@@ -150,16 +162,6 @@ class ShardDataset(IterableDataset[Shard]):
         # One write of one line in append mode: lines of several workers and ranks don't mix.
         with open(self.quarantine, "a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _unreadable(error: BadSample) -> UserError:
-    return UserError(
-        f"a validation window can't be read: {error.cause}",
-        where=f"dataset '{error.dataset}', episode {error.episode}, frame {error.frame}",
-        remedy=error.remedy
-        or f"repair the file, or set data.sources.{error.dataset}.exclude_episodes=[{error.episode}] or "
-        "validation.on_bad_sample=skip",
-    )
 
 
 @dataclass(frozen=True)

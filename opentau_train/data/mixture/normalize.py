@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -111,33 +113,54 @@ Rows = Iterator[tuple[str, int, NDArray, NDArray]]
 """(dataset name, episode number, state [L, S], actions [L, A])."""
 
 
-def compute(rows: Rows, num_rows: int, state_names: Sequence[str], action_names: Sequence[str]) -> HeadStats:
-    """Statistics of a head over `rows`. Raises `UserError` naming dataset, episode and dimension of a value that is
-    not finite."""
+def compute(
+    rows: Rows,
+    num_rows: int,
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+    excluded: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> HeadStats:
+    """Statistics of a head over `rows`. Raises `UserError` naming dataset, episode and dimension of the first value
+    that is not finite, and all episodes with such values; a remedy that leaves them out also names those that are
+    `excluded` {dataset: episodes} already."""
     state, actions = _Accumulator(num_rows, len(state_names)), _Accumulator(num_rows, len(action_names))
+    spoiled: dict[str, list[int]] = {}
+    num_seen = Counter[str]()
+    first: tuple[str, NDArray] | None = None
     for dataset, episode, state_rows, action_rows in rows:
-        _check_finite(
-            np.concatenate([state_rows, action_rows], axis=1), [*state_names, *action_names], dataset, episode
-        )
-        state.add(state_rows)
-        actions.add(action_rows)
+        values = np.concatenate([state_rows, action_rows], axis=1)
+        num_seen[dataset] += 1
+        if not np.isfinite(values).all():
+            first = first or (dataset, values)
+            spoiled.setdefault(dataset, []).append(episode)
+        elif first is None:
+            state.add(state_rows)
+            actions.add(action_rows)
+    if first is not None:
+        dataset, values = first
+        without = {*spoiled[dataset], *excluded.get(dataset, ())} if len(spoiled[dataset]) < num_seen[dataset] else None
+        raise _not_finite(values, [*state_names, *action_names], dataset, spoiled[dataset], without)
     return HeadStats(state.moments(), actions.moments(), tuple(state_names), tuple(action_names))
 
 
-def _check_finite(rows: NDArray, names: Sequence[str], dataset: str, episode: int) -> None:
-    """Raises `UserError` for a value of the rows [L, D] that is not finite."""
+def _not_finite(
+    rows: NDArray, names: Sequence[str], dataset: str, episodes: Sequence[int], without: Collection[int] | None
+) -> UserError:
+    """The error of the `episodes` of a dataset with values that aren't finite; `rows` [L, D] are the first one's.
+    `without`: the episodes to leave out, None where none would be left."""
     wrong = ~np.isfinite(rows)
-    if not wrong.any():
-        return
     row, dim = np.argwhere(wrong)[0]
-    where = f"data.sources.{dataset}"
-    remedy = f"repair it, or leave it out: {where}.exclude_episodes=[{episode}]"
+    where, remedy = f"data.sources.{dataset}", "repair the values"
     never = [unbracketed(name) for name, in_all in zip(names, wrong.all(axis=0), strict=True) if in_all]
-    if never:
+    if without is not None:
+        listed = ",".join(map(str, sorted(without)))
+        remedy = f"repair {'them' if len(episodes) > 1 else 'it'}, or leave out: {where}.exclude_episodes=[{listed}]"
+    elif never:
         remedy = f"if it is so in all episodes, drop what has no values: {where}.drop_dims=[{','.join(never)}]"
-    raise UserError(
-        f"{names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episode}, frame {row}"
-        + (" and all others" if wrong[:, dim].all() else ""),
+    others = f"; so are values of {len(episodes) - 1} other episodes" if len(episodes) > 1 else ""
+    return UserError(
+        f"{names[dim]} is {rows[row, dim]} in dataset '{dataset}', episode {episodes[0]}, frame {row}"
+        f"{' and all others' if wrong[:, dim].all() else ''}{others}",
         where=where,
         remedy=remedy,
     )

@@ -88,7 +88,8 @@ def _of_head(
             left_out.extend((d.name, int(numbers[place])) for place in rest.tolist() if place not in there)
 
     def make() -> HeadStats:
-        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names)
+        excluded = {d.name: d.settings.exclude_episodes for d in members}
+        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names, excluded)
         return replace(stats, left_out=tuple(left_out))
 
     num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))

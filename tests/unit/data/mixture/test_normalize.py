@@ -78,6 +78,15 @@ def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
     assert "data.sources.d.drop_dims=[s.1,a.y]" in caught.value.remedy
 
 
+def test_a_dimension_without_values_in_some_episodes_leaves_these_out():
+    good, bad = np.ones((9, 2), np.float32), np.full((9, 2), np.nan, np.float32)
+    rows = [("d", e, values, good) for e, values in enumerate((good, bad, good, bad))]
+    with pytest.raises(UserError) as caught:
+        normalize.compute(iter(rows), 36, ["s[0]", "s[1]"], ["a[0]", "a[1]"], {"d": (7,)})
+    assert "episode 1, frame 0 and all others; so are values of 1 other episodes" in caught.value.what
+    assert caught.value.remedy.endswith("data.sources.d.exclude_episodes=[1,3,7]")
+
+
 def test_quantiles_of_a_dimension_that_moves_in_few_rows_are_its_extremes():
     x = np.random.default_rng(0).uniform(-1, 1, size=(1000, 3)).astype(np.float32)
     x[:, 1], x[:, 2] = 0.0, 5.0
