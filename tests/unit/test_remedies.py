@@ -78,6 +78,14 @@ def set_column(name: str, values: Callable[[list], pa.Array]) -> Callable[[Path]
     return spoil
 
 
+def set_column_of(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def change_rows(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], object]:
+    return lambda root: [pq.write_table(change(pq.read_table(path)), path) for path in root.glob("data/**/*.parquet")]
+
+
 def rename_numbers(root: Path) -> None:
     """As some converters write them: `actions` for `action`."""
     for path in root.glob("data/**/*.parquet"):
@@ -105,6 +113,18 @@ TROUBLES = {
     "rows_missing": Trouble(unlink("data/chunk-000/episode_000002.parquet"), settings=("exclude_episodes=[1]",)),
     "rows_missing_v30": Trouble(unlink("data/**/*.parquet"), "v3.0"),
     "rows_empty": Trouble(write_all("data/**/*_000002.parquet", ""), settings=("exclude_episodes=[1]",)),
+    "column_of_text": Trouble(
+        change_rows(lambda t: set_column_of(t, "action", pa.array([str(v) for v in t["action"].to_pylist()]))), "v3.0"
+    ),
+    "no_column": Trouble(change_rows(lambda t: t.drop(["task_index"]))),
+    "no_episode_index": Trouble(change_rows(lambda t: t.drop(["episode_index"])), "v3.0"),
+    "pointer_rows_with_control_modes": Trouble(
+        lambda root: (
+            change_rows(lambda t: t.append_column("control_mode", pa.array(["joint"] * len(t))))(root),
+            change_info(lambda i: i["features"].update(control_mode={"dtype": "string", "shape": [1]}))(root),
+            point("data/**/*.parquet")(root),
+        )
+    ),
     "no_task": Trouble(write_all("meta/tasks.jsonl", "")),
     "width_of_a_billion": Trouble(change_info(lambda info: info["features"]["action"].update(shape=[10**9])), "v3.0"),
     "held_out_video_empty": Trouble(write_all(VIDEO, ""), settings=(HELD_OUT,), choice={"val_episodes": "[3]"}),

@@ -22,6 +22,11 @@ INDEXED_FILES = 16
 _NO_ROWS = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
+def row_keys(stored: StoredEpisodes) -> list[str]:
+    """The columns that tell a row's episode and its place there."""
+    return [EPISODE_COLUMN] + ([stored.order] if stored.order else [])
+
+
 class EpisodeError(RowError):
     """The rows of one episode can't be had; the others of its file can."""
 
@@ -35,7 +40,7 @@ class EpisodeReader:
 
     def __init__(self, stored: StoredEpisodes, columns: Sequence[str]):
         self._stored = stored
-        self._keys = [EPISODE_COLUMN] + ([stored.order] if stored.order else [])
+        self._keys = row_keys(stored)
         self._mirror = mirror_at(stored.data.root)
         self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root))
         self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()

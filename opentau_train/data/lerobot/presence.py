@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train.data.decode.parquet import UNREADABLE
 from opentau_train.data.lerobot.episodes import StoredEpisodes, VideoPlaces
 from opentau_train.data.lerobot.identity import StoredFile, stats_below
-from opentau_train.data.lerobot.info import LFS_BYTES, Info, is_lfs_pointer, lfs_error
+from opentau_train.data.lerobot.info import LFS_BYTES, RESTORE, Info, is_lfs_pointer, lfs_error
 from opentau_train.data.lerobot.locate import EpisodeReader
-from opentau_train.errors import UserError
+from opentau_train.data.remote.mirror import mirror_at
+from opentau_train.errors import UserError, check_machine_read
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +57,8 @@ def _any_file(info: Info, places: VideoPlaces) -> bool:
 
 
 def check_rows(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> None:
-    """Raises `UserError` for git-lfs pointers, for episodes whose file of rows is missing and which no other file has,
-    and for columns that no file of rows has. `files` are those of `stored`."""
+    """Raises `UserError` for git-lfs pointers, and for episodes whose file of rows is missing and which no other file
+    has. `files` are those of `stored`."""
     small = [f"{info.root}/{file.relative}" for file in files if 0 <= file.stat.size < LFS_BYTES]
     pointers = [path for path in small if is_lfs_pointer(path)]
     if pointers:
@@ -69,6 +74,43 @@ def check_rows(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) 
         remedy = f"restore {'it' if len(gone) == 1 else 'them'}{or_exclude(info.where, stored, lost)}"
         path = str(info.root / gone[0].relative)
         raise UserError(f"the rows of {episodes(lost)} are missing", where=path, remedy=remedy)
+
+
+def check_columns(info: Info, stored: StoredEpisodes, columns: Sequence[str], others: Collection[str]) -> None:
+    """Raises `UserError` for one of `columns` that neither the first nor the last file of rows has, or that holds no
+    numbers there and isn't among the `others`. A file that can't be read, or lies on a server, is the reading's to
+    tell."""
+    if mirror_at(info.root) is not None:
+        return
+    paths = {stored.data.path(int(stored.data_file[place])): None for place in (0, -1)}
+    schemas = {path: schema for path in paths if (schema := _schema(path)) is not None}
+    for column in columns:
+        wrong = {path: _wrong_column(schema, column, column in others) for path, schema in schemas.items()}
+        if wrong and all(wrong.values()):
+            path, what = next(iter(wrong.items()))
+            remedy = f"correct meta/info.json, which says so of '{column}', or {RESTORE}"
+            raise UserError(f"the files of rows have {what}", where=str(path), remedy=remedy)
+
+
+def _schema(path: Path) -> pa.Schema | None:
+    try:
+        return pq.read_schema(path)
+    except UNREADABLE as error:
+        check_machine_read(error, path)
+        return None
+
+
+def _wrong_column(schema: pa.Schema, column: str, is_other: bool) -> str:
+    """What is wrong with the column of a file of rows; nothing where it can be read."""
+    count = schema.names.count(column)
+    if count != 1:
+        return f"{'more than one' if count else 'no'} column '{column}'"
+    kind = schema.field(column).type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    text = "" if is_other or number else f"a column '{column}' of {kind}, not of numbers"
+    return "" if isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind) else text
 
 
 def without_video(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from opentau_train.data.decode.parquet import RowError, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.lerobot.info import is_lfs_pointer, lfs_error
 from opentau_train.data.lerobot.locate import EpisodeError, EpisodeReader
 from opentau_train.data.lerobot.presence import or_exclude
 from opentau_train.data.lerobot.spans import Span
@@ -61,10 +62,13 @@ def of_episodes(
                 if left_out is not None and isinstance(error, EpisodeError):
                     left_out[position] = str(error)
                     continue
+                path = stored.data.path(int(stored.data_file[position]))
+                if is_lfs_pointer(path):
+                    raise lfs_error(str(path)) from error
                 number, lost = int(stored.table.episode_index[position]), stored.table.episode_index[same_file]
                 raise UserError(
                     f"rows can't be read: {error}",
-                    where=f"episode {number}, {stored.data.path(int(stored.data_file[position]))}",
+                    where=f"episode {number}, {path}",
                     remedy=f"restore the file{or_exclude(where, stored, lost)}",
                 ) from error
             yield position, taken

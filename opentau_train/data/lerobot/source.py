@@ -44,9 +44,10 @@ from opentau_train.data.lerobot.episodes import (
 )
 from opentau_train.data.lerobot.identity import identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
+from opentau_train.data.lerobot.locate import row_keys
 from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
-from opentau_train.data.lerobot.presence import check_rows, present_cameras, some, without_video
+from opentau_train.data.lerobot.presence import check_columns, check_rows, present_cameras, some, without_video
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
@@ -155,6 +156,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         state_kept=state_kept,
         actions_kept=actions_kept,
     )
+    check_columns(info, stored, [*row_keys(stored), *reading.columns], {*prompts, *reading.images.values()})
     fingerprint, rows_stamp = identify(info, stored, files)
     return LeRobotDataset(
         name=name,
