@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 NO_EPISODES = "record some, or remove the source"
 MOST_ROWS = 2**31 - 1
 """Of an episode: lengths are 32-bit numbers."""
+_TASK_COLUMNS = {"task": 0, "__index_level_0__": 1}
+"""Names of the column of texts in tasks.parquet, the likelier one first."""
 _VIDEO_FIELDS = {"chunk_index": int, "file_index": int, "from_timestamp": float}
 """What meta/episodes says of an episode's video: {field: type}."""
 
@@ -189,8 +191,11 @@ def read_tasks(info: Info, needed: bool) -> dict[int, str]:
     else:
         path = info.root / "meta" / "tasks.parquet"
         # pandas wrote the texts as its index, whose column may have any name.
-        columns = sorted(text_columns(path), key=lambda n: {"task": 0, "__index_level_0__": 1}.get(n, 2))
+        columns = sorted(text_columns(path), key=lambda n: _TASK_COLUMNS.get(n, len(_TASK_COLUMNS)))
         column = next(iter(columns), "task")
+        if len(columns) > 1 and column not in _TASK_COLUMNS:
+            what = f"columns of texts {', '.join(columns)}, of which none is called 'task'"
+            raise UserError(what, where=str(path), remedy=f"rename the one with the instructions, or {RESTORE}")
         table = read_parquet([path], {"task_index": int}, [column])
     texts = table.values.get(column, [])
     wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str | None)), None)

@@ -169,7 +169,7 @@ def load_rows(reader: EpisodeReader, reading: Reading, position: int) -> Episode
 def row_seconds(rows: pa.Table) -> NDArray[np.float64]:
     """[L] f64 times of an episode's rows. Raises `RowError` where they don't rise."""
     seconds = numbers(rows, "timestamp", 1, np.float64)[:, 0]
-    wrong = np.flatnonzero(~np.isfinite(seconds) | (np.diff(seconds, prepend=-np.inf) < 0))
+    wrong = np.flatnonzero(~np.isfinite(seconds) | (np.diff(seconds, prepend=-np.inf) <= 0))
     if len(wrong):
         raise RowError(f"timestamps of an episode must rise: row {wrong[0]} has {seconds[wrong[0]]}")
     return seconds

@@ -94,11 +94,16 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     excess = lasts - (claimed_end - claimed_first)
     exact = clock.frames == span.rows if clock.frames else abs(excess) < half
     told = (claimed_end - claimed_first, span.rows * frame_s) if span.sharing else (seconds[-1] - seconds[0] + frame_s,)
-    apart = [abs(lasts - rows) > max(_REORDERED * frame_s, _SAME_RATE * rows) for rows in told]
-    if clock.frames == span.rows and all(apart):
+    if clock.frames == span.rows and all(_at_another_rate(lasts, rows, frame_s) for rows in told):
         raise VideoError(
             f"{span.path} has a frame for each row, but lasts {lasts:.3f} s where they last {told[0]:.3f} s: by time "
             "a row would be shown another one's picture"
+        )
+    own, shown = seconds[-1] - seconds[0] + frame_s, min(span.end, claimed_end) - span.first
+    if span.sharing and clock.frames == span.rows and _at_another_rate(shown, own, frame_s):
+        raise VideoError(
+            f"{span.path} shows the episode for {shown:.3f} s, a frame for each row, but its rows last {own:.3f} s: by "
+            "time a row would be shown another one's picture"
         )
     if span.sharing == 0:
         none = np.zeros(len(seconds))
@@ -121,6 +126,11 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     asked = np.clip(wanted, low + half - inside, high - half + inside)
     beyond = np.abs(asked - wanted)
     return FrameTimes(asked, beyond, beyond > tolerance_s, low, high)
+
+
+def _at_another_rate(video_s: float, rows_s: float, frame_s: float) -> bool:
+    """Whether as many frames as rows last too long or too short for the rows'."""
+    return abs(video_s - rows_s) > max(_REORDERED * frame_s, _SAME_RATE * rows_s)
 
 
 def _alone(span: Span, seconds: F64, clock: Clock, half: float, exact: bool, tolerance_s: float) -> F64:

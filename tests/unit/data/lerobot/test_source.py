@@ -351,7 +351,7 @@ def test_a_value_that_is_not_finite_is_a_bad_sample_of_the_windows_that_hold_it(
     cursor.read(0, 4)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.0, float(np.float32(2 / 30))])
 def test_an_episode_whose_times_do_not_rise_is_a_bad_sample_and_the_others_are_read(wrong, tmp_path):
     root = write(tmp_path / "set", Dataset())
     for path in (root / "data").rglob("*.parquet"):

@@ -6,13 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from opentau_train.data.decode.parquet import RowError, numbers
+from opentau_train.errors import BadSample, UserError
 from opentau_train.tools import check
-from tests.lerobot_writer import picture, write, write_video
+from opentau_train.types import WindowSpec
+from tests.lerobot_writer import picture, task_text, write, write_video
 from tests.unit.data.lerobot.test_misplaced import (
     EVERYTHING,
     FRONT,
@@ -30,6 +33,7 @@ from tests.unit.data.lerobot.test_misplaced import (
     read_all,
     rewrite_episodes,
     trained_on,
+    with_times,
 )
 from tests.unit.data.lerobot.test_source import open_source
 
@@ -144,3 +148,44 @@ def test_no_tolerance_is_proposed_where_the_rows_lie_outside_the_video_or_the_ep
     place_video(root, start=start, to=[s + n / 10 for s, n in zip(start, LENGTHS)], have=LENGTHS)
     assert "wrong" not in {read_all(open_source(root))[e, f] for e, f in OF_EPISODE[0]}
     assert check.main([str(root)]) == 0 and "tolerance_s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
+@pytest.mark.parametrize("rate", [20, 5])
+def test_rows_of_another_rate_than_the_video_s_with_a_frame_each_are_shown_nothing(rate, dataset, tmp_path):
+    root = write(tmp_path / "set", dataset)
+    change_rows(root, with_times(lambda e, f: f / rate))
+    assert "another one's picture" in assert_lost(open_source(root), EVERYTHING)[0, 1]
+
+
+@pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
+@pytest.mark.parametrize("begins", [0.0, 1.7e9], ids=["zero", "since_1970"])
+def test_rows_that_all_have_the_same_time_are_shown_nothing(begins, dataset, tmp_path):
+    """As float32, times since 1970 lie 128 s apart."""
+    root = write(tmp_path / "set", dataset)
+    change_rows(root, with_times(lambda e, f: begins + (begins and f / 10)))
+    assert "timestamps of an episode must rise: row 1" in assert_lost(open_source(root), EVERYTHING)[0, 0]
+
+
+@pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
+def test_one_tolerance_takes_float32_times_past_4096_seconds_that_run_on(dataset, tmp_path):
+    root = write(tmp_path / "set", dataset)
+    before = 5000 + np.cumsum([0, *LENGTHS]) / 10
+    change_rows(root, with_times(lambda e, f: before[e] + f / 10))
+    cursor = open_source(root).cursors(WindowSpec(1)).cursor()
+    with pytest.raises(BadSample) as caught:
+        [cursor.read(0, frame) for frame in range(LENGTHS[0])]
+    tolerance = float(caught.value.remedy.partition("data.sources.main.tolerance_s=")[2].split()[0])
+    assert tolerance < 0.001
+    assert set(read_all(open_source(root, tolerance_s=tolerance)).values()) == {"right"}
+
+
+def test_tasks_among_several_columns_of_texts_are_those_called_task(tmp_path):
+    root = write(tmp_path / "set", ROWS)
+    path = root / "meta/tasks.parquet"
+    kinds = pa.table({"kind": ["a", "b"], **pq.read_table(path).to_pydict()})
+    pq.write_table(kinds, path)
+    assert open_source(root).reading.tasks[1] == task_text(1)
+    pq.write_table(kinds.rename_columns(["instruction" if n == "task" else n for n in kinds.column_names]), path)
+    with pytest.raises(UserError, match="of texts kind, instruction, of which none is called 'task'"):
+        open_source(root)
