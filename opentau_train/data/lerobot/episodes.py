@@ -155,7 +155,8 @@ class Episodes:
 def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]) -> Episodes:
     """Every episode of the dataset. `extra` names columns that may be there. Raises `UserError`."""
     where = str(info.root / "meta")
-    if info.tree.get("total_episodes") == 0:
+    listing = info.root / "meta" / ("episodes.jsonl" if info.file_an_episode else "episodes")
+    if info.tree.get("total_episodes") == 0 and not listing.exists():
         raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
     read = _episodes_v21 if info.file_an_episode else _episodes_v30
     episodes = read(info, tuple(video_columns), tuple(extra))

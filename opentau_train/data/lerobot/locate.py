@@ -62,6 +62,8 @@ class EpisodeReader:
             try:
                 return self._search(path, number, length)
             except EpisodeError:
+                if self.is_anywhere(position):
+                    raise
                 raise error from None  # what is missing is the file
         return self._search(path, number, length)
 

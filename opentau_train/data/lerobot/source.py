@@ -210,6 +210,8 @@ def _prompt_columns(info: Info, options: LeRobotSource) -> tuple[str, ...]:
     """The text columns to read: those that are named or, with `optional_prompts`, those of them that are there, none
     where the tasks stand in; a warning names what is missing."""
     named, features = options.prompt_columns, info.features
+    if not named and "task_index" not in features:
+        log.warning("%s: no prompts: meta/info.json lists no 'task_index', which tells each row's task", info.where)
     there = tuple(column for column in named if column in features)
     if len(there) == len(named) or not options.optional_prompts or not (there or "task_index" in features):
         return named

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,20 @@ def test_a_file_of_rows_that_cannot_be_read_costs_no_episode_of_another(tmp_path
     (folder / "file-002.parquet").mkdir()
     rewrite_episodes(root, episodes_of(root) | {"data/file_index": [7, 7, 7]})
     assert_lost(open_source(root), set())
+
+
+def test_an_episode_that_lacks_a_row_costs_itself_alone_where_its_file_has_another_name(tmp_path):
+    root = write(tmp_path / "set", ROWS)
+    change_rows(root, lambda table: with_value(table, "frame_index", 4, None))
+    rewrite_episodes(root, episodes_of(root) | {"data/file_index": [7, 7, 7]})
+    source = open_source(root)
+    assert "episode 0 has 11 rows, the metadata give it 12" in assert_lost(source, OF_EPISODE[0])[0, 0]
+    assert [place for place, _, _ in source.columns(np.arange(3))] == [1, 2]
+
+
+@pytest.mark.parametrize("dataset", [ROWS, replace(ROWS, version="v2.1")], ids=["v30", "v21"])
+def test_episodes_that_are_listed_are_read_whatever_info_json_counts(dataset, tmp_path):
+    assert_lost(open_source(write(tmp_path / "set", replace(dataset, info={"total_episodes": 0}))), set())
 
 
 @pytest.mark.parametrize("template", ["{file_index:04d}.rows", "a/b/{chunk_index:d}-{file_index:d}.parquet", "ABOVE"])
@@ -178,6 +194,15 @@ def test_one_tolerance_takes_float32_times_past_4096_seconds_that_run_on(dataset
     tolerance = float(caught.value.remedy.partition("data.sources.main.tolerance_s=")[2].split()[0])
     assert tolerance < 0.001
     assert set(read_all(open_source(root, tolerance_s=tolerance)).values()) == {"right"}
+
+
+def test_rows_without_tasks_are_said_to_have_no_prompts(tmp_path, caplog):
+    root = write(tmp_path / "set", ROWS)
+    info = json.loads((root / "meta/info.json").read_text())
+    del info["features"]["task_index"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    assert open_source(root).cursors(WindowSpec(1)).cursor().read(0, 0).prompts == ()
+    assert "no prompts: meta/info.json lists no 'task_index'" in caplog.text
 
 
 def test_tasks_among_several_columns_of_texts_are_those_called_task(tmp_path):
