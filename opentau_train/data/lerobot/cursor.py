@@ -147,8 +147,6 @@ class LeRobotCursor:
         """{camera: how far, at most, the present episode's rows are from the nearest frames}, in seconds; 0 where that
         is within the tolerance for all rows inside the video and the episode's span. Raises `VideoError`."""
         tolerance_s, frame_s = self._reading.tolerance_s, self._factory.frame_s
-        assert self._rows is not None and self._rows.seconds is not None, "as in `_locate`"
-        rounding = float(np.spacing(np.float32(self._rows.seconds[-1])))  # of float32, twice where times run on
         worst = {}
         for camera, (span, times) in self._frames.items():
             cursor = self._videos[camera]
@@ -159,10 +157,18 @@ class LeRobotCursor:
                 # Clocks of two rates drift apart with time: up to half a frame, farther after the video's end.
                 grown = drift.max() * (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)
                 bounded = drift.max() <= frame_s / 2
+                rounding = self._rounding()
                 worst[camera] = float(max(drift.max(), rounding, min(grown, frame_s / 2)) if bounded else grown)
             else:
                 worst[camera] = 0.0
         return worst
+
+    def _rounding(self) -> float:
+        """By how much float32 may have rounded a row's time since the episode's start, in seconds: half of what lies
+        between two such numbers, twice."""
+        rows = self._rows
+        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
+        return float(np.spacing(np.float32(rows.seconds[-1])))
 
     def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:
         """[h+1, H', W', 3] uint8 of the window at `frame` of the present episode; the caller's own.
