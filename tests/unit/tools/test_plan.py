@@ -38,7 +38,7 @@ def test_needs_metadata_only(tmp_path, capsys):
     root = shutil.copytree(DATA / "lerobot_v30", tmp_path / "set")
     for kind in ("videos", "data"):
         for path in filter(Path.is_file, (root / kind).rglob("*")):
-            path.write_bytes(b"")
+            path.write_bytes(b"not read")
     changed = [f"data.sources.main.root={root}", "data.sources.main.control_mode=joint"]
     assert "main" in report(tmp_path, capsys, *changed)
     assert not (tmp_path / "cache" / "stats").exists()
