@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -38,7 +38,6 @@ IMPORTS = (
     "opentau_train.models.flow",
     "opentau_train.sinks.trackers",
 )
-EXTRAS = ("wandb",)
 NAME = b"opentau"
 """What such a process is called in /proc/PID/comm, followed by its rank if it has one."""
 
@@ -184,7 +183,7 @@ def main(channel: socket.socket) -> None:
     """Make the imports, then be a new process for each request."""
     own = [*os.environ["PYTHONPATH"].split(os.pathsep), str(Path(__file__).parent)]
     path = [p for p in sys.path if p not in own]
-    for module in (*IMPORTS, *(extra for extra in EXTRAS if importlib.util.find_spec(extra))):
+    for module in IMPORTS:
         importlib.import_module(module)
     threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
     lost = [name for name in threads if name != "jemalloc_bg_thd"]  # that one begins again in a fork by itself

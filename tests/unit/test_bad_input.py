@@ -418,6 +418,7 @@ def small_disk(request, tmp_path, finished) -> Iterator[tuple[Path, list[str]]]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.distributed
 def test_a_disk_full_during_a_save_costs_only_that_save(small_disk, good, tmp_path):
     run_dir, program = small_disk
     arguments = [*SMALL, f"data.sources.main.root={good}", f"paths.run_dir={run_dir}", "resume=auto"]

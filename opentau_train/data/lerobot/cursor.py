@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample, check_machine
 from opentau_train.types import RawWindow, WindowSpec
 
+log = logging.getLogger(__name__)
+
 
 class LeRobotCursorFactory:
     """Makes the cursors of one dataset in one worker process, and holds the files that they share. `frames_decoded`
@@ -39,6 +42,7 @@ class LeRobotCursorFactory:
         held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
         self.held = held[reading.actions_kept]
         self.num_cursors = 0
+        self.told_of_excess = False
 
     @property
     def frames_decoded(self) -> int:
@@ -117,8 +121,17 @@ class LeRobotCursor:
         """Where the frames of the present rows are in the file of `span`. Raises `VideoError`."""
         rows = self._rows
         assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
-        clock = self._videos[camera].clock(span.path)
-        return span, frame_times(span, rows.seconds, clock, self._factory.frame_s, self._reading.tolerance_s)
+        clock, frame_s = self._videos[camera].clock(span.path), self._factory.frame_s
+        excess = clock.last + frame_s - clock.first - (span.claimed[1] - span.claimed[0])
+        if span.sharing and excess > 1.5 * frame_s and not self._factory.told_of_excess:
+            self._factory.told_of_excess = True
+            log.warning(
+                "%s lasts %.2f s longer than the episodes that meta/ places in it: either one isn't listed, or one is "
+                "longer than meta/ says, and those after it are shown pictures of an earlier time",
+                span.path,
+                excess,
+            )
+        return span, frame_times(span, rows.seconds, clock, frame_s, self._reading.tolerance_s)
 
     def _remedy(self, error: Exception) -> str:
         """What to do about an unreadable window, where its data say more than that it is unreadable."""

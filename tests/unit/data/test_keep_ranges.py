@@ -349,7 +349,10 @@ def _without(root, feature):
             ["not a LeRobot dataset", "where:  {root}\n", "give the dir"],
         ),
         (lambda r: _without(r, "action"), ["has no actions", "meta/info.json", "remedy: name them: --actions COLUMN"]),
-        (lambda r: next(r.glob("data/**/*.parquet")).unlink(), ["rows can't be read", "remedy: restore the file\n"]),
+        (
+            lambda r: next(r.glob("data/**/*.parquet")).unlink(),
+            ["the rows of episode 4 are missing", "restore the file\n"],
+        ),
     ],
     ids=["no_root", "no_info", "no_actions", "no_rows"],
 )

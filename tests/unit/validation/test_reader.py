@@ -81,6 +81,7 @@ def test_all_passes_have_the_same_workers_and_the_numbers_that_none_gives(opened
     assert workers() == before
 
 
+@pytest.mark.distributed
 def test_a_worker_killed_between_two_passes_is_named(opened, validation):
     *_, trained = opened
     before, killed = workers(), validation(2)
@@ -94,6 +95,7 @@ def test_a_worker_killed_between_two_passes_is_named(opened, validation):
     assert workers() == before
 
 
+@pytest.mark.distributed
 def test_a_run_whose_validation_worker_is_killed_trains_on_and_ends_with_its_name_at_the_next_pass(
     tmp_path, monkeypatch
 ):

@@ -166,6 +166,18 @@ def test_no_tolerance_is_proposed_where_the_rows_lie_outside_the_video_or_the_ep
     assert check.main([str(root)]) == 0 and "tolerance_s" not in capsys.readouterr().out
 
 
+def test_a_file_that_is_longer_than_its_episodes_is_told_of_once(tmp_path, caplog):
+    """Whether an episode isn't listed, or one has more frames than listed, can't be known."""
+    root = write(tmp_path / "set", V30)
+    place_video(root, start=[0.0, 1.2, 2.6], to=[1.2, 2.6, 4.2], have=[12, 14, 19])
+    assert_lost(open_source(root), set())
+    assert caplog.text.count("file-000.mp4 lasts 0.30 s longer than the episodes that meta/ places in it") == 1
+    caplog.clear()
+    place_video(root, start=[0.0, 1.2, 2.6], to=[1.2, 2.6, 4.2], have=LENGTHS)
+    assert_lost(open_source(root), set())
+    assert "longer" not in caplog.text
+
+
 @pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
 @pytest.mark.parametrize("rate", [20, 5])
 def test_rows_of_another_rate_than_the_video_s_with_a_frame_each_are_shown_nothing(rate, dataset, tmp_path):
