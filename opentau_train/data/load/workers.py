@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import multiprocessing
 import signal
 import socket
@@ -102,12 +103,14 @@ def _parcels(
 def _check_semaphores(num_workers: int) -> None:
     """Raises `Fault` where the system hasn't the shared memory for the workers' queues, a page a semaphore: asked for
     beforehand, since a loader that breaks off half built prints a traceback of its own."""
+    needed = 3 * num_workers + 8
     try:
-        _ = [multiprocessing.Lock() for _ in range(3 * num_workers + 8)]
+        _ = [multiprocessing.Lock() for _ in range(needed)]
     except OSError as error:
         if error.errno not in NO_SHARED_MEMORY:
             raise
-        raise shared_memory_fault(f"{num_workers} data workers can't be started: {error.strerror}") from error
+        what = f"{num_workers} data workers need {needed * mmap.PAGESIZE // 1024} kB of it, batches none"
+        raise shared_memory_fault(f"{what}: {error.strerror}") from error
 
 
 def _tells_of_death(error: Exception, workers: list[BaseProcess]) -> bool:

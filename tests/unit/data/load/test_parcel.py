@@ -96,6 +96,11 @@ def test_a_small_shared_memory_is_no_hindrance_and_a_full_one_is_named_with_the_
     ended = in_small_shm("1m", [sys.executable, "-c", IN_SMALL_SHM])
     assert ended.stdout == "[0, 0, 1, 1, 2, 2, 3, 3]\n1\n1\n", ended.stderr
     assert ended.stderr.count("error: no shared memory") == 2
-    for words in ("error: no shared memory", "/dev/shm (0 MB, 0 MB free)", "--shm-size", "data.num_workers"):
+    for words in (
+        "error: no shared memory: 2 data workers need 56 kB of it",
+        "/dev/shm (0 MB, 0 MB free)",
+        "--shm-size",
+        "data.num_workers",
+    ):
         assert words in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr
