@@ -93,6 +93,7 @@ def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp
     assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
 
 
+@pytest.mark.slow
 def test_overfitting_a_handful_of_windows_drives_the_loss_down(tmp_path):
     few = ["data.sources.main.episodes=[0,1]", "data.sources.old.episodes=[0,1]", "+debug=overfit"]
     few += [

@@ -66,6 +66,7 @@ def killed(work: Callable[[], object], operation: int) -> bool:
     return code != 0
 
 
+@pytest.mark.distributed
 def test_killed_at_any_file_operation_the_newest_is_whole_and_found(tmp_path):
     retention = Retention(keep_last=2)
     kills, seen = 0, set()
@@ -99,6 +100,7 @@ def torn(folder: Path) -> None:
 BEFORE: dict[str, Callable[[Path], object]] = {"whole": lambda folder: None, "torn": torn}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("keep_last", [1, 2])
 @pytest.mark.parametrize("state", BEFORE)
 def test_a_step_saved_again_never_takes_away_the_last_whole_checkpoint(state, keep_last, tmp_path):
@@ -121,6 +123,7 @@ def test_a_step_saved_again_never_takes_away_the_last_whole_checkpoint(state, ke
     assert kills > 10
 
 
+@pytest.mark.distributed
 def test_a_file_is_amended_in_a_checkpoint_that_stays_whole(tmp_path):
     texts, kills = {json.dumps({"step": 3}), '{"step": 3, "more": 1}'}, 0
     while True:
@@ -135,6 +138,7 @@ def test_a_file_is_amended_in_a_checkpoint_that_stays_whole(tmp_path):
     assert "run.json has 2 bytes of 22" in commit.flaw(path)
 
 
+@pytest.mark.distributed
 @given(data=st.data(), keep_last=st.integers(1, 3), keep_every=st.none() | st.integers(1, 3))
 @settings(deadline=None, max_examples=20)
 def test_through_any_saves_and_kills_the_newest_never_gets_older(data, keep_last, keep_every, tmp_path_factory):
