@@ -1,15 +1,19 @@
-"""Stands in for torchvision, of which LeRobot's datasets use this much: its video reader on PyAV, and `ToTensor`.
+"""Stands in for torchvision and lends its Python code the name: that runs without its compiled operators, which fit one
+build of torch only.
 
-What they give is as torchvision documents it (`torchvision.io.VideoReader` with the backend "pyav").
+The video reader, which newer releases lack, is one on PyAV that does what torchvision documents (`io.VideoReader` with
+the backend "pyav").
 """
 
 import site
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
-import numpy as np
 import torch
+
+__path__ += [str(folder) for entry in site.getsitepackages() if (folder := Path(entry) / "torchvision").is_dir()]
+
+from torchvision import io, transforms  # noqa: E402, F401  the real package's
 
 
 def set_video_backend(backend: str) -> None:
@@ -34,18 +38,4 @@ class VideoReader:
             yield {"data": pixels.permute(2, 0, 1), "pts": float(frame.pts * frame.time_base)}
 
 
-class ToTensor:
-    """A PIL image as [3, H, W] f32 in [0, 1]."""
-
-    def __call__(self, image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(torch.float32) / 255
-
-
-io = SimpleNamespace(VideoReader=VideoReader)
-transforms = SimpleNamespace(ToTensor=ToTensor)
-
-# What else is asked for (models, for ACT's backbone) is the real package's: its Python code runs without its compiled
-# operators, which fit one build of torch only.
-__path__ += [
-    str(Path(entry) / "torchvision") for entry in site.getsitepackages() if (Path(entry) / "torchvision").is_dir()
-]
+io.VideoReader = VideoReader
