@@ -6,8 +6,10 @@ a process of tests/warm.py with them. It passes signals on, and ends as that pro
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -44,6 +46,7 @@ os._exit(code)
 def folder() -> Path:
     """A directory of these commands, good as long as this process runs."""
     made = Path(tempfile.mkdtemp(prefix="on_path"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     door.bind(str(made / "door"))
     door.listen()
