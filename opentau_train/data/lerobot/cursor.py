@@ -119,19 +119,23 @@ class LeRobotCursor:
 
     def _locate(self, camera: str, span: Span) -> tuple[Span, FrameTimes]:
         """Where the frames of the present rows are in the file of `span`. Raises `VideoError`."""
-        rows = self._rows
-        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
         clock, frame_s = self._videos[camera].clock(span.path), self._factory.frame_s
-        excess = clock.last + frame_s - clock.first - (span.claimed[1] - span.claimed[0])
-        if span.sharing and excess > 1.5 * frame_s and not self._factory.told_of_excess:
+        times = frame_times(span, self._seconds, clock, frame_s, self._reading.tolerance_s)
+        if times.excess > 1.5 * frame_s and not self._factory.told_of_excess:
             self._factory.told_of_excess = True
             log.warning(
                 "%s lasts %.2f s longer than the episodes that meta/ places in it: either one isn't listed, or one is "
                 "longer than meta/ says, and those after it are shown pictures of an earlier time",
                 span.path,
-                excess,
+                times.excess,
             )
-        return span, frame_times(span, rows.seconds, clock, frame_s, self._reading.tolerance_s)
+        return span, times
+
+    @property
+    def _seconds(self) -> NDArray[np.float64]:
+        """[L] the times of the present episode's rows."""
+        assert self._rows is not None and self._rows.seconds is not None, "rows of a source with videos have timestamps"
+        return self._rows.seconds
 
     def _remedy(self, error: Exception) -> str:
         """What to do about an unreadable window, where its data say more than that it is unreadable."""
@@ -170,18 +174,12 @@ class LeRobotCursor:
                 # Clocks of two rates drift apart with time: up to half a frame, farther after the video's end.
                 grown = drift.max() * (self._reading.episodes.length.max() - 1) / max(len(drift) - 1, 1)
                 bounded = drift.max() <= frame_s / 2
-                rounding = self._rounding()
+                # Of float32, since the episode's start: half of what lies between two such numbers, twice.
+                rounding = np.spacing(np.float32(self._seconds[-1]))
                 worst[camera] = float(max(drift.max(), rounding, min(grown, frame_s / 2)) if bounded else grown)
             else:
                 worst[camera] = 0.0
         return worst
-
-    def _rounding(self) -> float:
-        """By how much float32 may have rounded a row's time since the episode's start, in seconds: half of what lies
-        between two such numbers, twice."""
-        rows = self._rows
-        assert rows is not None and rows.seconds is not None, "rows of a source with videos have timestamps"
-        return float(np.spacing(np.float32(rows.seconds[-1])))
 
     def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:
         """[h+1, H', W', 3] uint8 of the window at `frame` of the present episode; the caller's own.

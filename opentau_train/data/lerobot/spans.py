@@ -7,6 +7,7 @@ lie there has none.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ _SAME_RATE = 0.05
 """By how much a file with a frame for each row may last longer or shorter than they do: clocks of 29 and 30 fps are
 apart by less, a file that was encoded at another rate by more."""
 _REORDERED = 4
-"""Frames by which a file's duration, told by decode times, may be wrong where its frames are uneven."""
+"""Frames by which a file's duration, told by decode times, may be wrong where its frames are uneven; of a short one at
+most a quarter."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class Span:
 class FrameTimes:
     """When the frames of an episode's rows are shown in the file: `seconds` [L], which rows are `beyond` [L] by so many
     seconds, more than the tolerance for those that are `lost` [L]; a frame shown before `low` or from `high` on is none
-    of the episode's."""
+    of the episode's. `excess`: how much longer the file lasts than the episodes that the metadata place in it."""
 
     seconds: F64
     beyond: F64
     lost: NDArray[np.bool_]
     low: float
     high: float
+    excess: float = 0.0
 
 
 def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, frame_s: float) -> tuple[F64, F64]:
@@ -93,18 +96,8 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     lasts = clock.last + frame_s - clock.first
     excess = lasts - (claimed_end - claimed_first)
     exact = clock.frames == span.rows if clock.frames else abs(excess) < half
-    told = (claimed_end - claimed_first, span.rows * frame_s) if span.sharing else (seconds[-1] - seconds[0] + frame_s,)
-    if clock.frames == span.rows and all(_at_another_rate(lasts, rows, frame_s) for rows in told):
-        raise VideoError(
-            f"{span.path} has a frame for each row, but lasts {lasts:.3f} s where they last {told[0]:.3f} s: by time "
-            "a row would be shown another one's picture"
-        )
-    own, shown = seconds[-1] - seconds[0] + frame_s, min(span.end, claimed_end) - span.first
-    if span.sharing and clock.frames == span.rows and _at_another_rate(shown, own, frame_s):
-        raise VideoError(
-            f"{span.path} shows the episode for {shown:.3f} s, a frame for each row, but its rows last {own:.3f} s: by "
-            "time a row would be shown another one's picture"
-        )
+    if clock.frames == span.rows:
+        _check_rate(span, seconds, lasts, frame_s)
     if span.sharing == 0:
         none = np.zeros(len(seconds))
         return FrameTimes(_alone(span, seconds, clock, half, exact, tolerance_s), none, none > 0, *EVER)
@@ -125,12 +118,30 @@ def frame_times(span: Span, seconds: F64, clock: Clock, frame_s: float, toleranc
     inside = _INSIDE * frame_s
     asked = np.clip(wanted, low + half - inside, high - half + inside)
     beyond = np.abs(asked - wanted)
-    return FrameTimes(asked, beyond, beyond > tolerance_s, low, high)
+    return FrameTimes(asked, beyond, beyond > tolerance_s, low, high, excess)
 
 
-def _at_another_rate(video_s: float, rows_s: float, frame_s: float) -> bool:
-    """Whether as many frames as rows last too long or too short for the rows'."""
-    return abs(video_s - rows_s) > max(_REORDERED * frame_s, _SAME_RATE * rows_s)
+def _check_rate(span: Span, seconds: F64, lasts: float, frame_s: float) -> None:
+    """Raises `VideoError` where a file that has a frame for each row, and `lasts` seconds, shows them at another rate
+    than the rows': by time a row would be shown another one's picture."""
+    own = seconds[-1] - seconds[0] + frame_s
+    if span.sharing == 0:
+        _refuse_rate(span, [(lasts, own)], frame_s)
+        return
+    first, end = span.claimed
+    _refuse_rate(span, [(lasts, end - first), (lasts, span.rows * frame_s)], frame_s)
+    # A span that is too short has lost frames; rows of another rate than the dataset's are too fast or slow for it.
+    _refuse_rate(span, [(min(span.end, end) - span.first, own), (len(seconds) * frame_s, own)], frame_s)
+
+
+def _refuse_rate(span: Span, told: Sequence[tuple[float, float]], frame_s: float) -> None:
+    """Raises `VideoError` if the seconds of video and of rows are apart in each pair of `told`."""
+    if all(abs(video - rows) > max(min(_REORDERED * frame_s, rows / 4), _SAME_RATE * rows) for video, rows in told):
+        video, rows = told[0]
+        raise VideoError(
+            f"{span.path} has a frame for each row, but they are shown for {video:.3f} s and the rows last {rows:.3f} "
+            "s: by time a row would be shown another one's picture"
+        )
 
 
 def _alone(span: Span, seconds: F64, clock: Clock, half: float, exact: bool, tolerance_s: float) -> F64:

@@ -145,7 +145,23 @@ def test_a_video_of_another_rate_with_a_frame_for_each_row_shows_nothing(dataset
         own = [(e, f) for e, f in everything if dataset is V30 or e == int(path.stem[-3:])]
         write_video(path, VIDEO, [(i / 20, picture(e, f, FRONT, SIZE)) for i, (e, f) in enumerate(own)])
     read = assert_lost(open_source(root), EVERYTHING)
-    assert "has a frame for each row, but lasts" in read[0, 0]
+    assert "has a frame for each row, but they are shown for" in read[0, 0]
+
+
+@pytest.mark.parametrize("dataset", [V30, V21], ids=["v30", "v21"])
+@pytest.mark.parametrize("spoiled", ["video", "rows"])
+def test_an_episode_of_few_rows_is_no_exception(spoiled, dataset, tmp_path):
+    """A duration may be wrong by frames where they are uneven, but never by as many as there are."""
+    few = (2, 3, 5)
+    root = write(tmp_path / "set", replace(dataset, lengths=few))
+    everything = sorted((e, f) for e, num in enumerate(few) for f in range(num))
+    if spoiled == "rows":
+        change_rows(root, with_times(lambda e, f: f / 20))
+    else:
+        for path in sorted(root.rglob("*.mp4")):
+            own = [(e, f) for e, f in everything if dataset is V30 or e == int(path.stem[-3:])]
+            write_video(path, VIDEO, [(i / 20, picture(e, f, FRONT, SIZE)) for i, (e, f) in enumerate(own)])
+    assert "another one's picture" in assert_lost(open_source(root), set(everything))[0, 1]
 
 
 def test_a_video_of_a_multiple_of_the_rows_rate_is_read(tmp_path):
