@@ -53,10 +53,10 @@ def of_episodes(
         positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:
         for position in positions:
-            same_file = stored.data_file == stored.data_file[position]
+            were_read = False
             try:
                 rows = reader.read(position) if row is None else reader.read_one(position, last=row == "last")
-                same_file = np.arange(len(same_file)) == position  # the file is there: its other episodes can be had
+                were_read = True
                 taken = take(rows)
             except RowError as error:
                 if left_out is not None and isinstance(error, EpisodeError):
@@ -65,7 +65,13 @@ def of_episodes(
                 path = stored.data.path(int(stored.data_file[position]))
                 if is_lfs_pointer(path):
                     raise lfs_error(str(path)) from error
-                number, lost = int(stored.table.episode_index[position]), stored.table.episode_index[same_file]
+                number = int(stored.table.episode_index[position])
+                # Rows that were read are of a file whose other episodes can be had.
+                lost = (
+                    [number]
+                    if were_read
+                    else stored.table.episode_index[stored.data_file == stored.data_file[position]]
+                )
                 raise UserError(
                     f"rows can't be read: {error}",
                     where=f"episode {number}, {path}",
