@@ -158,7 +158,7 @@ def numbers(rows: pa.Table, name: str, dim: int, dtype: type = np.float32) -> ND
         if array.null_count:
             row = int(np.flatnonzero(np.asarray(array.is_null()))[0])
             raise RowError(f"column '{name}' has a null (value {row} of the episode)")
-        if not _is_list(array.type):
+        if not is_list(array.type):
             break
         ends = _ends(array)[ends]
         array = array.flatten()
@@ -176,7 +176,7 @@ def texts(rows: pa.Table, name: str) -> tuple[NDArray[np.int32], list[str]]:
     """(codes [L] int32, the distinct texts): row i has the text number `codes[i]`, -1 stands for null. Raises
     `RowError` where it isn't text."""
     array = one_array(rows.column(name))
-    if _is_list(array.type):
+    if is_list(array.type):
         if array.null_count or len(array.flatten()) != len(array):
             raise RowError(f"column '{name}' doesn't have one text a row")
         array = array.flatten()
@@ -188,7 +188,8 @@ def texts(rows: pa.Table, name: str) -> tuple[NDArray[np.int32], list[str]]:
     return np.asarray(coded.indices.fill_null(-1)).astype(np.int32), coded.dictionary.to_pylist()
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether the values of the type are lists, of any kind."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.parquet import UNREADABLE
+from opentau_train.data.decode.parquet import UNREADABLE, is_list
 from opentau_train.data.lerobot.episodes import StoredEpisodes, VideoPlaces
 from opentau_train.data.lerobot.identity import StoredFile, stats_below
 from opentau_train.data.lerobot.info import LFS_BYTES, RESTORE, Info, is_lfs_pointer, lfs_error
@@ -106,11 +106,11 @@ def _wrong_column(schema: pa.Schema, column: str, is_other: bool) -> str:
     if count != 1:
         return f"{'more than one' if count else 'no'} column '{column}'"
     kind = schema.field(column).type
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    while is_list(kind):
         kind = kind.value_type
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    text = "" if is_other or number else f"a column '{column}' of {kind}, not of numbers"
-    return "" if isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind) else text
+    encoded = isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind)  # of what, only values tell
+    return "" if is_other or number or encoded else f"a column '{column}' of {kind}, not of numbers"
 
 
 def without_video(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> NDArray[np.bool_]:
