@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
+from opentau_train.models.inputs import real_actions, real_state
 from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, NORMS, STRIDE, ResNet18
 from opentau_train.types import BatchSpec, LossTerms
@@ -92,13 +93,13 @@ class ActPolicy(Policy):
         return [*self.vae_encoder.layers, *self.encoder.layers, *self.decoder.layers]
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
-        real = _real(batch)
+        real = real_actions(batch)
         return {"l1": real.sum((1, 2), dtype=torch.float32), "kl": real.any(2).any(1).float()}
 
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
-        real, counts = _real(batch), self.term_counts(batch)
+        real, counts = real_actions(batch), self.term_counts(batch)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
-        actions, state = torch.where(real, batch.actions, 0.0), _state(batch)
+        actions, state = torch.where(real, batch.actions, 0.0), real_state(batch)
         mean, log_variance = self._posterior(actions, state, ~batch.action_is_pad)
         latent = mean + (log_variance / 2).exp() * draws.normal("latent", (self.latent_dim,))
         errors = (self._decode(batch, state, latent) - actions).abs()
@@ -113,7 +114,7 @@ class ActPolicy(Policy):
     def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
         """The chunk of the prior's mean, the latent 0: nothing is drawn. Padded dims are 0."""
         latent = torch.zeros(len(batch), self.latent_dim, device=batch.state.device)
-        return torch.where(batch.action_dim_mask[:, None, :], self._decode(batch, _state(batch), latent), 0.0)
+        return torch.where(batch.action_dim_mask[:, None, :], self._decode(batch, real_state(batch), latent), 0.0)
 
     def _posterior(self, actions: Tensor, state: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of the latent, each [B, latent_dim] f32; `exists` [B, T] steps."""
@@ -237,16 +238,6 @@ def sinusoids_2d(height: int, width: int, channels: int) -> Tensor:
 def _interleaved(place: Tensor, width: int) -> Tensor:
     angle = place[:, None] / _TEMPERATURE ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-
-def _state(batch: Batch) -> Tensor:
-    return torch.where(batch.state_dim_mask, batch.state, 0.0)
-
-
-def _real(batch: Batch) -> Tensor:
-    """[B, T, A] bool: the entries of `actions` that a dataset has and that aren't a filler's."""
-    steps = ~batch.action_is_pad & (batch.weight != 0)[:, None]
-    return steps[:, :, None] & batch.action_dim_mask[:, None, :]
 
 
 def _check(spec: BatchSpec, width: int, heads: int) -> None:

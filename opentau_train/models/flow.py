@@ -18,7 +18,7 @@ from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
-from opentau_train.models.inputs import PAD_BYTE, Supervise, TokenizeBytes
+from opentau_train.models.inputs import PAD_BYTE, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec, LossTerms
@@ -108,7 +108,7 @@ class FlowPolicy(Policy):
 
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         prefix, prefix_valid = self._prefix(batch)
-        real = _real(batch)
+        real = real_actions(batch)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
         noise = draws.normal("actions", batch.actions.shape[1:])
         actions, drawn = torch.where(real, batch.actions, 0.0), torch.where(real, noise, 0.0)
@@ -169,8 +169,7 @@ class FlowPolicy(Policy):
             tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
             valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
         if self.spec.state_dim:
-            state = torch.where(batch.state_dim_mask, batch.state, 0.0)
-            both = torch.cat([state, batch.state_dim_mask.float()], dim=-1)
+            both = torch.cat([real_state(batch), batch.state_dim_mask.float()], dim=-1)
             tokens.append((self.state_in(both) + self.state_embed)[:, None])
             valid.append(torch.ones_like(valid[0]))
         return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
@@ -205,14 +204,8 @@ class FlowPolicy(Policy):
 
     def _supervised(self, batch: Batch) -> dict[str, Tensor]:
         """{term: [B, T, A] bool}, the elements that count."""
-        real = _real(batch)
+        real = real_actions(batch)
         return {term: real & batch.supervised[:, k, None, None] for k, term in enumerate(self.loss_weights)}
-
-
-def _real(batch: Batch) -> Tensor:
-    """`[B, T, A]` bool: the entries of `actions` that a dataset has and that aren't a filler's."""
-    steps = ~batch.action_is_pad & (batch.weight != 0)[:, None]
-    return steps[:, :, None] & batch.action_dim_mask[:, None, :]
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Transforms that policies add to the data's: text as tokens, and which loss terms a sample supervises."""
+"""What policies take from a batch: text as tokens, which loss terms a sample supervises, and what of it is real."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from opentau_train.data.batch import Field
+from opentau_train.data.batch import Batch, Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.types import BatchSpec
 
@@ -54,6 +56,17 @@ class Supervise(Transform):
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         return (Field("supervised", (len(self.terms),), np.bool_, False),)
+
+
+def real_actions(batch: Batch) -> Tensor:
+    """[B, T, A] bool: the entries of `actions` that a dataset has and that aren't a filler's."""
+    steps = ~batch.action_is_pad & (batch.weight != 0)[:, None]
+    return steps[:, :, None] & batch.action_dim_mask[:, None, :]
+
+
+def real_state(batch: Batch) -> Tensor:
+    """[B, S] f32: the state, 0 where a sample has none. Selected, not multiplied: padding may hold NaN."""
+    return torch.where(batch.state_dim_mask, batch.state, 0.0)
 
 
 @lru_cache(4096)

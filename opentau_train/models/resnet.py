@@ -66,8 +66,13 @@ class Residual(nn.Module):
 class ResNet18(nn.Module):
     """Frames [M, 3, H, W] uint8 RGB -> features [M, 512, ceil(H / 32), ceil(W / 32)] f32."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, norm: Norm):
         super().__init__()
+        for name, values in (("mean", MEAN), ("std", STD)):  # buffers: to send them with every batch stops the device
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = norm(64)
         self.layer1 = nn.Sequential(Residual(64, 64, 1, norm), Residual(64, 64, 1, norm))
@@ -79,7 +84,6 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, frames: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (MEAN, STD))
-        x = ((frames.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        x = ((frames.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, padding=1)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
