@@ -114,11 +114,10 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     """The tree that a run with these arguments has; None where they ask Hydra to show something (`--help`, `--cfg`)."""
     if not any(argument.partition("=")[0] in _SHOWING for argument in arguments):
         return compose(arguments)
-    overrides = [a for a in arguments if _is_override(a)]
-    _check_overrides(overrides)
+    rest, shown = _without_cfg(arguments)
     try:
-        if _flag(arguments, "--cfg", "-c"):  # what a run would say of them: `--cfg` never reaches `_show`
-            checked(_tree(overrides, _flag(arguments, *_CONFIG_DIR)))
+        if shown:  # what a run would say of them: Hydra only shows
+            checked(compose(rest))
         _quietly(_show)
     except ValueError as error:  # what Hydra refuses with a plain ValueError is the user's mistake too
         if isinstance(error, _USER_ERRORS):
@@ -181,7 +180,8 @@ def _run(tree: dict[str, Any]) -> int:
 
 def checked(tree: dict[str, Any]) -> Settings:
     """The typed settings of a composed tree, in which the options of every `_target_` are right too, before data are
-    opened or ranks started. Raises `UserError`. Users wait for it: it makes half of a run's imports."""
+    opened or ranks started. Raises `UserError`. Users wait for it, so it may import what a run's classes need to be
+    looked at, and no more (`tests/unit/test_layers.py`)."""
     settings = load_settings(tree)
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
@@ -278,13 +278,17 @@ def _is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
-def _flag(arguments: Sequence[str], *names: str) -> str | None:
-    """The value of a command-line flag, `--name value` or `--name=value`; "" when it comes last."""
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in names:
-            return value or (arguments[place + 1] if place + 1 < len(arguments) else "")
-    return None
+def _without_cfg(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments of the run of which `--cfg` shows the configuration, and what it shows; "" without it."""
+    rest, shown, words = [], "", iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--cfg", "-c", "--package", "-p"):
+            value = value if equals else next(words, "")
+            shown = value if name in ("--cfg", "-c") else shown
+        elif name not in (*_SHOWING, "--resolve"):
+            rest.append(word)
+    return rest, shown
 
 
 def _print_once(text: str) -> None:

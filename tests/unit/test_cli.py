@@ -97,6 +97,8 @@ MISTAKES = {
     "missing_value": ([DROID, "trainer.steps=???"], ["trainer.steps is required", "add trainer.steps=VALUE"]),
     "removed_key": ([DROID, "~trainer.steps"], ["trainer.steps is required"]),
     "another_primary_configuration": ([DROID, "--config-name", "own"], ["--config-name own", "--help"]),
+    "another_primary_configuration_is_not_shown": ([DROID, "--cfg", "job", "-cn", "own"], ["-cn own", "--help"]),
+    "sweep_that_is_shown": ([DROID, "--cfg=job", "--multirun"], ["sweeps are not run", "--multirun"]),
     "unknown_flag": ([DROID, "--nosuchflag"], ["--nosuchflag", "--help"]),
     "flag_without_value": ([DROID, "--cfg"], ["--cfg", "expected one argument"]),
     "config_directory_that_is_not_there": (
