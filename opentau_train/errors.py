@@ -1,4 +1,4 @@
-"""The errors that users meet, and the exit codes that scripts see.
+"""The errors that users meet, the machine's faults in words, and the exit codes that scripts see.
 
 A `UserError` is a mistake in configuration or data: it is printed once (by rank 0), without a
 traceback, and ends the program with `EXIT_USER`. Everything else is a fault and ends with `EXIT_FAULT`; a `Fault` is

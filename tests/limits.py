@@ -35,7 +35,9 @@ def alone(test: Callable[..., None]) -> Callable[..., None]:
                 test(*arguments, **named)
                 code = 0
             except BaseException:
-                traceback.print_exc()  # broad: all of it fails the test
+                # Broad, and not to be split: pytest's own failures are no Exceptions. Whatever it is fails the test,
+                # and none may leave this fork, which would go on as a second pytest.
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
