@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.checkpoints.weights import FirstWeights, fill, locate_weights
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
-from opentau_train.config.typed import bind, instantiate
+from opentau_train.config.typed import instantiate
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -37,6 +39,7 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
@@ -44,7 +47,7 @@ from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
-from opentau_train.models.policy import Policy
+from opentau_train.models.policy import Policy, bind_model, build_policy
 from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.types import BatchSpec
@@ -113,8 +116,10 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats = None
-    if checkpoint is not None:
+    stats, first = None, None
+    if checkpoint is None:
+        first = world.once_a_node(lambda: locate_weights(settings.model))
+    else:
         world.agree(lambda: _compare(settings, tree, checkpoint))
         stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
@@ -126,7 +131,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution)
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, first)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -205,21 +210,32 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
 
 
 def spread_policy(
-    model: Mapping[str, Any], spec: BatchSpec, world: World, mesh: DeviceMesh | None, execution: Execution
+    model: Mapping[str, Any],
+    spec: BatchSpec,
+    world: World,
+    mesh: DeviceMesh | None,
+    execution: Execution,
+    first: FirstWeights | None = None,
 ) -> tuple[Policy, Replicas]:
-    """The policy that the settings `model` name, untrained and spread over the ranks. Where its class allows
-    (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global generator. Collective; raises
-    `UserError` on all ranks alike."""
-    target, _ = bind(model, "model", ["spec"])
+    """The policy that the settings `model` name, spread over the ranks, with its `first` weights or untrained. Where
+    its class allows (`Policy.meta_init`), it has no memory until it is sharded, and nothing is drawn for what `first`
+    fills. Draws from torch's global generator. Collective; raises `UserError` on all ranks alike."""
+    target, _ = bind_model(model)
     on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
 
     def build() -> Policy:
         with torch.device("meta") if on_meta else nullcontext():
-            return instantiate(model, "model", spec=spec)
+            return build_policy(model, spec)
 
     policy = world.agree(build)
-    init = policy.init_weights if on_meta else None
-    return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
+    plan = None if first is None else world.agree(lambda: first.plan(policy))
+    given = () if plan is None else plan.sources
+    allocate = partial(materialise, policy, init_weights=policy.init_weights, given=given) if on_meta else None
+    replicas = spread(policy, policy.blocks(), world, mesh, execution, allocate)
+    if plan is not None:
+        world.agree(lambda: fill(policy, plan))
+        log.info("first weights of the policy:\n%s", plan.report)
+    return policy, replicas
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

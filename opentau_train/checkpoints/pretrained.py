@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from opentau_train.checkpoints import commit
-from opentau_train.config import typed
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, check_machine, did_you_mean
-from opentau_train.models.policy import Policy
+from opentau_train.models.policy import Policy, build_policy
 from opentau_train.types import BatchSpec
 
 FORMAT = "opentau_train.policy/1"
@@ -171,7 +170,7 @@ def pretrained_folder(path: Path) -> Path:
 def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained. Torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        return typed.instantiate(card.config["model"], "model", spec=BatchSpec.from_json(card.policy["spec"]))
+        return build_policy(card.config["model"], BatchSpec.from_json(card.policy["spec"]))
 
 
 def _unreadable(path: Path, cause: object) -> UserError:
