@@ -84,6 +84,17 @@ class FastActions(TokenizeActions):
         return np.array(fast(self.tokenizer).encode(whole), np.int64)
 
 
+def make_fast(num_tokens: int, folder: str | None) -> tuple[FastActions, int]:
+    """FAST by the files in `folder`, and how many tokens it has. Raises `UserError` where there are none."""
+    if folder is None:
+        raise UserError(
+            "model.action_tokens=fast without FAST's files",
+            where="model.action_tokenizer_path",
+            remedy="set it to their folder (tokenizer.json and processor_config.json), or model.action_tokens=binned",
+        )
+    return FastActions(num_tokens, folder), fast(folder).vocab_size
+
+
 @dataclass(frozen=True)
 class Fast:
     """`inner`, the byte-pair encoder; coefficients are multiplied by `scale`, rounded, and moved up by `-lowest`, so

@@ -93,7 +93,9 @@ class Pair(nn.Module):
         return _finish(self.vlm, prefix.x + _attend(self.vlm, q, k, v, prefix.mask), None), (k, v)
 
 
-def make_layers(vlm: GemmaSizes, expert: ExpertSizes, *, adaptive: bool) -> list[tuple[GemmaDecoderLayer, GemmaDecoderLayer]]:
+def make_layers(
+    vlm: GemmaSizes, expert: ExpertSizes, *, adaptive: bool
+) -> list[tuple[GemmaDecoderLayer, GemmaDecoderLayer]]:
     """Each layer of the language model with the expert's beside it, whose norms are `adaptive` or not."""
     layers = []
     for _ in range(vlm.depth):

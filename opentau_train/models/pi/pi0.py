@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from opentau_train.data.batch import Batch
 from opentau_train.models.inputs import real_state
+from opentau_train.models.pi import names
 from opentau_train.models.pi.parts import time_features
 from opentau_train.models.pi.policy import PiPolicy
+from opentau_train.models.weight_map import WeightMap
 
 
 class Pi0Policy(PiPolicy):
     form = "pi0"
     adaptive = False
+
+    def weight_map(self) -> WeightMap:
+        return names.whole()
 
     def make_suffix(self, width: int) -> None:
         self.state_proj = nn.Linear(self.max_state_dim, width)

@@ -6,13 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.data.batch import Batch
+from opentau_train.models.pi import names
 from opentau_train.models.pi.parts import time_features
 from opentau_train.models.pi.policy import PiPolicy
+from opentau_train.models.weight_map import WeightMap
 
 
 class Pi05Policy(PiPolicy):
     form = "pi05"
     adaptive = True
+
+    def weight_map(self) -> WeightMap:
+        # Some conversions call the time's layers as pi0's are called.
+        return names.whole((r"^action_time_mlp_", "time_mlp_"))
 
     def make_suffix(self, width: int) -> None:
         self.time_mlp_in = nn.Linear(width, width)

@@ -15,7 +15,7 @@ with and without them; with `insulate` no gradient of `mse` reaches the language
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,12 @@ from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
 from opentau_train.models.pi import action_tokens as chunks
-from opentau_train.models.pi import prompts
+from opentau_train.models.pi import names, prompts
 from opentau_train.models.pi.parts import Tokens, normed, rotations
 from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
+from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
 ActionTokens = Literal["none", "binned", "fast"]
@@ -42,10 +43,11 @@ class PiPolicy(Policy):
     """What pi0 and pi0.5 have in common; `Policy` has the contract.
 
     `vlm`, `expert` and `vision` are the sizes of the parts; state and actions are filled up to `max_state_dim` and
-    `max_action_dim`, which the weights' projections have; chunks have up to `max_chunk_length` steps. `tokenizer_path`:
-    `prompts.TokenizePrompt`, for up to `max_prompt_tokens`. `action_tokens`: none, binned (`num_bins` between the two
-    of `bin_range`) or fast, by the files in `action_tokenizer_path`; of up to `max_action_tokens`, None: as many as
-    there are bins. `num_flow_steps` Euler steps when sampling; `mse_weight` and `ce_weight` weigh the terms.
+    `max_action_dim`, which the weights' projections have, chunks have up to `max_chunk_length` steps; None: the data's.
+    `tokenizer_path`, `max_prompt_tokens` and `prompt_overflow`: see `prompts.TokenizePrompt`. `action_tokens`: none,
+    binned (`num_bins` between the two of `bin_range`) or fast, by the files in `action_tokenizer_path`; of up to
+    `max_action_tokens`, None: as many as a chunk has elements. `insulate`: no gradient of the flow reaches the language
+    model. `num_flow_steps` Euler steps when sampling; `mse_weight` and `ce_weight` weigh the terms.
     """
 
     meta_init = True
@@ -61,9 +63,9 @@ class PiPolicy(Policy):
         vlm: GemmaSizes,
         expert: ExpertSizes,
         vision: VisionSizes,
-        max_state_dim: int = 32,
-        max_action_dim: int = 32,
-        max_chunk_length: int = 50,
+        max_state_dim: int | None = 32,
+        max_action_dim: int | None = 32,
+        max_chunk_length: int | None = 50,
         tokenizer_path: str | None = None,
         max_prompt_tokens: int = 48,
         prompt_overflow: Overflow = "cut",
@@ -84,27 +86,27 @@ class PiPolicy(Policy):
         except ImportError as error:
             raise prompts.missing_extra("transformers", error) from error
         self.spec, self.vlm_sizes, self.num_flow_steps = spec, vlm, num_flow_steps
-        self.max_state_dim, self.max_action_dim = max_state_dim, max_action_dim
+        self.max_state_dim, self.max_action_dim = max_state_dim or spec.state_dim, max_action_dim or spec.action_dim
         self.image_size = vision.image_size
         self.loss_weights = {"mse": mse_weight}
         self._transforms: dict[str, Transform] = {
             "tokenize": TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
         }
-        _check_vocabulary(tokenizer_path, vlm.vocab_size)
+        prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
         if action_tokens != "none":
             num = max_action_tokens or spec.chunk_length * spec.action_dim
+            transform: Transform
             if action_tokens == "fast":
-                folder = _required(action_tokenizer_path)
-                vocabulary = chunks.fast(folder).vocab_size
-                self._transforms["tokenize_actions"] = chunks.FastActions(num, folder)
+                transform, vocabulary = chunks.make_fast(num, action_tokenizer_path)
             else:
-                vocabulary = num_bins
-                self._transforms["tokenize_actions"] = chunks.BinActions(num, num_bins, *bin_range)
+                transform, vocabulary = chunks.BinActions(num, num_bins, *bin_range), num_bins
+            self._transforms["tokenize_actions"] = transform
             self.loss_weights["ce"] = ce_weight
             self.action_token_embed = nn.Embedding(vocabulary + 1, vlm.width)  # the last one begins the sequence
             self.action_token_out = nn.Linear(vlm.width, vocabulary, bias=False)
 
-        self.vision = network.Vision(vision, vlm.width)
+        if spec.cameras:
+            self.vision = network.Vision(vision, vlm.width)
         self.token_embed = nn.Embedding(vlm.vocab_size, vlm.width)
         layers = network.make_layers(vlm, expert, adaptive=self.adaptive)
         has_tokens = "ce" in self.loss_weights
@@ -114,8 +116,8 @@ class PiPolicy(Policy):
         )
         self.vlm_norm = network.final_norm(vlm.width, adaptive=False).requires_grad_(has_tokens)
         self.expert_norm = network.final_norm(expert.width, adaptive=self.adaptive)
-        self.action_in_proj = nn.Linear(max_action_dim, expert.width)
-        self.action_out_proj = nn.Linear(expert.width, max_action_dim)
+        self.action_in_proj = nn.Linear(self.max_action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, self.max_action_dim)
         self.make_suffix(expert.width)
         self.init_weights()
 
@@ -129,8 +131,11 @@ class PiPolicy(Policy):
         size = (self.image_size, self.image_size)
         return Wants({"supervise": supervise, **self._transforms}, modes=tuple(SUPERVISES), image_size=size)
 
+    def vlm_weight_map(self) -> WeightMap | None:
+        return names.vlm_only()
+
     def blocks(self) -> list[nn.Module]:
-        return [*self.vision.layers, *self.layers]
+        return [*(self.vision.layers if self.spec.cameras else ()), *self.layers]
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.flatten(1).sum(1, dtype=torch.float32) for term, mask in self._supervised(batch).items()}
@@ -197,17 +202,18 @@ class PiPolicy(Policy):
 
     def _prefix(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The tokens of cameras and prompt [B, P, D], and which of them exist [B, P] bool."""
-        frames = torch.stack([batch.images[camera][:, -1] for camera in self.spec.cameras], dim=1)
-        present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
-        patches = self._patches(frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
         tokens = batch.prompt_tokens
-        has_token = tokens != NO_TOKEN
-        # Of a filler nothing exists, and softmax of nothing is NaN: its first token stands for something.
-        has_token = torch.cat([torch.ones_like(has_token[:, :1]), has_token[:, 1:]], dim=1)
-        seen = present[:, :, None].expand(-1, -1, patches.shape[2]).flatten(1)
         words = F.embedding(tokens.clamp(min=0), self.token_embed.weight, padding_idx=0)
-        words = words * math.sqrt(self.vlm_sizes.width)
-        return torch.cat([patches.flatten(1, 2), words], dim=1), torch.cat([seen, has_token], dim=1)
+        x, valid = [words * math.sqrt(self.vlm_sizes.width)], [tokens != NO_TOKEN]
+        # Of a filler nothing exists, and softmax of nothing is NaN: its first token stands for something.
+        valid[0] = torch.cat([torch.ones_like(valid[0][:, :1]), valid[0][:, 1:]], dim=1)
+        if self.spec.cameras:
+            frames = torch.stack([batch.images[camera][:, -1] for camera in self.spec.cameras], dim=1)
+            present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
+            patches = self._patches(frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
+            x.insert(0, patches.flatten(1, 2))
+            valid.insert(0, present[:, :, None].expand(-1, -1, patches.shape[2]).flatten(1))
+        return torch.cat(x, dim=1), torch.cat(valid, dim=1)
 
     def _patches(self, frames: Tensor, present: Tensor) -> Tensor:
         """[M, P, D] of `frames` [M, 3, H, W]: 0 of those that aren't `present` [M], for which nothing is computed but
@@ -269,41 +275,17 @@ class PiPolicy(Policy):
         }
 
 
-def _required(action_tokenizer_path: str | None) -> str:
-    if action_tokenizer_path is None:
-        raise UserError(
-            "model.action_tokens=fast without FAST's files",
-            where="model.action_tokenizer_path",
-            remedy="set it to their folder (tokenizer.json and processor_config.json), or model.action_tokens=binned",
-        )
-    return action_tokenizer_path
-
-
-def _check_vocabulary(tokenizer: str | None, size: int) -> None:
-    num = prompts.vocab_size(tokenizer)
-    if num > size:
-        raise UserError(
-            f"the tokenizer has {num} tokens, the language model's table {size}",
-            where="model.tokenizer_path",
-            remedy="name the tokenizer of the weights, or set model.vlm.vocab_size to at least its number",
-        )
-
-
-def _check_spec(spec: BatchSpec, max_state_dim: int, max_action_dim: int, max_chunk_length: int) -> None:
-    limits: dict[str, tuple[int, int, Any]] = {
-        "max_state_dim": (spec.state_dim, max_state_dim, "state dimensions"),
-        "max_action_dim": (spec.action_dim, max_action_dim, "action dimensions"),
-        "max_chunk_length": (spec.chunk_length, max_chunk_length, "steps in a chunk"),
+def _check_spec(spec: BatchSpec, state_dim: int | None, action_dim: int | None, chunk_length: int | None) -> None:
+    limits: dict[str, tuple[int, int | None, str, str]] = {
+        "max_state_dim": (spec.state_dim, state_dim, "state dimensions", "choose dimensions in the source"),
+        "max_action_dim": (spec.action_dim, action_dim, "action dimensions", "choose dimensions in the source"),
+        "max_chunk_length": (spec.chunk_length, chunk_length, "steps in a chunk", "lower data.chunk_length"),
     }
-    for key, (has, holds, words) in limits.items():
-        if has > holds:
-            remedy = "set data.chunk_length" if key == "max_chunk_length" else "choose dimensions in the source"
+    for key, (has, holds, words, otherwise) in limits.items():
+        if holds is not None and has > holds:
+            dims = "" if key == "max_chunk_length" else " and, for loaded weights, model.resize_dims=true"
             raise UserError(
                 f"the data has {has} {words}, the policy holds {holds}",
                 where=f"model.{key}",
-                remedy=f"set model.{key}={has}, to which loaded projections are widened by zeros, or {remedy}",
+                remedy=f"set model.{key}={has}{dims}; or {otherwise}",
             )
-    if not spec.cameras:
-        raise UserError(
-            "pi0 and pi0.5 need a camera", where="model", remedy="give a source cameras, or choose another model"
-        )

@@ -133,9 +133,15 @@ def load(path: str) -> Tokenizer:
     return Tokenizer(inner, () if start is None else (start,))
 
 
-def vocab_size(tokenizer: str | None) -> int:
-    """Numbers that the tokenizer's tokens have."""
-    return NUM_BYTE_TOKENS if tokenizer is None else load(tokenizer).vocab_size
+def check_vocabulary(tokenizer: str | None, size: int) -> None:
+    """Raises `UserError` where the tokenizer has more tokens than a table of `size`."""
+    num = NUM_BYTE_TOKENS if tokenizer is None else load(tokenizer).vocab_size
+    if num > size:
+        raise UserError(
+            f"the tokenizer has {num} tokens, the language model's table {size}",
+            where="model.tokenizer_path",
+            remedy=f"name the tokenizer of the weights, or set model.vlm.vocab_size={num} to train from scratch",
+        )
 
 
 def missing_extra(package: str, error: ImportError) -> UserError:

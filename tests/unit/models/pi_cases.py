@@ -245,3 +245,28 @@ def fast_files(folder: Path) -> tokenizers.Tokenizer:
     options = {"scale": 10, "min_token": -200, "vocab_size": 300}
     (folder / "processor_config.json").write_text(json.dumps(options))
     return own
+
+
+def published(policy: PiPolicy, layout: str) -> dict[str, torch.Tensor]:
+    """The policy's weights as a file of `layout` has them: transformers, lerobot, openpi, and paligemma or an older
+    paligemma for the language model alone. With what such files have besides."""
+    own = {name: value for name, value in policy.state_dict().items() if not name.startswith("action_token")}
+    table, expert = own["token_embed.weight"], torch.zeros(VLM.vocab_size, EXPERT.width)
+    if layout == "transformers":
+        return {library_name(n): v for n, v in own.items()} | {"model.dit.embed_tokens.weight": expert}
+    if layout in ("lerobot", "openpi"):
+        prefix = "model." if layout == "lerobot" else ""
+        named = {prefix + lerobot_name(n): v for n, v in own.items()}
+        head = f"{prefix}paligemma_with_expert.paligemma.lm_head.weight"
+        if layout == "lerobot":  # as pi0_base: the head is there, the table, which is the same, isn't
+            named.pop(f"{prefix}paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight")
+            named[head] = table
+        else:
+            named[head] = torch.full_like(table, 9.0)
+        return named | {f"{prefix}paligemma_with_expert.gemma_expert.lm_head.weight": expert}
+    vlm = {n: v for n, v in own.items() if ".vlm." in n or n.startswith(("vision.", "token_embed.", "vlm_norm."))}
+    named = {library_name(n).replace("model.vlm.", ""): v for n, v in vlm.items()}
+    if layout == "paligemma":
+        return {f"model.{n}": v for n, v in named.items()}
+    named = {n.replace("vision_tower.", "vision_tower.vision_model."): v for n, v in named.items()}
+    return {n.replace("language_model.", "language_model.model."): v for n, v in named.items()}
