@@ -112,13 +112,14 @@ def final_norm(width: int, *, adaptive: bool) -> nn.Module:
 
 
 def init_weights(module: nn.Module) -> None:
-    """As transformers and openpi do it where no weights are loaded: matrices of normal(0, 0.02), SigLIP's convolution
-    He-normal, norms and biases that change nothing, adaptive norms that shut their layers."""
+    """As openpi does it where no weights are loaded: matrices and SigLIP's convolution normal with a variance of one
+    over their inputs, tables normal(0, 0.02), norms and biases that change nothing, adaptive norms that shut their
+    layers."""
     for name, parameter in module.named_parameters():
-        if parameter.ndim == 4:
-            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
-        elif parameter.ndim == 2:
+        if parameter.ndim == 2 and "embed" in name:
             nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim >= 2:
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     for part in module.modules():
