@@ -80,8 +80,10 @@ def plan_weights(
     entries = {n: e for n, e in found.items() if not fits(n, (*mapping.ignored, *STATISTICS))}
     own = {name: tensor for name, tensor in policy.state_dict().items() if fits(name, mapping.part)}
     sources, unexpected, mismatched = dict[str, tuple[str, Entry]](), list[str](), dict[str, str]()
-    for published, entry in entries.items():
+    for published, entry in sorted(entries.items(), key=lambda item: fits(item[0], mapping.fallback)):
         name = mapping.own_name(published)
+        if name in sources and fits(published, mapping.fallback):
+            continue
         if name not in own:
             unexpected.append(published)
         elif name in sources:

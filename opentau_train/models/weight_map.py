@@ -13,7 +13,8 @@ class WeightMap:
     """From a file's names of tensors to the names in the policy's `state_dict`, by default the same ones.
 
     `renames`: (regular expression, replacement), applied in order to a name of the file. The rest are patterns, as a
-    shell has them. Of the file's names: `ignored`, which the policy has no use for. Of the policy's own: `part`, what
+    shell has them. Of the file's names: `ignored`, which the policy has no use for, and `fallback`, which is read only
+    where no other gives the same tensor, as a head that shares the table of tokens. Of the policy's own: `part`, what
     the file is to fill; `new`, what it may lack: it keeps its initialisation; `resized`, whose first or last axis goes
     over a state's or action's dimensions: filled up with zeros, or cut, where the user wants that
     (`model.resize_dims`).
@@ -22,6 +23,7 @@ class WeightMap:
     renames: tuple[tuple[str, str], ...] = ()
     new: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     part: tuple[str, ...] = ("*",)
 
