@@ -234,7 +234,7 @@ def spread_policy(
     replicas = spread(policy, policy.blocks(), world, mesh, execution, allocate)
     if plan is not None:
         world.agree(lambda: fill(policy, plan))
-        log.info("first weights of the policy:\n%s", plan.report)
+        log.info("first weights of the policy:\n%s", plan)
     return policy, replicas
 
 

@@ -144,13 +144,13 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise _unreadable(file, error) from error
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
-    pipelines = _pipelines(card)
+    pipelines = pipelines_of(card)
     transforms = [t for p in pipelines.values() for t in p.transforms.values()]
     spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
     return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
 
 
-def _pipelines(card: Pretrained) -> dict[str, Pipeline]:
+def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
     """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
     made: dict[str, Pipeline] = {}
     for name, tree in card.policy.get("transforms", {}).items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opentau_train.checkpoints.lerobot import published_stats
 from opentau_train.checkpoints.weight_files import Entry, locate, open_weights
 from opentau_train.config.weights import weight_settings
 from opentau_train.distributed.materialise import shard_of
@@ -47,10 +48,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """`sources` {the policy's name: (the file's name, its tensor)}."""
+    """`sources` {the policy's name: (the file's name, its tensor)}; `stats` that lie beside the weights
+    (`published_stats`): a run computes those of its own data, as LeRobot does when it trains such weights further."""
 
     sources: dict[str, tuple[str, Entry]]
     report: Report
+    stats: dict[str, torch.Tensor]
+
+    def __str__(self) -> str:
+        """The report's four lines, and a fifth where there are statistics."""
+        named = _some([f"{name} {list(value.shape)}" for name, value in self.stats.items()], 8)
+        return f"{self.report}" + (f"\nstatistics  not used, the data's own are: {named}" if named else "")
 
 
 def load_pretrained(policy: nn.Module, path: str | Path, mapping: WeightMap) -> Report:
@@ -68,7 +76,8 @@ def plan_weights(
     """Which tensor of the weights at `path` goes where. `where`: the setting that names them; `resize`: whether what
     `mapping.resized` names may have other dimensions. Raises as `load_pretrained` does."""
     path = Path(path)
-    entries = {n: e for n, e in open_weights(path, where).items() if not fits(n, (*mapping.ignored, *STATISTICS))}
+    found = open_weights(path, where)
+    entries = {n: e for n, e in found.items() if not fits(n, (*mapping.ignored, *STATISTICS))}
     own = {name: tensor for name, tensor in policy.state_dict().items() if fits(name, mapping.part)}
     sources, unexpected, mismatched = dict[str, tuple[str, Entry]](), list[str](), dict[str, str]()
     for published, entry in sorted(entries.items(), key=lambda item: fits(item[0], mapping.fallback)):
@@ -91,7 +100,7 @@ def plan_weights(
     missing = tuple(name for name in own if name not in sources and name not in mismatched)
     report = Report(path, tuple(sources), missing, tuple(unexpected), tuple(mismatched.values()))
     _check(report, tuple(mismatched), mapping, where)
-    return Plan(sources, report)
+    return Plan(sources, report, published_stats(path if path.is_dir() else path.parent, found))
 
 
 def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
@@ -104,6 +113,7 @@ def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
 
 def _check(report: Report, mismatched: tuple[str, ...], mapping: WeightMap, where: str) -> None:
     unnamed = [name for name in report.missing if not fits(name, mapping.new)]
+    filled = {_layer(name) for name in report.loaded} - {""}
     if not report.loaded:
         what = "no tensor of the file fits the model"
         remedy = "choose the model that these weights are of, or weights of this one"
@@ -112,12 +122,20 @@ def _check(report: Report, mismatched: tuple[str, ...], mapping: WeightMap, wher
         remedy = "set the model's sizes, data.chunk_length and the data's dimensions to those of the weights"
         if all(fits(name, mapping.resized) for name in mismatched):
             remedy = "set model.resize_dims=true: projections are cut to the data's dimensions, or filled up with 0"
+    elif halves := [name for name in report.unexpected if _layer(mapping.own_name(name)) in filled]:
+        what = f"the file has more of some layers than the model: {_some(halves)}"
+        remedy = "set the model's options to those of the weights (norms, biases), or choose the model that they are of"
     elif unnamed:
         what = f"the file lacks {len(unnamed)} tensors of the model: {_some(unnamed)}"
         remedy = "choose the model that these weights are of, or weights of this one"
     else:
         return
     raise UserError(f"{what}\n{_indented(report)}", where=where or str(report.path), remedy=remedy)
+
+
+def _layer(name: str) -> str:
+    """The module that a tensor belongs to; "" is the policy itself."""
+    return name.rpartition(".")[0]
 
 
 def fill(policy: nn.Module, plan: Plan) -> None:

@@ -19,6 +19,7 @@ from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Wants
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
+from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
@@ -29,6 +30,9 @@ class Policy(nn.Module, ABC):
 
     Every parameter takes part in every forward pass: DDP runs without `find_unused_parameters`.
     """
+
+    spec: BatchSpec
+    """What it was built for."""
 
     loss_weights: dict[str, float]
     """{term: its weight in the total loss}, one entry for each term that `forward` returns."""
@@ -59,6 +63,11 @@ class Policy(nn.Module, ABC):
 
     def backbone_weight_map(self) -> WeightMap | None:
         """The same for files of the image encoder alone (`model.backbone_path`); None: it takes none."""
+        return None
+
+    def lerobot_export(self) -> LerobotExport | None:
+        """The policy as LeRobot's class of the same architecture has it; None: there is no such class. Raises
+        `UserError` where it has none of this form."""
         return None
 
     @abstractmethod
