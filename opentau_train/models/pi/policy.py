@@ -27,8 +27,9 @@ from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
+from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
-from opentau_train.models.pi import names, prompts
+from opentau_train.models.pi import lerobot, names, prompts
 from opentau_train.models.pi.parts import Tokens, normed, rotations
 from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes, check_spec
@@ -90,10 +91,10 @@ class PiPolicy(Policy):
             raise prompts.missing_extra("transformers", error) from error
         self.spec, self.vlm_sizes, self.num_flow_steps = spec, vlm, num_flow_steps
         self.max_state_dim, self.max_action_dim = max_state_dim or spec.state_dim, max_action_dim or spec.action_dim
-        self.image_size = vision.image_size
+        self.sizes, self.image_size = (vlm, expert, vision), vision.image_size
         self.loss_weights = {"mse": mse_weight}
-        self._tokenize = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
-        self._transforms: dict[str, Transform] = {"tokenize": self._tokenize}
+        self.prompt = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
+        self._transforms: dict[str, Transform] = {"tokenize": self.prompt}
         prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
         vocabulary = 0
         if action_tokens != "none":
@@ -141,9 +142,12 @@ class PiPolicy(Policy):
 
     def _for_words(self, weights: WeightMap) -> WeightMap:
         """The same; who asks for it loads weights, which are of little use where the policy reads bytes."""
-        if self._tokenize.tokenizer is None:
+        if self.prompt.tokenizer is None:
             log.warning("%s; set model.tokenizer_path to the folder of PaliGemma's tokenizer.json", READS_BYTES)
         return weights
+
+    def lerobot_export(self) -> LerobotExport:
+        return lerobot.export(self)
 
     def blocks(self) -> list[nn.Module]:
         return [*(self.vision.layers if self.spec.cameras else ()), *self.layers]
