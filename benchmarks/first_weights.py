@@ -98,7 +98,7 @@ def build(way: str, world: World, file: Path | None, **sizes: int) -> FlowPolicy
         policy.load_state_dict(load_file(file))
         spread(policy, policy.blocks(), world, mesh)
         return policy
-    first = FirstWeights("pretrained_path", file, resize=False) if way == "slices" else None
+    first = (FirstWeights("pretrained_path", file, resize=False),) if way == "slices" else ()
     model = {"_target_": "opentau_train.models.flow.FlowPolicy", **sizes}
     return spread_policy(model, SPEC, world, mesh, Execution(), first)[0]
 

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,7 +116,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats, first = None, None
+    stats = None
+    first: tuple[FirstWeights, ...] = ()
     if checkpoint is None:
         first = world.once_a_node(lambda: locate_weights(settings.model))
     else:
@@ -215,7 +216,7 @@ def spread_policy(
     world: World,
     mesh: DeviceMesh | None,
     execution: Execution,
-    first: FirstWeights | None = None,
+    first: Sequence[FirstWeights] = (),
 ) -> tuple[Policy, Replicas]:
     """The policy that the settings `model` name, spread over the ranks, with its `first` weights or untrained. Where
     its class allows (`Policy.meta_init`), it has no memory until it is sharded, and nothing is drawn for what `first`
@@ -228,12 +229,12 @@ def spread_policy(
             return build_policy(model, spec)
 
     policy = world.agree(build)
-    plan = None if first is None else world.agree(lambda: first.plan(policy))
-    given = () if plan is None else plan.sources
+    plans = world.agree(lambda: [part.plan(policy) for part in first])
+    given = {name for plan in plans for name in plan.sources}
     allocate = partial(materialise, policy, init_weights=policy.init_weights, given=given) if on_meta else None
     replicas = spread(policy, policy.blocks(), world, mesh, execution, allocate)
-    if plan is not None:
-        world.agree(lambda: fill(policy, plan))
+    for plan in plans:
+        world.agree(partial(fill, policy, plan))
         log.info("first weights of the policy:\n%s", plan)
     return policy, replicas
 

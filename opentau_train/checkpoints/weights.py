@@ -21,7 +21,7 @@ from opentau_train.checkpoints.weight_files import Entry, locate, open_weights
 from opentau_train.config.weights import weight_settings
 from opentau_train.distributed.materialise import shard_of
 from opentau_train.errors import UserError
-from opentau_train.models.policy import WEIGHT_MAPS, Policy, not_read
+from opentau_train.models.policy import WEIGHT_MAPS, Policy, bind_model, not_read
 from opentau_train.models.weight_map import WeightMap, fits
 
 STATISTICS = ("normalize_inputs.*", "normalize_targets.*", "unnormalize_outputs.*")
@@ -164,21 +164,25 @@ class FirstWeights:
 
     def plan(self, policy: Policy) -> Plan:
         """Raises `UserError` where they don't fit the policy, or where it doesn't read them."""
-        mapping = getattr(policy, WEIGHT_MAPS[self.key])()
+        method = WEIGHT_MAPS.get(self.key)
+        mapping = policy.encoders[self.key] if method is None else getattr(policy, method)()
         if mapping is None:
             raise not_read(self.key, type(policy))
         return plan_weights(policy, self.path, mapping, f"model.{self.key}", resize=self.resize)
 
 
-def locate_weights(model: Mapping[str, Any]) -> FirstWeights | None:
-    """What the settings `model` name, downloaded where it is on the Hub; None where they name nothing. Its files can be
-    read. Called before anything costs time. Raises `UserError`."""
-    settings = weight_settings(model)
-    for key, given in settings.paths.items():
+def locate_weights(model: Mapping[str, Any]) -> tuple[FirstWeights, ...]:
+    """What the settings `model` name, downloaded where it is on the Hub: those of encoders, then those of the whole
+    policy or of a larger part. Their files can be read. Called before anything costs time. Raises `UserError`."""
+    settings, (target, options) = weight_settings(model), bind_model(model)
+    encoders = target.encoders if isinstance(target, type) and issubclass(target, Policy) else ()
+    named = {key: options[key] for key in encoders if options.get(key) is not None} | settings.paths
+    first = []
+    for key, given in named.items():
         path = locate(given, f"model.{key}")
         open_weights(path, f"model.{key}")
-        return FirstWeights(key, path, settings.resize_dims)
-    return None
+        first.append(FirstWeights(key, path, settings.resize_dims and key in settings.paths))
+    return tuple(first)
 
 
 def _some(names: Iterable[str], num: int = 3) -> str:

@@ -246,6 +246,7 @@ class Settings:
             keys={
                 "*_weight": Meaning("warned", "the losses' weights from here on"),
                 "num_flow_steps": Meaning("safe"),
+                **dict.fromkeys(("text_encoder", "vision_encoder"), weights.ENCODER_ON_RESUME),
                 **weights.ON_RESUME,
             },
         )

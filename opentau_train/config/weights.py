@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,14 @@ PATHS = tuple(key for key in WEIGHT_KEYS if key.endswith("_path"))
 ON_RESUME = {key: Meaning("safe", "not read: a resume takes the checkpoint's weights") for key in WEIGHT_KEYS}
 
 
+def _other_place(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    return Meaning("refused", "the policy has other parameters") if old is None or new is None else ON_RESUME[PATHS[0]]
+
+
+ENCODER_ON_RESUME = Meaning("refused", judge=_other_place)
+"""Of an option that names an encoder's weights."""
+
+
 def weight_settings(model: Mapping[str, Any]) -> WeightSettings:
     """Those of the settings `model`. Raises `UserError`."""
     return build(WeightSettings, {key: model[key] for key in WEIGHT_KEYS if key in model}, "model")
@@ -56,11 +65,13 @@ def weight_settings(model: Mapping[str, Any]) -> WeightSettings:
 VLM = "VLM_SAFETENSORS_PATH"
 """The environment's name for `model.vlm_path`; a key that is given, null too, comes first."""
 TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
 
 
 def completed(model: Any, environ: Mapping[str, str]) -> Any:
     """The settings `model` with the path that the environment gives, and, where they have a `tokenizer_path` that isn't
-    set, with the tokenizer beside weights in a local directory. What is no mapping stays as it is."""
+    set, with the tokenizer beside weights in a local directory; with the `text_config` of a `text_encoder` in one. What
+    is no mapping stays as it is. Raises `UserError` for a config.json that can't be read."""
     if not isinstance(model, Mapping):
         return model
     model = {**({"vlm_path": environ[VLM]} if environ.get(VLM) else {}), **model}
@@ -68,4 +79,17 @@ def completed(model: Any, environ: Mapping[str, str]) -> Any:
         places = [Path(str(model[key])).expanduser() for key in PATHS if model.get(key)]
         folders = [place if place.is_dir() else place.parent for place in places]
         model["tokenizer_path"] = next((str(f) for f in folders if (f / TOKENIZER).is_file()), None)
+    if model.get("text_encoder") and model.get("text_config", "") is None:
+        model["text_config"] = _config(Path(str(model["text_encoder"])).expanduser() / CONFIG)
     return model
+
+
+def _config(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} can't be read: {error!r}", where="model.text_encoder", remedy="download it again"
+        ) from error

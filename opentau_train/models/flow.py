@@ -1,26 +1,35 @@
 """The built-in policy: one transformer, trained from scratch, with a flow-matching head and a binned action head.
 
-    prefix  = start token, camera patches, prompt bytes, state      sees itself
+    prefix  = start token, camera patches, prompt tokens, state     sees itself
     actions = the noised action chunk with its flow time            sees prefix and itself  -> velocity,  term `mse`
     bins    = one learned query a chunk step                        sees prefix and itself  -> 256 bins,  term `ce`
 
 Flow matching as in pi0 (Black et al. 2024): x_t = t noise + (1 - t) actions, velocity u = noise - actions, sampled by
 Euler steps from t = 1 to 0. The prefix never sees the noised actions, so sampling computes it once.
+
+The prompt's tokens are groups of bytes, the pictures' patches those of strided convolutions, trained from scratch; or
+either is a pretrained encoder's (`encoders`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.config.data import DataSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
+from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
 from opentau_train.models.policy import Policy
+from opentau_train.models.prompts import NO_TOKEN, TokenizePrompt
 from opentau_train.types import BatchSpec, LossTerms
 
 BYTES_PER_TOKEN = 4
@@ -33,9 +42,14 @@ class FlowPolicy(Policy):
     convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;
     `bin_range` the normalised values between which an action is binned, what lies outside falling in the outermost
     bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
+
+    `text_encoder`: the Hugging Face folder of a BERT, and `text_config` what its config.json says, which is filled in
+    where it isn't given, so that a checkpoint needs the folder for its tokenizer alone; `vision_encoder`: a file of
+    MobileNetV2's weights; `freeze_encoders`: they aren't trained.
     """
 
     meta_init = True
+    encoders = ENCODERS
 
     def __init__(
         self,
@@ -53,24 +67,36 @@ class FlowPolicy(Policy):
         bin_range: tuple[float, float] = (-3.0, 3.0),
         mse_weight: float = 1.0,
         ce_weight: float = 0.1,
+        text_encoder: str | None = None,
+        text_config: dict[str, Any] | None = None,
+        vision_encoder: str | None = None,
+        freeze_encoders: bool = True,
     ):
         super().__init__()
         _check(width, heads, patch_size, stem_channels, max_prompt_bytes, bin_range)
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
-        self.max_prompt_bytes = max_prompt_bytes
+        self.max_prompt_bytes, self.text_encoder = max_prompt_bytes, text_encoder
         self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
 
         # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.
         self.start_embed = nn.Parameter(torch.empty(width))
         if spec.cameras:
-            self.stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, stem_channels, width)
+            self.stem: ImageStem | VisionEncoder
+            if vision_encoder is None:
+                self.stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, stem_channels, width)
+            else:
+                self.stem = VisionEncoder(spec.image_size, width, frozen=freeze_encoders)
             self.camera_embed = nn.Parameter(torch.empty(len(spec.cameras), 1, 1, width))
             self.frame_embed = nn.Parameter(torch.empty(spec.history + 1, 1, width))
             self.patch_embed = nn.Parameter(torch.empty(self.stem.grid[0] * self.stem.grid[1], width))
         self.num_prompt_tokens = max_prompt_bytes // BYTES_PER_TOKEN
         if self.num_prompt_tokens:
-            self.byte_embed = nn.Embedding(PAD_BYTE + 1, width // BYTES_PER_TOKEN)
-            self.prompt_in = nn.Linear(width // BYTES_PER_TOKEN * BYTES_PER_TOKEN, width, bias=False)
+            if text_encoder is None:
+                self.byte_embed = nn.Embedding(PAD_BYTE + 1, width // BYTES_PER_TOKEN)
+                self.prompt_in = nn.Linear(width // BYTES_PER_TOKEN * BYTES_PER_TOKEN, width, bias=False)
+            else:
+                assert text_config is not None, "`check` refuses a folder without config.json"
+                self.text = TextEncoder(text_config, width, frozen=freeze_encoders)
             self.prompt_embed = nn.Parameter(torch.empty(self.num_prompt_tokens, width))
         if spec.state_dim:
             self.state_in = nn.Linear(2 * spec.state_dim, width, bias=False)
@@ -93,12 +119,28 @@ class FlowPolicy(Policy):
 
     def wants(self) -> Wants:
         transforms: dict[str, Transform] = {"supervise": Supervise(tuple(self.loss_weights), SUPERVISES)}
-        if self.num_prompt_tokens:
+        if self.num_prompt_tokens and self.text_encoder is None:
             transforms["tokenize"] = TokenizeBytes(self.max_prompt_bytes)
+        elif self.num_prompt_tokens:
+            transforms["tokenize"] = TokenizePrompt("plain", self.num_prompt_tokens, self.text_encoder)
         return Wants(transforms, modes=tuple(SUPERVISES))
 
+    @classmethod
+    def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
+        num_tokens = options.get("max_prompt_bytes", 64) // BYTES_PER_TOKEN
+        check_text(options.get("text_encoder"), options.get("text_config"), num_tokens)
+        if options.get("vision_encoder") is not None and options.get("patch_size", STRIDE) != STRIDE:
+            raise UserError(
+                f"model.patch_size={options['patch_size']}, and model.vision_encoder makes tokens of {STRIDE} pixels",
+                remedy=f"set model.patch_size={STRIDE}",
+            )
+
     def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
+        text = self.text.layers if self.num_prompt_tokens and self.text_encoder is not None else ()
+        return [*text, *self.layers]
+
+    def num_cut(self, batch: Batch) -> int:
+        return int(batch.prompt_is_cut.sum()) if self.num_prompt_tokens and self.text_encoder is not None else 0
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.sum((1, 2), dtype=torch.float32) for term, mask in self._supervised(batch).items()}
@@ -162,9 +204,13 @@ class FlowPolicy(Policy):
             valid.append(present[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
         if self.num_prompt_tokens:
             prompt = batch.prompt_tokens
-            bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
-            tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
-            valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
+            if self.text_encoder is None:
+                bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
+                tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
+                valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
+            else:
+                tokens.append(self.text(prompt) + self.prompt_embed)
+                valid.append(prompt != NO_TOKEN)
         if self.spec.state_dim:
             both = torch.cat([real_state(batch), batch.state_dim_mask.float()], dim=-1)
             tokens.append((self.state_in(both) + self.state_embed)[:, None])

@@ -43,6 +43,9 @@ class Policy(nn.Module, ABC):
     modules inside sets. The policy is then sharded before it has memory. False: each process builds the whole on its
     CPU and moves it to the device block by block."""
 
+    encoders: ClassVar[Mapping[str, WeightMap]] = {}
+    """{option that names the weights of an encoder inside, or None: how its files name the policy's tensors}."""
+
     def init_weights(self) -> None:
         """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 

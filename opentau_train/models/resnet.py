@@ -30,8 +30,13 @@ class FrozenBatchNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for buffer, value in ((self.weight, 1.0), (self.bias, 0.0), (self.running_mean, 0.0), (self.running_var, 1.0)):
+            buffer.fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + 1e-5).rsqrt()

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from opentau_train.data.batch import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.errors import UserError
-from opentau_train.models.pi import prompts
-from opentau_train.models.pi.prompts import NO_TOKEN
+from opentau_train.models import prompts
+from opentau_train.models.prompts import NO_TOKEN
 from opentau_train.types import BatchSpec
 
 PROCESSOR = "processor_config.json"

@@ -26,17 +26,18 @@ from torch import Tensor, nn
 from opentau_train.config.data import DataSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
+from opentau_train.models import prompts
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
 from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
-from opentau_train.models.pi import lerobot, names, prompts
+from opentau_train.models.pi import lerobot, names
 from opentau_train.models.pi.limits import LIMITS, check_limits, check_pictures
 from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, rotations
-from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
+from opentau_train.models.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 

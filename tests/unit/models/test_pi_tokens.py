@@ -7,7 +7,7 @@ import pytest
 
 from opentau_train.errors import UserError
 from opentau_train.models.pi.action_tokens import BinActions, FastActions
-from opentau_train.models.pi.prompts import TokenizePrompt, pi0_prompt, pi05_prompt
+from opentau_train.models.prompts import TokenizePrompt, pi0_prompt, pi05_prompt
 from tests.unit.models.pi_cases import fast_files, words_file
 
 

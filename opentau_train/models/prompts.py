@@ -1,4 +1,4 @@
-"""Prompts as tokens: a tokenizer that the user names, or bytes, and the published forms of both policies' prompts."""
+"""Prompts as tokens: a tokenizer that the user names, or bytes, and pi0's and pi0.5's published forms of prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,15 @@ def pi05_prompt(text: str, state: NDArray[np.float32]) -> str:
     return f"Task: {clean(text)}, State: {numbers};\nAction: "
 
 
-FORMS: dict[str, Callable[[str, NDArray[np.float32]], str]] = {"pi0": pi0_prompt, "pi05": pi05_prompt}
+def plain_prompt(text: str, state: NDArray[np.float32]) -> str:
+    return clean(text)
+
+
+FORMS: dict[str, Callable[[str, NDArray[np.float32]], str]] = {
+    "pi0": pi0_prompt,
+    "pi05": pi05_prompt,
+    "plain": plain_prompt,
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,9 @@ class Tokenizer:
 
 
 @lru_cache(4)
-def load(path: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json or of the folder that holds it. Raises `UserError` where there is none."""
+def load(path: str, where: str = "model.tokenizer_path") -> Tokenizer:
+    """The tokenizer of a tokenizer.json or of the folder that holds it; `where`: the setting that names it. Raises
+    `UserError` where there is none."""
     try:
         import tokenizers
     except ImportError as error:
@@ -118,7 +127,7 @@ def load(path: str) -> Tokenizer:
     if not file.is_file():
         raise UserError(
             f"there is no tokenizer: {file}",
-            where="model.tokenizer_path",
+            where=where,
             remedy=f"name a {FILE} or a folder with one, such as that of the weights; null: bytes",
         )
     try:
