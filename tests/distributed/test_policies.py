@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.program import TOY, metrics, run
+from tests.pretrained import drawn
+from tests.program import TINY_POLICY, TOY, metrics, run
 
 pytestmark = pytest.mark.distributed
 
@@ -22,10 +23,13 @@ POLICIES = {
 TAGS = ("Training/Loss", "Training/GradNorm", "Validation/Loss")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, "frozen encoders", "trained encoders"])
 def test_a_policy_trains_alike_in_every_layout(policy, tmp_path):
     sizes = [word for word in TOY if not word.startswith("model.")]
-    words = [*sizes, *POLICIES[policy], "trainer.steps=3", "validation.every=3", "logger=none"]
+    chosen = POLICIES.get(policy)
+    if chosen is None:
+        chosen = [*TINY_POLICY, *drawn(tmp_path), f"model.freeze_encoders={policy.startswith('frozen')}"]
+    words = [*sizes, *chosen, "trainer.steps=3", "validation.every=3", "logger=none"]
     words += ["validation.max_samples_per_group=4", f"paths.cache_dir={tmp_path / 'cache'}"]
     rows = {}
     for name, (ranks, layout) in {"alone": (1, []), **LAYOUTS}.items():
