@@ -149,22 +149,15 @@ def check_text(folder: str | None, config: Mapping[str, Any] | None, num_tokens:
     if folder is None:
         return
     if config is None:
-        raise UserError(
-            f"{folder} has no config.json", where=where, remedy=f"set {where} to a Hugging Face folder on this disk"
-        )
-    kind = config.get("model_type")
-    if kind != "bert":
-        raise UserError(f"{folder} holds a model of type {kind}", where=where, remedy="name one of type bert")
-    if not 0 < num_tokens <= config["max_position_embeddings"]:
-        limit = config["max_position_embeddings"]
-        raise UserError(
-            f"prompts of {num_tokens} tokens don't fit {folder}: it reads 1 to {limit}",
-            where="model.max_prompt_bytes",
-            remedy="set model.max_prompt_bytes=64: 4 bytes make a token",
-        )
-    if (num := load(folder, where).vocab_size) > config["vocab_size"]:
-        raise UserError(
-            f"the tokenizer of {folder} has {num} tokens, its config.json {config['vocab_size']}",
-            where=where,
-            remedy="download the folder again",
-        )
+        what, remedy = f"{folder} has no config.json", f"set {where} to a Hugging Face folder on this disk"
+    elif config.get("model_type") != "bert":
+        what, remedy = f"{folder} holds a model of type {config.get('model_type')}", "name one of type bert"
+    elif not 0 < num_tokens <= config.get("max_position_embeddings", 512):
+        what = f"prompts of {num_tokens} tokens, and {folder} reads 1 to {config.get('max_position_embeddings', 512)}"
+        remedy = "set model.max_prompt_bytes=64: 4 bytes make a token"
+    elif (num := load(folder, where).vocab_size) > config.get("vocab_size", 30522):
+        what = f"the tokenizer of {folder} has {num} tokens, more than its config.json"
+        remedy = "download the folder again"
+    else:
+        return
+    raise UserError(what, where=where, remedy=remedy)
