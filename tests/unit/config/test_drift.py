@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from opentau_train import cli
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings
+from opentau_train.config.weights import completed
 from opentau_train.errors import UserError
 
 
@@ -202,3 +203,20 @@ def test_any_two_values_of_any_key_compare(key, value):
     at[name] = value
     drift.report(drift.compare(old, {}))
     drift.report(drift.compare({}, old))
+
+
+def test_an_encoder_may_lie_elsewhere_but_not_come_or_go(tree):
+    here, there, none = (changed(tree, model__text_encoder=place) for place in ("/a/minilm", "/b/minilm", None))
+    assert kinds(here, there) == {"model.text_encoder": "safe"}
+    assert kinds(none, here) == kinds(here, none) == {"model.text_encoder": "refused"}
+
+
+def test_an_encoders_config_is_read_once(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    unset = {"text_encoder": str(tmp_path), "text_config": None}
+    filled = completed(unset, {})
+    assert filled["text_config"] == {"model_type": "bert"}
+    (tmp_path / "config.json").write_text("[1")
+    assert completed(filled, {}) == filled
+    with pytest.raises(UserError, match="can.t be read"):
+        completed(unset, {})
