@@ -218,5 +218,5 @@ def test_an_encoders_config_is_read_once(tmp_path):
     assert filled["text_config"] == {"model_type": "bert"}
     (tmp_path / "config.json").write_text("[1")
     assert completed(filled, {}) == filled
-    with pytest.raises(UserError, match="can.t be read"):
+    with pytest.raises(UserError, match="can't be read"):
         completed(unset, {})
