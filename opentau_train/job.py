@@ -26,6 +26,7 @@ from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config import drift
+from opentau_train.config.finetune import ALL_TRAINS, FinetuneSettings
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.mixture import statistics
@@ -37,13 +38,14 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
+from opentau_train.distributed.parallel import PRECISIONS, Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
+from opentau_train.models.finetune import prepare_finetune, summary
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import StepSetup, TrainState
@@ -126,7 +128,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution)
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, settings.finetune)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -142,6 +144,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
+        log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
@@ -205,17 +208,27 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
 
 
 def spread_policy(
-    model: Mapping[str, Any], spec: BatchSpec, world: World, mesh: DeviceMesh | None, execution: Execution
+    model: Mapping[str, Any],
+    spec: BatchSpec,
+    world: World,
+    mesh: DeviceMesh | None,
+    execution: Execution,
+    finetune: FinetuneSettings = ALL_TRAINS,
 ) -> tuple[Policy, Replicas]:
-    """The policy that the settings `model` name, untrained and spread over the ranks. Where its class allows
-    (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global generator. Collective; raises
-    `UserError` on all ranks alike."""
+    """The policy that the settings `model` name, untrained and spread over the ranks, of which `finetune` says what
+    trains. Where its class allows (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global
+    generator. Collective; raises `UserError` on all ranks alike."""
     target, _ = bind(model, "model", ["spec"])
     on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
 
     def build() -> Policy:
         with torch.device("meta") if on_meta else nullcontext():
-            return instantiate(model, "model", spec=spec)
+            policy = instantiate(model, "model", spec=spec)
+            prepare_finetune(policy, finetune)
+        if execution.precision == "bf16_params":
+            for parameter in policy.parameters():
+                parameter.data = parameter.data.bfloat16()
+        return policy
 
     policy = world.agree(build)
     init = policy.init_weights if on_meta else None

@@ -44,7 +44,7 @@ from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
 
-FIXED = ("model", "optimizer", "scheduler", "resume", "logger")
+FIXED = ("model", "finetune", "optimizer", "scheduler", "resume", "logger")
 """Keys that the command line can't change: the checkpoint alone decides them, or no validation uses them."""
 
 
@@ -190,7 +190,7 @@ def restore_policy(
     `UserError` on all ranks alike."""
     trainer = settings.trainer
     mesh = mesh_of(settings, world)
-    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision))
+    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision), settings.finetune)
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
     tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
     if ema is not None:

@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 
 from opentau_train.checkpoints import commit
 from opentau_train.config import typed
+from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, check_machine, did_you_mean
+from opentau_train.models.finetune import prepare_finetune
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 
@@ -169,9 +171,16 @@ def pretrained_folder(path: Path) -> Path:
 
 
 def build(card: Pretrained) -> Policy:
-    """The policy of the settings, untrained. Torch's random state stays as it is."""
+    """The policy of the settings, untrained, with the adapters that it has. Torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        return typed.instantiate(card.config["model"], "model", spec=BatchSpec.from_json(card.policy["spec"]))
+        policy = typed.instantiate(card.config["model"], "model", spec=BatchSpec.from_json(card.policy["spec"]))
+        prepare_finetune(policy, finetune_of(card))
+    return policy
+
+
+def finetune_of(card: Pretrained) -> FinetuneSettings:
+    """What of the policy trained; all of it where an older version wrote the card."""
+    return typed.build(FinetuneSettings, card.config.get("finetune", {}), "finetune")
 
 
 def _unreadable(path: Path, cause: object) -> UserError:

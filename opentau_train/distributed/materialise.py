@@ -8,21 +8,25 @@ layout, and a rank's memory peaks at its shards and one whole parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opentau_train.errors import UserError
+from opentau_train.models.finetune import ADAPTER, set_aside
 
 
-def materialise(module: nn.Module, device: torch.device, init_weights: Callable[[], None]) -> None:
+def materialise(
+    module: nn.Module, device: torch.device, init_weights: Callable[[], None], adapters: Sequence[str] = ()
+) -> None:
     """Allocate `module`, built on the meta device, and initialise it: the `reset_parameters` of each module inside that
-    has one, in the order of `modules()`, as torch's own layers do when they are built; then `init_weights`.
+    has one, in the order of `modules()`, as torch's own layers do when they are built; then `init_weights`. Both
+    meet the module as it is without `adapters` (`Policy.adapters`), which come last: it has the same numbers with them.
 
     Draws from torch's global generator of the CPU, the same numbers on every rank. Raises `UserError` naming a
     parameter or buffer that neither sets.
@@ -31,12 +35,14 @@ def materialise(module: nn.Module, device: torch.device, init_weights: Callable[
     with torch.no_grad():
         for _, tensor in _floating(module):
             tensor.fill_(float("nan"))
-    with _WholeDraws():
+    with _WholeDraws(), set_aside(module, adapters) as layers:
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)  # a convention of torch's layers, not of a class
             if reset is not None:
                 reset()
         init_weights()
+        for layer in layers:
+            layer.reset_lora_parameters(ADAPTER, True)
     for name, tensor in _floating(module):
         if bool(_local(tensor).isnan().any()):
             raise UserError(
@@ -57,11 +63,15 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 class _WholeDraws(TorchDispatchMode):
     """Inside, `parameter.normal_()` and its like on a sharded parameter give it the shard of the whole draw. Torch by
-    itself would draw each shard anew: other numbers for every layout."""
+    itself would draw each shard anew: other numbers for every layout. A bfloat16 parameter gets the rounded numbers of
+    a float32 one, where torch would draw others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         target = args[0] if args else None
-        if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(target, DTensor):
+        if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(target, Tensor):
+            return func(*args, **(kwargs or {}))
+        rounded = target.dtype == torch.bfloat16
+        if not rounded and not isinstance(target, DTensor):
             return func(*args, **(kwargs or {}))
         if not func._schema.is_mutable:
             raise UserError(
@@ -69,8 +79,11 @@ class _WholeDraws(TorchDispatchMode):
                 where="model",
                 remedy="fill parameters in place, with the functions of torch.nn.init or parameter.normal_()",
             )
-        whole = torch.empty(target.shape, dtype=target.dtype)
+        whole = torch.empty(target.shape, dtype=torch.float32 if rounded else target.dtype)
         func(whole, *args[1:], **(kwargs or {}))
+        whole = whole.to(target.dtype)
+        if not isinstance(target, DTensor):
+            return target.copy_(whole)
         # Without a source rank nothing is sent: every rank has drawn the whole and cuts its shard out of it.
         target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
         return target

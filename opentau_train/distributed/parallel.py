@@ -4,8 +4,9 @@
     parallelism=fsdp    replicate = 1, shard = ranks
     parallelism=hsdp    replicate = nodes, shard = ranks of a node
 
-Gradients are averaged over all ranks in float32, whatever the layout; with trainer.precision=bf16 only the computation
-is in bfloat16, and what FSDP gathers for it.
+Gradients are averaged over all ranks in float32 where FSDP shards, in the parameters' type under DDP. With
+trainer.precision=bf16 only the computation is in bfloat16, and what FSDP gathers for it; with bf16_params the
+parameters are, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, did_you_mean
+from opentau_train.models.policy import Policy
 
 _REPLICATE, _SHARD = "parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"
 
@@ -66,9 +68,17 @@ def data_mesh(world: World, replicate: int, shard: int) -> DeviceMesh | None:
     return mesh["shard"] if replicate == 1 else mesh  # else FSDP would all-reduce in groups of one
 
 
+PRECISIONS = {
+    "no": "float32 parameters, computed in float32",
+    "bf16": "float32 parameters, computed in bfloat16",
+    "bf16_params": "bfloat16 parameters and moments, computed in bfloat16",
+}
+"""{trainer.precision: what it says}. An average of the weights is float32 in all."""
+
+
 @dataclass(frozen=True)
 class Execution:
-    """How a policy is computed, block by block. `precision`: no | bf16; `gather_once` as `Replicas` says."""
+    """How a policy is computed, block by block. `precision`: `PRECISIONS`; `gather_once` as `Replicas` says."""
 
     precision: str = "no"
     activation_checkpointing: bool = False
@@ -104,7 +114,7 @@ class Replicas:
 
 
 def spread(
-    policy: nn.Module,
+    policy: Policy,
     blocks: Sequence[nn.Module],
     world: World,
     mesh: DeviceMesh | None,
@@ -126,16 +136,16 @@ def spread(
         block.forward = _block_forward(block.forward, execution)
     if mesh is None:
         if init_weights is not None:
-            materialise(policy, torch.device("cpu"), init_weights)
+            materialise(policy, torch.device("cpu"), init_weights, policy.adapters)
         return Replicas(world.accelerator.prepare_model(policy), sharded=False)
     # Inputs stay float32, as under autocast: a target rounded to bfloat16 falls into another of the 256 bins.
-    bf16 = torch.bfloat16 if execution.precision == "bf16" else None
+    bf16 = None if execution.precision == "no" else torch.bfloat16
     mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not execution.gather_once)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
     if init_weights is not None:
-        materialise(policy, world.device, init_weights)
+        materialise(policy, world.device, init_weights, policy.adapters)
     register_fsdp_forward_method(policy, "sample_actions")
     return Replicas(policy, sharded=True, gather_once=execution.gather_once)
 

@@ -33,6 +33,9 @@ class Policy(nn.Module, ABC):
     modules inside sets. The policy is then sharded before it has memory. False: each process builds the whole on its
     CPU and moves it to the device block by block."""
 
+    adapters: tuple[str, ...] = ()
+    """The names of its layers that LoRA adapters wrap (`models.finetune`)."""
+
     def init_weights(self) -> None:
         """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 

@@ -3,15 +3,22 @@
     python -m opentau_train.tools.export checkpoint=runs/droid out=policy.safetensors
     python -m opentau_train.tools.export checkpoint=runs/droid/checkpoints/00001000 weights=ema out=policy.safetensors
 
-`checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema),
-`format` is safetensors. The weights are read from the checkpoint's shards. After writing, the file is read back by
-`pretrained.load_policy` and must predict the same actions, bit for bit, for a golden batch: keyed random inputs with
-every kind of gap. Else it is removed and the exit code is 1.
+    python -m opentau_train.tools.export checkpoint=runs/droid format=adapter out=adapters/
+
+`checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema). The
+weights are read from the checkpoint's shards.
+
+`format=safetensors` adds LoRA adapters to the weights that they belong to: the file's policy is a plain one. It is read
+back by `pretrained.load_policy` and must predict the same actions, bit for bit, for a golden batch: keyed random inputs
+with every kind of gap; merged and unmerged actions must agree within 1e-4 of the largest. `format=adapter` writes the
+adapters alone into a folder, in peft's files and names; peft must read them back and predict the checkpoint's actions
+bit for bit. Else what was written is removed and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,40 +33,80 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
 class ExportSettings:
     checkpoint: str
     out: str
-    format: Literal["safetensors"] = "safetensors"
+    format: Literal["safetensors", "adapter"] = "safetensors"
     weights: Literal["model", "ema"] = "model"
 
     def check(self, path: str) -> None:
-        if Path(self.out).suffix != f".{self.format}":
+        if self.format == "safetensors" and Path(self.out).suffix != f".{self.format}":
             raise UserError(f"out={self.out} doesn't end in .{self.format}", remedy=f"set out=policy.{self.format}")
+        if self.format == "adapter" and Path(self.out).exists() and not Path(self.out).is_dir():
+            raise UserError(f"out={self.out} is a file", remedy="name a folder")
 
 
-def export(settings: ExportSettings) -> Path:
-    """Write and verify the file; returns its path.
+MERGED_WITHIN = 1e-4
+"""How far merged adapters may move the golden batch's actions, of the largest: sums in another order, 10 steps long."""
+
+
+def export(settings: ExportSettings) -> tuple[Path, str]:
+    """Write and verify the file or folder; returns its path, and what holds of it.
 
     Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
     """
     from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
+    from opentau_train.models.finetune import merge
 
     checkpoint = commit.at(settings.checkpoint)
     card = pretrained.read_card(checkpoint / pretrained.FOLDER)
     policy = pretrained.build(card).eval()
     contents.load_weights(checkpoint, policy, settings.weights)
     out = Path(settings.out).expanduser()
+    holds = "it predicts the checkpoint's actions bit for bit"
+    if settings.format == "adapter":
+        _export_adapters(policy, card, out)
+        return out, holds
+    if policy.adapters:
+        apart = sample(policy)
+        merge(policy)
+        moved = abs(sample(policy) - apart).max() / abs(apart).max()
+        if not moved <= MERGED_WITHIN:
+            raise RuntimeError(f"merged adapters move the actions by {moved:.1e} of the largest: nothing was written")
+        holds = f"with the adapters merged it predicts the checkpoint's actions within {moved:.0e} of the largest"
+        card = dataclasses.replace(card, config={k: v for k, v in card.config.items() if k != "finetune"})
     out.parent.mkdir(parents=True, exist_ok=True)
     pretrained.write_file(out, dict(policy.state_dict()), card)
     if predict(pretrained.load_policy(out).policy) != predict(policy):
         out.unlink()
         raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
-    return out
+    return out, holds
 
 
-def predict(policy: Any) -> bytes:
-    """The bits of the actions that `policy` predicts for its golden batch."""
+def _export_adapters(policy: Any, card: Any, out: Path) -> None:
+    from opentau_train.checkpoints import adapters, pretrained
+    from opentau_train.models.finetune import set_aside
+
+    adapters.write_adapters(out, policy, pretrained.finetune_of(card))
+    from peft import PeftModel
+
+    base = pretrained.build(dataclasses.replace(card, config={**card.config, "finetune": {}})).eval()
+    with set_aside(policy, policy.adapters):
+        base.load_state_dict(policy.state_dict())
+    again = PeftModel.from_pretrained(base, out).eval()
+    if predict(again.base_model.model) != predict(policy):
+        shutil.rmtree(out)
+        raise RuntimeError(f"{out} was removed: peft reads other adapters from it than the checkpoint's")
+
+
+def sample(policy: Any) -> Any:
+    """The actions [B, T, A] that `policy` predicts for its golden batch, as a NumPy array."""
     from opentau_train.models.draws import Draws
 
     batch = golden_batch(policy)
-    return policy.sample_actions(batch, Draws(batch.key)).numpy().tobytes()
+    return policy.sample_actions(batch, Draws(batch.key)).numpy()
+
+
+def predict(policy: Any) -> bytes:
+    """The bits of `sample`."""
+    return sample(policy).tobytes()
 
 
 def golden_batch(policy: Any, num: int = 4) -> Any:
@@ -105,15 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         settings = build(ExportSettings, dict(_split(a) for a in given), "")
-        out = export(settings)
+        out, holds = export(settings)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER
     except RuntimeError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
-    size = out.stat().st_size / 1e6
-    print(f"{out}: {size:.1f} MB, {settings.weights} weights; it predicts the checkpoint's actions bit for bit")
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out])) / 1e6
+    print(f"{out}: {size:.1f} MB, {settings.weights} weights; {holds}")
     return EXIT_OK
 
 
