@@ -132,11 +132,14 @@ def summary(policy: Policy) -> str:
     """What trains, in one line."""
     sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
     whole, trained = sum(p.numel() for p in policy.parameters()), sum(sizes.values())
-    text = f"trains {trained:,} of {whole:,} parameters, {whole - trained:,} are frozen"
+    if trained == whole:
+        return f"all {whole:,} parameters train"
+    text = f"{trained:,} of {whole:,} parameters train"
     if not policy.adapters:
         return text
     adapters = sum(size for name, size in sizes.items() if is_adapter(name))
-    return f"{text}; LoRA adapters on {len(policy.adapters)} layers have {adapters:,}, others {trained - adapters:,}"
+    beside = f", and {trained - adapters:,} beside them" if trained > adapters else ""
+    return f"{text}: LoRA adapters on {len(policy.adapters)} layers, {adapters:,}{beside}"
 
 
 def is_adapter(name: str) -> bool:

@@ -31,6 +31,9 @@ def composed(*overrides: str) -> Settings:
 GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoint", "parallelism", "logger", "paths")
 
 
+FINETUNE = {"full": (), "freeze": ("finetune.frozen=[stem.*]",), "lora": ()}
+
+
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_choice_composes_and_fits_its_class(choice):
     settings = composed("+recipe=droid_policy", choice)
@@ -39,6 +42,12 @@ def test_every_choice_composes_and_fits_its_class(choice):
     open_evaluators(settings.validation)
     for name, sink in settings.logger.items():
         bind(sink, f"logger.{name}", ["context"])
+
+
+@pytest.mark.parametrize("choice", options("finetune"))
+def test_every_way_to_fine_tune_composes(choice):
+    settings = composed("+recipe=droid_policy", f"finetune={choice}", *FINETUNE[choice])
+    assert (settings.finetune.rank is not None) == (choice == "lora") and settings.finetune.alpha is None
 
 
 @pytest.mark.parametrize("recipe", options("recipe"))
