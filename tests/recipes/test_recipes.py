@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from omegaconf.errors import MissingMandatoryValue
 
 from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
@@ -48,6 +49,11 @@ def test_every_choice_composes_and_fits_its_class(choice):
 def test_every_way_to_fine_tune_composes(choice):
     settings = composed("+recipe=droid_policy", f"finetune={choice}", *FINETUNE[choice])
     assert (settings.finetune.rank is not None) == (choice == "lora") and settings.finetune.alpha is None
+
+
+def test_freezing_asks_what():
+    with pytest.raises(MissingMandatoryValue, match=r"finetune\.frozen"):
+        composed("+recipe=droid_policy", "finetune=freeze")
 
 
 @pytest.mark.parametrize("recipe", options("recipe"))

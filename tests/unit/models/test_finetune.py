@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
+from opentau_train import validate
 from opentau_train.checkpoints.adapters import write_adapters
 from opentau_train.checkpoints.pretrained import load_policy, read_card
 from opentau_train.config import drift
@@ -26,8 +28,8 @@ from opentau_train.tools import export
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
 
-RUN = [*TOY, "scheduler=constant", "validation.every=0", "logger=none", "trainer.ema_decay=0.5", "optimizer.lr=1e-2"]
-LORA = ["finetune=lora", "finetune.rank=4"]
+RUN = [*TOY, "scheduler=constant", "validation.every=4", "logger=none", "trainer.ema_decay=0.5", "optimizer.lr=1e-2"]
+LORA = ["finetune=lora", "finetune.rank=4", "validation.max_samples_per_group=4"]
 
 
 def make(settings: FinetuneSettings, policy: FlowPolicy | None = None) -> FlowPolicy:
@@ -172,7 +174,7 @@ def run_dir(tmp_path_factory):
 
 def test_resumed_with_adapters_and_average_equals_uninterrupted_bit_for_bit(run_dir, tmp_path):
     parts = tmp_path / "run"
-    train_here([*RUN, *LORA, "trainer.steps=2"], parts)
+    train_here([*RUN, *LORA, "trainer.steps=2", "validation.every=0"], parts)
     train_here([*RUN, *LORA, "trainer.steps=4", "resume=auto"], parts)
     assert metrics(parts) == metrics(run_dir)
     for weights in ("model", "ema"):
@@ -181,6 +183,12 @@ def test_resumed_with_adapters_and_average_equals_uninterrupted_bit_for_bit(run_
             assert export.main([f"checkpoint={path}", f"out={out}", f"weights={weights}"]) == 0
         left, right = map(load_file, files)
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_checkpoint_with_adapters_is_validated_to_the_numbers_of_its_run(run_dir, tmp_path):
+    assert validate.run([f"checkpoint={run_dir}", f"out={tmp_path / 'v.json'}"]) == 0
+    measured, logged = json.loads((tmp_path / "v.json").read_text())["metrics"], metrics(run_dir)[4]
+    assert measured["Validation/Loss"] == pytest.approx(logged["Validation/Loss"], rel=1e-6)
 
 
 def test_the_average_is_of_the_adapters_alone(run_dir):
