@@ -41,6 +41,8 @@ _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _CONFIG_DIR = ("--config-dir", "-cd")
 _SHOWING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+VLM = "VLM_SAFETENSORS_PATH"
+"""The environment's name for `model.vlm_path`; a key that is given, null too, comes first."""
 HEAD_START_S = 20.0
 """Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
@@ -183,10 +185,11 @@ def checked(tree: dict[str, Any]) -> Settings:
     opened or ranks started. Raises `UserError`. Users wait for it, so it may import what a run's classes need to be
     looked at, and no more (`tests/unit/test_layers.py`)."""
     settings = load_settings(tree)
+    from opentau_train.models.policy import check_model
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
 
-    bind(settings.model, "model", ["spec"])
+    check_model(settings.model)
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
@@ -262,7 +265,10 @@ def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
         with open_dict(composed):
             del composed["hydra"]
-        return plain(composed)
+        tree = plain(composed)
+    if (vlm := os.environ.get(VLM)) and isinstance(tree.get("model"), dict):
+        tree["model"].setdefault("vlm_path", vlm)
+    return tree
 
 
 def _settable(argument: str) -> str:

@@ -9,8 +9,6 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,15 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
-from opentau_train.checkpoints import commit, contents
+from opentau_train.checkpoints import base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.checkpoints.start import Start, spread_policy
+from opentau_train.checkpoints.weights import locate_weights
 from opentau_train.config import drift
-from opentau_train.config.finetune import ALL_TRAINS, FinetuneSettings
 from opentau_train.config.settings import Settings, current
-from opentau_train.config.typed import bind, instantiate
+from opentau_train.config.typed import instantiate
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -38,18 +37,16 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.parallel import PRECISIONS, Execution, Replicas, check_batch, data_mesh, spread
+from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
-from opentau_train.models.finetune import prepare_finetune, summary
-from opentau_train.models.policy import Policy
+from opentau_train.models.finetune import summary
 from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import StepSetup, TrainState
-from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import Validation, open_evaluators
 
 log = logging.getLogger(__name__)
@@ -115,9 +112,14 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats = None
-    if checkpoint is not None:
+    stats, first = None, None
+    if checkpoint is None:
+        first = world.once_a_node(lambda: locate_weights(settings.model))
+    else:
         world.agree(lambda: _compare(settings, tree, checkpoint))
+        entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
+        if entry is not None:
+            first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
         stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
@@ -128,7 +130,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, settings.finetune)
+    start = Start(first, settings.finetune)
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, start)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -140,7 +143,10 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     margin = settings.validation.best_margin
     compared = validation.loss_plan
     best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
-    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
+    convention = _convention(mixture)
+    if first is not None and policy.borrowed:
+        convention[base.KEY] = world.agree(lambda: base.record(first, settings.model) if world.is_main else None)
+    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
@@ -205,34 +211,6 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
     """The mesh that `parallelism` asks for (`data_mesh`). Collective; raises `UserError` on all ranks alike."""
     degrees = settings.parallelism
     return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
-
-
-def spread_policy(
-    model: Mapping[str, Any],
-    spec: BatchSpec,
-    world: World,
-    mesh: DeviceMesh | None,
-    execution: Execution,
-    finetune: FinetuneSettings = ALL_TRAINS,
-) -> tuple[Policy, Replicas]:
-    """The policy that the settings `model` name, untrained and spread over the ranks, of which `finetune` says what
-    trains. Where its class allows (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global
-    generator. Collective; raises `UserError` on all ranks alike."""
-    target, _ = bind(model, "model", ["spec"])
-    on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
-
-    def build() -> Policy:
-        with torch.device("meta") if on_meta else nullcontext():
-            policy = instantiate(model, "model", spec=spec)
-            prepare_finetune(policy, finetune)
-        if execution.precision == "bf16_params":
-            for parameter in policy.parameters():
-                parameter.data = parameter.data.bfloat16()
-        return policy
-
-    policy = world.agree(build)
-    init = policy.init_weights if on_meta else None
-    return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

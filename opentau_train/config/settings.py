@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from opentau_train.config import weights
 from opentau_train.config.data import DataSettings
 from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.config.resuming import NEW_PLAN, SAFE, Meaning, judged, longer, other_average, refused, warned
@@ -232,6 +233,7 @@ class Settings:
             keys={
                 "*_weight": Meaning("warned", "the losses' weights from here on"),
                 "num_flow_steps": Meaning("safe"),
+                **weights.ON_RESUME,
             },
         )
     )

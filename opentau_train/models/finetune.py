@@ -118,6 +118,12 @@ def set_aside(module: nn.Module, adapters: Sequence[str]) -> Iterator[list[Any]]
             module.set_submodule(name, layer)
 
 
+def with_adapter(name: str, adapters: Sequence[str]) -> str:
+    """The name that a tensor of the policy has beside `adapters`."""
+    module, _, tensor = name.rpartition(".")
+    return f"{module}.base_layer.{tensor}" if module in adapters else name
+
+
 def merge(policy: Policy) -> None:
     """Add the adapters to the weights of their layers and take them out."""
     with set_aside(policy, policy.adapters) as layers:

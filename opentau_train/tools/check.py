@@ -93,7 +93,7 @@ def _check_named(info: Info, options: Mapping[str, Any]) -> None:
 def _note_environment() -> None:
     """Say which variables are set that a neighbouring program's launcher reads, and this program doesn't."""
     for name in POINTERS:
-        if name.isupper() and os.environ.get(name):
+        if name.isupper() and os.environ.get(name) and name != cli.VLM:
             sys.stderr.write(f"note: the environment variable {name} is not read: {pointer(name)}\n")
 
 

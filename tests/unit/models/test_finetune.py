@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -114,7 +116,7 @@ def test_adapters_train_beside_the_policy_and_change_none_of_its_numbers():
     with torch.device("meta"):
         policy = make(settings, make_policy(seed=5))
     torch.manual_seed(5)
-    materialise(policy, torch.device("cpu"), policy.init_weights, policy.adapters)
+    materialise(policy, torch.device("cpu"), policy.init_weights, adapters=policy.adapters)
     built = make(settings, make_policy(seed=5))
     for (name, left), right in zip(policy.named_parameters(), built.parameters(), strict=True):
         assert is_adapter(name) or torch.equal(left, right), name
@@ -238,6 +240,78 @@ def test_what_pefts_files_have_no_place_for_is_refused(tmp_path):
         with expected:
             write_adapters(tmp_path, make(settings), settings)
         assert (tmp_path / "adapter_config.json").exists() == (text != "start_embed trained alone")
+
+
+@pytest.fixture(scope="module")
+def based(tmp_path_factory):
+    """(a run of adapters over weights in a file, the file)."""
+    folder = tmp_path_factory.mktemp("based")
+    plain = train_here([*RUN, "trainer.steps=1", "validation.every=0", "checkpoint.every=0"], folder / "plain")
+    file = shutil.copy(plain / "checkpoints/last/pretrained_model/model.safetensors", folder / "base.safetensors")
+    words = [*RUN, *LORA, "finetune.trains=[bins_out.*]", "trainer.steps=4", f"model.pretrained_path={file}"]
+    return train_here(words, folder / "run"), Path(file), words
+
+
+def saved(run_dir: Path) -> set[str]:
+    """The names of the model's tensors in a checkpoint's shards."""
+    metadata = FileSystemReader(run_dir / "checkpoints/last/state").read_metadata().state_dict_metadata
+    return {key.removeprefix("model.") for key in metadata if key.startswith("model.")}
+
+
+def test_frozen_weights_of_a_file_are_left_out_of_checkpoints(based, run_dir):
+    names, beside = saved(based[0]), {"bins_out.weight"}
+    assert all(map(is_adapter, names - beside)) and beside < names
+    folder = based[0] / "checkpoints/last/pretrained_model"
+    assert load_file(folder / "model.safetensors").keys() == names
+    assert read_card(folder).policy["base"]["path"] == str(based[1])
+    assert "layers.0.mlp.up.base_layer.weight" in saved(run_dir), "without a file, all is saved"
+
+
+def test_a_run_without_its_frozen_weights_is_resumed_bit_for_bit(based, tmp_path):
+    whole, _, words = based
+    train_here([*words, "trainer.steps=2", "validation.every=0"], tmp_path / "run")
+    train_here([*words, "resume=auto"], tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(whole) and saved(tmp_path / "run") == saved(whole)
+    assert export.predict(load_policy(tmp_path / "run").policy) == export.predict(load_policy(whole).policy)
+
+
+def test_frozen_weights_that_moved_or_changed_are_told_and_found_where_the_remedy_says(based, tmp_path, capsys):
+    run, file, words = based
+    expected, moved = export.predict(load_policy(run).policy), tmp_path / "moved.safetensors"
+    at = f"checkpoint={run}"
+
+    def exported(*base):
+        assert export.main([at, f"out={tmp_path / 'p.safetensors'}", *(f"base={b}" for b in base)]) in (0, 2)
+        if refusal := capsys.readouterr().err:
+            raise UserError(refusal)
+
+    calls = {
+        "load": lambda *base: load_policy(run, "cpu", *base),
+        "export": exported,
+        "validate": lambda *base: validate.run([at, f"out={tmp_path / 'v'}", *(f"base={b}" for b in base)]),
+        "resume": lambda *base: train_here(
+            [*words, f"resume={run}", *(f"model.pretrained_path={b}" for b in base)], run
+        ),
+    }
+    file.rename(moved)
+    try:
+        for name, call in calls.items():
+            setting = "model.pretrained_path" if name == "resume" else "base"
+            with pytest.raises(UserError, match=rf"'{file}' is not there(.|\n)*or set {setting} to the place"):
+                call()
+            call(moved)
+        assert export.predict(load_policy(run, base=moved).policy) == expected
+        assert load_policy(tmp_path / "p.safetensors").meta.keys() == load_policy(run, base=moved).meta.keys() - {
+            "base"
+        }
+        others = load_file(moved)
+        others["layers.0.mlp.up.weight"] = others["layers.0.mlp.up.weight"] * 1.01
+        save_file(others, file)
+        for call in calls.values():
+            with pytest.raises(UserError, match="the file has other weights than those that the checkpoint leaves out"):
+                call()
+    finally:
+        moved.replace(file)
 
 
 @pytest.fixture
