@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
+from opentau_train.config.weights import completed
 from opentau_train.data.decode.open_files import raise_file_limit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.threads import THREAD
@@ -41,8 +42,6 @@ _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _CONFIG_DIR = ("--config-dir", "-cd")
 _SHOWING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-VLM = "VLM_SAFETENSORS_PATH"
-"""The environment's name for `model.vlm_path`; a key that is given, null too, comes first."""
 HEAD_START_S = 20.0
 """Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
@@ -199,10 +198,9 @@ def checked(tree: dict[str, Any]) -> Settings:
 
 
 def plain(composed: Any) -> dict[str, Any]:
-    """The composed configuration as dicts, lists and scalars, interpolations resolved."""
-    tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(tree, dict), "the primary configuration is a mapping"
-    return {str(key): value for key, value in tree.items()}
+    """The composed configuration as dicts, lists and scalars, interpolations resolved, the model's `completed`."""
+    tree: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return {str(key): completed(value, os.environ) if key == "model" else value for key, value in tree.items()}
 
 
 def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collection[str]) -> dict[str, Any]:
@@ -265,10 +263,7 @@ def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
         with open_dict(composed):
             del composed["hydra"]
-        tree = plain(composed)
-    if (vlm := os.environ.get(VLM)) and isinstance(tree.get("model"), dict):
-        tree["model"].setdefault("vlm_path", vlm)
-    return tree
+        return plain(composed)
 
 
 def _settable(argument: str) -> str:

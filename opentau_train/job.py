@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `skipped` steps, and the last
-    step that was `validated`."""
+    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `cut` prompts, `skipped`
+    steps, and the last step that was `validated`."""
 
     settings: Settings
     world: World
@@ -68,7 +68,7 @@ class Job:
     schedule: Any
     saver: Saver
     max_samples: int
-    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
+    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "cut": 0, "skipped": 0, "validated": 0})
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opentau_train.config.resuming import Meaning
@@ -53,3 +54,21 @@ ON_RESUME = {
 def weight_settings(model: Mapping[str, Any]) -> WeightSettings:
     """Those of the settings `model`. Raises `UserError`."""
     return build(WeightSettings, {key: model[key] for key in WEIGHT_KEYS if key in model}, "model")
+
+
+VLM = "VLM_SAFETENSORS_PATH"
+"""The environment's name for `model.vlm_path`; a key that is given, null too, comes first."""
+TOKENIZER = "tokenizer.json"
+
+
+def completed(model: Any, environ: Mapping[str, str]) -> Any:
+    """The settings `model` with the path that the environment gives, and, where they have a `tokenizer_path` that isn't
+    set, with the tokenizer beside weights in a local directory. What is no mapping stays as it is."""
+    if not isinstance(model, Mapping):
+        return model
+    model = {**({"vlm_path": environ[VLM]} if environ.get(VLM) else {}), **model}
+    if model.get("tokenizer_path", "") is None:
+        places = [Path(str(model[key])).expanduser() for key in PATHS if model.get(key)]
+        folders = [place if place.is_dir() else place.parent for place in places]
+        model["tokenizer_path"] = next((str(f) for f in folders if (f / TOKENIZER).is_file()), None)
+    return model

@@ -90,6 +90,11 @@ class Policy(nn.Module, ABC):
         """{term: count [B] f32} as `forward` returns them, from the masks alone, on the device where the batch is: the
         training loop asks while it is still in the host's memory, on the thread that reads the data."""
 
+    def num_cut(self, batch: Batch) -> int:
+        """How many samples of the batch have a prompt that was cut to the policy's limit; asked where `term_counts`
+        is."""
+        return 0
+
     @abstractmethod
     def sample_actions(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """The predicted chunk `[B, T, A]` f32, normalised.

@@ -84,7 +84,12 @@ class FastActions(TokenizeActions):
         return np.array(fast(self.tokenizer).encode(whole), np.int64)
 
 
-def make_fast(num_tokens: int, folder: str | None) -> tuple[FastActions, int]:
+def make_bins(num_tokens: int, bins: tuple[int, float, float]) -> tuple[TokenizeActions, int]:
+    """Bins (how many, lowest, highest value), and how many tokens they are."""
+    return BinActions(num_tokens, *bins), bins[0]
+
+
+def make_fast(num_tokens: int, folder: str | None) -> tuple[TokenizeActions, int]:
     """FAST by the files in `folder`, and how many tokens it has. Raises `UserError` where there are none."""
     if folder is None:
         raise UserError(

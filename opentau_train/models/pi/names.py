@@ -64,17 +64,3 @@ def vlm_only() -> WeightMap:
         fallback=("*lm_head.weight",),
         part=("vision.*", "token_embed.*", "layers.*.vlm.*", "vlm_norm.*"),
     )
-
-
-LEROBOT = (
-    (r"^vision\.embeddings\.", "{vlm}.model.vision_tower.vision_model.embeddings."),
-    (r"^vision\.layers\.", "{vlm}.model.vision_tower.vision_model.encoder.layers."),
-    (r"^vision\.norm\.", "{vlm}.model.vision_tower.vision_model.post_layernorm."),
-    (r"^vision\.projector\.", "{vlm}.model.multi_modal_projector.linear."),
-    (r"^layers\.(\d+)\.vlm\.", r"{vlm}.model.language_model.layers.\1."),
-    (r"^vlm_norm\.", "{vlm}.model.language_model.norm."),
-    (r"^token_embed\.", "{vlm}.model.language_model.embed_tokens."),
-    (r"^layers\.(\d+)\.expert\.", r"{expert}.model.layers.\1."),
-    (r"^expert_norm\.", "{expert}.model.norm."),
-)
-"""From the policy's names to LeRobot's, below its `model.`."""

@@ -19,7 +19,7 @@ class Pi0Policy(PiPolicy):
     adaptive = False
 
     def weight_map(self) -> WeightMap:
-        return names.whole()
+        return self._for_words(names.whole())
 
     def make_suffix(self, width: int) -> None:
         self.state_proj = nn.Linear(self.max_state_dim, width)

@@ -18,7 +18,7 @@ class Pi05Policy(PiPolicy):
 
     def weight_map(self) -> WeightMap:
         # Some conversions call the time's layers as pi0's are called.
-        return names.whole((r"^action_time_mlp_", "time_mlp_"))
+        return self._for_words(names.whole((r"^action_time_mlp_", "time_mlp_")))
 
     def make_suffix(self, width: int) -> None:
         self.time_mlp_in = nn.Linear(width, width)

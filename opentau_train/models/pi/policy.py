@@ -14,8 +14,9 @@ with and without them; with `insulate` no gradient of `mse` reaches the language
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,22 @@ from torch import Tensor, nn
 
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
-from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
+from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
-from opentau_train.models.pi import names, prompts
+from opentau_train.models.pi import lerobot, names, prompts
 from opentau_train.models.pi.parts import Tokens, normed, rotations
 from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
-from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
+from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes, check_spec
 from opentau_train.models.policy import Policy
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
+log = logging.getLogger(__name__)
+
+READS_BYTES = "prompts are read as bytes, which these weights have never seen"
 ActionTokens = Literal["none", "binned", "fast"]
 
 
@@ -80,46 +84,48 @@ class PiPolicy(Policy):
         ce_weight: float = 1.0,
     ):
         super().__init__()
-        _check_spec(spec, max_state_dim, max_action_dim, max_chunk_length)
+        check_spec(spec, max_state_dim, max_action_dim, max_chunk_length)
         try:
             from opentau_train.models.pi import network
         except ImportError as error:
             raise prompts.missing_extra("transformers", error) from error
         self.spec, self.vlm_sizes, self.num_flow_steps = spec, vlm, num_flow_steps
         self.max_state_dim, self.max_action_dim = max_state_dim or spec.state_dim, max_action_dim or spec.action_dim
-        self.image_size = vision.image_size
+        self.sizes, self.image_size = (vlm, expert, vision), vision.image_size
         self.loss_weights = {"mse": mse_weight}
-        self._transforms: dict[str, Transform] = {
-            "tokenize": TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
-        }
+        self.prompt = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
+        self._transforms: dict[str, Transform] = {"tokenize": self.prompt}
         prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
+        vocabulary = 0
         if action_tokens != "none":
             num = max_action_tokens or spec.chunk_length * spec.action_dim
-            transform: Transform
             if action_tokens == "fast":
-                transform, vocabulary = chunks.make_fast(num, action_tokenizer_path)
+                made = chunks.make_fast(num, action_tokenizer_path)
             else:
-                transform, vocabulary = chunks.BinActions(num, num_bins, *bin_range), num_bins
-            self._transforms["tokenize_actions"] = transform
+                made = chunks.make_bins(num, (num_bins, *bin_range))
+            self._transforms["tokenize_actions"], vocabulary = made
             self.loss_weights["ce"] = ce_weight
+        self._make(network, expert, vision, vocabulary, insulate)
+        self.init_weights()
+
+    def _make(self, network: Any, expert: ExpertSizes, vision: VisionSizes, vocabulary: int, insulate: bool) -> None:
+        """The modules, with heads for `vocabulary` action tokens, 0 for none."""
+        vlm = self.vlm_sizes
+        if vocabulary:
             self.action_token_embed = nn.Embedding(vocabulary + 1, vlm.width)  # the last one begins the sequence
             self.action_token_out = nn.Linear(vlm.width, vocabulary, bias=False)
-
-        if spec.cameras:
+        if self.spec.cameras:
             self.vision = network.Vision(vision, vlm.width)
         self.token_embed = nn.Embedding(vlm.vocab_size, vlm.width)
-        layers = network.make_layers(vlm, expert, adaptive=self.adaptive)
-        has_tokens = "ce" in self.loss_weights
         self.layers = nn.ModuleList(
-            network.Pair(pair, insulate=insulate, keys_only=i == vlm.depth - 1 and not has_tokens)
-            for i, pair in enumerate(layers)
+            network.Pair(pair, insulate=insulate, keys_only=i == vlm.depth - 1 and not vocabulary)
+            for i, pair in enumerate(network.make_layers(vlm, expert, adaptive=self.adaptive))
         )
-        self.vlm_norm = network.final_norm(vlm.width, adaptive=False).requires_grad_(has_tokens)
+        self.vlm_norm = network.final_norm(vlm.width, adaptive=False).requires_grad_(bool(vocabulary))
         self.expert_norm = network.final_norm(expert.width, adaptive=self.adaptive)
         self.action_in_proj = nn.Linear(self.max_action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, self.max_action_dim)
         self.make_suffix(expert.width)
-        self.init_weights()
 
     def init_weights(self) -> None:
         from opentau_train.models.pi import network
@@ -132,13 +138,25 @@ class PiPolicy(Policy):
         return Wants({"supervise": supervise, **self._transforms}, modes=tuple(SUPERVISES), image_size=size)
 
     def vlm_weight_map(self) -> WeightMap | None:
-        return names.vlm_only()
+        return self._for_words(names.vlm_only())
+
+    def _for_words(self, weights: WeightMap) -> WeightMap:
+        """The same; who asks for it loads weights, which are of little use where the policy reads bytes."""
+        if self.prompt.tokenizer is None:
+            log.warning("%s; set model.tokenizer_path to the folder of PaliGemma's tokenizer.json", READS_BYTES)
+        return weights
+
+    def lerobot_export(self) -> LerobotExport:
+        return lerobot.export(self)
 
     def blocks(self) -> list[nn.Module]:
         return [*(self.vision.layers if self.spec.cameras else ()), *self.layers]
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.flatten(1).sum(1, dtype=torch.float32) for term, mask in self._supervised(batch).items()}
+
+    def num_cut(self, batch: Batch) -> int:
+        return int(batch.prompt_is_cut.sum())
 
     # -- the parts in which the two differ ----------------------------------------------------------------------------
 
@@ -273,19 +291,3 @@ class PiPolicy(Policy):
             term: mask & batch.supervised[:, k].view(-1, *[1] * (mask.ndim - 1))
             for k, (term, mask) in enumerate(elements.items())
         }
-
-
-def _check_spec(spec: BatchSpec, state_dim: int | None, action_dim: int | None, chunk_length: int | None) -> None:
-    limits: dict[str, tuple[int, int | None, str, str]] = {
-        "max_state_dim": (spec.state_dim, state_dim, "state dimensions", "choose dimensions in the source"),
-        "max_action_dim": (spec.action_dim, action_dim, "action dimensions", "choose dimensions in the source"),
-        "max_chunk_length": (spec.chunk_length, chunk_length, "steps in a chunk", "lower data.chunk_length"),
-    }
-    for key, (has, holds, words, otherwise) in limits.items():
-        if holds is not None and has > holds:
-            dims = "" if key == "max_chunk_length" else " and, for loaded weights, model.resize_dims=true"
-            raise UserError(
-                f"the data has {has} {words}, the policy holds {holds}",
-                where=f"model.{key}",
-                remedy=f"set model.{key}={has}{dims}; or {otherwise}",
-            )

@@ -51,7 +51,7 @@ class TokenizePrompt(Transform):
     """`prompt_tokens` [`num_tokens`] int64: the prompt in the form `form`, filled up with `NO_TOKEN`.
 
     `tokenizer` is a tokenizer.json or its folder, None: the UTF-8 bytes. A prompt of more tokens is cut, or with
-    `overflow` error refused.
+    `overflow` error refused; `prompt_is_cut` [] bool says whether it was.
     """
 
     form: str
@@ -60,14 +60,15 @@ class TokenizePrompt(Transform):
     overflow: Overflow = "cut"
 
     reads: ClassVar = ("prompt", "state", "state_dim_mask")
-    writes: ClassVar = ("prompt_tokens",)
+    writes: ClassVar = ("prompt_tokens", "prompt_is_cut")
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
-        record["prompt_tokens"] = self.tokens(record["prompt"], record["state"][record["state_dim_mask"]])
+        tokens, cut = self.tokens(record["prompt"], record["state"][record["state_dim_mask"]])
+        record["prompt_tokens"], record["prompt_is_cut"] = tokens, cut
         return record
 
-    def tokens(self, text: str, state: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Raises `UserError` for a prompt that is too long and not to be cut."""
+    def tokens(self, text: str, state: NDArray[np.float32]) -> tuple[NDArray[np.int64], bool]:
+        """The tokens, and whether some were cut off. Raises `UserError` where they may not be."""
         ids = encoder(self.tokenizer)(FORMS[self.form](text, state))
         if len(ids) > self.num_tokens and self.overflow == "error":
             raise UserError(
@@ -77,10 +78,11 @@ class TokenizePrompt(Transform):
             )
         tokens = np.full(self.num_tokens, NO_TOKEN, np.int64)
         tokens[: len(ids)] = ids[: self.num_tokens]
-        return tokens
+        return tokens, len(ids) > self.num_tokens
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
-        return (Field("prompt_tokens", (self.num_tokens,), np.int64, NO_TOKEN),)
+        prompt = Field("prompt_tokens", (self.num_tokens,), np.int64, NO_TOKEN)
+        return prompt, Field("prompt_is_cut", (), np.bool_, False)
 
 
 def encoder(tokenizer: str | None) -> Callable[[str], list[int]]:

@@ -21,13 +21,14 @@ def test_the_state_stands_in_the_prompt_as_published():
 def test_a_tokenizer_file_gives_the_tokens_that_its_library_gives(tmp_path):
     words_file(tmp_path)
     transform = TokenizePrompt("pi0", 6, str(tmp_path))
-    assert transform.tokens("open the_drawer", np.zeros(0)).tolist() == [1, 2, 3, 4, -1, -1]
-    assert TokenizePrompt("pi0", 6).tokens("é", np.zeros(0)).tolist() == [2, 0xC3 + 3, 0xA9 + 3, 13, -1, -1], "bytes"
+    tokens, cut = transform.tokens("open the_drawer", np.zeros(0))
+    assert tokens.tolist() == [1, 2, 3, 4, -1, -1] and not cut
+    assert TokenizePrompt("pi0", 6).tokens("é", np.zeros(0))[0].tolist() == [2, 0xC3 + 3, 0xA9 + 3, 13, -1, -1], "bytes"
 
 
 def test_a_long_prompt_is_cut_or_refused():
-    cut = TokenizePrompt("pi0", 4).tokens("open the drawer", np.zeros(0))
-    assert cut.tolist() == [2, *(b + 3 for b in b"ope")]
+    tokens, cut = TokenizePrompt("pi0", 4).tokens("open the drawer", np.zeros(0))
+    assert tokens.tolist() == [2, *(b + 3 for b in b"ope")] and cut
     with pytest.raises(UserError, match="a prompt has 17 tokens, the policy takes 4") as refused:
         TokenizePrompt("pi0", 4, overflow="error").tokens("open the drawer", np.zeros(0))
     assert "model.max_prompt_tokens=17" in refused.value.remedy

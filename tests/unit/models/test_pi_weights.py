@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +12,15 @@ from safetensors.torch import save_file
 
 from opentau_train.checkpoints.weights import load_pretrained, plan_weights
 from opentau_train.errors import UserError
+from opentau_train.models.pi import lerobot
+from opentau_train.models.policy import build_policy
 from tests.golden import pi
 from tests.unit.models.pi_cases import (
+    SPEC,
     TOKENS,
     golden_batch,
     golden_pi,
+    lerobot_name,
     library_pi0,
     make_pi0,
     make_pi05,
@@ -94,3 +100,36 @@ def test_weights_of_another_policy_are_refused_and_other_dimensions_by_choice(tm
     load_pretrained(wide, file, wide.weight_map())
     assert torch.equal(wide.state_proj.weight[:, :8], make_pi0().state_proj.weight)
     assert not wide.state_proj.weight[:, 8:].any() and not wide.action_out_proj.bias[8:].any()
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_what_is_exported_for_lerobot_has_the_names_and_shapes_of_its_own_model(kind):
+    policy = golden_pi(kind)
+    want = json.loads(pi.FILE.read_text())[kind]["shapes"]
+    named = lerobot.weights(policy)
+    assert {name: list(value.shape) for name, value in named.items()} == want
+    assert all(torch.equal(named[lerobot_name(name)], value) for name, value in policy.state_dict().items())
+    with pytest.raises(UserError, match=f"LeRobot's {kind} has the published sizes only"):
+        policy.lerobot_export()
+
+
+def test_the_published_sizes_are_exported_with_lerobots_settings():
+    import yaml
+
+    tree = {
+        **yaml.safe_load(Path("conf/model/pi0.yaml").read_text()),
+        "_target_": "opentau_train.models.pi.pi05.Pi05Policy",
+    }
+    spec = dataclasses.replace(SPEC, image_size=(224, 224), chunk_length=50)
+    with torch.device("meta"):
+        policy = build_policy(tree, spec)
+        made = policy.lerobot_export()
+    assert round(sum(p.numel() for p in policy.parameters()) / 1e9, 1) == 3.4
+    assert made.config["type"] == "pi05" and made.config["chunk_size"] == 50
+    assert [name for name, _ in made.steps][2:5] == [
+        "normalizer_processor",
+        "pi05_prepare_state_tokenizer_processor_step",
+        "tokenizer_processor",
+    ]
+    shapes = {name: tuple(value.shape) for name, value in made.weights.items()}
+    assert shapes["model.paligemma_with_expert.gemma_expert.lm_head.weight"] == (257152, 1024)
