@@ -56,6 +56,16 @@ def test_adapters_over_frozen_weights_train_alike_in_every_layout(policy, layout
         assert load_file(other / WEIGHTS).keys() == weights.keys()
 
 
+@pytest.mark.parametrize("layout", ["ddp_2", "fsdp_2_checkpointed"])
+def test_a_policy_with_frozen_layers_trains_alike(layout, tmp_path):
+    words = [*TOY, *SHORT, "model.depth=2", "finetune=freeze", "finetune.frozen=[layers.0.*,stem.*,*embed*]"]
+    alone, ranks = metrics(train_here(words, tmp_path / "alone")), LAYOUTS[layout][0]
+    other = metrics(trained([*words, *LAYOUTS[layout][1]], tmp_path / layout, ranks))
+    for step, row in alone.items():
+        for tag in TAGS:
+            assert other[step][tag] == pytest.approx(row[tag], rel=1e-5), (step, tag)
+
+
 def test_sharded_bfloat16_parameters_train_and_go_on_in_one_process(tmp_path):
     words = [*TOY, *SHORT, *LORA, "trainer.precision=bf16_params"]
     sharded = trained([*words, "parallelism=fsdp", "trainer.steps=2"], tmp_path / "sharded", 2)
