@@ -70,6 +70,7 @@ def test_what_the_policy_keeps_from_training_never_trains():
     prepare_finetune(policy, FinetuneSettings(rank=2, trains=("*",)))
     assert "layers.1.mlp.down" not in policy.adapters and "layers.0.mlp.down" in policy.adapters
     assert not policy.layers[1].mlp.down.weight.requires_grad
+    assert policy.layers[0].mlp.down.base_layer.weight.requires_grad, "trains beside its own adapter, as was asked"
     with pytest.raises(UserError, match=r"no trainable parameter's name fits 'layers\.1\.mlp\.down\.weight'"):
         make(FinetuneSettings(trains=("layers.1.mlp.down.weight",)), copy.deepcopy(policy))
 
@@ -265,6 +266,8 @@ def test_frozen_weights_of_a_file_are_left_out_of_checkpoints(based, run_dir):
     assert load_file(folder / "model.safetensors").keys() == names
     assert read_card(folder).policy["base"]["path"] == str(based[1])
     assert "layers.0.mlp.up.base_layer.weight" in saved(run_dir), "without a file, all is saved"
+    told = "parameters train: LoRA adapters on 4 layers, 2,176, and 57,344 beside them; float32 parameters"
+    assert told in (based[0] / "train.log").read_text()
 
 
 def test_a_run_without_its_frozen_weights_is_resumed_bit_for_bit(based, tmp_path):
