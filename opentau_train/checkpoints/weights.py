@@ -100,7 +100,7 @@ def plan_weights(
     missing = tuple(name for name in own if name not in sources and name not in mismatched)
     report = Report(path, tuple(sources), missing, tuple(unexpected), tuple(mismatched.values()))
     _check(report, tuple(mismatched), mapping, where)
-    return Plan(sources, report, published_stats(path if path.is_dir() else path.parent, found))
+    return Plan(sources, report, published_stats(found))
 
 
 def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
