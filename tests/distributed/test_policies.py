@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.program import TOY, metrics, run
+from tests.program import TOY, assert_close, metrics, run, train_here
 
 pytestmark = pytest.mark.distributed
 
@@ -38,3 +38,20 @@ def test_a_policy_trains_alike_in_every_layout(policy, tmp_path):
                 if tag in row:
                     assert rows[name][step][tag] == pytest.approx(row[tag], rel=1e-5), (name, step, tag)
     assert "Validation/Loss" in rows["alone"][3]
+
+
+def test_first_weights_give_the_same_losses_in_every_layout(tmp_path):
+    """Each rank reads what it holds, and the numbers are those of one process."""
+    words = [*TOY, "logger=none", "trainer.steps=2", f"paths.cache_dir={tmp_path / 'cache'}"]
+    first = train_here([*words, "validation.every=0"], tmp_path / "first")
+    weights = [f"model.pretrained_path={first}", "validation.every=2", "validation.max_samples_per_group=4"]
+    rows = {}
+    for name in ("alone", "ddp_2", "fsdp_2"):
+        ranks, layout = LAYOUTS.get(name, (1, []))
+        ended = run([*words, *weights, *layout, f"paths.run_dir={tmp_path / name}"], ranks)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert ended.stderr.count("tensors, from") == 1, "rank 0 reports"
+        rows[name] = metrics(tmp_path / name)
+    assert rows["alone"][1]["Training/Loss"] < 0.99 * metrics(first)[1]["Training/Loss"]
+    for name in ("ddp_2", "fsdp_2"):
+        assert_close(rows["alone"], rows[name], training=1e-5, validation=1e-5)

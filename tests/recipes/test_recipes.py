@@ -13,9 +13,10 @@ from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from opentau_train.models.policy import build_policy, check_model
+from opentau_train.tools import export
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import open_evaluators
-from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
+from tests.program import DATA, REPO, TINY_POLICY, TOY, metrics, train_here
 
 CONF = REPO / "conf"
 SPEC = BatchSpec(("a", "b"), (48, 80), 0, 8, 8, 16)
@@ -94,6 +95,24 @@ def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp
     sources += ["+data/source@data.sources.droid_ee=droid_ee", f"data.sources.droid_ee.root={small_sample['ee']}"]
     rows = metrics(train_here([*sources, "+debug=smoke", *TINY_POLICY], tmp_path / "run"))
     assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
+
+
+def test_the_act_recipe_trains_validates_resumes_and_is_exported_to_lerobot(tmp_path):
+    settings = composed("+recipe=lerobot_act")
+    assert (settings.optimizer.lr, settings.trainer.global_batch_size, settings.data.chunk_length) == (1e-5, 8, 100)
+    assert settings.trainer.grad_clip == 10.0 and settings.optimizer.options["betas"] == [0.9, 0.999]
+    words = [
+        "+recipe=lerobot_act",
+        "+debug=smoke",
+        "model=act_tiny",
+        "model.width=32",
+        "model.backbone_norm=frozen_batch",
+    ]
+    words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "data.image_size=[32,32]", "data.chunk_length=8"]
+    run = train_here(words, tmp_path / "run")
+    train_here([*words, "trainer.steps=3", "resume=auto"], run)
+    assert {"Validation/main/default/L1", "Validation/main/default/KL"} <= metrics(run)[2].keys() and 3 in metrics(run)
+    assert export.main([f"checkpoint={run}", "format=lerobot", f"out={tmp_path / 'out'}"]) == 0
 
 
 @pytest.mark.slow
