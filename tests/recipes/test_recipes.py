@@ -36,7 +36,7 @@ GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoin
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_choice_composes_and_fits_its_class(choice):
-    settings = composed("+recipe=droid_policy", choice)
+    settings = composed("+recipe=droid_policy", choice, "data.image_size=[224,224]")
     check_model(settings.model, settings.data)
     bind(settings.scheduler, "scheduler", [])
     open_evaluators(settings.validation)
