@@ -188,7 +188,7 @@ def checked(tree: dict[str, Any]) -> Settings:
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
 
-    check_model(settings.model)
+    check_model(settings.model, settings.data)
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():

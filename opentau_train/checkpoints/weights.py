@@ -24,6 +24,8 @@ from opentau_train.errors import UserError
 from opentau_train.models.policy import WEIGHT_MAPS, Policy, not_read
 from opentau_train.models.weight_map import WeightMap, fits
 
+COUNTERS = ("*.num_batches_tracked", "*.position_ids", "*.inv_freq")
+"""What layers of torch and transformers save, or saved once, without having learnt it."""
 STATISTICS = ("normalize_inputs.*", "normalize_targets.*", "unnormalize_outputs.*")
 """Tensors that LeRobot put between the weights before 0.4: its normalisation (`published_stats`)."""
 
@@ -79,10 +81,10 @@ def plan_weights(
     found = open_weights(path, where)
     entries = {n: e for n, e in found.items() if not fits(n, (*mapping.ignored, *STATISTICS))}
     own = {name: tensor for name, tensor in policy.state_dict().items() if fits(name, mapping.part)}
-    sources, unexpected, mismatched = dict[str, tuple[str, Entry]](), list[str](), dict[str, str]()
+    sources, unexpected, wrong = dict[str, tuple[str, Entry]](), list[str](), dict[str, Entry]()
     for published, entry in sorted(entries.items(), key=lambda item: fits(item[0], mapping.fallback)):
         name = mapping.own_name(published)
-        if name in sources and fits(published, mapping.fallback):
+        if fits(published, mapping.fallback if name in sources else () if name in own else COUNTERS):
             continue
         if name not in own:
             unexpected.append(published)
@@ -93,14 +95,16 @@ def plan_weights(
                 remedy="give a file with one of them",
             )
         elif not _matches(entry, own[name], resized=resize and fits(name, mapping.resized)):
-            kinds = [entry.dtype, own[name].dtype] if entry.shape == tuple(own[name].shape) else ["", ""]
-            mismatched[name] = f"{name} {kinds[0]}{list(entry.shape)} there, {kinds[1]}{list(own[name].shape)} here"
+            wrong[name] = entry
         else:
             sources[name] = published, entry
-    missing = tuple(name for name in own if name not in sources and name not in mismatched)
-    report = Report(path, tuple(sources), missing, tuple(unexpected), tuple(mismatched.values()))
-    _check(report, tuple(mismatched), mapping, where)
-    return Plan(sources, report, published_stats(path if path.is_dir() else path.parent, found))
+    missing = tuple(name for name in own if name not in sources and name not in wrong)
+    report = Report(
+        path, tuple(sources), missing, tuple(unexpected), tuple(_both(n, e, own[n]) for n, e in wrong.items())
+    )
+    resizable = not resize and all(_matches(e, own[n], resized=fits(n, mapping.resized)) for n, e in wrong.items())
+    _check(report, mapping, where, resizable=resizable)
+    return Plan(sources, report, published_stats(found))
 
 
 def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
@@ -111,16 +115,21 @@ def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
     return same and entry.is_floating_point == own.is_floating_point()
 
 
-def _check(report: Report, mismatched: tuple[str, ...], mapping: WeightMap, where: str) -> None:
+def _both(name: str, entry: Entry, own: torch.Tensor) -> str:
+    kinds = [f"{entry.dtype} ", f"{own.dtype} "] if entry.shape == tuple(own.shape) else ["", ""]
+    return f"{name} {kinds[0]}{list(entry.shape)} there, {kinds[1]}{list(own.shape)} here"
+
+
+def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -> None:
     unnamed = [name for name in report.missing if not fits(name, mapping.new)]
     filled = {_layer(name) for name in report.loaded} - {""}
     if not report.loaded:
         what = "no tensor of the file fits the model"
         remedy = "choose the model that these weights are of, or weights of this one"
-    elif mismatched:
-        what = f"{len(mismatched)} tensors of the file have other shapes than the model's"
+    elif report.mismatched:
+        what = f"{len(report.mismatched)} tensors of the file have other shapes than the model's"
         remedy = "set the model's sizes, data.chunk_length and the data's dimensions to those of the weights"
-        if all(fits(name, mapping.resized) for name in mismatched):
+        if resizable:
             remedy = "set model.resize_dims=true: projections are cut to the data's dimensions, or filled up with 0"
     elif halves := [name for name in report.unexpected if _layer(mapping.own_name(name)) in filled]:
         what = f"the file has more of some layers than the model: {_some(halves)}"

@@ -215,6 +215,11 @@ class ResumeSettings:
 
 
 TRAINED_FOR_IT = "the weights were trained for it; none can be loaded whose shape changes"
+OF_MODEL = {
+    "*_weight": Meaning("warned", "the losses' weights from here on"),
+    "num_flow_steps": Meaning("safe"),
+    **weights.ON_RESUME,
+}
 
 
 @dataclass(frozen=True)
@@ -227,16 +232,7 @@ class Settings:
     """
 
     data: DataSettings = field(metadata=refused(TRAINED_FOR_IT))
-    model: dict[str, Any] = field(
-        metadata=refused(
-            TRAINED_FOR_IT,
-            keys={
-                "*_weight": Meaning("warned", "the losses' weights from here on"),
-                "num_flow_steps": Meaning("safe"),
-                **weights.ON_RESUME,
-            },
-        )
-    )
+    model: dict[str, Any] = field(metadata=refused(TRAINED_FOR_IT, keys=OF_MODEL))
     trainer: TrainerSettings
     optimizer: OptimizerSettings
     scheduler: dict[str, Any]

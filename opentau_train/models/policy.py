@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from opentau_train.config.data import DataSettings
 from opentau_train.config.typed import bind
 from opentau_train.config.weights import WEIGHT_KEYS, weight_settings
 from opentau_train.data.batch import Batch
@@ -58,6 +59,11 @@ class Policy(nn.Module, ABC):
         `forward` gets tensors only: text is turned into them in the loader's workers, by these transforms.
         """
         return Wants()
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
+        """Raises `UserError` for options that can be told to be wrong before any data are opened, or that don't fit the
+        settings of the data."""
 
     def weight_map(self) -> WeightMap:
         """How published files of the whole policy name its tensors (`model.pretrained_path`)."""
@@ -122,10 +128,12 @@ def build_policy(model: Mapping[str, Any], spec: BatchSpec) -> Policy:
     return target(spec=spec, **options)
 
 
-def check_model(model: Mapping[str, Any]) -> None:
-    """What can be said of the settings `model` without data. Raises `UserError`, also for weights of a part that the
-    class hasn't."""
-    target, _ = bind_model(model)
+def check_model(model: Mapping[str, Any], data: DataSettings) -> None:
+    """What can be said of the settings `model` before data are opened. Raises `UserError`, also for weights of a part
+    that the class hasn't."""
+    target, options = bind_model(model)
+    if isinstance(target, type) and issubclass(target, Policy):
+        target.check(options, data)
     for key in weight_settings(model).paths:
         method = WEIGHT_MAPS[key]
         if key != "pretrained_path" and getattr(target, method, None) is getattr(Policy, method):

@@ -52,6 +52,22 @@ def rotations(places: Tensor, head_dim: int) -> Rope:
     return angles.cos(), angles.sin()
 
 
+def context_mask(valid: Tensor, num: int) -> Tensor:
+    """[B, 1, N, N] bool for tokens of which `valid` [B, N] exist: all see the first `num`, those behind them also the
+    earlier ones of their own."""
+    place = torch.arange(valid.shape[1], device=valid.device)
+    causal = (place[None] < num) | (place[None] <= place[:, None])
+    return (causal & valid[:, None])[:, None]
+
+
+def expert_mask(valid: Tensor, num: int, before: int) -> Tensor:
+    """[B, 1, N, K] bool for the N tokens of K behind a prefix of `num`, `valid` [B, K] of which exist: the first
+    `before` don't see the others, which see everything."""
+    place = torch.arange(valid.shape[1], device=valid.device) - num
+    allowed = (place[None] < before) | (place[num:, None] >= before)
+    return (allowed & valid[:, None])[:, None]
+
+
 def time_features(time: Tensor, width: int) -> Tensor:
     """`time` [B] f32 -> [B, width] f32 sines and cosines, rounded as transformers' pi0 rounds them."""
     fraction = torch.linspace(0.0, 1.0, width // 2, device=time.device)

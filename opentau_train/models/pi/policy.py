@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.config.data import DataSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models.draws import Draws
@@ -30,9 +32,10 @@ from opentau_train.models.layers import KeysValues
 from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
 from opentau_train.models.pi import lerobot, names, prompts
-from opentau_train.models.pi.parts import Tokens, normed, rotations
+from opentau_train.models.pi.limits import LIMITS, check_limits, check_pictures
+from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, rotations
 from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
-from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes, check_spec
+from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
@@ -84,7 +87,8 @@ class PiPolicy(Policy):
         ce_weight: float = 1.0,
     ):
         super().__init__()
-        check_spec(spec, max_state_dim, max_action_dim, max_chunk_length)
+        limits = dict(zip(LIMITS, (max_state_dim, max_action_dim, max_chunk_length), strict=True))
+        check_limits((spec.state_dim, spec.action_dim, spec.chunk_length), limits)
         try:
             from opentau_train.models.pi import network
         except ImportError as error:
@@ -126,6 +130,15 @@ class PiPolicy(Policy):
         self.action_in_proj = nn.Linear(self.max_action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, self.max_action_dim)
         self.make_suffix(expert.width)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
+        prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
+        if options.get("action_tokens") == "fast":
+            chunks.make_fast(1, options.get("action_tokenizer_path"))
+        limits = {key: options[key] for key in LIMITS if key in options}
+        check_limits((data.state_dim or 0, data.action_dim or 0, data.chunk_length), limits)
+        check_pictures(data.image_size, options["vision"].image_size)
 
     def init_weights(self) -> None:
         from opentau_train.models.pi import network
@@ -250,10 +263,8 @@ class PiPolicy(Policy):
             ids = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
             x = torch.cat([x, self.action_token_embed(ids).to(x.dtype)], dim=1)
             valid = torch.cat([valid, labels != NO_TOKEN], dim=1)
-        place = torch.arange(x.shape[1], device=x.device)
-        causal = (place[None] < num) | (place[None] <= place[:, None])
         rope = rotations(valid.long().cumsum(1) - 1, self.vlm_sizes.head_dim)
-        return Tokens(x, rope, (causal & valid[:, None])[:, None])
+        return Tokens(x, rope, context_mask(valid, num))
 
     def _suffix(self, batch: Batch, noised: Tensor, time: Tensor, valid: Tensor, exist: Tensor) -> Tokens:
         """The expert's tokens behind a prefix of which `valid` [B, P] exist; `exist` [B, T] steps of the chunk."""
@@ -261,13 +272,8 @@ class PiPolicy(Policy):
         before = x.shape[1] - noised.shape[1]  # the state's token
         own = torch.cat([torch.ones_like(exist[:, :1]).expand(-1, before), exist], dim=1)
         keys = torch.cat([valid, own], dim=1)
-        place = (
-            torch.arange(keys.shape[1], device=x.device) - valid.shape[1]
-        )  # of the keys; those of the prefix below 0
-        # The state doesn't look at the actions, which look at everything.
-        allowed = (place[None] < before) | (place[valid.shape[1] :, None] >= before)
         rope = rotations((keys.long().cumsum(1) - 1)[:, valid.shape[1] :], self.vlm_sizes.head_dim)
-        return Tokens(x, rope, (allowed & keys[:, None])[:, None], condition)
+        return Tokens(x, rope, expert_mask(keys, valid.shape[1], before), condition)
 
     def _velocity(self, suffix: Tokens) -> Tensor:
         """[B, T, max_action_dim] f32."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 
 from opentau_train.config.typed import positive
 from opentau_train.errors import UserError
-from opentau_train.types import BatchSpec
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,6 @@ class ExpertSizes:
     def check(self, path: str) -> None:
         _all_positive(self, path)
         _divides(path, "2", 2, "width", self.width)
-
-
-def check_spec(spec: BatchSpec, state_dim: int | None, action_dim: int | None, chunk_length: int | None) -> None:
-    """Raises `UserError` for data that a policy of these limits, None for no limit, doesn't hold."""
-    limits: dict[str, tuple[int, int | None, str, str]] = {
-        "max_state_dim": (spec.state_dim, state_dim, "state dimensions", "choose dimensions in the source"),
-        "max_action_dim": (spec.action_dim, action_dim, "action dimensions", "choose dimensions in the source"),
-        "max_chunk_length": (spec.chunk_length, chunk_length, "steps in a chunk", "lower data.chunk_length"),
-    }
-    for key, (has, holds, words, otherwise) in limits.items():
-        if holds is not None and has > holds:
-            dims = "" if key == "max_chunk_length" else " and, for loaded weights, model.resize_dims=true"
-            raise UserError(
-                f"the data has {has} {words}, the policy holds {holds}",
-                where=f"model.{key}",
-                remedy=f"set model.{key}={has}{dims}; or {otherwise}",
-            )
 
 
 def _all_positive(sizes: VisionSizes | GemmaSizes | ExpertSizes, path: str) -> None:
