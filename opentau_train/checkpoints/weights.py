@@ -79,6 +79,12 @@ def plan_weights(
     `mapping.resized` names may have other dimensions. Raises as `load_pretrained` does."""
     path = Path(path)
     found = open_weights(path, where)
+    if any(".lora_A." in name for name in found):
+        raise UserError(
+            f"{path} holds LoRA adapters, not the weights of a whole policy",
+            where=where or str(path),
+            remedy="export the run: python -m opentau_train.tools.export checkpoint=RUN out=policy.safetensors",
+        )
     entries = {n: e for n, e in found.items() if not fits(n, (*mapping.ignored, *STATISTICS))}
     own = {name: tensor for name, tensor in policy.state_dict().items() if fits(name, mapping.part)}
     sources, unexpected, wrong = dict[str, tuple[str, Entry]](), list[str](), dict[str, Entry]()

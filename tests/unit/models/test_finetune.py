@@ -18,14 +18,18 @@ from torch.distributed.checkpoint import FileSystemReader
 from opentau_train import validate
 from opentau_train.checkpoints.adapters import write_adapters
 from opentau_train.checkpoints.pretrained import load_policy, read_card
+from opentau_train.checkpoints.weights import plan_weights
 from opentau_train.config import drift
 from opentau_train.config.finetune import FinetuneSettings
+from opentau_train.config.settings import OptimizerSettings, ParameterRule
 from opentau_train.config.typed import build
 from opentau_train.distributed.materialise import materialise
 from opentau_train.errors import UserError
 from opentau_train.models.act import ActPolicy
 from opentau_train.models.finetune import is_adapter, merge, prepare_finetune, set_aside, summary
 from opentau_train.models.flow import FlowPolicy
+from opentau_train.models.weight_map import WeightMap
+from opentau_train.optim import build_optimizer
 from opentau_train.tools import export
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
@@ -268,6 +272,23 @@ def test_frozen_weights_of_a_file_are_left_out_of_checkpoints(based, run_dir):
     assert "layers.0.mlp.up.base_layer.weight" in saved(run_dir), "without a file, all is saved"
     told = "parameters train: LoRA adapters on 4 layers, 2,176, and 57,344 beside them; float32 parameters"
     assert told in (based[0] / "train.log").read_text()
+
+
+def test_a_run_of_adapters_is_no_base_before_it_is_exported(based, tmp_path):
+    whole = tmp_path / "policy.safetensors"
+    assert export.main([f"checkpoint={based[0]}", f"out={whole}"]) == 0
+    policy = load_policy(whole).policy
+    assert not plan_weights(policy, whole, WeightMap()).report.missing
+    with pytest.raises(UserError, match=r"holds LoRA adapters, not the weights of a whole policy(.|\n)*tools.export"):
+        plan_weights(policy, based[0], WeightMap())
+
+
+def test_adapters_may_have_a_learning_rate_of_their_own():
+    rules = {"b": ParameterRule("*.lora_B.*", lr_scale=16.0)}  # as LoRA+ (Hayou et al. 2024)
+    groups = build_optimizer(
+        make(FinetuneSettings(rank=2, trains=())), OptimizerSettings(lr=1e-3, groups=rules)
+    ).param_groups
+    assert {(g["lr_scale"], len(g["params"])) for g in groups} == {(1.0, 8), (16.0, 8)}
 
 
 def test_a_run_without_its_frozen_weights_is_resumed_bit_for_bit(based, tmp_path):
