@@ -37,6 +37,7 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.memory import Rehearsal, announce
 from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
@@ -143,6 +144,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
+        announce(rehearse(settings.model, mixture, world.device.type), settings, world.size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
@@ -212,14 +214,26 @@ def spread_policy(
     `UserError` on all ranks alike."""
     target, _ = bind(model, "model", ["spec"])
     on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
-
-    def build() -> Policy:
-        with torch.device("meta") if on_meta else nullcontext():
-            return instantiate(model, "model", spec=spec)
-
-    policy = world.agree(build)
+    policy = world.agree(lambda: build_policy(model, spec, on_meta=on_meta))
     init = policy.init_weights if on_meta else None
     return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
+
+
+def build_policy(model: Mapping[str, Any], spec: BatchSpec, *, on_meta: bool) -> Policy:
+    """The policy that the settings `model` name, untrained, in this process; `on_meta`: without memory."""
+    with torch.device("meta") if on_meta else nullcontext():
+        return instantiate(model, "model", spec=spec)
+
+
+def rehearse(model: Mapping[str, Any], mixture: Mixture, device_type: str) -> Rehearsal:
+    """The policy that the settings `model` name, to be asked for the memory that it takes on a device. It has none
+    itself, unless its constructor needs it. Draws nothing from torch's generators. Raises `UserError`."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            policy = build_policy(model, mixture.spec, on_meta=True)
+        except RuntimeError:  # it asks a tensor for numbers: allowed where `meta_init` is False
+            policy = build_policy(model, mixture.spec, on_meta=False)
+    return Rehearsal(policy, mixture.for_policy(policy.wants()).spec, device_type)
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:
