@@ -176,7 +176,11 @@ class Rehearsal:
             policy = self._twin(torch.bfloat16 if low_parameters else None)
             batch = self._blank(samples)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
-                return kept_for_backward(policy, batch, BlankDraws(batch.key))
+                plain, checkpointed = kept_for_backward(policy, batch, BlankDraws(batch.key))
+        # Autocast holds the matrices that it has cast until the forward is over, whoever computes again.
+        matrices = [p for block in policy.blocks() for p in block.parameters() if p.ndim > 1 and p.requires_grad]
+        cast = sum(2 * p.numel() for p in matrices if p.dtype == torch.float32) if low else 0
+        return plain, min(plain, checkpointed + cast)
 
     def _optimizer_states(self, settings: OptimizerSettings) -> list[_State] | None:
         """What the optimizer keeps after a step."""
@@ -315,7 +319,20 @@ class _All(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             (mask,) = args
             return torch.empty((mask.numel(), mask.ndim), dtype=torch.int64, device=mask.device)
+        if func in _INDEXING:
+            values, indices, *others = args
+            args = values, [place for index in indices for place in _places(index)], *others
         return func(*args, **(kwargs or {}))
+
+
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+def _places(index: Tensor | None) -> Sequence[Tensor | None]:
+    """An index of torch's, as a mask that is True everywhere where it is a mask: a tensor of places for each axis."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return torch.empty((index.numel(), index.ndim), dtype=torch.int64, device=index.device).unbind(1)
 
 
 def announce(rehearsal: Rehearsal, settings: Settings, ranks: int, device: torch.device) -> None:

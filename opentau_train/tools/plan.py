@@ -129,7 +129,7 @@ def describe_memory(settings: Settings, mixture: Mixture, num_ranks: Sequence[in
         sizes = [memory.text(size) for size in footprint.parts.values()]
         rows.append(("", str(ranks), str(footprint.samples), *sizes, memory.text(footprint.total)))
         warning = None if device_bytes is None else memory.shortage(rehearsal, settings, ranks, device_bytes)
-        lines += [f"warning    with {ranks} ranks {warning}"] if warning is not None else []
+        lines += [f"warning    --ranks {ranks}: {warning}"] if warning is not None else []
     return "\n".join([*align(rows), *(f"note       {note}" for note in rehearsal.notes.values()), *lines])
 
 
