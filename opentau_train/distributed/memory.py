@@ -99,10 +99,8 @@ class Rehearsal:
         parameters = list(self._policy.parameters())
         trained = [p for p in parameters if p.requires_grad]
         gradients = sum(_shard_bytes(p, shard) for p in trained)
-        if shard > 1 and share > samples:
-            gradients += sum(
-                4 * p.numel() for p in trained
-            )  # whole, in float32, until the last micro-batch's are added
+        if shard > 1 and share > samples:  # they add up whole, in float32, until the last micro-batch
+            gradients += sum(4 * p.numel() for p in trained)
         states = self._optimizer_states(settings.optimizer)
         return Footprint(
             parameters=sum(_shard_bytes(p, shard) for p in parameters) + sum(b.nbytes for b in self._policy.buffers()),
@@ -198,9 +196,11 @@ class Rehearsal:
         twins: dict[int, Tensor] = {}
         for tensor in (*self._policy.parameters(), *self._policy.buffers()):
             is_parameter = isinstance(tensor, nn.Parameter)
-            as_type = dtype if dtype is not None and is_parameter else tensor.dtype
-            # A third of what empty_like takes of a tensor that isn't fake.
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), device=self._device, dtype=as_type)
+            other = dtype is not None and is_parameter and tensor.is_floating_point()
+            # A third of the time that empty_like takes of a tensor that isn't fake.
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), device=self._device, dtype=dtype if other else tensor.dtype
+            )
             twins[id(tensor)] = nn.Parameter(fake.detach(), tensor.requires_grad) if is_parameter else fake
         # Copied with its tensors exchanged, not run itself: what a forward keeps in the module must not be fake.
         self._twins[dtype] = copy.deepcopy(self._policy, twins)
