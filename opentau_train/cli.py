@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
+from opentau_train.config.weights import completed
 from opentau_train.data.decode.open_files import raise_file_limit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.threads import THREAD
@@ -183,10 +184,11 @@ def checked(tree: dict[str, Any]) -> Settings:
     opened or ranks started. Raises `UserError`. Users wait for it, so it may import what a run's classes need to be
     looked at, and no more (`tests/unit/test_layers.py`)."""
     settings = load_settings(tree)
+    from opentau_train.models.policy import check_model
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
 
-    bind(settings.model, "model", ["spec"])
+    check_model(settings.model)
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
@@ -196,10 +198,9 @@ def checked(tree: dict[str, Any]) -> Settings:
 
 
 def plain(composed: Any) -> dict[str, Any]:
-    """The composed configuration as dicts, lists and scalars, interpolations resolved."""
-    tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(tree, dict), "the primary configuration is a mapping"
-    return {str(key): value for key, value in tree.items()}
+    """The composed configuration as dicts, lists and scalars, interpolations resolved, the model's `completed`."""
+    tree: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return {str(key): completed(value, os.environ) if key == "model" else value for key, value in tree.items()}
 
 
 def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collection[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.checkpoints.weights import FirstWeights, fill, locate_weights
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
-from opentau_train.config.typed import bind, instantiate
+from opentau_train.config.typed import instantiate
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -37,15 +39,17 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.memory import Rehearsal, announce
+from opentau_train.distributed.materialise import materialise
+from opentau_train.distributed.memory import announce
 from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
-from opentau_train.models.policy import Policy
+from opentau_train.models.policy import Policy, bind_model, build_policy
 from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.types import BatchSpec
@@ -56,8 +60,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `skipped` steps, and the last
-    step that was `validated`."""
+    """All that the loop needs, on one rank. Counters since the run began: `bad` windows, `cut` prompts, `skipped`
+    steps, and the last step that was `validated`."""
 
     settings: Settings
     world: World
@@ -70,7 +74,7 @@ class Job:
     schedule: Any
     saver: Saver
     max_samples: int
-    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "skipped": 0, "validated": 0})
+    counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "cut": 0, "skipped": 0, "validated": 0})
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -114,8 +118,10 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats = None
-    if checkpoint is not None:
+    stats, first = None, None
+    if checkpoint is None:
+        first = world.once_a_node(lambda: locate_weights(settings.model))
+    else:
         world.agree(lambda: _compare(settings, tree, checkpoint))
         stats = world.agree(lambda: read_stats(checkpoint))
     mixture = open_together(settings, world, stats)
@@ -127,7 +133,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution)
+    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, first)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -144,7 +150,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
-        announce(rehearse(settings.model, mixture, world.device.type), settings, world.size, world.device)
+        make = partial(build_policy, settings.model, mixture.spec)
+        announce(rehearse(make, mixture, world.device.type), settings, world.size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
@@ -207,33 +214,32 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
 
 
 def spread_policy(
-    model: Mapping[str, Any], spec: BatchSpec, world: World, mesh: DeviceMesh | None, execution: Execution
+    model: Mapping[str, Any],
+    spec: BatchSpec,
+    world: World,
+    mesh: DeviceMesh | None,
+    execution: Execution,
+    first: FirstWeights | None = None,
 ) -> tuple[Policy, Replicas]:
-    """The policy that the settings `model` name, untrained and spread over the ranks. Where its class allows
-    (`Policy.meta_init`), it has no memory until it is sharded. Draws from torch's global generator. Collective; raises
-    `UserError` on all ranks alike."""
-    target, _ = bind(model, "model", ["spec"])
+    """The policy that the settings `model` name, spread over the ranks, with its `first` weights or untrained. Where
+    its class allows (`Policy.meta_init`), it has no memory until it is sharded, and nothing is drawn for what `first`
+    fills. Draws from torch's global generator. Collective; raises `UserError` on all ranks alike."""
+    target, _ = bind_model(model)
     on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
-    policy = world.agree(lambda: build_policy(model, spec, on_meta=on_meta))
-    init = policy.init_weights if on_meta else None
-    return policy, spread(policy, policy.blocks(), world, mesh, execution, init)
 
+    def build() -> Policy:
+        with torch.device("meta") if on_meta else nullcontext():
+            return build_policy(model, spec)
 
-def build_policy(model: Mapping[str, Any], spec: BatchSpec, *, on_meta: bool) -> Policy:
-    """The policy that the settings `model` name, untrained, in this process; `on_meta`: without memory."""
-    with torch.device("meta") if on_meta else nullcontext():
-        return instantiate(model, "model", spec=spec)
-
-
-def rehearse(model: Mapping[str, Any], mixture: Mixture, device_type: str) -> Rehearsal:
-    """The policy that the settings `model` name, to be asked for the memory that it takes on a device. It has none
-    itself, unless its constructor needs it. Draws nothing from torch's generators. Raises `UserError`."""
-    with torch.random.fork_rng(devices=[]):
-        try:
-            policy = build_policy(model, mixture.spec, on_meta=True)
-        except RuntimeError:  # it asks a tensor for numbers: allowed where `meta_init` is False
-            policy = build_policy(model, mixture.spec, on_meta=False)
-    return Rehearsal(policy, mixture.for_policy(policy.wants()).spec, device_type)
+    policy = world.agree(build)
+    plan = None if first is None else world.agree(lambda: first.plan(policy))
+    given = () if plan is None else plan.sources
+    allocate = partial(materialise, policy, init_weights=policy.init_weights, given=given) if on_meta else None
+    replicas = spread(policy, policy.blocks(), world, mesh, execution, allocate)
+    if plan is not None:
+        world.agree(lambda: fill(policy, plan))
+        log.info("first weights of the policy:\n%s", plan)
+    return policy, replicas
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

@@ -155,24 +155,32 @@ def _vote(job: Job, arrival: Arrival | None, stop: Stop) -> Vote:
     if arrival is None:
         return Vote(dict.fromkeys(job.state.policy.loss_weights, 0.0), has_batch=False, has_written=written, stop=stop)
     part = arrival.part
-    return Vote(arrival.counts, part.num_substituted, part.error, has_written=written, stop=stop)
+    return Vote(arrival.counts, part.num_substituted, arrival.num_cut, part.error, has_written=written, stop=stop)
 
 
 def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None:
     """What a step that was taken leaves behind: counters, and a row of numbers now and then."""
     job.progress.enter("log")
-    _check_windows(job, agreement.num_substituted)
     trainer, step = job.settings.trainer, job.state.step
+    _check_windows(job, agreement.num_substituted)
+    if _count(job, "cut", agreement.num_cut):
+        message = "step %d: %d prompts so far have more tokens than the policy takes, and were cut; raise its limit"
+        log.warning(message, step, job.counters["cut"])
     if step % trainer.log_every == 0 or step == trainer.steps or agreement.stop is not Stop.NONE:
         reading = meter.read()
         check_skipped(step, reading.in_a_row, trainer.max_skipped_steps)
-        sinks.write(step, meter.row(reading, job.counters["bad"]))
+        sinks.write(step, meter.row(reading, job.counters))
+
+
+def _count(job: Job, counter: str, num: int) -> bool:
+    """Add to a counter of the run; whether to say so: at the first, then at each doubling."""
+    before = job.counters[counter]
+    job.counters[counter] += num
+    return job.counters[counter].bit_length() > before.bit_length()
 
 
 def _check_windows(job: Job, num_substituted: int) -> None:
-    before = job.counters["bad"]
-    job.counters["bad"] += num_substituted
-    if job.counters["bad"].bit_length() > before.bit_length():  # the first, then at each doubling
+    if _count(job, "bad", num_substituted):
         message = "step %d: %d windows so far can't be read and were replaced by others: %s"
         log.warning(message, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
     seen = job.state.step * job.settings.trainer.global_batch_size

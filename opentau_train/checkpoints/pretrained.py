@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from opentau_train.checkpoints import commit
-from opentau_train.config import typed
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, check_machine, did_you_mean
-from opentau_train.models.policy import Policy
+from opentau_train.models.policy import Policy, build_policy
 from opentau_train.types import BatchSpec
 
 FORMAT = "opentau_train.policy/1"
@@ -145,13 +144,13 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise _unreadable(file, error) from error
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
-    pipelines = _pipelines(card)
+    pipelines = pipelines_of(card)
     transforms = [t for p in pipelines.values() for t in p.transforms.values()]
     spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
     return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
 
 
-def _pipelines(card: Pretrained) -> dict[str, Pipeline]:
+def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
     """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
     made: dict[str, Pipeline] = {}
     for name, tree in card.policy.get("transforms", {}).items():
@@ -171,7 +170,7 @@ def pretrained_folder(path: Path) -> Path:
 def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained. Torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        return typed.instantiate(card.config["model"], "model", spec=BatchSpec.from_json(card.policy["spec"]))
+        return build_policy(card.config["model"], BatchSpec.from_json(card.policy["spec"]))
 
 
 def _unreadable(path: Path, cause: object) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 
 POLICY = "model=flow_base"
 BATCH = "over all ranks and micro-batches; data.max_samples_per_batch bounds a rank's micro-batch"
-NO_WEIGHTS = "weights of other programs aren't loaded, a policy begins from scratch; resume=PATH goes on with a run"
+WEIGHTS = ("model.pretrained_path", "a safetensors file, a directory or a name on the Hub; docs/models.md")
 UNPACKED = ("data.max_samples_per_batch=8", "samples aren't packed; it bounds a micro-batch")
 TRACKER = "also wandb, mlflow, trackio, swanlab and console"
 
@@ -27,8 +27,8 @@ def of_source(key: str) -> tuple[str, str]:
 
 POINTERS: dict[str, tuple[str, str]] = {
     # cosmos-framework: variables of its launchers, then keys of its configuration
-    "VLM_SAFETENSORS_PATH": (POLICY, NO_WEIGHTS),
-    "BASE_CHECKPOINT_PATH": (POLICY, NO_WEIGHTS),
+    "VLM_SAFETENSORS_PATH": ("model.vlm_path", "or set it in the environment; for a model with a VLM inside"),
+    "BASE_CHECKPOINT_PATH": WEIGHTS,
     "WAN_VAE_PATH": (POLICY, "policies here have no video autoencoder"),
     **{f"model.config.parallelism.{key}": (f"parallelism.{key}", "") for key in DEGREES},
     "model.config.parallelism.*": ("parallelism=hsdp", f"or ddp or fsdp; they have {' and '.join(DEGREES)}"),
@@ -47,7 +47,9 @@ POINTERS: dict[str, tuple[str, str]] = {
     # lerobot-train
     **{f"dataset.{key}": of_source(key) for key in ("root", "repo_id", "revision", "episodes")},
     "policy.type": (POLICY, "or flow_tiny, flow_small; a class of your own: docs/extending.md"),
-    "policy.path": (POLICY, NO_WEIGHTS),
+    "policy.path": WEIGHTS,
+    "policy.pretrained_path": WEIGHTS,
+    "pretrained_path": WEIGHTS,
     "policy.device": ("trainer.device=auto", "or cpu"),
     "policy.chunk_size": ("data.chunk_length", ""),
     "policy.optimizer_lr": ("optimizer.lr", ""),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from opentau_train.config import weights
 from opentau_train.config.data import DataSettings
 from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import at_least, build, convert, fraction, positive
@@ -245,6 +246,7 @@ class Settings:
             keys={
                 "*_weight": Meaning("warned", "the losses' weights from here on"),
                 "num_flow_steps": Meaning("safe"),
+                **weights.ON_RESUME,
             },
         )
     )

@@ -222,7 +222,7 @@ def bind(
             where=f"{path}.{TARGET}",
             remedy="give the argument another name",
         )
-    options = {k: v for k, v in tree.items() if k != TARGET}
+    options = {k: v for k, v in tree.items() if k != TARGET and k not in others}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     checked = {k: v for k, v in options.items() if k in given or not takes_any}
     _refuse_unknown(checked, [*known, *others], path)

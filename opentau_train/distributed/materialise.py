@@ -8,37 +8,42 @@ layout, and a rank's memory peaks at its shards and one whole parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opentau_train.errors import UserError
 
 
-def materialise(module: nn.Module, device: torch.device, init_weights: Callable[[], None]) -> None:
+def materialise(
+    module: nn.Module, device: torch.device, init_weights: Callable[[], None], given: Collection[str] = ()
+) -> None:
     """Allocate `module`, built on the meta device, and initialise it: the `reset_parameters` of each module inside that
     has one, in the order of `modules()`, as torch's own layers do when they are built; then `init_weights`.
 
-    Draws from torch's global generator of the CPU, the same numbers on every rank. Raises `UserError` naming a
+    Draws from torch's global generator of the CPU, the same numbers on every rank, but for the parameters and buffers
+    `given`, which the caller fills from a file: billions of numbers that nobody would see. Raises `UserError` naming a
     parameter or buffer that neither sets.
     """
     module.to_empty(device=device)
     with torch.no_grad():
         for _, tensor in _floating(module):
             tensor.fill_(float("nan"))
-    with _WholeDraws():
+    own = chain(module.named_parameters(), module.named_buffers())
+    with _WholeDraws([tensor for name, tensor in own if name in given]):
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)  # a convention of torch's layers, not of a class
             if reset is not None:
                 reset()
         init_weights()
     for name, tensor in _floating(module):
-        if bool(_local(tensor).isnan().any()):
+        if name not in given and bool(_local(tensor).isnan().any()):
             raise UserError(
                 f"the policy's initialisation leaves {name} unset",
                 where="model",
@@ -55,13 +60,30 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Sequence[int]]:
+    """This rank's part of `tensor`, sharing its memory, and the place of its first element in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.ndim
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    assert local.shape == torch.Size(shape), (local.shape, shape)
+    return local, offsets
+
+
 class _WholeDraws(TorchDispatchMode):
     """Inside, `parameter.normal_()` and its like on a sharded parameter give it the shard of the whole draw. Torch by
-    itself would draw each shard anew: other numbers for every layout."""
+    itself would draw each shard anew: other numbers for every layout. What is `given` gets none."""
+
+    def __init__(self, given: Collection[torch.Tensor]):
+        super().__init__()
+        self.given = {id(tensor) for tensor in given}  # by what is the same in every layout
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         target = args[0] if args else None
-        if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(target, DTensor):
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if draws and func._schema.is_mutable and id(target) in self.given:
+            return target
+        if not draws or not isinstance(target, DTensor):
             return func(*args, **(kwargs or {}))
         if not func._schema.is_mutable:
             raise UserError(

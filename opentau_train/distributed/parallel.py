@@ -24,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, did_you_mean
 
@@ -109,13 +108,13 @@ def spread(
     world: World,
     mesh: DeviceMesh | None,
     execution: Execution = Execution(),
-    init_weights: Callable[[], None] | None = None,
+    allocate: Callable[[torch.device], None] | None = None,
 ) -> Replicas:
     """The policy under DDP, or fully sharded over `mesh`, block by block. A block is moved to the device when it is
     sharded, so that no device ever holds the whole.
 
-    With `init_weights` the policy was built on the meta device: it is sharded while it has no memory, and each rank
-    then allocates and initialises its shards (`materialise`), in numbers that no layout changes.
+    With `allocate` the policy was built on the meta device: it is sharded while it has no memory, and each rank then
+    allocates and initialises its shards (`materialise`), in numbers that no layout changes.
 
     Activation checkpointing and compilation wrap the blocks' `forward`, in this order, inside of FSDP's hooks, which
     belong to the module's call: a block's parameters are gathered before its compiled code runs, and are there when the
@@ -125,8 +124,8 @@ def spread(
     for block in blocks:
         block.forward = _block_forward(block.forward, execution)
     if mesh is None:
-        if init_weights is not None:
-            materialise(policy, torch.device("cpu"), init_weights)
+        if allocate is not None:
+            allocate(torch.device("cpu"))
         return Replicas(world.accelerator.prepare_model(policy), sharded=False)
     # Inputs stay float32, as under autocast: a target rounded to bfloat16 falls into another of the 256 bins.
     bf16 = torch.bfloat16 if execution.precision == "bf16" else None
@@ -134,8 +133,8 @@ def spread(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not execution.gather_once)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
-    if init_weights is not None:
-        materialise(policy, world.device, init_weights)
+    if allocate is not None:
+        allocate(world.device)
     register_fsdp_forward_method(policy, "sample_actions")
     return Replicas(policy, sharded=True, gather_once=execution.gather_once)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -83,9 +83,9 @@ class Meter:
         grad_norm, skipped, in_a_row = numbers[:3].tolist()
         return Reading(numbers[3:].view_as(self.sums.values), grad_norm, int(skipped), int(in_a_row))
 
-    def row(self, reading: Reading, num_bad: int) -> dict[str, float]:
-        """The interval's row, and the start of a new interval; collective: it sums the losses over ranks. `num_bad`:
-        windows substituted since the run began."""
+    def row(self, reading: Reading, counters: Mapping[str, int]) -> dict[str, float]:
+        """The interval's row, and the start of a new interval; collective: it sums the losses over ranks. `counters`
+        since the run began: of `bad` windows, which were substituted, and `cut` prompts."""
         groups, sums = self.mixture.groups, self.world.sum(reading.sums).numpy()
         batch = self.tape.batch(self.state.step - 1)
         row = training_row(sums, groups, self.terms, self.state.policy.loss_weights)
@@ -93,7 +93,8 @@ class Meter:
             "Training/GradNorm": reading.grad_norm,
             "Training/LearningRate": self.last.lr,
             "Training/SkippedSteps": float(reading.skipped),
-            "Training/SubstitutedWindows": float(num_bad),
+            "Training/SubstitutedWindows": float(counters["bad"]),
+            "Training/CutPrompts": float(counters["cut"]),
             "Training/OpenDecoders": float(self.open_decoders.num),
             "Training/DecoderMemory": self.open_decoders.num_bytes / 2**20,
             **self._costs(),

@@ -22,8 +22,10 @@ from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
+from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.policy import Policy
-from opentau_train.models.resnet import CHANNELS, NORMS, STRIDE, ResNet18
+from opentau_train.models.resnet import CHANNELS, MEAN, NORMS, STD, STRIDE, ResNet18
+from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
 _TEMPERATURE = 10_000
@@ -59,7 +61,7 @@ class ActPolicy(Policy):
     ):
         super().__init__()
         _check(spec, width, heads)
-        self.spec, self.latent_dim = spec, latent_dim
+        self.spec, self.latent_dim, self.backbone_norm = spec, latent_dim, backbone_norm
         self.loss_weights = {"l1": l1_weight, "kl": kl_weight}
         num_states = 1 if spec.state_dim else 0
 
@@ -88,6 +90,52 @@ class ActPolicy(Policy):
             for parameter in part.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
+
+    def weight_map(self) -> WeightMap:
+        """Of LeRobot's files."""
+        dims = ("action_head.*", "vae_encoder_action_input_proj.weight", "*encoder_robot_state_input_proj.weight")
+        return WeightMap((("^model[.]", ""),), resized=dims)
+
+    def backbone_weight_map(self) -> WeightMap | None:
+        """Of torchvision's and timm's ResNet-18."""
+        if not self.spec.cameras:
+            return None
+        if self.backbone_norm != "frozen_batch":
+            raise UserError(
+                f"model.backbone_norm={self.backbone_norm} has no place for the statistics of a pretrained ResNet",
+                where="model.backbone_path",
+                remedy="set model.backbone_norm=frozen_batch",
+            )
+        names = ((r"^(conv1|bn1|layer\d)[.]", r"backbone.\1."),)
+        return WeightMap(names, ignored=("fc.*", "*.num_batches_tracked"), part=("backbone.*",))
+
+    def lerobot_export(self) -> LerobotExport:
+        if self.backbone_norm != "frozen_batch":
+            raise UserError(
+                f"model.backbone_norm={self.backbone_norm}: LeRobot's ACT has frozen_batch only",
+                where="format",
+                remedy="set format=safetensors, or train with model.backbone_norm=frozen_batch",
+            )
+        layer, chunk = self.encoder.layers[0], self.spec.chunk_length
+        assert isinstance(layer, EncoderLayer)
+        config = {
+            "type": "act",
+            "n_obs_steps": 1,
+            "chunk_size": chunk,
+            "n_action_steps": chunk,
+            "vision_backbone": "resnet18",
+            "pretrained_backbone_weights": None,
+            "dim_model": layer.linear1.in_features,
+            "n_heads": layer.self_attn.num_heads,
+            "dim_feedforward": layer.linear1.out_features,
+            "n_encoder_layers": len(self.encoder.layers),
+            "n_decoder_layers": len(self.decoder.layers),
+            "n_vae_encoder_layers": len(self.vae_encoder.layers),
+            "latent_dim": self.latent_dim,
+            "dropout": layer.dropout.p,
+            "kl_weight": self.loss_weights["kl"],
+        }
+        return LerobotExport(config, {f"model.{name}": value for name, value in self.state_dict().items()}, (MEAN, STD))
 
     def blocks(self) -> list[nn.Module]:
         return [*self.vae_encoder.layers, *self.encoder.layers, *self.decoder.layers]

@@ -18,13 +18,10 @@ from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
-from opentau_train.models.inputs import PAD_BYTE, Supervise, TokenizeBytes, real_actions, real_state
+from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec, LossTerms
-
-SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
-"""{a sample's mode: the terms it supervises}."""
 
 BYTES_PER_TOKEN = 4
 

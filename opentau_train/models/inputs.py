@@ -16,6 +16,8 @@ from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.types import BatchSpec
 
 PAD_BYTE = 256
+SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
+"""{a sample's mode: the terms it supervises}, of policies with a flow head and a head of tokens or bins."""
 
 
 @dataclass(frozen=True)

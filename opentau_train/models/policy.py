@@ -7,15 +7,21 @@ same. A policy knows nothing of datasets: the validation takes its per-sample te
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from opentau_train.config.typed import bind
+from opentau_train.config.weights import WEIGHT_KEYS, weight_settings
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Wants
+from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
-from opentau_train.types import LossTerms
+from opentau_train.models.lerobot import LerobotExport
+from opentau_train.models.weight_map import WeightMap
+from opentau_train.types import BatchSpec, LossTerms
 
 
 class Policy(nn.Module, ABC):
@@ -24,6 +30,9 @@ class Policy(nn.Module, ABC):
 
     Every parameter takes part in every forward pass: DDP runs without `find_unused_parameters`.
     """
+
+    spec: BatchSpec
+    """What it was built for."""
 
     loss_weights: dict[str, float]
     """{term: its weight in the total loss}, one entry for each term that `forward` returns."""
@@ -44,6 +53,23 @@ class Policy(nn.Module, ABC):
         """
         return Wants()
 
+    def weight_map(self) -> WeightMap:
+        """How published files of the whole policy name its tensors (`model.pretrained_path`)."""
+        return WeightMap()
+
+    def vlm_weight_map(self) -> WeightMap | None:
+        """The same for files of the vision-language model alone (`model.vlm_path`); None: it has none inside."""
+        return None
+
+    def backbone_weight_map(self) -> WeightMap | None:
+        """The same for files of the image encoder alone (`model.backbone_path`); None: it takes none."""
+        return None
+
+    def lerobot_export(self) -> LerobotExport | None:
+        """The policy as LeRobot's class of the same architecture has it; None: there is no such class. Raises
+        `UserError` where it has none of this form."""
+        return None
+
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         """{term: (sum [B] f32, count [B] f32)} over the supervised elements of each sample.
@@ -58,6 +84,11 @@ class Policy(nn.Module, ABC):
         """{term: count [B] f32} as `forward` returns them, from the masks alone, on the device where the batch is: the
         training loop asks while it is still in the host's memory, on the thread that reads the data."""
 
+    def num_cut(self, batch: Batch) -> int:
+        """How many samples of the batch have a prompt that was cut to the policy's limit; asked where `term_counts`
+        is."""
+        return 0
+
     @abstractmethod
     def sample_actions(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """The predicted chunk `[B, T, A]` f32, normalised.
@@ -68,3 +99,38 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The repeated layers, in order: the units that are sharded or compiled one by one."""
+
+
+WEIGHT_MAPS = {"pretrained_path": "weight_map", "vlm_path": "vlm_weight_map", "backbone_path": "backbone_weight_map"}
+"""{key of `model`: the method of `Policy` that maps what it names}."""
+
+
+def bind_model(model: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that the settings `model` name, and its converted options (`typed.bind`)."""
+    return bind(model, "model", ["spec"], WEIGHT_KEYS)
+
+
+def build_policy(model: Mapping[str, Any], spec: BatchSpec) -> Policy:
+    """The policy of the settings `model`, untrained. Raises `UserError`."""
+    target, options = bind_model(model)
+    return target(spec=spec, **options)
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """What can be said of the settings `model` without data. Raises `UserError`, also for weights of a part that the
+    class hasn't."""
+    target, _ = bind_model(model)
+    for key in weight_settings(model).paths:
+        method = WEIGHT_MAPS[key]
+        if key != "pretrained_path" and getattr(target, method, None) is getattr(Policy, method):
+            raise not_read(key, target)
+
+
+def not_read(key: str, policy: type) -> UserError:
+    """The error of first weights that nothing reads."""
+    unset = "unset VLM_SAFETENSORS_PATH, or " if key == "vlm_path" else ""
+    return UserError(
+        f"{policy.__name__} reads no model.{key} with these settings",
+        where=f"model.{key}",
+        remedy=f"{unset}set model.{key}=null, or choose a model that has such a part (docs/models.md)",
+    )

@@ -22,6 +22,7 @@ import numpy as np
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
+from opentau_train.config.weights import VLM
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
@@ -93,7 +94,7 @@ def _check_named(info: Info, options: Mapping[str, Any]) -> None:
 def _note_environment() -> None:
     """Say which variables are set that a neighbouring program's launcher reads, and this program doesn't."""
     for name in POINTERS:
-        if name.isupper() and os.environ.get(name):
+        if name.isupper() and os.environ.get(name) and name != VLM:
             sys.stderr.write(f"note: the environment variable {name} is not read: {pointer(name)}\n")
 
 

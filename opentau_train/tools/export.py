@@ -1,17 +1,20 @@
-"""One file of a trained policy: weights, settings, statistics and convention.
+"""One file of a trained policy: weights, settings, statistics and convention. Or a folder that LeRobot loads.
 
     python -m opentau_train.tools.export checkpoint=runs/droid out=policy.safetensors
     python -m opentau_train.tools.export checkpoint=runs/droid/checkpoints/00001000 weights=ema out=policy.safetensors
+    python -m opentau_train.tools.export checkpoint=runs/act format=lerobot out=act_policy
 
 `checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema),
-`format` is safetensors. The weights are read from the checkpoint's shards. After writing, the file is read back by
-`pretrained.load_policy` and must predict the same actions, bit for bit, for a golden batch: keyed random inputs with
-every kind of gap. Else it is removed and the exit code is 1.
+`format` is safetensors, or lerobot: a folder for LeRobot 0.4, with the statistics of one `norm_head`, for policies that
+it has too. The weights are read from the checkpoint's shards. After writing, they are read back and must predict the
+same actions, bit for bit, for a golden batch: keyed random inputs with every kind of gap. Else what was written is
+removed and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,27 +22,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opentau_train.config.typed import build
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_you_mean
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     checkpoint: str
     out: str
-    format: Literal["safetensors"] = "safetensors"
+    format: Literal["safetensors", "lerobot"] = "safetensors"
     weights: Literal["model", "ema"] = "model"
+    norm_head: str | None = None
+    """Whose statistics a folder for LeRobot has; None: those of the only one."""
 
     def check(self, path: str) -> None:
-        if Path(self.out).suffix != f".{self.format}":
+        out = Path(self.out).expanduser()
+        if self.format == "lerobot":
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise UserError(f"out={self.out} is there already", remedy="name a directory that isn't, or is empty")
+        elif out.suffix != f".{self.format}":
             raise UserError(f"out={self.out} doesn't end in .{self.format}", remedy=f"set out=policy.{self.format}")
 
 
 def export(settings: ExportSettings) -> Path:
-    """Write and verify the file; returns its path.
+    """Write and verify the file or folder; returns its path.
 
     Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
     """
-    from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
+    from opentau_train.checkpoints import commit, contents, lerobot, pretrained  # torch: only once the settings hold
+    from opentau_train.checkpoints.weights import load_pretrained
 
     checkpoint = commit.at(settings.checkpoint)
     card = pretrained.read_card(checkpoint / pretrained.FOLDER)
@@ -47,11 +57,27 @@ def export(settings: ExportSettings) -> Path:
     contents.load_weights(checkpoint, policy, settings.weights)
     out = Path(settings.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
-    pretrained.write_file(out, dict(policy.state_dict()), card)
-    if predict(pretrained.load_policy(out).policy) != predict(policy):
-        out.unlink()
+    if settings.format == "lerobot":
+        pipelines = pretrained.pipelines_of(card)
+        head = _head(settings.norm_head, sorted(pipelines))
+        lerobot.write_lerobot(out, policy, pipelines[head], head)
+        again = pretrained.build(card).eval()
+        load_pretrained(again, out, policy.weight_map())
+    else:
+        pretrained.write_file(out, dict(policy.state_dict()), card)
+        again = pretrained.load_policy(out).policy
+    if predict(again) != predict(policy):
+        out.unlink() if out.is_file() else shutil.rmtree(out)
         raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
     return out
+
+
+def _head(given: str | None, heads: Sequence[str]) -> str:
+    head = heads[0] if given is None and len(heads) == 1 else given
+    if head is not None and head in heads:
+        return head
+    what = "the policy has several norm heads" if given is None else f"the policy has no norm head '{given}'"
+    raise UserError(f"{what}{did_you_mean(given or '', heads)}", remedy=f"set norm_head to one of {', '.join(heads)}")
 
 
 def predict(policy: Any) -> bytes:
@@ -112,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
-    size = out.stat().st_size / 1e6
+    size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir())) / 1e6
     print(f"{out}: {size:.1f} MB, {settings.weights} weights; it predicts the checkpoint's actions bit for bit")
     return EXIT_OK
 

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.errors import EXIT_OK
-from opentau_train.job import rehearse
+from opentau_train.models.policy import build_policy
 
 EPOCH_WARNING = 100
 
@@ -121,11 +123,12 @@ def describe_memory(settings: Settings, mixture: Mixture, num_ranks: Sequence[in
     """A table of what a rank's device holds in launches of each of `num_ranks`, and what to do where a device of
     `device_bytes` hasn't as much."""
     on_cuda = torch.cuda.is_available() and settings.trainer.device != "cpu"
-    rehearsal = rehearse(settings.model, mixture, "cuda" if on_cuda else "cpu")
+    make = partial(build_policy, settings.model, mixture.spec)
+    rehearsal = rehearse(make, mixture, "cuda" if on_cuda else "cpu")
     rows: list[tuple[str, ...]] = [("memory", "ranks", "samples", *memory.PARTS, "a rank")]
     lines = []
     for ranks in num_ranks:
-        footprint = rehearsal.footprint(settings, ranks)
+        footprint = memory.footprint(rehearsal, settings, ranks)
         sizes = [memory.text(size) for size in footprint.parts.values()]
         rows.append(("", str(ranks), str(footprint.samples), *sizes, memory.text(footprint.total)))
         warning = None if device_bytes is None else memory.shortage(rehearsal, settings, ranks, device_bytes)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from opentau_train import cli
 from opentau_train.config.settings import load_settings
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
+from opentau_train.distributed.memory import footprint
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.distributed.world import launch
-from opentau_train.job import prepare, rehearse
+from opentau_train.job import prepare
+from opentau_train.models.policy import build_policy
 from tests.program import TOY, train_here
 
 WIDTH, LAYERS, BATCH, LENGTH = 256, 8, 4, 16
@@ -129,8 +133,9 @@ def foreseen(device: str, folder: Path) -> dict[str, Any]:
     run = train_here(arguments, folder / "run")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     settings = load_settings(cli.compose([*arguments, f"paths.cache_dir={folder / 'cache'}"]))
-    rehearsal = rehearse(settings.model, open_plan(settings, resolve_sources(settings)), device)
-    total = rehearsal.footprint(settings, 1).total
+    mixture = open_plan(settings, resolve_sources(settings))
+    rehearsal = rehearse(partial(build_policy, settings.model, mixture.spec), mixture, device)
+    total = footprint(rehearsal, settings, 1).total
     held = max(2**20 * row.get("Memory/DeviceAllocatedPeak", 0.0) for row in rows)
     return {"foreseen": total, "unknown": list(rehearsal.notes.values()), "held": held}
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,13 +23,16 @@ from opentau_train import cli
 from opentau_train.checkpoints import contents
 from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.checkpoints.weights import FirstWeights, load_pretrained
 from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule, load_settings
 from opentau_train.data.batch import FIELDS
-from opentau_train.distributed.memory import Rehearsal
+from opentau_train.distributed.memory import footprint
 from opentau_train.distributed.parallel import Execution, data_mesh
+from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.world import COLLECTIVE_MARGIN, World, launch
 from opentau_train.job import spread_policy
 from opentau_train.models.flow import FlowPolicy
+from opentau_train.models.weight_map import WeightMap
 from opentau_train.optim import Ema, build_optimizer, set_lr
 from opentau_train.step import TrainState
 from tests.program import TOY
@@ -50,6 +54,14 @@ class BuiltWhole(FlowPolicy):
     meta_init = False
 
 
+class Partly(FlowPolicy):
+    """Begins from a file that lacks two tensors and has two of other dimensions."""
+
+    def weight_map(self) -> WeightMap:
+        other = ("action_in.*", "velocity_out.*")
+        return WeightMap(new=("bins_out.*", "layers.0.*", *other), ignored=other)
+
+
 def peak_bytes() -> int:
     """The most memory that this process held since `reset_peak`."""
     kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -63,7 +75,7 @@ def reset_peak() -> int:
     return peak_bytes()
 
 
-def growth(world: World, cls: type) -> tuple[int, nn.Module]:
+def growth(world: World, cls: type, weights: Path | None = None) -> tuple[int, nn.Module]:
     """The bytes that building the policy added to this process at its peak, and the policy.
 
     The least of three: what a first call loads, and pages of libraries that the kernel maps meanwhile, come on top.
@@ -71,16 +83,17 @@ def growth(world: World, cls: type) -> tuple[int, nn.Module]:
     growths = []
     for _ in range(3):
         before = reset_peak()
-        policy, _ = build(world, -1, cls, **BIG)
+        policy, _ = build(world, -1, cls, weights, **BIG)
         growths.append(peak_bytes() - before)
     return min(growths), policy
 
 
-def build(world: World, shard: int, cls: type = FlowPolicy, **options):
+def build(world: World, shard: int, cls: type = FlowPolicy, weights: Path | None = None, **options):
     model = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **options}
     torch.manual_seed(3)
     mesh = data_mesh(world, -1, shard)
-    return spread_policy(model, SPEC, world, mesh, Execution())
+    first = None if weights is None else FirstWeights("pretrained_path", weights, resize=False)
+    return spread_policy(model, SPEC, world, mesh, Execution(), first)
 
 
 def same_numbers(policy: nn.Module, plain: nn.Module) -> None:
@@ -109,6 +122,54 @@ def every_layout_has_the_numbers_of_one_process(world: World) -> None:
             assert replicas.sharded == (shard > 1)
             same_numbers(policy, plain)
             assert torch.equal(torch.get_rng_state(), after), "what is drawn later is the same too"
+
+
+def a_rank_reads_its_own_slices_of_first_weights(world: World, folder: Path) -> None:
+    file = folder / "big.safetensors"
+    if world.is_main:
+        torch.manual_seed(1)
+        save_file(FlowPolicy(SPEC, **BIG).state_dict(), file)
+    world.barrier()
+    grown, policy = growth(world, FlowPolicy, file)
+    whole = sum(p.numel() * p.element_size() for p in policy.parameters())
+    assert grown <= 0.5 * whole, f"the peak grew by {grown / 1e6:.0f} MB for weights of {whole / 1e6:.0f} MB"
+    weights = load_file(file)
+    for name, own in policy.state_dict().items():
+        assert torch.equal(own.full_tensor(), weights[name]), name
+
+
+def first_weights_are_the_same_in_every_layout(world: World, folder: Path) -> None:
+    """Also where a dimension is cut or filled, and where some are drawn because the file lacks them."""
+    torch.manual_seed(1)
+    weights = FlowPolicy(SPEC, **SMALL).state_dict()
+    weights["action_in.weight"] = torch.ones(32, 7)
+    weights["velocity_out.weight"] = torch.ones(3, 32)  # a file of 3 rows for 4 on up to 4 ranks
+    del weights["bins_out.weight"], weights["layers.0.mlp.up.weight"]
+    if world.is_main:
+        save_file(weights, folder / "small.safetensors")
+    world.barrier()
+    mapping = WeightMap(new=("bins_out.*", "layers.0.*"), resized=("action_in.*", "velocity_out.*"))
+    wholes = []
+    for shard in (1, 2, 4):
+        for cls in (FlowPolicy, BuiltWhole):
+            policy, _ = build(world, shard, cls, **SMALL)
+            report = load_pretrained(policy, folder / "small.safetensors", mapping)
+            assert set(report.missing) == {"bins_out.weight", "layers.0.mlp.up.weight"}
+            state = policy.state_dict().items()
+            wholes.append({n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state})
+    for whole in wholes:
+        assert all(torch.equal(value, wholes[0][name]) for name, value in whole.items())
+    assert torch.equal(wholes[0]["velocity_out.weight"].sum(1), torch.tensor([32.0, 32.0, 32.0, 0.0]))
+    assert wholes[0]["action_in.weight"].eq(1).all() and wholes[0]["bins_out.weight"].std() > 0
+
+
+def what_is_drawn_beside_first_weights_is_the_same_in_every_layout(world: World, folder: Path) -> None:
+    drawn = []
+    for shard in (1, 2, 4):
+        policy, _ = build(world, shard, Partly, folder / "small.safetensors", **SMALL)
+        drawn.append([t.full_tensor() if isinstance(t, DTensor) else t for t in policy.state_dict().values()])
+        drawn[-1].append(torch.get_rng_state())
+    assert all(torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other, strict=True))
 
 
 def muon_state(world: World, seed: int) -> TrainState:
@@ -165,13 +226,13 @@ def a_rank_holds_what_was_foreseen(world: World) -> None:
         "moments": local_bytes(moments),
         "average": local_bytes(state.ema.average.values()),
     }
-    foreseen = rehearsal.footprint(settings, 4).parts
+    foreseen = footprint(rehearsal, settings, 4).parts
     for part, size in held.items():
         assert size == foreseen[part] if world.is_main else 0.9 * foreseen[part] < size <= foreseen[part], part
     state.optimizer.zero_grad()
     gradients_of(state, last=False)
     whole = sum(g.nbytes for g in unsharded_gradients(policy))
-    assert foreseen["gradients"] + whole == rehearsal.footprint(accumulating, 4).gradients
+    assert foreseen["gradients"] + whole == footprint(rehearsal, accumulating, 4).gradients
 
 
 def gradients_of(state: TrainState, *, last: bool) -> None:
@@ -198,6 +259,9 @@ def main(folder: Path) -> None:
     with launch(device="cpu", precision="no", timeout=TIMEOUT, identity={}) as world:
         a_rank_holds_a_quarter_at_most_a_half_while_building(world)
         every_layout_has_the_numbers_of_one_process(world)
+        a_rank_reads_its_own_slices_of_first_weights(world, folder)
+        first_weights_are_the_same_in_every_layout(world, folder)
+        what_is_drawn_beside_first_weights_is_the_same_in_every_layout(world, folder)
         muon_of_shards_goes_on_bit_for_bit(world, folder)
         a_rank_holds_what_was_foreseen(world)
         options = world.background_group()._get_backend(torch.device("cpu")).options

@@ -20,8 +20,8 @@ from opentau_train.errors import UserError
 
 def agree(world: World) -> None:
     rank = world.rank
-    agreed = Ballot(Vote({"mse": 10.0**rank, "ce": 0.5}, num_substituted=rank), world).result()
-    assert agreed.counts == {"mse": 1111.0, "ce": 2.0} and agreed.num_substituted == 6
+    agreed = Ballot(Vote({"mse": 10.0**rank, "ce": 0.5}, num_substituted=rank, num_cut=2 * rank), world).result()
+    assert agreed.counts == {"mse": 1111.0, "ce": 2.0} and agreed.num_substituted == 6 and agreed.num_cut == 12
     assert agreed.take_step and agreed.stop is Stop.NONE and not agreed.all_written
 
     for written in ({0, 1, 2}, {0, 1, 2, 3}):

@@ -13,7 +13,12 @@ LAYOUTS = {
     "fsdp_2": (2, ["parallelism=fsdp"]),
     "fsdp_2_checkpointed": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true"]),
 }
-POLICIES = {"act": ["model=act_tiny", "model.dropout=0.0"]}
+SMALL_PICTURES = ["model.vision.image_size=32", "model.vision.patch_size=8"]
+POLICIES = {
+    "act": ["model=act_tiny", "model.dropout=0.0"],
+    "pi0": ["model=pi0_tiny", *SMALL_PICTURES],
+    "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
+}
 TAGS = ("Training/Loss", "Training/GradNorm", "Validation/Loss")
 
 

@@ -131,13 +131,14 @@ def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
 
 def test_a_release_by_outcome_is_taken_with_its_data_and_the_check_follows_the_overrides(node, datasets):
     """Which datasets the check takes: tests/unit/tools/test_check_composed.py."""
-    release = {"DATASET_PATH": datasets / "cosmos", "VLM_SAFETENSORS_PATH": "/weights", "CHECK_CONFIG": "1"}
+    release = {"DATASET_PATH": datasets / "cosmos", "BASE_CHECKPOINT_PATH": "/weights", "CHECK_CONFIG": "1"}
     answer = node.run(**release, EXTRA_TAIL_OVERRIDES="data=droid_cosmos")
     assert answer.returncode == 0, answer.stderr
     assert "droid_failure: 0 windows of 0 episodes" in answer.stdout and node.overrides == ["data=droid_cosmos"]
-    assert "note: the environment variable VLM_SAFETENSORS_PATH is not read" in answer.stderr
+    assert "note: the environment variable BASE_CHECKPOINT_PATH is not read" in answer.stderr
     node.record.unlink(), (node.path / "logs").rename(node.path / "old")
     node.refuses("observation.images.wrist_left", "has the droid_cosmos schema", **release)
+    node.refuses("unset VLM_SAFETENSORS_PATH", **release, VLM_SAFETENSORS_PATH="/weights")
 
 
 TOPOLOGY = {

@@ -11,6 +11,7 @@ from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind, instantiate
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
+from opentau_train.models.policy import check_model
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import open_evaluators
 from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
@@ -34,7 +35,7 @@ GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoin
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_choice_composes_and_fits_its_class(choice):
     settings = composed("+recipe=droid_policy", choice)
-    bind(settings.model, "model", ["spec"])
+    check_model(settings.model)
     bind(settings.scheduler, "scheduler", [])
     open_evaluators(settings.validation)
     for name, sink in settings.logger.items():

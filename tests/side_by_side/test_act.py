@@ -10,11 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.checkpoints.weights import fill, load_pretrained, plan_weights
 from opentau_train.models.act import ActPolicy, TemporalEnsemble
 from opentau_train.models.draws import Draws
 from opentau_train.models.resnet import MEAN, STD
+from opentau_train.tools import export
 from opentau_train.types import BatchSpec
+from tests.program import DATA, train_here
 from tests.unit.models.flow_cases import make_batch, total
 
 pytestmark = pytest.mark.lerobot
@@ -140,6 +145,96 @@ def test_the_ensemble_is_lerobots(lerobot_act, coefficient):
         for step in range(12):
             chunk = torch.from_numpy(np.random.default_rng([episode, step]).normal(size=(2, 5, 3)).astype(np.float32))
             torch.testing.assert_close(ensemble.update(chunk), reference.update(chunk), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(our policy of a short run, the folder that it was exported to)."""
+    folder = tmp_path_factory.mktemp("act")
+    sizes = ["model.width=64", "model.heads=4", "model.feedforward=96", "model.backbone_norm=frozen_batch"]
+    words = ["+recipe=lerobot", "model=act_tiny", *sizes, f"data.sources.main.root={DATA / 'lerobot_v30'}"]
+    words += ["data.image_size=[48,64]", "data.num_workers=0", "trainer.steps=3", "trainer.global_batch_size=4"]
+    run = train_here([*words, "validation.every=0", "logger=none"], folder / "run")
+    assert export.main([f"checkpoint={run}", "format=lerobot", f"out={folder / 'out'}"]) == 0
+    return load_policy(run), folder / "out"
+
+
+def test_an_exported_folder_is_loaded_by_lerobot_and_predicts_the_same_chunks(lerobot_act, exported):
+    """Through its own processors: from pictures and a state in the robot's units to actions in them."""
+    from lerobot.processor import PolicyProcessorPipeline, converters
+
+    loaded, folder = exported
+    g = np.random.default_rng(0)
+    (norm_head,) = loaded.pipelines
+    state = loaded.stats[norm_head].state
+    seen = [
+        {
+            "images": {c: g.integers(0, 256, (48, 64, 3), np.uint8) for c in loaded.spec.cameras},
+            "state": (state.mean + state.std * g.normal(size=len(state.mean))).astype(np.float32),
+        }
+        for _ in range(3)
+    ]
+    batch = loaded.observe(seen, norm_head)
+    chunk = loaded.policy.sample_actions(batch, Draws(batch.key))
+
+    policy = lerobot_act.Policy.from_pretrained(folder, strict=True)
+    before = PolicyProcessorPipeline.from_pretrained(folder, config_filename="policy_preprocessor.json")
+    after = PolicyProcessorPipeline.from_pretrained(
+        folder,
+        config_filename="policy_postprocessor.json",
+        to_transition=converters.policy_action_to_transition,
+        to_output=converters.transition_to_policy_action,
+    )
+    theirs = {
+        f"observation.images.{c}": torch.stack([torch.from_numpy(o["images"][c]).permute(2, 0, 1) / 255 for o in seen])
+        for c in loaded.spec.cameras
+    }
+    theirs["observation.state"] = torch.stack([torch.from_numpy(o["state"]) for o in seen])
+    predicted = policy.predict_action_chunk(before(theirs))
+    torch.testing.assert_close(chunk, predicted, rtol=0, atol=1e-5)
+    units = loaded.units(chunk, batch)
+    np.testing.assert_allclose(after(predicted).numpy(), units, rtol=1e-5, atol=1e-5 * np.abs(units).max())
+    assert chunk.std() > 0.01
+
+
+def test_a_folder_that_lerobot_saved_is_where_a_run_begins(lerobot_act, policies, tmp_path):
+    """With its statistics, which are reported and not used."""
+    from lerobot.policies.act.processor_act import make_act_pre_post_processors
+
+    policy, reference = policies
+    stats = {"action": {"mean": torch.ones(4), "std": torch.ones(4)}}
+    reference.save_pretrained(tmp_path / "act")
+    for processor in make_act_pre_post_processors(reference.config, stats):
+        processor.save_pretrained(tmp_path / "act")
+    with torch.no_grad():
+        for value in policy.state_dict().values():
+            value.zero_()
+    plan = plan_weights(policy, tmp_path / "act", policy.weight_map())
+    fill(policy, plan)
+    assert not (plan.report.missing or plan.report.unexpected) and "action.mean [4]" in str(plan)
+    assert torch.equal(plan.stats["action.mean"], torch.ones(4))
+    test_chunks_are_lerobots((policy, reference))
+
+
+def test_the_file_of_torchvisions_resnet_is_a_backbone(lerobot_act, policies, tmp_path):
+    from torchvision.models import resnet18
+
+    policy, _ = policies
+    torch.manual_seed(1)
+    published = resnet18(weights=None).eval()
+    for name, buffer in published.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            buffer.add_(0.2 * torch.rand_like(buffer))
+    save_file(published.state_dict(), tmp_path / "resnet18.safetensors")
+    before = policy.action_head.weight.clone()
+    report = load_pretrained(policy, tmp_path / "resnet18.safetensors", policy.backbone_weight_map())
+    assert len(report.loaded) == 100 and not (report.missing or report.unexpected)
+    frames = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    x = published.maxpool(published.relu(published.bn1(published.conv1((frames / 255 - mean) / std))))
+    x = published.layer4(published.layer3(published.layer2(published.layer1(x))))
+    torch.testing.assert_close(policy.backbone(frames), x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(policy.action_head.weight, before)
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,12 @@ class Arrival:
     """A rank's share of a global batch, whose copy to the device is under way.
 
     `part` is the share as the stream gave it, on the CPU; `counts` {term: supervised loss elements of its samples} are
-    all 0 where the stream has ended with an error.
+    all 0 where the stream has ended with an error; `num_cut` of its prompts were cut.
     """
 
     part: RankBatch
     counts: dict[str, float]
+    num_cut: int
     _copy: Batch | None = field(repr=False)
     _copied: torch.cuda.Event | None = field(repr=False)
 
@@ -48,13 +49,14 @@ def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) 
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with closing(parts):
         for part in parts:
-            counts = dict.fromkeys(policy.loss_weights, 0.0)
+            counts, num_cut = dict.fromkeys(policy.loss_weights, 0.0), 0
             try:
                 if part.batch is not None:  # from the masks in the host's memory: the device isn't asked
                     counts = {k: float(n.double().sum()) for k, n in policy.term_counts(part.batch).items()}
+                    num_cut = policy.num_cut(part.batch)
             except UserError as error:
                 part = RankBatch(None, error=error)
-            yield Arrival(part, counts, *_send(part.batch, device, stream))
+            yield Arrival(part, counts, num_cut, *_send(part.batch, device, stream))
 
 
 def _send(

@@ -19,7 +19,7 @@ RECIPE = "+recipe=lerobot"
 
 @pytest.fixture(scope="module")
 def tree() -> dict[str, Any]:
-    return cli.compose([RECIPE])
+    return cli.compose([RECIPE, "model.pretrained_path=x", "model.vlm_path=null"])
 
 
 def value_of(tree: dict[str, Any], key: str) -> Any:
@@ -61,7 +61,8 @@ def test_no_key_of_another_program_is_one_of_this_one(tree):
         ),
         ("model.config.parallelism.enable_inference_mode=true", "write parallelism=hsdp (or ddp or fsdp"),
         ("max_num_tokens_after_packing=-1", "write data.max_samples_per_batch=8"),
-        ("VLM_SAFETENSORS_PATH=/weights", "write model=flow_base"),
+        ("VLM_SAFETENSORS_PATH=/weights", "write model.vlm_path=VALUE"),
+        ("policy.path=lerobot/act", "write model.pretrained_path=lerobot/act (a safetensors file"),
         ("steps=100", "write trainer.steps=VALUE"),
         ("trainer.max_iter=10000", "write trainer.steps=10000"),
         ("+batch_size=8", "write trainer.global_batch_size=8"),

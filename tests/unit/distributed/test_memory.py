@@ -18,7 +18,8 @@ from opentau_train import cli
 from opentau_train.config.settings import OptimizerSettings, ParameterRule, Settings, load_settings
 from opentau_train.data.batch import FIELDS
 from opentau_train.distributed import memory
-from opentau_train.distributed.memory import Rehearsal, kept_for_backward
+from opentau_train.distributed.memory import footprint, remedies
+from opentau_train.distributed.rehearsal import Rehearsal, kept_for_backward
 from opentau_train.models.act import ActPolicy
 from opentau_train.models.draws import Draws, _normal_table
 from opentau_train.models.flow import FlowPolicy
@@ -61,7 +62,7 @@ def test_parameters_gradients_moments_and_average_are_the_bytes_of_the_tensors(m
     policies = on_meta(make), make(WITH_FIELDS)
     for policy in policies:
         next(policy.parameters()).requires_grad_(False)
-    foreseen = Rehearsal(policies[0], WITH_FIELDS, "cpu").footprint(replace(settings, optimizer=optimizer), ranks=1)
+    foreseen = footprint(Rehearsal(policies[0], WITH_FIELDS, "cpu"), replace(settings, optimizer=optimizer), ranks=1)
     policy = policies[1]
     real = build_optimizer(policy, optimizer)
     step(policy, real)
@@ -75,10 +76,10 @@ def test_parameters_gradients_moments_and_average_are_the_bytes_of_the_tensors(m
 
 def test_bfloat16_parameters_take_half_and_their_average_none_less(settings):
     halves = on_meta()
-    whole = Rehearsal(on_meta(), WITH_FIELDS, "cpu").footprint(settings, ranks=1)
+    whole = footprint(Rehearsal(on_meta(), WITH_FIELDS, "cpu"), settings, ranks=1)
     for parameter in halves.parameters():
         parameter.data = parameter.data.bfloat16()
-    half = Rehearsal(halves, WITH_FIELDS, "cpu").footprint(settings, ranks=1)
+    half = footprint(Rehearsal(halves, WITH_FIELDS, "cpu"), settings, ranks=1)
     counters = 4 * len(list(halves.parameters()))  # AdamW's numbers of steps
     assert 2 * half.parameters == whole.parameters and 2 * half.gradients == whole.gradients
     assert 2 * (half.moments - counters) == whole.moments - counters and half.average == whole.average
@@ -87,7 +88,7 @@ def test_bfloat16_parameters_take_half_and_their_average_none_less(settings):
 @pytest.mark.parametrize("num", [1, 2, 5])
 @pytest.mark.parametrize("make", [FLOW, ACT], ids=["flow", "act"])
 def test_activations_are_what_a_real_forward_keeps(make, num, settings):
-    foreseen = Rehearsal(on_meta(make), WITH_FIELDS, "cpu")._activations(num, False, False)
+    foreseen = Rehearsal(on_meta(make), WITH_FIELDS, "cpu").activations(num, False, False)
     batch = make_batch(num=num)
     assert foreseen == kept_for_backward(make(WITH_FIELDS), batch, Draws(batch.key))
 
@@ -95,7 +96,7 @@ def test_activations_are_what_a_real_forward_keeps(make, num, settings):
 @pytest.mark.parametrize("make", [FLOW, ACT], ids=["flow", "act"])
 def test_activations_in_bfloat16_are_nearly_those(make):
     """Fakes keep the statistics of GroupNorm, a few numbers, in bfloat16 where the kernel keeps float32."""
-    foreseen, _ = Rehearsal(on_meta(make), WITH_FIELDS, "cpu")._activations(3, True, False)
+    foreseen, _ = Rehearsal(on_meta(make), WITH_FIELDS, "cpu").activations(3, True, False)
     batch = make_batch(num=3)
     with torch.autocast("cpu", torch.bfloat16):
         real, _ = kept_for_backward(make(WITH_FIELDS), batch, Draws(batch.key))
@@ -147,9 +148,7 @@ def test_with_checkpointing_blocks_leave_their_inputs_and_one_is_computed_again(
     foreseen, held = [], []
     for depth in (2, 3):
         policy = FLOW(WITH_FIELDS, depth=depth)
-        foreseen.append(
-            Rehearsal(on_meta(partial(FLOW, depth=depth)), WITH_FIELDS, "cpu")._activations(4, False, False)
-        )
+        foreseen.append(Rehearsal(on_meta(partial(FLOW, depth=depth)), WITH_FIELDS, "cpu").activations(4, False, False))
         for block in policy.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         held.append(held_after_forward(policy, batch))
@@ -165,41 +164,41 @@ def test_shards_divide_what_is_kept_and_micro_batches_keep_whole_gradients(setti
         return replace(settings, parallelism=parallelism, **changes)
 
     rehearsal = Rehearsal(on_meta(partial(FLOW, depth=3)), WITH_FIELDS, "cpu")
-    one, two = rehearsal.footprint(settings, 1), rehearsal.footprint(sharded(), 2)
+    one, two = footprint(rehearsal, settings, 1), footprint(rehearsal, sharded(), 2)
     for part in ("parameters", "gradients", "moments", "average"):
         assert one.parts[part] / 2 <= two.parts[part] < one.parts[part] * 0.51 + 4096, part
     assert one.samples == 8 and two.samples == 4 and 0 < two.gathered < 3 * one.parameters
     data = replace(settings.data, max_samples_per_batch=1)
-    assert rehearsal.footprint(sharded(data=data), 2).gradients == two.gradients + one.gradients
+    assert footprint(rehearsal, sharded(data=data), 2).gradients == two.gradients + one.gradients
     once = replace(sharded().parallelism, gather_once=True)
-    assert rehearsal.footprint(replace(settings, parallelism=once), 2).gathered > two.gathered
+    assert footprint(rehearsal, replace(settings, parallelism=once), 2).gathered > two.gathered
     low = replace(settings.trainer, precision="bf16")
-    assert rehearsal.footprint(sharded(trainer=low), 2).gathered < two.gathered
+    assert footprint(rehearsal, sharded(trainer=low), 2).gathered < two.gathered
 
 
 def test_each_remedy_takes_what_it_says_and_the_number_of_samples_is_the_largest_that_fits(settings):
     rehearsal = Rehearsal(on_meta(), WITH_FIELDS, "cpu")
-    now = rehearsal.footprint(settings, 2)
+    now = footprint(rehearsal, settings, 2)
     limit = now.total - 0.4 * now.activations
-    remedies = rehearsal.remedies(settings, 2, limit)
-    assert remedies.keys() == {
+    proposed = remedies(rehearsal, settings, 2, limit)
+    assert proposed.keys() == {
         "parallelism=fsdp",
         "parallelism.activation_checkpointing=true",
         "trainer.precision=bf16",
         "data.max_samples_per_batch=2",
     }
-    for argument, foreseen in remedies.items():
+    for argument, foreseen in proposed.items():
         words = [*TOY, "trainer.global_batch_size=8", "trainer.ema_decay=0.9", argument]
-        assert rehearsal.footprint(load_settings(cli.compose(words)), 2) == foreseen
+        assert footprint(rehearsal, load_settings(cli.compose(words)), 2) == foreseen
         assert foreseen.total < now.total
-    assert remedies["data.max_samples_per_batch=2"].total <= limit
+    assert proposed["data.max_samples_per_batch=2"].total <= limit
     three = replace(settings, data=replace(settings.data, max_samples_per_batch=3))
-    assert rehearsal.footprint(three, 2).total > limit
+    assert footprint(rehearsal, three, 2).total > limit
 
 
 def test_too_small_a_device_is_warned_of_with_what_would_help(settings):
     rehearsal = Rehearsal(on_meta(), WITH_FIELDS, "cpu")
-    needs = rehearsal.footprint(settings, 1).total
+    needs = footprint(rehearsal, settings, 1).total
     assert memory.shortage(rehearsal, settings, 1, int(needs / 0.89)) is None
     warning = memory.shortage(rehearsal, settings, 1, needs)
     assert "more than 90%" in warning and "data.max_samples_per_batch=" in warning and "finetune=lora" in warning
@@ -228,15 +227,15 @@ class Selecting(FlowPolicy):
 
 def test_what_depends_on_numbers_is_said_to_be_unknown(settings):
     rehearsal = Rehearsal(on_meta(partial(Reading, **FLOW.keywords)), WITH_FIELDS, "cpu")
-    footprint = rehearsal.footprint(settings, 1)
-    assert footprint.activations is None and footprint.moments > 0
-    assert "activations unknown" in str(footprint) and "= at least" in str(footprint)
+    foreseen = footprint(rehearsal, settings, 1)
+    assert foreseen.activations is None and foreseen.moments > 0
+    assert "activations unknown" in str(foreseen) and "= at least" in str(foreseen)
     assert "activations can't be known before the first step" in rehearsal.notes["activations"]
 
 
 def test_a_selection_counts_as_if_all_were_there():
     make = partial(Selecting, **FLOW.keywords)
-    foreseen = Rehearsal(on_meta(make), WITH_FIELDS, "cpu")._activations(3, False, False)
+    foreseen = Rehearsal(on_meta(make), WITH_FIELDS, "cpu").activations(3, False, False)
     batch = make_batch(num=3)
     assert foreseen == kept_for_backward(make(WITH_FIELDS), batch, Draws(batch.key))
 
@@ -255,7 +254,7 @@ def test_the_rehearsal_leaves_no_trace(settings):
     _normal_table.cache_clear()
     policy = Caching(WITH_FIELDS, **FLOW.keywords)
     before = torch.get_rng_state()
-    foreseen = Rehearsal(policy, WITH_FIELDS, "cpu").footprint(settings, 1)
+    foreseen = footprint(Rehearsal(policy, WITH_FIELDS, "cpu"), settings, 1)
     assert torch.equal(torch.get_rng_state(), before) and foreseen.activations > 0
     assert policy.seen is None and all(p.grad is None and type(p) is nn.Parameter for p in policy.parameters())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in policy.blocks())

@@ -9,8 +9,8 @@ import torch
 
 from opentau_train.data.batch import FIELDS, Batch
 from opentau_train.data.transforms.pipeline import Pipeline
-from opentau_train.models.flow import SUPERVISES, FlowPolicy
-from opentau_train.models.inputs import Supervise, TokenizeBytes
+from opentau_train.models.flow import FlowPolicy
+from opentau_train.models.inputs import SUPERVISES, Supervise, TokenizeBytes
 from opentau_train.types import BatchSpec
 
 SPEC = BatchSpec(cameras=("wrist", "left"), image_size=(16, 24), history=1, state_dim=5, action_dim=4, chunk_length=6)

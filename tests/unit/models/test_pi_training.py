@@ -1,0 +1,65 @@
+"""Runs of pi0 and pi0.5 in this process: what they say, save and take up again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.errors import UserError
+from opentau_train.tools.export import ExportSettings, export
+from tests.program import TOY, metrics, train_here
+from tests.unit.models.pi_cases import words_file
+
+pytestmark = pytest.mark.slow  # transformers takes 5 s to import
+
+SMALL = ["model.vision.image_size=32", "model.vision.patch_size=8"]
+WORDS = [*(word for word in TOY if not word.startswith("model.")), *SMALL, "logger=none"]
+PI0 = ["model=pi0_tiny", *WORDS, "trainer.steps=2", "validation.every=0"]
+PI05 = ["model=pi05_tiny", *WORDS, "model.action_tokens=binned", "model.insulate=true", "trainer.ema_decay=0.9"]
+
+
+def test_prompts_that_are_cut_are_counted_and_told_of(tmp_path, capsys):
+    train_here([*PI0, "model.max_prompt_tokens=3"], tmp_path / "run")
+    assert metrics(tmp_path / "run")[2]["Training/CutPrompts"] == 8
+    told = [line for line in capsys.readouterr().err.splitlines() if "prompts so far have more tokens" in line]
+    assert [line.split(" prompts")[0] for line in told] == ["step 1: 4", "step 2: 8"]
+
+
+def test_a_prompt_that_may_not_be_cut_ends_the_run_with_the_limit_that_holds_it(tmp_path):
+    with pytest.raises(UserError, match="tokens, the policy takes 3") as refused:
+        train_here([*PI0, "model.max_prompt_tokens=3", "model.prompt_overflow=error"], tmp_path / "run")
+    assert "model.max_prompt_tokens=" in refused.value.remedy
+
+
+def test_a_run_of_two_losses_goes_on_bit_by_bit_and_its_policy_is_exported(tmp_path):
+    words = [*PI05, "trainer.steps=4", "checkpoint.every=2", "validation.every=4", "validation.max_samples_per_group=4"]
+    whole = train_here(words, tmp_path / "whole")
+    resumed = train_here([*words, f"resume={whole}/checkpoints/00000002"], tmp_path / "resumed")
+    for step in (3, 4):
+        assert metrics(resumed)[step] == metrics(whole)[step]
+    assert {"Validation/MSE", "Validation/CE", "Training/main/default/CE"} <= metrics(whole)[4].keys()
+    out = export(ExportSettings(str(whole), str(tmp_path / "policy.safetensors"), weights="ema"))
+    loaded = load_policy(out)
+    (head, *_) = loaded.pipelines
+    num = loaded.pipelines[head].transforms["pad"].dims[head][0]
+    batch = loaded.observe([{"state": torch.zeros(num).numpy(), "prompt": "open the drawer"}], head)
+    assert batch.prompt_tokens.max() > 0 and "action_tokens" in batch.values
+
+
+def test_a_run_begins_with_the_weights_it_is_given_and_with_their_tokenizer(tmp_path, capsys):
+    first = train_here([*PI0, "optimizer.lr=0.1"], tmp_path / "first")
+    weights = load_policy(first).policy.state_dict()
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    words = [*PI0, f"model.pretrained_path={folder}", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    begun = load_policy(train_here(words, tmp_path / "bytes"))
+    for name, value in begun.policy.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-9)
+    assert "prompts are read as bytes, which these weights have never seen" in capsys.readouterr().err
+    words_file(folder)
+    begun = load_policy(train_here(words, tmp_path / "words"))
+    assert begun.policy.wants().transforms["tokenize"].tokenizer == str(folder)
+    assert "as bytes" not in capsys.readouterr().err
