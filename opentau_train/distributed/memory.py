@@ -158,7 +158,9 @@ def shortage(rehearsal: Rehearsal, settings: Settings, ranks: int, has: int) -> 
         return None
     less = sorted(remedies(rehearsal, settings, ranks, FULL * has).items(), key=lambda item: item[1].total)
     known = [f"{argument} ({text(then.total)})" for argument, then in less]
-    known += ["finetune=lora"] if all(p.requires_grad for p in rehearsal.policy.parameters()) else []
+    sizes = [(p.numel(), p.requires_grad) for p in rehearsal.policy.parameters()]
+    if 2 * sum(size for size, trains in sizes if trains) > sum(size for size, _ in sizes):
+        known.append("finetune=lora")
     return (
         f"a rank needs {text(needs)}, more than {FULL:.0%} of a device's {text(has)}, and may run out of memory. "
         f"Each by itself takes less: {', '.join(known) or 'more ranks with parallelism=fsdp'}"

@@ -204,7 +204,8 @@ def test_too_small_a_device_is_warned_of_with_what_would_help(settings):
     assert "more than 90%" in warning and "data.max_samples_per_batch=" in warning and "finetune=lora" in warning
     assert "parallelism=fsdp" not in warning, "there is one rank"
     frozen = on_meta()
-    frozen.start_embed.requires_grad_(False)
+    frozen.layers.requires_grad_(False)
+    frozen.bins_out.requires_grad_(False)
     assert "lora" not in memory.shortage(Rehearsal(frozen, WITH_FIELDS, "cpu"), settings, 1, needs // 2)
 
 
