@@ -158,6 +158,17 @@ def test_with_checkpointing_blocks_leave_their_inputs_and_one_is_computed_again(
     assert checkpointed[0] == pytest.approx(held[0] + block - entry, rel=0.01)
 
 
+def test_autocast_holds_its_casts_until_the_forward_is_over_though_blocks_are_checkpointed():
+    make = partial(FLOW, width=128, depth=4)
+    plain, checkpointed = Rehearsal(on_meta(make), WITH_FIELDS, "cpu").activations(1, True, False)
+    policy = make(WITH_FIELDS)
+    for block in policy.blocks():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        held = held_after_forward(policy, make_batch(num=1))
+    assert 0.99 * held < checkpointed <= plain and checkpointed < 1.5 * held
+
+
 def test_shards_divide_what_is_kept_and_micro_batches_keep_whole_gradients(settings):
     def sharded(**changes):
         parallelism = replace(settings.parallelism, data_parallel_replicate_degree=1, data_parallel_shard_degree=-1)
