@@ -40,9 +40,11 @@ from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.materialise import materialise
+from opentau_train.distributed.memory import announce
 from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
@@ -148,6 +150,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
+        make = partial(build_policy, settings.model, mixture.spec)
+        announce(rehearse(make, mixture, world.device.type), settings, world.size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)

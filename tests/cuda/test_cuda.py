@@ -95,6 +95,14 @@ def test_the_optimizer_is_fused_and_lies_on_the_device(device):
 
 
 @BOTH
+def test_a_run_holds_about_what_was_foreseen(device):
+    """Kernels' work space comes on top, and not all is held at once."""
+    told = case("foreseen", device)
+    assert told["foreseen"] > 0 and not told["unknown"]
+    assert device == "cpu" or 0.7 < told["held"] / told["foreseen"] < 1.4, told
+
+
+@BOTH
 def test_more_steps_add_no_wait_but_at_the_log_interval_and_copies_from_pinned_memory(device):
     few, many = case("counted", device, 4), case("counted", device, 10)
     added = {name: many[name] - few[name] for name in few}
