@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from opentau_train.checkpoints import base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.checkpoints.start import Start, spread_policy
+from opentau_train.checkpoints.start import Start, new_policy, spread_policy
 from opentau_train.checkpoints.weights import locate_weights
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
@@ -37,9 +38,11 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed.memory import announce
 from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
@@ -152,6 +155,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
+        make = partial(new_policy, settings.model, mixture.spec, settings.finetune, trainer.precision)
+        announce(rehearse(make, mixture, world.device.type), settings, world.size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)

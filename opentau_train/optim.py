@@ -203,6 +203,10 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
+_AT_ONCE = 32
+"""Parameters whose average is moved by the same kernels: of all at once, a second and third average would be held."""
+
+
 class Ema:
     """Exponential moving average of the trainable parameters, in float32:
     `average = decay * average + (1 - decay) * now`. Each rank averages its shards."""
@@ -215,11 +219,13 @@ class Ema:
     def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
         """Move the averages towards the parameters, unless `applies` [] bool is False, which only the device looks
         at."""
-        averages = _locals(self.average)
-        moved = torch._foreach_lerp(averages, [p.float() for p in _locals(_trainable(model))], 1.0 - self.decay)
-        if applies is not None:
-            moved = tuple(torch.where(applies, new, old) for new, old in zip(moved, averages, strict=True))
-        torch._foreach_copy_(averages, moved)
+        averages, parameters = _locals(self.average), _locals(_trainable(model))
+        for part in (slice(i, i + _AT_ONCE) for i in range(0, len(averages), _AT_ONCE)):
+            old = averages[part]
+            moved = torch._foreach_lerp(old, [p.float() for p in parameters[part]], 1.0 - self.decay)
+            if applies is not None:
+                moved = tuple(torch.where(applies, *both) for both in zip(moved, old, strict=True))
+            torch._foreach_copy_(old, moved)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

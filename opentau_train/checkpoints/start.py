@@ -33,6 +33,19 @@ class Start:
     finetune: FinetuneSettings = ALL_TRAINS
 
 
+def new_policy(
+    model: Mapping[str, Any], spec: BatchSpec, finetune: FinetuneSettings = ALL_TRAINS, precision: str = "no"
+) -> Policy:
+    """The policy that the settings `model` name, untrained and whole, with its adapters, in the numbers that
+    `trainer.precision` says. Raises `UserError`."""
+    policy = build_policy(model, spec)
+    prepare_finetune(policy, finetune)
+    if precision == "bf16_params":
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return policy
+
+
 def spread_policy(
     model: Mapping[str, Any],
     spec: BatchSpec,
@@ -49,12 +62,7 @@ def spread_policy(
 
     def build() -> Policy:
         with torch.device("meta") if on_meta else nullcontext():
-            policy = build_policy(model, spec)
-            prepare_finetune(policy, start.finetune)
-        if execution.precision == "bf16_params":
-            for parameter in policy.parameters():
-                parameter.data = parameter.data.bfloat16()
-        return policy
+            return new_policy(model, spec, start.finetune, execution.precision)
 
     policy = world.agree(build)
     first = start.first

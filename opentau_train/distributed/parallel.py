@@ -163,11 +163,11 @@ def check_batch(global_batch_size: int, size: int) -> None:
     below = max((r for r in ranks if r < size), default=1)
     above = min((r for r in ranks if r > size), default=None)
     near = f"{below} or {above}" if above else str(below)
-    low = global_batch_size // size * size
+    fits = sorted({max(global_batch_size // size, 1) * size, (global_batch_size // size + 1) * size})
     raise UserError(
         f"a global batch of {global_batch_size} can't be shared by {size} ranks",
         where="trainer.global_batch_size",
-        remedy=f"run {near} ranks, or set trainer.global_batch_size={max(low, size)} or {low + size}",
+        remedy=f"run {near} ranks, or set trainer.global_batch_size={' or '.join(map(str, fits))}",
     )
 
 

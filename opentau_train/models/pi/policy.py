@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
+from opentau_train.config.typed import positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models.draws import Draws
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 READS_BYTES = "prompts are read as bytes, which these weights have never seen"
 ActionTokens = Literal["none", "binned", "fast"]
+Count = Annotated[int, positive]
 
 
 class PiPolicy(Policy):
@@ -70,19 +72,19 @@ class PiPolicy(Policy):
         vlm: GemmaSizes,
         expert: ExpertSizes,
         vision: VisionSizes,
-        max_state_dim: int | None = 32,
-        max_action_dim: int | None = 32,
-        max_chunk_length: int | None = 50,
+        max_state_dim: Count | None = 32,
+        max_action_dim: Count | None = 32,
+        max_chunk_length: Count | None = 50,
         tokenizer_path: str | None = None,
-        max_prompt_tokens: int = 48,
+        max_prompt_tokens: Count = 48,
         prompt_overflow: Overflow = "cut",
         action_tokens: ActionTokens = "none",
         action_tokenizer_path: str | None = None,
-        max_action_tokens: int | None = None,
-        num_bins: int = 256,
+        max_action_tokens: Count | None = None,
+        num_bins: Count = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
         insulate: bool = False,
-        num_flow_steps: int = 10,
+        num_flow_steps: Count = 10,
         mse_weight: float = 1.0,
         ce_weight: float = 1.0,
     ):
@@ -133,9 +135,11 @@ class PiPolicy(Policy):
 
     @classmethod
     def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
+        prompts.check_installed("transformers")
         prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
         if options.get("action_tokens") == "fast":
             chunks.make_fast(1, options.get("action_tokenizer_path"))
+        chunks.make_bins(1, (2, *options.get("bin_range", (0, 1))))
         limits = {key: options[key] for key in LIMITS if key in options}
         check_limits((data.state_dim or 0, data.action_dim or 0, data.chunk_length), limits)
         check_pictures(data.image_size, options["vision"].image_size)
@@ -187,7 +191,7 @@ class PiPolicy(Policy):
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         real, supervised = real_actions(batch), self._supervised(batch)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
-        actions = self._wide(torch.where(real, batch.actions, 0.0))
+        actions = F.pad(torch.where(real, batch.actions, 0.0), (0, self.max_action_dim - self.spec.action_dim))
         noise = draws.normal("actions", (self.spec.chunk_length, self.max_action_dim))
         time = 0.999 * draws.uniform("time") ** (2 / 3) + 0.001
         noised = time[:, None, None] * noise + (1.0 - time[:, None, None]) * actions
@@ -284,9 +288,6 @@ class PiPolicy(Policy):
         """Cross-entropy in nats [B, N] of each of `labels` [B, N]."""
         logits = self.action_token_out(self.vlm_norm(x)).float()
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_TOKEN, reduction="none")
-
-    def _wide(self, actions: Tensor) -> Tensor:
-        return F.pad(actions, (0, self.max_action_dim - actions.shape[-1]))
 
     def _supervised(self, batch: Batch) -> dict[str, Tensor]:
         """{term: bool}, the elements that count: [B, T, A] of the actions, [B, N] of their tokens."""
