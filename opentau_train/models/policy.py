@@ -82,6 +82,11 @@ class Policy(nn.Module, ABC):
         `UserError` where it has none of this form."""
         return None
 
+    def assets(self) -> dict[str, tuple[str, ...]]:
+        """{path in the options: names of text files in it} of what the policy reads beside its weights and is to be
+        kept with them; a path may be the file itself."""
+        return {}
+
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         """{term: (sum [B] f32, count [B] f32)} over the supervised elements of each sample.

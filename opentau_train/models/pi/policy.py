@@ -34,7 +34,7 @@ from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
 from opentau_train.models.pi import lerobot, names, prompts
 from opentau_train.models.pi.limits import LIMITS, check_limits, check_pictures
-from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, rotations
+from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, present_only, rotations
 from opentau_train.models.pi.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
@@ -102,6 +102,7 @@ class PiPolicy(Policy):
         self.prompt = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
         self._transforms: dict[str, Transform] = {"tokenize": self.prompt}
         prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
+        self._paths = tokenizer_path, action_tokenizer_path if action_tokens == "fast" else None
         vocabulary = 0
         if action_tokens != "none":
             num = max_action_tokens or spec.chunk_length * spec.action_dim
@@ -171,6 +172,9 @@ class PiPolicy(Policy):
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.flatten(1).sum(1, dtype=torch.float32) for term, mask in self._supervised(batch).items()}
+
+    def assets(self) -> dict[str, tuple[str, ...]]:
+        return {path: (prompts.FILE, chunks.PROCESSOR) for path in self._paths if path is not None}
 
     def num_cut(self, batch: Batch) -> int:
         return int(batch.prompt_is_cut.sum())
@@ -245,19 +249,10 @@ class PiPolicy(Policy):
         if self.spec.cameras:
             frames = torch.stack([batch.images[camera][:, -1] for camera in self.spec.cameras], dim=1)
             present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
-            patches = self._patches(frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
+            patches = present_only(self.vision, frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
             x.insert(0, patches.flatten(1, 2))
             valid.insert(0, present[:, :, None].expand(-1, -1, patches.shape[2]).flatten(1))
         return torch.cat(x, dim=1), torch.cat(valid, dim=1)
-
-    def _patches(self, frames: Tensor, present: Tensor) -> Tensor:
-        """[M, P, D] of `frames` [M, 3, H, W]: 0 of those that aren't `present` [M], for which nothing is computed but
-        where there is no other."""
-        (places,) = present.nonzero(as_tuple=True)
-        places = places if len(places) else torch.zeros_like(present[:1], dtype=torch.int64)
-        patches = self.vision(frames[places])
-        blank = torch.zeros(len(frames), *patches.shape[1:], dtype=patches.dtype, device=patches.device)
-        return blank.index_copy(0, places, patches)
 
     def _context(self, x: Tensor, valid: Tensor, labels: Tensor | None) -> Tokens:
         """The prefix, with the action tokens `labels` [B, N] behind it: each input the one before its label."""
