@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
-from opentau_train.checkpoints import base, commit, contents
+from opentau_train.checkpoints import assets, base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.checkpoints.start import Start, new_policy, spread_policy
+from opentau_train.checkpoints.start import Start, sketch_policy, spread_policy
 from opentau_train.checkpoints.weights import locate_weights
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
@@ -42,7 +41,7 @@ from opentau_train.distributed.memory import announce
 from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
-from opentau_train.distributed.rehearsal import rehearse
+from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
@@ -124,7 +123,11 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         if entry is not None:
             first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
         stats = world.agree(lambda: read_stats(checkpoint))
-    mixture = open_together(settings, world, stats)
+    start = Start(first, settings.finetune)
+    opened = open_together(settings, world)
+    model, precision = settings.model, trainer.precision
+    sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
+    mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
     execution = Execution(
@@ -133,8 +136,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    start = Start(first, settings.finetune)
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, start)
+    policy, replicas = spread_policy(model, mixture.spec, world, mesh, execution, start)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -147,6 +149,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     compared = validation.loss_plan
     best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
     convention = _convention(mixture)
+    convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
     if first is not None and policy.borrowed:
         convention[base.KEY] = world.agree(lambda: base.record(first, settings.model) if world.is_main else None)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
@@ -155,21 +158,28 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
-        make = partial(new_policy, settings.model, mixture.spec, settings.finetune, trainer.precision)
-        announce(rehearse(make, mixture, world.device.type), settings, world.size, world.device)
+        announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
     return job
 
 
-def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
-    """The mixture, opened by all ranks: files prepared once a node, statistics computed on rank 0 where no checkpoint's
-    `stats` are given. Collective; raises `UserError` on all ranks alike."""
+def open_together(settings: Settings, world: World) -> Mixture:
+    """The mixture as far as metadata tell it, opened by all ranks: files prepared once a node. Collective; raises
+    `UserError` on all ranks alike."""
     num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     sources = resolve_sources(settings, world.once_a_node, num_nodes)
     plan = world.agree(lambda: open_plan(settings, sources))
     _check_same_tables(plan, world)
+    return plan
+
+
+def normalise_together(
+    plan: Mixture, settings: Settings, world: World, stats: dict[str, HeadStats] | None = None
+) -> Mixture:
+    """The opened mixture with statistics, computed on rank 0 where no checkpoint's `stats` are given. Collective;
+    raises `UserError` on all ranks alike."""
     if stats is None:
 
         def compute() -> dict[str, HeadStats]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opentau_train import cli
-from opentau_train.checkpoints import commit, contents
+from opentau_train.checkpoints import assets, commit, contents
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, first_of, read_card, with_base
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights
@@ -33,7 +33,7 @@ from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
-from opentau_train.job import mesh_of, open_together
+from opentau_train.job import mesh_of, normalise_together, open_together
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={given['checkpoint']}", remedy=remedy) from error
     card = with_base(read_card(checkpoint / FOLDER), given.get("base"))
-    tree = cli.recompose(current(card.config), others, FIXED)
+    config = assets.unpack(card.config, card.policy.get(assets.KEY, {}))
+    tree = cli.recompose(current(config), others, FIXED)
     out = Path(given["out"]).expanduser() if "out" in given else checkpoint / "validation.json"
     validate_checkpoint(load_settings(tree), tree, checkpoint, card, out)
     return EXIT_OK
@@ -101,7 +102,7 @@ def validate_checkpoint(
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         first = world.once_a_node(lambda: first_of(card))
-        mixture = fit(open_together(settings, world, stats), card.policy)
+        mixture = fit(normalise_together(open_together(settings, world), settings, world, stats), card.policy)
         policy, replicas, ema, step = restore_policy(settings, mixture.spec, checkpoint, world, first)
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.data_size)

@@ -15,6 +15,8 @@ from typing import Any
 from opentau_train.errors import UserError, check_machine
 from opentau_train.models.policy import Policy
 
+KEY = "assets"
+"""The card's entry, in `Pretrained.policy`."""
 CACHE = "~/.cache/opentau_train/assets"
 
 Assets = dict[str, dict[str, str]]

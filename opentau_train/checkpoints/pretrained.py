@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from opentau_train.checkpoints import assets, commit
 from opentau_train.checkpoints import base as bases
-from opentau_train.checkpoints import commit
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config import typed
 from opentau_train.config.finetune import FinetuneSettings
@@ -159,7 +159,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
 def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
     """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
     made: dict[str, Pipeline] = {}
-    for name, tree in card.policy.get("transforms", {}).items():
+    transforms = assets.unpack(card.policy.get("transforms", {}), card.policy.get(assets.KEY, {}))
+    for name, tree in transforms.items():
         pipeline = Pipeline.from_json(tree)
         for head in card.policy["datasets"][name]:
             made.setdefault(head, pipeline)
@@ -176,7 +177,8 @@ def pretrained_folder(path: Path) -> Path:
 def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained, with the adapters that it has. Torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        policy = build_policy(card.config["model"], BatchSpec.from_json(card.policy["spec"]))
+        model = assets.unpack(card.config["model"], card.policy.get(assets.KEY, {}))
+        policy = build_policy(model, BatchSpec.from_json(card.policy["spec"]))
         prepare_finetune(policy, finetune_of(card))
     first = first_of(card)
     if first is not None:

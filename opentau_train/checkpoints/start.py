@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from opentau_train.checkpoints import base
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config.finetune import ALL_TRAINS, FinetuneSettings
+from opentau_train.data.transforms.pipeline import meet
 from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.parallel import Execution, Replicas, spread
+from opentau_train.distributed.rehearsal import sketch
 from opentau_train.distributed.world import World
 from opentau_train.models.finetune import prepare_finetune
 from opentau_train.models.policy import Policy, bind_model, build_policy
@@ -43,6 +45,17 @@ def new_policy(
     if precision == "bf16_params":
         for parameter in policy.parameters():
             parameter.data = parameter.data.bfloat16()
+    return policy
+
+
+def sketch_policy(model: Mapping[str, Any], spec: BatchSpec, start: Start, precision: str) -> Policy:
+    """The policy as it will begin, without memory, for what its shapes tell. Raises `UserError` for what
+    `spread_policy` would refuse, and for a mixture of another form than the policy wants: before a file is read but
+    for metadata and headers."""
+    policy = sketch(partial(new_policy, model, spec, start.finetune, precision))
+    meet(spec, policy.wants())
+    if start.first is not None:
+        base.plan_base(policy, start.first)
     return policy
 
 

@@ -56,11 +56,13 @@ class Plan:
     sources: dict[str, tuple[str, Entry]]
     report: Report
     stats: dict[str, torch.Tensor]
+    note: str = ""
 
     def __str__(self) -> str:
-        """The report's four lines, and a fifth where there are statistics."""
+        """The report's four lines, and more where there are statistics or a note (`WeightMap`)."""
         named = _some([f"{name} {list(value.shape)}" for name, value in self.stats.items()], 8)
-        return f"{self.report}" + (f"\nstatistics  not used, the data's own are: {named}" if named else "")
+        lines = [f"statistics  not used, the data's own are: {named}"] if named else []
+        return "\n".join([str(self.report), *lines, *([f"note        {self.note}"] if self.note else [])])
 
 
 def load_pretrained(policy: nn.Module, path: str | Path, mapping: WeightMap) -> Report:
@@ -110,7 +112,7 @@ def plan_weights(
     )
     resizable = not resize and all(_matches(e, own[n], resized=fits(n, mapping.resized)) for n, e in wrong.items())
     _check(report, mapping, where, resizable=resizable)
-    return Plan(sources, report, published_stats(found))
+    return Plan(sources, report, published_stats(found), mapping.note)
 
 
 def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:

@@ -27,16 +27,21 @@ from opentau_train.types import BatchSpec
 
 
 def rehearse(make: Callable[[], Policy], mixture: Mixture, device_type: str) -> Rehearsal:
-    """The policy that `make` builds on the CPU, to be asked for what training it on batches of `mixture` keeps on a
-    device. Without memory, unless the constructor needs it; draws nothing from torch's generators. Raises
-    `UserError`."""
+    """The policy that `make` builds, to be asked for what training it on batches of `mixture` keeps on a device.
+    Raises `UserError`."""
+    policy = sketch(make)
+    return Rehearsal(policy, mixture.for_policy(policy.wants()).spec, device_type)
+
+
+def sketch(make: Callable[[], Policy]) -> Policy:
+    """The policy that `make` builds on the CPU, without memory unless its constructor needs it. Draws nothing from
+    torch's generators."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                policy = make()
+                return make()
         except RuntimeError:  # it asks a tensor for numbers, as it may where `meta_init` is False
-            policy = make()
-    return Rehearsal(policy, mixture.for_policy(policy.wants()).spec, device_type)
+            return make()
 
 
 class Rehearsal:

@@ -14,9 +14,9 @@ with and without them; with `insulate` no gradient of `mse` reaches the language
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -41,9 +41,7 @@ from opentau_train.models.policy import Policy
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
-log = logging.getLogger(__name__)
-
-READS_BYTES = "prompts are read as bytes, which these weights have never seen"
+READS_BYTES = "prompts are read as bytes, which these weights have never seen: set model.tokenizer_path to PaliGemma's"
 ActionTokens = Literal["none", "binned", "fast"]
 Count = Annotated[int, positive]
 
@@ -159,10 +157,8 @@ class PiPolicy(Policy):
         return self._for_words(names.vlm_only())
 
     def _for_words(self, weights: WeightMap) -> WeightMap:
-        """The same; who asks for it loads weights, which are of little use where the policy reads bytes."""
-        if self.prompt.tokenizer is None:
-            log.warning("%s; set model.tokenizer_path to the folder of PaliGemma's tokenizer.json", READS_BYTES)
-        return weights
+        """The same, with a word where the policy reads bytes: pretrained weights are of little use then."""
+        return weights if self.prompt.tokenizer else replace(weights, note=READS_BYTES)
 
     def lerobot_export(self) -> LerobotExport:
         return lerobot.export(self)
