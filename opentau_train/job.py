@@ -158,7 +158,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
-        announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.size, world.device)
+        announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.data_size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)

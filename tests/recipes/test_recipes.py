@@ -70,7 +70,10 @@ def test_every_source_composes_into_a_mixture(source):
     assert "more" in composed("+recipe=lerobot", f"+data/source@data.sources.more={source}").data.sources
 
 
-@pytest.mark.parametrize("size", options("model"))
+MODELS = [pytest.param(m, marks=pytest.mark.slow) if m.startswith("pi") else m for m in options("model")]
+
+
+@pytest.mark.parametrize("size", MODELS)
 def test_every_model_builds(size):
     settings = composed("+recipe=droid_policy", f"model={size}", "data.image_size=[96,96]")
     tree, spec = settings.model, dataclasses.replace(SPEC, image_size=(96, 96))
@@ -112,6 +115,7 @@ def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp
     assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
 
 
+@pytest.mark.slow
 def test_the_act_recipe_trains_validates_resumes_and_is_exported_to_lerobot(tmp_path):
     settings = composed("+recipe=lerobot_act")
     assert (settings.optimizer.lr, settings.trainer.global_batch_size, settings.data.chunk_length) == (1e-5, 8, 100)

@@ -21,6 +21,8 @@ from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import make_policy
 from tests.unit.models.test_act import make_act
 
+pytestmark = pytest.mark.slow  # runs of ACT
+
 SIZES = ["model.width=32", "model.heads=4", "model.feedforward=48", "data.image_size=[32,32]", "logger=none"]
 ACT = [
     *[word for word in TOY if not word.startswith(("model.", "data.sources.old"))],

@@ -34,6 +34,8 @@ from opentau_train.tools import export
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
 
+pytestmark = pytest.mark.slow  # peft takes 5 s to import
+
 RUN = [*TOY, "scheduler=constant", "validation.every=4", "logger=none", "trainer.ema_decay=0.5", "optimizer.lr=1e-2"]
 LORA = ["finetune=lora", "finetune.rank=4", "validation.max_samples_per_group=4"]
 
