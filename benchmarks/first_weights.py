@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.program import machine
 
+from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.distributed.parallel import Execution, data_mesh, spread
 from opentau_train.distributed.world import World, launch
-from opentau_train.job import spread_policy
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.types import BatchSpec
 
@@ -100,7 +100,7 @@ def build(way: str, world: World, file: Path | None, **sizes: int) -> FlowPolicy
         return policy
     first = (FirstWeights("pretrained_path", file, resize=False),) if way == "slices" else ()
     model = {"_target_": "opentau_train.models.flow.FlowPolicy", **sizes}
-    return spread_policy(model, SPEC, world, mesh, Execution(), first)[0]
+    return spread_policy(model, SPEC, world, mesh, Execution(), Start(first))[0]
 
 
 def peak() -> int:

@@ -93,6 +93,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f": did you mean '{near[0]}'?" if near else ""
 
 
+def fits_nothing(kind: str, where: str, pattern: str, names: Iterable[str]) -> UserError:
+    """No name of a `kind` (`trainable parameter`, ...) among `names` fits the `pattern` that the key `where` has."""
+    names = list(names)
+    near = did_you_mean(pattern.replace("*", ""), [*names, *{part for name in names for part in name.split(".")}])
+    shown = ", ".join(names[:: max(1, len(names) // 6)])
+    return UserError(
+        f"no {kind}'s name fits '{pattern}'{near}",
+        where=where,
+        remedy=f"write it over whole names, with * for anything; the policy has {len(names)}, such as {shown}",
+    )
+
+
 # -- the machine's faults, in words of their own --------------------------------------------------------------------
 
 SHARED_MEMORY = "/dev/shm"

@@ -9,10 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,12 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
-from opentau_train.checkpoints import commit, contents
+from opentau_train.checkpoints import assets, base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.checkpoints.weights import FirstWeights, fill, locate_weights
+from opentau_train.checkpoints.start import Start, sketch_policy, spread_policy
+from opentau_train.checkpoints.weights import locate_encoders, locate_weights
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import instantiate
@@ -39,18 +37,18 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.materialise import materialise
-from opentau_train.distributed.parallel import Execution, Replicas, check_batch, data_mesh, spread
+from opentau_train.distributed.memory import announce
+from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
 from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
-from opentau_train.models.policy import Policy, bind_model, build_policy
+from opentau_train.models.finetune import summary
 from opentau_train.optim import Ema, build_optimizer
 from opentau_train.step import StepSetup, TrainState
-from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import Validation, open_evaluators
 
 log = logging.getLogger(__name__)
@@ -116,14 +114,21 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats = None
-    first: tuple[FirstWeights, ...] = ()
+    stats, first, encoders = None, None, ()
     if checkpoint is None:
         first = world.once_a_node(lambda: locate_weights(settings.model))
+        encoders = world.once_a_node(lambda: locate_encoders(settings.model))
     else:
         world.agree(lambda: _compare(settings, tree, checkpoint))
+        entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
+        if entry is not None:
+            first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
         stats = world.agree(lambda: read_stats(checkpoint))
-    mixture = open_together(settings, world, stats)
+    start = Start(first, settings.finetune, encoders)
+    opened = open_together(settings, world)
+    model, precision = settings.model, trainer.precision
+    sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
+    mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
     execution = Execution(
@@ -132,7 +137,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
         settings.parallelism.gather_once,
         trainer.compile_backend if trainer.compile else None,
     )
-    policy, replicas = spread_policy(settings.model, mixture.spec, world, mesh, execution, first)
+    policy, replicas = spread_policy(model, mixture.spec, world, mesh, execution, start)
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
@@ -144,24 +149,38 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     margin = settings.validation.best_margin
     compared = validation.loss_plan
     best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
-    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, _convention(mixture))
+    convention = _convention(mixture)
+    convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
+    if first is not None and policy.borrowed:
+        convention[base.KEY] = world.agree(lambda: base.record(first, settings.model) if world.is_main else None)
+    card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
+        log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
+        announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.data_size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
     return job
 
 
-def open_together(settings: Settings, world: World, stats: dict[str, HeadStats] | None = None) -> Mixture:
-    """The mixture, opened by all ranks: files prepared once a node, statistics computed on rank 0 where no checkpoint's
-    `stats` are given. Collective; raises `UserError` on all ranks alike."""
+def open_together(settings: Settings, world: World) -> Mixture:
+    """The mixture as far as metadata tell it, opened by all ranks: files prepared once a node. Collective; raises
+    `UserError` on all ranks alike."""
     num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     sources = resolve_sources(settings, world.once_a_node, num_nodes)
     plan = world.agree(lambda: open_plan(settings, sources))
     _check_same_tables(plan, world)
+    return plan
+
+
+def normalise_together(
+    plan: Mixture, settings: Settings, world: World, stats: dict[str, HeadStats] | None = None
+) -> Mixture:
+    """The opened mixture with statistics, computed on rank 0 where no checkpoint's `stats` are given. Collective;
+    raises `UserError` on all ranks alike."""
     if stats is None:
 
         def compute() -> dict[str, HeadStats]:
@@ -208,35 +227,6 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
     """The mesh that `parallelism` asks for (`data_mesh`). Collective; raises `UserError` on all ranks alike."""
     degrees = settings.parallelism
     return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
-
-
-def spread_policy(
-    model: Mapping[str, Any],
-    spec: BatchSpec,
-    world: World,
-    mesh: DeviceMesh | None,
-    execution: Execution,
-    first: Sequence[FirstWeights] = (),
-) -> tuple[Policy, Replicas]:
-    """The policy that the settings `model` name, spread over the ranks, with its `first` weights or untrained. Where
-    its class allows (`Policy.meta_init`), it has no memory until it is sharded, and nothing is drawn for what `first`
-    fills. Draws from torch's global generator. Collective; raises `UserError` on all ranks alike."""
-    target, _ = bind_model(model)
-    on_meta = isinstance(target, type) and issubclass(target, Policy) and target.meta_init
-
-    def build() -> Policy:
-        with torch.device("meta") if on_meta else nullcontext():
-            return build_policy(model, spec)
-
-    policy = world.agree(build)
-    plans = world.agree(lambda: [part.plan(policy) for part in first])
-    given = {name for plan in plans for name in plan.sources}
-    allocate = partial(materialise, policy, init_weights=policy.init_weights, given=given) if on_meta else None
-    replicas = spread(policy, policy.blocks(), world, mesh, execution, allocate)
-    for plan in plans:
-        world.agree(partial(fill, policy, plan))
-        log.info("first weights of the policy:\n%s", plan)
-    return policy, replicas
 
 
 def _convention(mixture: Mixture) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +15,7 @@ from torch import nn
 
 from opentau_train.config.settings import OptimizerSettings, ParameterRule
 from opentau_train.config.typed import bind
-from opentau_train.errors import UserError, did_you_mean
+from opentau_train.errors import UserError, did_you_mean, fits_nothing
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def group_parameters(model: nn.Module, settings: OptimizerSettings) -> list[Grou
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, rule in settings.groups.items():
         if not any(fnmatchcase(parameter, rule.pattern) for parameter in trainable):
-            raise _fits_nothing(f"optimizer.groups.{name}.pattern", rule.pattern, trainable)
+            raise fits_nothing("trainable parameter", f"optimizer.groups.{name}.pattern", rule.pattern, trainable)
     groups: list[Group] = []
     for name, parameter in trainable.items():
         plain = parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in settings.no_decay)
@@ -134,17 +134,6 @@ def group_parameters(model: nn.Module, settings: OptimizerSettings) -> list[Grou
 def _own_options(rule: ParameterRule) -> Group:
     stated = {"lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
     return {**rule.options, **{key: value for key, value in stated.items() if value is not None}}
-
-
-def _fits_nothing(where: str, pattern: str, names: Iterable[str]) -> UserError:
-    names = list(names)
-    near = did_you_mean(pattern.replace("*", ""), [*names, *{part for name in names for part in name.split(".")}])
-    shown = ", ".join(names[:: max(1, len(names) // 6)])
-    return UserError(
-        f"no trainable parameter's name fits '{pattern}'{near}",
-        where=where,
-        remedy=f"write it over whole names, with * for anything; the policy has {len(names)}, such as {shown}",
-    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -214,6 +203,10 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
+_AT_ONCE = 32
+"""Parameters whose average is moved by the same kernels: of all at once, a second and third average would be held."""
+
+
 class Ema:
     """Exponential moving average of the trainable parameters, in float32:
     `average = decay * average + (1 - decay) * now`. Each rank averages its shards."""
@@ -226,11 +219,13 @@ class Ema:
     def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
         """Move the averages towards the parameters, unless `applies` [] bool is False, which only the device looks
         at."""
-        averages = _locals(self.average)
-        moved = torch._foreach_lerp(averages, [p.float() for p in _locals(_trainable(model))], 1.0 - self.decay)
-        if applies is not None:
-            moved = tuple(torch.where(applies, new, old) for new, old in zip(moved, averages, strict=True))
-        torch._foreach_copy_(averages, moved)
+        averages, parameters = _locals(self.average), _locals(_trainable(model))
+        for part in (slice(i, i + _AT_ONCE) for i in range(0, len(averages), _AT_ONCE)):
+            old = averages[part]
+            moved = torch._foreach_lerp(old, [p.float() for p in parameters[part]], 1.0 - self.decay)
+            if applies is not None:
+                moved = tuple(torch.where(applies, *both) for both in zip(moved, old, strict=True))
+            torch._foreach_copy_(old, moved)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

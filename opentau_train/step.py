@@ -112,7 +112,8 @@ def seed_ambient(key: int) -> None:
 def _clip(policy: nn.Module, limit: float | None) -> torch.Tensor:
     """Clip to a global norm of `limit` and return the norm before, [] f32 on the device."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), limit if limit is not None else float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's is made of the shards'
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # a sharded model's is made of the shards'
+    return whole.float()
 
 
 def _update(state: TrainState, finite: torch.Tensor, lr: float) -> None:

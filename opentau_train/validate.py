@@ -1,11 +1,12 @@
 """Validate a checkpoint by itself, on any number of processes and any mixture:
 
-    python -m opentau_train.validate checkpoint=RUN [out=FILE] [data=NAME] [KEY=VALUE ...]
+    python -m opentau_train.validate checkpoint=RUN [out=FILE] [base=PATH] [data=NAME] [KEY=VALUE ...]
     torchrun --nproc-per-node 4 -m opentau_train.validate checkpoint=RUN/checkpoints/00001000
 
 The checkpoint's own configuration says what is validated; `data=NAME` takes other sources, `KEY=VALUE` changes a
 setting, for instance `validation.evaluators=[loss,action]`. The same passes as in training run; they write
-`validation.json` in the checkpoint's directory, or to `out`, and pictures beside it.
+`validation.json` in the checkpoint's directory, or to `out`, and pictures beside it. `base`: where frozen weights that
+the checkpoint leaves out lie now, if they have been moved.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
 from opentau_train import cli
-from opentau_train.checkpoints import commit, contents
-from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card
+from opentau_train.checkpoints import assets, commit, contents
+from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, first_of, read_card, with_base
+from opentau_train.checkpoints.start import Start, spread_policy
+from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config.settings import Settings, current, load_settings
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -32,7 +33,7 @@ from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
-from opentau_train.job import mesh_of, open_together, spread_policy
+from opentau_train.job import mesh_of, normalise_together, open_together
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
 from opentau_train.optim import Ema
@@ -44,7 +45,10 @@ from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
 
-FIXED = ("model", "optimizer", "scheduler", "resume", "logger")
+OWN = ("checkpoint=", "out=", "base=")
+"""What the command line says besides the run's keys."""
+
+FIXED = ("model", "finetune", "optimizer", "scheduler", "resume", "logger")
 """Keys that the command line can't change: the checkpoint alone decides them, or no validation uses them."""
 
 
@@ -58,8 +62,8 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Validate as the command line's `arguments` say. Raises `UserError` for mistakes, on all ranks alike."""
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("checkpoint=", "out=")))
-    others = [a for a in arguments if not a.startswith(("checkpoint=", "out="))]
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(OWN))
+    others = [a for a in arguments if not a.startswith(OWN)]
     if "checkpoint" not in given:
         raise UserError("no checkpoint is given", remedy="add checkpoint=RUN or checkpoint=RUN/checkpoints/STEP")
     try:
@@ -68,8 +72,9 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={given['checkpoint']}", remedy=remedy) from error
-    card = read_card(checkpoint / FOLDER)
-    tree = cli.recompose(current(card.config), others, FIXED)
+    card = with_base(read_card(checkpoint / FOLDER), given.get("base"))
+    config = assets.unpack(card.config, card.policy.get(assets.KEY, {}))
+    tree = cli.recompose(current(config), others, FIXED)
     out = Path(given["out"]).expanduser() if "out" in given else checkpoint / "validation.json"
     validate_checkpoint(load_settings(tree), tree, checkpoint, card, out)
     return EXIT_OK
@@ -96,8 +101,9 @@ def validate_checkpoint(
         world.roll_call(),
     ):
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
-        mixture = fit(open_together(settings, world, stats), card.policy)
-        policy, replicas, ema, step = restore_policy(settings, mixture.spec, checkpoint, world)
+        first = world.once_a_node(lambda: first_of(card))
+        mixture = fit(normalise_together(open_together(settings, world), settings, world, stats), card.policy)
+        policy, replicas, ema, step = restore_policy(settings, mixture.spec, checkpoint, world, first)
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
@@ -184,19 +190,20 @@ def _refuse(difference: str, where: str) -> UserError:
 
 
 def restore_policy(
-    settings: Settings, spec: BatchSpec, checkpoint: Path, world: World
+    settings: Settings, spec: BatchSpec, checkpoint: Path, world: World, first: FirstWeights | None = None
 ) -> tuple[Policy, Replicas, Ema | None, int]:
-    """(policy, replicas, average or None, step) of `checkpoint`, spread over the ranks. Collective; raises
-    `UserError` on all ranks alike."""
+    """(policy, replicas, average or None, step) of `checkpoint`, spread over the ranks; `first`: the weights that it
+    leaves out. Collective; raises `UserError` on all ranks alike."""
     trainer = settings.trainer
     mesh = mesh_of(settings, world)
-    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision))
+    start = Start(first, settings.finetune)
+    policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision), start)
     ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
-    tensors: dict[str, Any] = {"model": get_model_state_dict(policy)}
+    tensors: dict[str, Any] = {"model": contents.model_tensors(policy)}
     if ema is not None:
         tensors["ema"] = ema.state_dict()
     contents.read_tensors(checkpoint, tensors, world)
-    set_model_state_dict(policy, tensors["model"])
+    contents.set_model_tensors(policy, tensors["model"])
     if ema is not None:
         ema.load_state_dict(tensors["ema"])
     return policy, replicas, ema, json.loads((checkpoint / "run.json").read_text())["step"]

@@ -41,9 +41,13 @@ TOY = [
 """A mixture of the two small real datasets (v3.0 with two cameras, v2.1 with one; other dims and rates)."""
 
 
+UNSET = ("DROID_ROOT", "DATASET_PATH", "VLM_SAFETENSORS_PATH", "HYDRA_FULL_ERROR")
+"""Variables that a developer's machine may have, and a test must not."""
+
+
 def environment(**extra: str) -> dict[str, str]:
     """One thread a process, the repository importable, no DROID_ROOT of the machine."""
-    env = {k: v for k, v in os.environ.items() if k not in ("DROID_ROOT", "DATASET_PATH", "HYDRA_FULL_ERROR")}
+    env = {k: v for k, v in os.environ.items() if k not in UNSET}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **extra}
     return env
 

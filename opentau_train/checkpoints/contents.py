@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
+from opentau_train.models.policy import Policy
 from opentau_train.step import TrainState
 
 VERSION = 1
@@ -42,12 +42,22 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def tensors_of(state: TrainState) -> dict[str, Any]:
     """`model`, `optimizer` and maybe `ema`: this rank's parts under names that no layout of ranks changes."""
     tensors = {
-        "model": get_model_state_dict(state.policy),
+        "model": model_tensors(state.policy),
         "optimizer": get_optimizer_state_dict(state.policy, state.optimizer),
     }
     if state.ema is not None:
         tensors["ema"] = state.ema.state_dict()
     return tensors
+
+
+def model_tensors(policy: Policy) -> dict[str, Any]:
+    """This rank's parts of the parameters and buffers that a checkpoint holds: all but what is borrowed."""
+    return {n: value for n, value in get_model_state_dict(policy).items() if n not in set(policy.borrowed)}
+
+
+def set_model_tensors(policy: Policy, tensors: dict[str, Any]) -> None:
+    """Put back what `model_tensors` gave. Collective."""
+    set_model_state_dict(policy, {**get_model_state_dict(policy), **tensors})
 
 
 def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
         del tensors["ema"]
     read_tensors(path, tensors, world)
-    set_model_state_dict(state.policy, tensors["model"])
+    set_model_tensors(state.policy, tensors["model"])
     moments = {**tensors["optimizer"], "param_groups": groups}
     set_optimizer_state_dict(state.policy, state.optimizer, optim_state_dict=moments)
     if state.ema is not None:  # one that begins now begins at the parameters
@@ -80,13 +90,13 @@ def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
 
 
-def load_weights(path: Path, policy: nn.Module, part: str = "model") -> None:
+def load_weights(path: Path, policy: Policy, part: str = "model") -> None:
     """Fill the parameters of `policy`, in one process, from a checkpoint's shards: `model`, or `ema`, the average.
 
     What isn't averaged (frozen parameters, buffers) is the model's in both. Raises `UserError` where they don't fit or
     there is no average.
     """
-    own: dict[str, dict[str, torch.Tensor]] = {"model": policy.state_dict()}
+    own: dict[str, dict[str, torch.Tensor]] = {"model": model_tensors(policy)}
     if part == "ema":
         own["ema"] = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     tensors = {

@@ -33,11 +33,12 @@ _CONSTANT = 1e12
 """The deviation of a constant dimension of the state: whatever comes is 0, as here."""
 
 
-def published_stats(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """{feature.statistic: values} that a LeRobot policy was trained with: of its preprocessor's file in `folder` or,
-    before 0.4, between its weights' `entries`. Empty where there are none."""
-    for file in sorted(folder.glob(f"policy_preprocessor*{NORMALIZER}.safetensors")):
-        return load_file(file)
+def published_stats(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """{feature.statistic: values} that a LeRobot policy was trained with: of its preprocessor's file beside the weights
+    `entries` or, before 0.4, between them. Empty where there are none."""
+    for folder in {entry.file.parent for entry in entries.values()}:
+        for file in folder.glob(f"policy_preprocessor*{NORMALIZER}.safetensors"):
+            return load_file(file)
     stats = {}
     for name, entry in entries.items():
         if buffer := _BUFFER.fullmatch(name):

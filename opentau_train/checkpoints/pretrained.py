@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opentau_train.checkpoints import commit
+from opentau_train.checkpoints import assets, commit
+from opentau_train.checkpoints import base as bases
+from opentau_train.checkpoints.weights import FirstWeights
+from opentau_train.config import typed
+from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
 from opentau_train.errors import UserError, check_machine, did_you_mean
+from opentau_train.models.finetune import prepare_finetune
 from opentau_train.models.policy import Policy, build_policy
 from opentau_train.types import BatchSpec
 
@@ -119,8 +124,9 @@ def read_stats(checkpoint: Path) -> dict[str, HeadStats]:
     return {head: HeadStats.from_json(s) for head, s in read_card(checkpoint / FOLDER).stats.items()}
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str | Path | None = None) -> Loaded:
     """The policy of an exported file, a `pretrained_model/` directory, a checkpoint, or a run's newest checkpoint.
+    `base`: where frozen weights that it leaves out lie now, if they have been moved.
 
     Raises `UserError` where there is none, or where its class and its weights don't fit.
     """
@@ -137,9 +143,9 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if folder is None and texts.get("format") != FORMAT:
         raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
     card = Pretrained(**{name: json.loads(texts[name]) for name in PARTS}) if folder is None else read_card(folder)
-    policy = build(card)
+    policy = build(with_base(card, base))
     try:
-        policy.load_state_dict(weights)
+        policy.load_state_dict({n: v for n, v in policy.state_dict().items() if n in policy.borrowed} | weights)
     except RuntimeError as error:
         raise _unreadable(file, error) from error
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
@@ -153,7 +159,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
 def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
     """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
     made: dict[str, Pipeline] = {}
-    for name, tree in card.policy.get("transforms", {}).items():
+    transforms = assets.unpack(card.policy.get("transforms", {}), card.policy.get(assets.KEY, {}))
+    for name, tree in transforms.items():
         pipeline = Pipeline.from_json(tree)
         for head in card.policy["datasets"][name]:
             made.setdefault(head, pipeline)
@@ -168,9 +175,45 @@ def pretrained_folder(path: Path) -> Path:
 
 
 def build(card: Pretrained) -> Policy:
-    """The policy of the settings, untrained. Torch's random state stays as it is."""
+    """The policy of the settings, untrained, with the adapters that it has. Torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        return build_policy(card.config["model"], BatchSpec.from_json(card.policy["spec"]))
+        model = assets.unpack(card.config["model"], card.policy.get(assets.KEY, {}))
+        policy = build_policy(model, BatchSpec.from_json(card.policy["spec"]))
+        prepare_finetune(policy, finetune_of(card))
+    first = first_of(card)
+    if first is not None:
+        bases.fill_base(policy, bases.plan_base(policy, first))
+    return policy
+
+
+def first_of(card: Pretrained) -> FirstWeights | None:
+    """The frozen weights that lie elsewhere; None where the checkpoint holds all. Raises `UserError` where they aren't
+    there."""
+    entry = card.policy.get(bases.KEY)
+    return None if entry is None else bases.base_of(entry, {**card.config["model"], entry["key"]: None}, "base")
+
+
+def with_base(card: Pretrained, path: str | Path | None) -> Pretrained:
+    """The card of a checkpoint whose frozen weights lie at `path` now; None: where they lay. Raises `UserError` where
+    it has none elsewhere."""
+    if path is None:
+        return card
+    if bases.KEY not in card.policy:
+        raise UserError(
+            "the checkpoint holds all of its weights, and none elsewhere", where=f"base={path}", remedy="leave out base"
+        )
+    return replace(card, policy={**card.policy, bases.KEY: {**card.policy[bases.KEY], "path": str(path)}})
+
+
+def finetune_of(card: Pretrained) -> FinetuneSettings:
+    """What of the policy trained; all of it where an older version wrote the card."""
+    return typed.build(FinetuneSettings, card.config.get("finetune", {}), "finetune")
+
+
+def whole(card: Pretrained) -> Pretrained:
+    """The card of the same policy as one piece: no adapters, and all weights beside it."""
+    config = {key: value for key, value in card.config.items() if key != "finetune"}
+    return replace(card, config=config, policy={k: v for k, v in card.policy.items() if k != bases.KEY})
 
 
 def _unreadable(path: Path, cause: object) -> UserError:

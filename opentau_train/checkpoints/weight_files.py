@@ -48,14 +48,22 @@ class Entry:
             return opened.get_slice(name)[part]
 
 
-def locate(given: str, where: str) -> Path:
-    """The file or directory that the setting `where` names: local, or a repository on the Hub, which is downloaded into
-    its cache. Raises `UserError` where there is none."""
+def local_path(given: str, where: str) -> Path | None:
+    """The file or directory that the setting `where` names; None for what can only be a name on the Hub. Raises
+    `UserError` where it is neither."""
     path = Path(given).expanduser()
     if path.exists():
         return path
-    if not _HUB_NAME.fullmatch(given):
-        raise UserError(f"'{given}' is not there", where=where, remedy=f"set {where} to a file or directory of weights")
+    if _HUB_NAME.fullmatch(given):
+        return None
+    raise UserError(f"'{given}' is not there", where=where, remedy="give a file or directory of weights")
+
+
+def locate(given: str, where: str) -> Path:
+    """The same, where a repository on the Hub is downloaded into its cache. Raises `UserError` where there is none."""
+    path = local_path(given, where)
+    if path is not None:
+        return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -78,6 +86,8 @@ def open_weights(path: Path, where: str = "") -> dict[str, Entry]:
     if path.is_file() and path.name != INDEX:
         return _entries(path, where)
     folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise UserError(f"'{path}' is not there", where=where, remedy="give a file or directory of weights")
     index = folder / INDEX
     if (folder / SINGLE).is_file() and path != index:
         return _entries(folder / SINGLE, where)

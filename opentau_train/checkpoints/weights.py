@@ -24,6 +24,8 @@ from opentau_train.errors import UserError
 from opentau_train.models.policy import WEIGHT_MAPS, Policy, bind_model, not_read
 from opentau_train.models.weight_map import WeightMap, fits
 
+COUNTERS = ("*.num_batches_tracked", "*.position_ids", "*.inv_freq")
+"""What layers of torch and transformers save, or saved once, without having learnt it."""
 STATISTICS = ("normalize_inputs.*", "normalize_targets.*", "unnormalize_outputs.*")
 """Tensors that LeRobot put between the weights before 0.4: its normalisation (`published_stats`)."""
 
@@ -54,11 +56,13 @@ class Plan:
     sources: dict[str, tuple[str, Entry]]
     report: Report
     stats: dict[str, torch.Tensor]
+    note: str = ""
 
     def __str__(self) -> str:
-        """The report's four lines, and a fifth where there are statistics."""
+        """The report's four lines, and more where there are statistics or a note (`WeightMap`)."""
         named = _some([f"{name} {list(value.shape)}" for name, value in self.stats.items()], 8)
-        return f"{self.report}" + (f"\nstatistics  not used, the data's own are: {named}" if named else "")
+        lines = [f"statistics  not used, the data's own are: {named}"] if named else []
+        return "\n".join([str(self.report), *lines, *([f"note        {self.note}"] if self.note else [])])
 
 
 def load_pretrained(policy: nn.Module, path: str | Path, mapping: WeightMap) -> Report:
@@ -77,12 +81,18 @@ def plan_weights(
     `mapping.resized` names may have other dimensions. Raises as `load_pretrained` does."""
     path = Path(path)
     found = open_weights(path, where)
+    if any(".lora_A." in name for name in found):
+        raise UserError(
+            f"{path} holds LoRA adapters, not the weights of a whole policy",
+            where=where or str(path),
+            remedy="export the run: python -m opentau_train.tools.export checkpoint=RUN out=policy.safetensors",
+        )
     entries = {n: e for n, e in found.items() if not fits(n, (*mapping.ignored, *STATISTICS))}
     own = {name: tensor for name, tensor in policy.state_dict().items() if fits(name, mapping.part)}
-    sources, unexpected, mismatched = dict[str, tuple[str, Entry]](), list[str](), dict[str, str]()
+    sources, unexpected, wrong = dict[str, tuple[str, Entry]](), list[str](), dict[str, Entry]()
     for published, entry in sorted(entries.items(), key=lambda item: fits(item[0], mapping.fallback)):
         name = mapping.own_name(published)
-        if name in sources and fits(published, mapping.fallback):
+        if fits(published, mapping.fallback if name in sources else () if name in own else COUNTERS):
             continue
         if name not in own:
             unexpected.append(published)
@@ -93,14 +103,16 @@ def plan_weights(
                 remedy="give a file with one of them",
             )
         elif not _matches(entry, own[name], resized=resize and fits(name, mapping.resized)):
-            kinds = [entry.dtype, own[name].dtype] if entry.shape == tuple(own[name].shape) else ["", ""]
-            mismatched[name] = f"{name} {kinds[0]}{list(entry.shape)} there, {kinds[1]}{list(own[name].shape)} here"
+            wrong[name] = entry
         else:
             sources[name] = published, entry
-    missing = tuple(name for name in own if name not in sources and name not in mismatched)
-    report = Report(path, tuple(sources), missing, tuple(unexpected), tuple(mismatched.values()))
-    _check(report, tuple(mismatched), mapping, where)
-    return Plan(sources, report, published_stats(path if path.is_dir() else path.parent, found))
+    missing = tuple(name for name in own if name not in sources and name not in wrong)
+    report = Report(
+        path, tuple(sources), missing, tuple(unexpected), tuple(_both(n, e, own[n]) for n, e in wrong.items())
+    )
+    resizable = not resize and all(_matches(e, own[n], resized=fits(n, mapping.resized)) for n, e in wrong.items())
+    _check(report, mapping, where, resizable=resizable)
+    return Plan(sources, report, published_stats(found), mapping.note)
 
 
 def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
@@ -111,16 +123,21 @@ def _matches(entry: Entry, own: torch.Tensor, *, resized: bool) -> bool:
     return same and entry.is_floating_point == own.is_floating_point()
 
 
-def _check(report: Report, mismatched: tuple[str, ...], mapping: WeightMap, where: str) -> None:
+def _both(name: str, entry: Entry, own: torch.Tensor) -> str:
+    kinds = [f"{entry.dtype} ", f"{own.dtype} "] if entry.shape == tuple(own.shape) else ["", ""]
+    return f"{name} {kinds[0]}{list(entry.shape)} there, {kinds[1]}{list(own.shape)} here"
+
+
+def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -> None:
     unnamed = [name for name in report.missing if not fits(name, mapping.new)]
     filled = {_layer(name) for name in report.loaded} - {""}
     if not report.loaded:
         what = "no tensor of the file fits the model"
         remedy = "choose the model that these weights are of, or weights of this one"
-    elif mismatched:
-        what = f"{len(mismatched)} tensors of the file have other shapes than the model's"
+    elif report.mismatched:
+        what = f"{len(report.mismatched)} tensors of the file have other shapes than the model's"
         remedy = "set the model's sizes, data.chunk_length and the data's dimensions to those of the weights"
-        if all(fits(name, mapping.resized) for name in mismatched):
+        if resizable:
             remedy = "set model.resize_dims=true: projections are cut to the data's dimensions, or filled up with 0"
     elif halves := [name for name in report.unexpected if _layer(mapping.own_name(name)) in filled]:
         what = f"the file has more of some layers than the model: {_some(halves)}"
@@ -171,18 +188,26 @@ class FirstWeights:
         return plan_weights(policy, self.path, mapping, f"model.{self.key}", resize=self.resize)
 
 
-def locate_weights(model: Mapping[str, Any]) -> tuple[FirstWeights, ...]:
-    """What the settings `model` name, downloaded where it is on the Hub: those of encoders, then those of the whole
-    policy or of a larger part. Their files can be read. Called before anything costs time. Raises `UserError`."""
-    settings, (target, options) = weight_settings(model), bind_model(model)
+def locate_weights(model: Mapping[str, Any]) -> FirstWeights | None:
+    """What the settings `model` name, downloaded where it is on the Hub; None where they name nothing. Its files can be
+    read. Called before anything costs time. Raises `UserError`."""
+    settings = weight_settings(model)
+    for key, given in settings.paths.items():
+        return _located(key, given, settings.resize_dims)
+    return None
+
+
+def locate_encoders(model: Mapping[str, Any]) -> tuple[FirstWeights, ...]:
+    """The same for each encoder inside that the settings name (`Policy.encoders`)."""
+    target, options = bind_model(model)
     encoders = target.encoders if isinstance(target, type) and issubclass(target, Policy) else ()
-    named = {key: options[key] for key in encoders if options.get(key) is not None} | settings.paths
-    first = []
-    for key, given in named.items():
-        path = locate(given, f"model.{key}")
-        open_weights(path, f"model.{key}")
-        first.append(FirstWeights(key, path, settings.resize_dims and key in settings.paths))
-    return tuple(first)
+    return tuple(_located(key, options[key], resize=False) for key in encoders if options.get(key) is not None)
+
+
+def _located(key: str, given: str, resize: bool) -> FirstWeights:
+    path = locate(given, f"model.{key}")
+    open_weights(path, f"model.{key}")
+    return FirstWeights(key, path, resize)
 
 
 def _some(names: Iterable[str], num: int = 3) -> str:

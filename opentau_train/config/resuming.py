@@ -63,3 +63,17 @@ def refused(why: str, keys: Mapping[str, Meaning] | None = None) -> dict[str, Me
 def judged(judge: Callable[[Any, Any, Mapping[str, Any]], Meaning]) -> dict[str, Meaning]:
     """Metadata of a setting for which `judge` decides, from the old and the new value."""
     return {ON_RESUME: Meaning("warned", FROM_HERE_ON.why, judge=judge)}
+
+
+def longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """What a change of `trainer.steps` means: a constant learning rate doesn't depend on it."""
+    if str(now.get("scheduler._target_")).endswith(".Constant") and isinstance(old, int) and new > old:
+        return Meaning("safe")
+    return Meaning("warned", "the schedule is stretched to the new length")
+
+
+def other_average(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """What a change of `trainer.ema_decay` means."""
+    if old is None:
+        return Meaning("refused", "the average isn't in the checkpoint: it begins here")
+    return FROM_HERE_ON if new is not None else Meaning("refused", "the average is lost")

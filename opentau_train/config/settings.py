@@ -14,40 +14,27 @@ from typing import Any, Literal
 
 from opentau_train.config import weights
 from opentau_train.config.data import DataSettings
-from opentau_train.config.resuming import FROM_HERE_ON, NEW_PLAN, SAFE, Meaning, judged, refused, warned
+from opentau_train.config.finetune import FinetuneSettings
+from opentau_train.config.resuming import NEW_PLAN, SAFE, Meaning, judged, longer, other_average, refused, warned
 from opentau_train.config.typed import at_least, build, convert, fraction, positive
 from opentau_train.errors import UserError, did_you_mean
 
 
-def _longer(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
-    """What a change of `trainer.steps` means: a constant learning rate doesn't depend on it."""
-    if str(now.get("scheduler._target_")).endswith(".Constant") and isinstance(old, int) and new > old:
-        return Meaning("safe")
-    return Meaning("warned", "the schedule is stretched to the new length")
-
-
-def _other_average(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
-    """What a change of `trainer.ema_decay` means."""
-    if old is None:
-        return Meaning("refused", "the average isn't in the checkpoint: it begins here")
-    return FROM_HERE_ON if new is not None else Meaning("refused", "the average is lost")
-
-
 @dataclass(frozen=True)
 class TrainerSettings:
-    steps: int = field(metadata=judged(_longer))
+    steps: int = field(metadata=judged(longer))
     global_batch_size: int = field(metadata=NEW_PLAN)
     grad_clip: float | None = 1.0
     log_every: int = field(default=10, metadata=SAFE)
     step_timeout: float = field(default=1800.0, metadata=SAFE)
     """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["no", "bf16", "bf16_params"] = "no"
     compile: bool = field(default=False, metadata=SAFE)
     """torch.compile, block by block."""
     compile_backend: str = field(default="inductor", metadata=SAFE)
     stop_after: int | None = field(default=None, metadata=SAFE)
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
-    ema_decay: float | None = field(default=None, metadata=judged(_other_average))
+    ema_decay: float | None = field(default=None, metadata=judged(other_average))
     max_skipped_steps: int = field(default=20, metadata=SAFE)
     """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
     device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
@@ -228,6 +215,12 @@ class ResumeSettings:
 
 
 TRAINED_FOR_IT = "the weights were trained for it; none can be loaded whose shape changes"
+OF_MODEL = {
+    "*_weight": Meaning("warned", "the losses' weights from here on"),
+    "num_flow_steps": Meaning("safe"),
+    **dict.fromkeys(("text_encoder", "vision_encoder"), weights.ENCODER_ON_RESUME),
+    **weights.ON_RESUME,
+}
 
 
 @dataclass(frozen=True)
@@ -240,17 +233,7 @@ class Settings:
     """
 
     data: DataSettings = field(metadata=refused(TRAINED_FOR_IT))
-    model: dict[str, Any] = field(
-        metadata=refused(
-            TRAINED_FOR_IT,
-            keys={
-                "*_weight": Meaning("warned", "the losses' weights from here on"),
-                "num_flow_steps": Meaning("safe"),
-                **dict.fromkeys(("text_encoder", "vision_encoder"), weights.ENCODER_ON_RESUME),
-                **weights.ON_RESUME,
-            },
-        )
-    )
+    model: dict[str, Any] = field(metadata=refused(TRAINED_FOR_IT, keys=OF_MODEL))
     trainer: TrainerSettings
     optimizer: OptimizerSettings
     scheduler: dict[str, Any]
@@ -261,6 +244,7 @@ class Settings:
     logger: dict[str, dict[str, Any]] = field(metadata=SAFE)
     name: str = field(default="train", metadata=SAFE)
     seed: int = field(default=0, metadata=NEW_PLAN)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings, metadata=SAFE)
     flight_recorder: bool = field(default=False, metadata=SAFE)
     """true = every rank records each step's samples and their losses (`metrics/recorder.py`)."""

@@ -46,7 +46,10 @@ class WeightSettings:
 
 WEIGHT_KEYS = tuple(field.name for field in dataclasses.fields(WeightSettings))
 PATHS = tuple(key for key in WEIGHT_KEYS if key.endswith("_path"))
-ON_RESUME = {key: Meaning("safe", "not read: a resume takes the checkpoint's weights") for key in WEIGHT_KEYS}
+ON_RESUME = {
+    key: Meaning("safe", "a resume takes the checkpoint's weights, and frozen ones only where they are the same")
+    for key in WEIGHT_KEYS
+}
 
 
 def _other_place(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:

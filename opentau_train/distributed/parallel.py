@@ -4,8 +4,9 @@
     parallelism=fsdp    replicate = 1, shard = ranks
     parallelism=hsdp    replicate = nodes, shard = ranks of a node
 
-Gradients are averaged over all ranks in float32, whatever the layout; with trainer.precision=bf16 only the computation
-is in bfloat16, and what FSDP gathers for it.
+Gradients are averaged over all ranks in float32 where FSDP shards, in the parameters' type under DDP. With
+trainer.precision=bf16 only the computation is in bfloat16, and what FSDP gathers for it; with bf16_params the
+parameters are, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, did_you_mean
+from opentau_train.models.policy import Policy
 
 _REPLICATE, _SHARD = "parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"
 
@@ -65,9 +67,17 @@ def data_mesh(world: World, replicate: int, shard: int) -> DeviceMesh | None:
     return mesh["shard"] if replicate == 1 else mesh  # else FSDP would all-reduce in groups of one
 
 
+PRECISIONS = {
+    "no": "float32 parameters, computed in float32",
+    "bf16": "float32 parameters, computed in bfloat16",
+    "bf16_params": "bfloat16 parameters and moments, computed in bfloat16",
+}
+"""{trainer.precision: what it says}. An average of the weights is float32 in all."""
+
+
 @dataclass(frozen=True)
 class Execution:
-    """How a policy is computed, block by block. `precision`: no | bf16; `gather_once` as `Replicas` says."""
+    """How a policy is computed, block by block. `precision`: `PRECISIONS`; `gather_once` as `Replicas` says."""
 
     precision: str = "no"
     activation_checkpointing: bool = False
@@ -103,7 +113,7 @@ class Replicas:
 
 
 def spread(
-    policy: nn.Module,
+    policy: Policy,
     blocks: Sequence[nn.Module],
     world: World,
     mesh: DeviceMesh | None,
@@ -128,7 +138,7 @@ def spread(
             allocate(torch.device("cpu"))
         return Replicas(world.accelerator.prepare_model(policy), sharded=False)
     # Inputs stay float32, as under autocast: a target rounded to bfloat16 falls into another of the 256 bins.
-    bf16 = torch.bfloat16 if execution.precision == "bf16" else None
+    bf16 = None if execution.precision == "no" else torch.bfloat16
     mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=not execution.gather_once)
@@ -153,11 +163,11 @@ def check_batch(global_batch_size: int, size: int) -> None:
     below = max((r for r in ranks if r < size), default=1)
     above = min((r for r in ranks if r > size), default=None)
     near = f"{below} or {above}" if above else str(below)
-    low = global_batch_size // size * size
+    fits = sorted({max(global_batch_size // size, 1) * size, (global_batch_size // size + 1) * size})
     raise UserError(
         f"a global batch of {global_batch_size} can't be shared by {size} ranks",
         where="trainer.global_batch_size",
-        remedy=f"run {near} ranks, or set trainer.global_batch_size={max(low, size)} or {low + size}",
+        remedy=f"run {near} ranks, or set trainer.global_batch_size={' or '.join(map(str, fits))}",
     )
 
 

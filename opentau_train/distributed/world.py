@@ -197,7 +197,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "no" else "bf16",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     size = accelerator.num_processes

@@ -22,13 +22,12 @@ from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
+from opentau_train.models.layers import sinusoids, sinusoids_2d
 from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, MEAN, NORMS, STD, STRIDE, ResNet18
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
-
-_TEMPERATURE = 10_000
 
 
 class ActPolicy(Policy):
@@ -107,7 +106,7 @@ class ActPolicy(Policy):
                 remedy="set model.backbone_norm=frozen_batch",
             )
         names = ((r"^(conv1|bn1|layer\d)[.]", r"backbone.\1."),)
-        return WeightMap(names, ignored=("fc.*", "*.num_batches_tracked"), part=("backbone.*",))
+        return WeightMap(names, ignored=("fc.*",), part=("backbone.*",))
 
     def lerobot_export(self) -> LerobotExport:
         if self.backbone_norm != "frozen_batch":
@@ -267,25 +266,6 @@ class TemporalEnsemble:
         weights = torch.exp(-self.coefficient * torch.arange(len(self._chunks), device=chunk.device))
         now = torch.stack([c[:, 0] for c in self._chunks], dim=-1)
         return (now * (weights / weights.sum())).sum(-1)
-
-
-def sinusoids(num: int, width: int) -> Tensor:
-    """[num, width] f32: sines and cosines of the place, interleaved (Vaswani et al. 2017)."""
-    return _interleaved(torch.arange(num, dtype=torch.float64), width).float()
-
-
-def sinusoids_2d(height: int, width: int, channels: int) -> Tensor:
-    """[height * width, channels] f32, the places row by row: the first half of the channels tells the row, the second
-    the column, each counted from 1 and scaled to (0, 2 pi] (Carion et al. 2020)."""
-    rows, columns = (2 * math.pi * torch.arange(1, n + 1, dtype=torch.float64) / (n + 1e-6) for n in (height, width))
-    row, column = _interleaved(rows, channels // 2), _interleaved(columns, channels // 2)
-    both = [row[:, None].expand(-1, width, -1), column[None].expand(height, -1, -1)]
-    return torch.cat(both, dim=-1).flatten(0, 1).float()
-
-
-def _interleaved(place: Tensor, width: int) -> Tensor:
-    angle = place[:, None] / _TEMPERATURE ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 def _check(spec: BatchSpec, width: int, heads: int) -> None:

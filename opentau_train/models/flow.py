@@ -24,6 +24,7 @@ from opentau_train.config.data import DataSettings
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
+from opentau_train.models import prompts
 from opentau_train.models.draws import Draws
 from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
@@ -138,6 +139,9 @@ class FlowPolicy(Policy):
     def blocks(self) -> list[nn.Module]:
         text = self.text.layers if self.num_prompt_tokens and self.text_encoder is not None else ()
         return [*text, *self.layers]
+
+    def assets(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.text_encoder is None else {self.text_encoder: (prompts.FILE,)}
 
     def num_cut(self, batch: Batch) -> int:
         return int(batch.prompt_is_cut.sum()) if self.num_prompt_tokens and self.text_encoder is not None else 0

@@ -1,4 +1,4 @@
-"""The parts of a transformer policy: pre-norm blocks without biases, a strided image stem, a time embedding.
+"""The parts of a transformer policy: pre-norm blocks without biases, an image stem, embeddings of time and place.
 
 Shape suffixes: B samples, N tokens, K keys (past and new tokens), D width, n heads, d head width.
 """
@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_TEMPERATURE = 10_000
 
 KeysValues = tuple[Tensor, Tensor]
 """One block's keys and values, each `[B, n, K, d]`."""
@@ -110,6 +112,25 @@ def time_features(time: Tensor, width: int) -> Tensor:
     fraction = torch.linspace(0.0, 1.0, width // 2, device=time.device)
     angle = 2.0 * math.pi * time[:, None] / (4e-3 * 1e3**fraction)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def sinusoids(num: int, width: int) -> Tensor:
+    """[num, width] f32: sines and cosines of the place, interleaved (Vaswani et al. 2017)."""
+    return _interleaved(torch.arange(num, dtype=torch.float64), width).float()
+
+
+def sinusoids_2d(height: int, width: int, channels: int) -> Tensor:
+    """[height * width, channels] f32, the places row by row: the first half of the channels tells the row, the second
+    the column, each counted from 1 and scaled to (0, 2 pi] (Carion et al. 2020)."""
+    rows, columns = (2 * math.pi * torch.arange(1, n + 1, dtype=torch.float64) / (n + 1e-6) for n in (height, width))
+    row, column = _interleaved(rows, channels // 2), _interleaved(columns, channels // 2)
+    both = [row[:, None].expand(-1, width, -1), column[None].expand(height, -1, -1)]
+    return torch.cat(both, dim=-1).flatten(0, 1).float()
+
+
+def _interleaved(place: Tensor, width: int) -> Tensor:
+    angle = place[:, None] / _TEMPERATURE ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 def init_weights(module: nn.Module, depth: int) -> None:

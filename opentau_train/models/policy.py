@@ -46,6 +46,12 @@ class Policy(nn.Module, ABC):
     encoders: ClassVar[Mapping[str, WeightMap]] = {}
     """{option that names the weights of an encoder inside, or None: how its files name the policy's tensors}."""
 
+    adapters: tuple[str, ...] = ()
+    """The names of its layers that LoRA adapters wrap (`models.finetune`)."""
+
+    borrowed: tuple[str, ...] = ()
+    """The names of frozen parameters that checkpoints leave out, as they are in a file (`checkpoints.base`)."""
+
     def init_weights(self) -> None:
         """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 
@@ -78,6 +84,11 @@ class Policy(nn.Module, ABC):
         """The policy as LeRobot's class of the same architecture has it; None: there is no such class. Raises
         `UserError` where it has none of this form."""
         return None
+
+    def assets(self) -> dict[str, tuple[str, ...]]:
+        """{path in the options: names of text files in it} of what the policy reads beside its weights and is to be
+        kept with them; a path may be the file itself."""
+        return {}
 
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,6 +154,12 @@ def check_vocabulary(tokenizer: str | None, size: int) -> None:
             where="model.tokenizer_path",
             remedy=f"name the tokenizer of the weights, or set model.vlm.vocab_size={num} to train from scratch",
         )
+
+
+def check_installed(package: str) -> None:
+    """Raises `UserError` where a package of the extra `vla` isn't there, without importing it."""
+    if importlib.util.find_spec(package) is None:
+        raise missing_extra(package, ImportError("it isn't installed"))
 
 
 def missing_extra(package: str, error: ImportError) -> UserError:

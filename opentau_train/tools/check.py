@@ -22,7 +22,7 @@ import numpy as np
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
-from opentau_train.config.weights import VLM
+from opentau_train.config.weights import VLM, weight_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
@@ -139,6 +139,7 @@ def _vectors(features: Features, prefix: str) -> str:
 def check(tree: dict[str, Any], schema: str) -> str:
     """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
     that a training would."""
+    from opentau_train.checkpoints.weight_files import local_path, open_weights
     from opentau_train.data.lerobot.cursor import proposed_tolerance  # these import torch
     from opentau_train.data.lerobot.source import LeRobotDataset
     from opentau_train.data.mixture.open import open_plan
@@ -146,6 +147,9 @@ def check(tree: dict[str, Any], schema: str) -> str:
     from opentau_train.data.mixture.statistics import check_heads
 
     settings = cli.checked(tree)
+    for key, given in weight_settings(settings.model).paths.items() if settings.resume.checkpoint == "never" else ():
+        if path := local_path(given, f"model.{key}"):  # else it will be downloaded
+            open_weights(path, f"model.{key}")
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]
     infos = []

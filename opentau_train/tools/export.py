@@ -4,11 +4,18 @@
     python -m opentau_train.tools.export checkpoint=runs/droid/checkpoints/00001000 weights=ema out=policy.safetensors
     python -m opentau_train.tools.export checkpoint=runs/act format=lerobot out=act_policy
 
-`checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema),
-`format` is safetensors, or lerobot: a folder for LeRobot 0.4, with the statistics of one `norm_head`, for policies that
-it has too. The weights are read from the checkpoint's shards. After writing, they are read back and must predict the
-same actions, bit for bit, for a golden batch: keyed random inputs with every kind of gap. Else what was written is
-removed and the exit code is 1.
+    python -m opentau_train.tools.export checkpoint=runs/droid format=adapter out=adapters
+
+`checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema). The
+weights are read from the checkpoint's shards, frozen ones that it leaves out where the run read them, or at `base`.
+
+`format=safetensors` makes one file with all weights. LoRA adapters are added to the weights that they belong to: the
+file's policy is a plain one, whose actions agree with the checkpoint's within 1e-4 of the largest. `format=lerobot`
+makes a folder of the same policy for LeRobot 0.4, with the statistics of one `norm_head`, for policies that it has too.
+`format=adapter` makes a folder with the adapters alone, in peft's files and names.
+
+After writing, the files are read back (adapters by peft itself) and must predict the same actions, bit for bit, for a
+golden batch: keyed random inputs with every kind of gap. Else what was written is removed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -29,47 +36,93 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_
 class ExportSettings:
     checkpoint: str
     out: str
-    format: Literal["safetensors", "lerobot"] = "safetensors"
+    format: Literal["safetensors", "lerobot", "adapter"] = "safetensors"
     weights: Literal["model", "ema"] = "model"
     norm_head: str | None = None
     """Whose statistics a folder for LeRobot has; None: those of the only one."""
+    base: str | None = None
+    """Where frozen weights that the checkpoint leaves out lie now; None: where they lay in training."""
 
     def check(self, path: str) -> None:
         out = Path(self.out).expanduser()
-        if self.format == "lerobot":
+        if self.format != "safetensors":
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"out={self.out} is there already", remedy="name a directory that isn't, or is empty")
         elif out.suffix != f".{self.format}":
             raise UserError(f"out={self.out} doesn't end in .{self.format}", remedy=f"set out=policy.{self.format}")
 
 
-def export(settings: ExportSettings) -> Path:
-    """Write and verify the file or folder; returns its path.
+MERGED_WITHIN = 1e-4
+"""How far merged adapters may move the golden batch's actions, of the largest: sums in another order, 10 steps long."""
+
+
+def export(settings: ExportSettings) -> tuple[Path, str]:
+    """Write and verify the file or folder; returns its path, and what holds of it.
 
     Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
     """
-    from opentau_train.checkpoints import commit, contents, lerobot, pretrained  # torch: only once the settings hold
-    from opentau_train.checkpoints.weights import load_pretrained
+    from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
 
     checkpoint = commit.at(settings.checkpoint)
-    card = pretrained.read_card(checkpoint / pretrained.FOLDER)
+    card = pretrained.with_base(pretrained.read_card(checkpoint / pretrained.FOLDER), settings.base)
     policy = pretrained.build(card).eval()
     contents.load_weights(checkpoint, policy, settings.weights)
+    expected, holds = predict(policy), "it predicts the checkpoint's actions bit for bit"
+    if policy.adapters and settings.format != "adapter":
+        holds = _merge(policy)
+        expected = predict(policy)
     out = Path(settings.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if settings.format == "lerobot":
-        pipelines = pretrained.pipelines_of(card)
-        head = _head(settings.norm_head, sorted(pipelines))
-        lerobot.write_lerobot(out, policy, pipelines[head], head)
-        again = pretrained.build(card).eval()
-        load_pretrained(again, out, policy.weight_map())
-    else:
-        pretrained.write_file(out, dict(policy.state_dict()), card)
-        again = pretrained.load_policy(out).policy
-    if predict(again) != predict(policy):
+    write = {"safetensors": _write_file, "lerobot": _write_lerobot, "adapter": _write_adapters}[settings.format]
+    if predict(write(out, policy, card, settings.norm_head)) != expected:
         out.unlink() if out.is_file() else shutil.rmtree(out)
         raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
-    return out
+    return out, holds
+
+
+def _merge(policy: Any) -> str:
+    """Merge the adapters of `policy`; returns what then holds. Raises RuntimeError where its actions move."""
+    from opentau_train.models.finetune import merge
+
+    apart = sample(policy)
+    merge(policy)
+    moved = abs(sample(policy) - apart).max() / abs(apart).max()
+    if not moved <= MERGED_WITHIN:
+        raise RuntimeError(f"merged adapters move the actions by {moved:.1e} of the largest: nothing was written")
+    return f"with the adapters merged it predicts the checkpoint's actions within {moved:.0e} of the largest"
+
+
+def _write_file(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any:
+    """Each of these writes `policy` and returns what is read back."""
+    from opentau_train.checkpoints import pretrained
+
+    pretrained.write_file(out, dict(policy.state_dict()), pretrained.whole(card))
+    return pretrained.load_policy(out).policy
+
+
+def _write_lerobot(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any:
+    from opentau_train.checkpoints import lerobot, pretrained
+    from opentau_train.checkpoints.weights import load_pretrained
+
+    pipelines = pretrained.pipelines_of(card)
+    head = _head(norm_head, sorted(pipelines))
+    lerobot.write_lerobot(out, policy, pipelines[head], head)
+    again = pretrained.build(pretrained.whole(card)).eval()
+    load_pretrained(again, out, policy.weight_map())
+    return again
+
+
+def _write_adapters(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any:
+    from opentau_train.checkpoints import adapters, pretrained
+    from opentau_train.models.finetune import set_aside
+
+    adapters.write_adapters(out, policy, pretrained.finetune_of(card))
+    from peft import PeftModel
+
+    plain = pretrained.build(pretrained.whole(card)).eval()
+    with set_aside(policy, policy.adapters):
+        plain.load_state_dict(policy.state_dict())
+    return PeftModel.from_pretrained(plain, out).eval().base_model.model
 
 
 def _head(given: str | None, heads: Sequence[str]) -> str:
@@ -80,12 +133,17 @@ def _head(given: str | None, heads: Sequence[str]) -> str:
     raise UserError(f"{what}{did_you_mean(given or '', heads)}", remedy=f"set norm_head to one of {', '.join(heads)}")
 
 
-def predict(policy: Any) -> bytes:
-    """The bits of the actions that `policy` predicts for its golden batch."""
+def sample(policy: Any) -> Any:
+    """The actions [B, T, A] that `policy` predicts for its golden batch, as a NumPy array."""
     from opentau_train.models.draws import Draws
 
     batch = golden_batch(policy)
-    return policy.sample_actions(batch, Draws(batch.key)).numpy().tobytes()
+    return policy.sample_actions(batch, Draws(batch.key)).numpy()
+
+
+def predict(policy: Any) -> bytes:
+    """The bits of `sample`."""
+    return sample(policy).tobytes()
 
 
 def golden_batch(policy: Any, num: int = 4) -> Any:
@@ -131,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         settings = build(ExportSettings, dict(_split(a) for a in given), "")
-        out = export(settings)
+        out, holds = export(settings)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER
@@ -139,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir())) / 1e6
-    print(f"{out}: {size:.1f} MB, {settings.weights} weights; it predicts the checkpoint's actions bit for bit")
+    print(f"{out}: {size:.1f} MB, {settings.weights} weights; {holds}")
     return EXIT_OK
 
 

@@ -1,8 +1,10 @@
-"""What a configuration would train on, before it does: shares, epochs, repeats, the shuffle's quality, decoders.
+"""What a configuration would do, before it does: shares, epochs, repeats, the shuffle's quality, decoders, memory.
 
-    python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 8] [--batches 64]
+    python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 1,8] [--batches 64]
+        [--device-memory 80]
 
-Takes the arguments of `python -m opentau_train`. Reads metadata only: no video is decoded and nothing is written.
+Takes the arguments of `python -m opentau_train`. Reads metadata only: no video is decoded, the policy has no weights,
+and nothing is written.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
 from opentau_train import cli
+from opentau_train.checkpoints.start import new_policy
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import at_least
+from opentau_train.config.typed import at_least, positive
 from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
@@ -25,7 +30,9 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, weight_cell
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
+from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.errors import EXIT_OK
 
 EPOCH_WARNING = 100
@@ -75,19 +82,13 @@ def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoder
     return OpenDecoders(round(float(lanes * share @ decoders)), round(float(lanes * share @ num_bytes)))
 
 
-def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: int) -> str:
-    """The whole report for a launch of `num_ranks`."""
+def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num_batches: int) -> str:
+    """The report on the data, for launches of each of `num_ranks`."""
     trainer = settings.trainer
-    check_batch(trainer.global_batch_size, num_ranks)
     tape = mixture.tape(trainer.global_batch_size)
     samples = trainer.steps * tape.batch_size
     epochs = tape.epoch_of(samples)
     batches = batch_quality(tape, trainer.steps, mixture.settings.correlation, num_batches)
-    decoders = decoders_a_rank(mixture, tape, num_ranks)
-    workers = max(1, mixture.settings.num_workers)
-    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
-    if tape.in_order:
-        lanes = "in order: one lane a worker"
     rho = mixture.settings.correlation
     return "\n".join(
         [
@@ -100,11 +101,39 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: int, num_batches: 
             f"VIF        {batches.vif:.2f} a batch (at most {batches.max_vif:.2f}), {batches.momentum_vif:.2f} over "
             f"a momentum of {quality.MOMENTUM}; 1 = drawn at random "
             f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
-            f"decoders   {decoders.num} a rank ({lanes}), about {decoders.num_bytes / 2**20:.0f} MB; "
-            f"{decoders.num // workers} in each of {workers} workers; {num_ranks} ranks",
+            *(_decoders(mixture, tape, ranks) for ranks in num_ranks),
             *_warnings(mixture, tape, epochs, batches),
         ]
     )
+
+
+def _decoders(mixture: Mixture, tape: Tape, num_ranks: int) -> str:
+    decoders = decoders_a_rank(mixture, tape, num_ranks)
+    workers = max(1, mixture.settings.num_workers)
+    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
+    if tape.in_order:
+        lanes = "in order: one lane a worker"
+    return (
+        f"decoders   {decoders.num} a rank ({lanes}), about {decoders.num_bytes / 2**20:.0f} MB; "
+        f"{decoders.num // workers} in each of {workers} workers; {num_ranks} ranks"
+    )
+
+
+def describe_memory(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], device_bytes: int | None) -> str:
+    """A table of what a rank's device holds in launches of each of `num_ranks`, and what to do where a device of
+    `device_bytes` hasn't as much."""
+    on_cuda = torch.cuda.is_available() and settings.trainer.device != "cpu"
+    make = partial(new_policy, settings.model, mixture.spec, settings.finetune, settings.trainer.precision)
+    rehearsal = rehearse(make, mixture, "cuda" if on_cuda else "cpu")
+    rows: list[tuple[str, ...]] = [("memory", "ranks", "samples", *memory.PARTS, "a rank")]
+    lines = []
+    for ranks in num_ranks:
+        footprint = memory.footprint(rehearsal, settings, ranks)
+        sizes = [memory.text(size) for size in footprint.parts.values()]
+        rows.append(("", str(ranks), str(footprint.samples), *sizes, memory.text(footprint.total)))
+        warning = None if device_bytes is None else memory.shortage(rehearsal, settings, ranks, device_bytes)
+        lines += [f"warning    --ranks {ranks}: {warning}"] if warning is not None else []
+    return "\n".join([*align(rows), *(f"note       {note}" for note in rehearsal.notes.values()), *lines])
 
 
 def _sources(mixture: Mixture, tape: Tape, epochs: float) -> list[tuple[str, ...]]:
@@ -144,21 +173,33 @@ def _warnings(mixture: Mixture, tape: Tape, epochs: float, batches: BatchQuality
     return lines
 
 
+def whole_numbers(argument: str) -> list[int]:
+    return [int(part) for part in argument.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m opentau_train.tools.plan", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--ranks", type=int, default=1, help="processes that will train (1)")
+    parser.add_argument(
+        "--ranks", type=whole_numbers, default=[1], help="processes that will train (1); several: 1,8,64"
+    )
     parser.add_argument("--batches", type=int, default=64, help="batches to look at, spread over the run (64)")
+    parser.add_argument("--device-memory", type=float, help="GiB of a device that a rank trains on")
     options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
-        at_least("--ranks", options.ranks, 1)
+        at_least("--ranks", min(options.ranks), 1)
         at_least("--batches", options.batches, 1)
+        positive("--device-memory", options.device_memory)
         settings = load_settings(cli.compose(composed))
+        for ranks in options.ranks:
+            check_batch(settings.trainer.global_batch_size, ranks)
+        device_bytes = None if options.device_memory is None else int(options.device_memory * 2**30)
         mixture = open_plan(settings, resolve_sources(settings))
         print(describe(settings, mixture, options.ranks, options.batches))
+        print(describe_memory(settings, mixture, options.ranks, device_bytes))
         return EXIT_OK
 
     return cli.answer(work)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from opentau_train import cli
 from opentau_train.config.settings import load_settings
+from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.resolve import resolve_sources
+from opentau_train.distributed.memory import footprint
+from opentau_train.distributed.rehearsal import rehearse
 from opentau_train.distributed.world import launch
 from opentau_train.job import prepare
+from opentau_train.models.policy import build_policy
 from tests.program import TOY, train_here
 
 WIDTH, LAYERS, BATCH, LENGTH = 256, 8, 4, 16
@@ -119,9 +125,24 @@ def counted(device: str, folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
+def foreseen(device: str, folder: Path) -> dict[str, Any]:
+    """Bytes that a rank was foreseen to hold, what couldn't be known, and the most that it held (0 on the CPU)."""
+    size = ["model=flow_base", "data.image_size=[96,96]", "trainer.global_batch_size=64"] if device == "cuda" else []
+    given = [o for o in overrides(device) if not (size and o.startswith(("model.", "data.image_size", "trainer.glob")))]
+    arguments = [*given, *size, "trainer.steps=3"]
+    run = train_here(arguments, folder / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    settings = load_settings(cli.compose([*arguments, f"paths.cache_dir={folder / 'cache'}"]))
+    mixture = open_plan(settings, resolve_sources(settings))
+    rehearsal = rehearse(partial(build_policy, settings.model, mixture.spec), mixture, device)
+    total = footprint(rehearsal, settings, 1).total
+    held = max(2**20 * row.get("Memory/DeviceAllocatedPeak", 0.0) for row in rows)
+    return {"foreseen": total, "unknown": list(rehearsal.notes.values()), "held": held}
+
+
 if __name__ == "__main__":
     name, where, *rest = sys.argv[1:]
-    case = {"collectives": collectives, "sharded": sharded, "optimizer": optimizer, "counted": counted}[name]
+    case = {f.__name__: f for f in (collectives, sharded, optimizer, counted, foreseen)}[name]
     with tempfile.TemporaryDirectory() as temporary:
         print(json.dumps(case(where, Path(temporary), *map(int, rest))), flush=True)
     os._exit(0)  # as the program ends: gloo's destructors may hang

@@ -95,6 +95,14 @@ def test_the_optimizer_is_fused_and_lies_on_the_device(device):
 
 
 @BOTH
+def test_a_run_holds_about_what_was_foreseen(device):
+    """Kernels' work space comes on top, and not all is held at once."""
+    told = case("foreseen", device)
+    assert told["foreseen"] > 0 and not told["unknown"]
+    assert device == "cpu" or 0.7 < told["held"] / told["foreseen"] < 1.4, told
+
+
+@BOTH
 def test_more_steps_add_no_wait_but_at_the_log_interval_and_copies_from_pinned_memory(device):
     few, many = case("counted", device, 4), case("counted", device, 10)
     added = {name: many[name] - few[name] for name in few}
@@ -104,12 +112,17 @@ def test_more_steps_add_no_wait_but_at_the_log_interval_and_copies_from_pinned_m
 
 
 @BOTH
-@pytest.mark.parametrize("model", ["flow_tiny", "flow_small"])
+@pytest.mark.parametrize("model", ["flow_tiny", "flow_small", "pi0"])
 def test_throughput_is_printed(tmp_path, capsys, device, model):
     steps = 30 if device == "cuda" else 1
     size = ["data.image_size=[96,96]", "trainer.global_batch_size=64"] if device == "cuda" else []
     whole = [o for o in RUN if not o.startswith("model.")]
     only = ["trainer.device=cpu", "model.width=32"] if device == "cpu" else ["data.num_workers=8"]
+    if model == "pi0":  # 53 GB of parameters, gradients and moments
+        size = ["data.image_size=[224,224]", "trainer.global_batch_size=16", "trainer.precision=bf16"]
+        size += ["parallelism.activation_checkpointing=true"]
+        if device == "cpu":
+            model, size, only = "pi0_tiny", ["data.image_size=[96,96]"], ["trainer.device=cpu"]
     paths = [f"paths.run_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"]
     done = run([*whole, f"model={model}", *size, *only, f"trainer.steps={steps}", "validation.every=0", *paths])
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,11 @@
 """Started by torchrun on 4 ranks: what building a sharded policy costs a rank, and that it is one process's policy.
 
-Also what needs several ranks of a sharded optimizer: Muon's moments, saved and read back.
+Also what needs several ranks of a sharded optimizer: Muon's moments, saved and read back, and the memory that a rank
+was foreseen to hold.
 """
 
 import ctypes
+import dataclasses
 import gc
 import os
 import re
@@ -14,20 +16,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from opentau_train import cli
 from opentau_train.checkpoints import contents
 from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights, load_pretrained
-from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule
+from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule, load_settings
+from opentau_train.data.batch import FIELDS
+from opentau_train.distributed.memory import footprint
 from opentau_train.distributed.parallel import Execution, data_mesh
+from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.world import COLLECTIVE_MARGIN, World, launch
-from opentau_train.job import spread_policy
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.optim import Ema, build_optimizer, set_lr
 from opentau_train.step import TrainState
+from tests.program import TOY
 from tests.unit.models.flow_cases import SPEC, make_batch, make_noise
 
 TIMEOUT = 60
@@ -84,8 +92,8 @@ def build(world: World, shard: int, cls: type = FlowPolicy, weights: Path | None
     model = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **options}
     torch.manual_seed(3)
     mesh = data_mesh(world, -1, shard)
-    first = () if weights is None else (FirstWeights("pretrained_path", weights, resize=False),)
-    return spread_policy(model, SPEC, world, mesh, Execution(), first)
+    first = None if weights is None else FirstWeights("pretrained_path", weights, resize=False)
+    return spread_policy(model, SPEC, world, mesh, Execution(), Start(first))
 
 
 def same_numbers(policy: nn.Module, plain: nn.Module) -> None:
@@ -198,6 +206,55 @@ def muon_of_shards_goes_on_bit_for_bit(world: World, folder: Path) -> None:
     assert len(buffers) == 8 and all(isinstance(s["momentum_buffer"], DTensor) for s in buffers)
 
 
+def a_rank_holds_what_was_foreseen(world: World) -> None:
+    """Its shards of parameters, gradients, moments and average; and between micro-batches, whole gradients."""
+    with torch.device("meta"):
+        plain = FlowPolicy(dataclasses.replace(SPEC, fields=make_batch().fields[len(FIELDS) :]), **SMALL)
+    rehearsal = Rehearsal(plain, plain.spec, "cpu")
+    words = [*TOY, "parallelism=fsdp", "trainer.global_batch_size=8", "trainer.ema_decay=0.5"]
+    settings, accumulating = (
+        load_settings(cli.compose([*words, f"data.max_samples_per_batch={num}"])) for num in (2, 1)
+    )
+    policy, replicas = build(world, 4, **SMALL)
+    state = TrainState(policy, replicas, build_optimizer(policy, settings.optimizer), Ema(policy, 0.5))
+    train(state, 1)
+    gradients_of(state, last=True)
+    moments = [v for values in state.optimizer.state.values() for v in values.values()]
+    held = {
+        "parameters": local_bytes(policy.parameters()),
+        "gradients": local_bytes(p.grad for p in policy.parameters()),
+        "moments": local_bytes(moments),
+        "average": local_bytes(state.ema.average.values()),
+    }
+    foreseen = footprint(rehearsal, settings, 4).parts
+    for part, size in held.items():
+        assert size == foreseen[part] if world.is_main else 0.9 * foreseen[part] < size <= foreseen[part], part
+    state.optimizer.zero_grad()
+    gradients_of(state, last=False)
+    whole = sum(g.nbytes for g in unsharded_gradients(policy))
+    assert foreseen["gradients"] + whole == footprint(rehearsal, accumulating, 4).gradients
+
+
+def gradients_of(state: TrainState, *, last: bool) -> None:
+    batch = make_batch()
+    with state.replicas.accumulate(last=last):
+        sum(s.sum() for s, _ in state.replicas.model(batch, make_noise(batch)).values()).backward()
+
+
+def local_bytes(tensors) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def unsharded_gradients(policy: nn.Module) -> list[torch.Tensor]:
+    """The gradients that FSDP keeps whole: it has no public way to ask for them."""
+    groups = (m._get_fsdp_state()._fsdp_param_group for m in policy.modules() if isinstance(m, FSDPModule))
+    parameters = [p for group in groups for p in group.fsdp_params]
+    return [
+        p.unsharded_accumulated_grad_data if p.unsharded_accumulated_grad is not None else p.unsharded_grad_data
+        for p in parameters
+    ]
+
+
 def main(folder: Path) -> None:
     with launch(device="cpu", precision="no", timeout=TIMEOUT, identity={}) as world:
         a_rank_holds_a_quarter_at_most_a_half_while_building(world)
@@ -206,6 +263,7 @@ def main(folder: Path) -> None:
         first_weights_are_the_same_in_every_layout(world, folder)
         what_is_drawn_beside_first_weights_is_the_same_in_every_layout(world, folder)
         muon_of_shards_goes_on_bit_for_bit(world, folder)
+        a_rank_holds_what_was_foreseen(world)
         options = world.background_group()._get_backend(torch.device("cpu")).options
         assert options._timeout == timedelta(seconds=TIMEOUT + COLLECTIVE_MARGIN)
 

@@ -32,5 +32,5 @@ def test_a_recipe_trains_validates_goes_on_and_exports(recipe, droid_root, tmp_p
     assert {f"Validation/{group}/{term}" for term in ("MSE", "CE")} <= rows[4].keys()
     resumed = train_here([*words, f"resume={whole}/checkpoints/00000002"], tmp_path / "resumed")
     assert metrics(resumed)[4] == rows[4]
-    out = export(ExportSettings(str(resumed), str(tmp_path / "policy.safetensors"), weights="ema"))
+    out, _ = export(ExportSettings(str(resumed), str(tmp_path / "policy.safetensors"), weights="ema"))
     assert load_policy(out).policy.form == RECIPES[recipe].split("_")[0]

@@ -7,15 +7,17 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from omegaconf.errors import MissingMandatoryValue
 
 from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from opentau_train.models.policy import build_policy, check_model
+from opentau_train.tools import export
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import open_evaluators
-from tests.program import REPO, TINY_POLICY, TOY, metrics, train_here
+from tests.program import DATA, REPO, TINY_POLICY, TOY, metrics, train_here
 
 CONF = REPO / "conf"
 SPEC = BatchSpec(("a", "b"), (48, 80), 0, 8, 8, 16)
@@ -33,14 +35,28 @@ def composed(*overrides: str) -> Settings:
 GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoint", "parallelism", "logger", "paths")
 
 
+FINETUNE = {"full": (), "freeze": ("finetune.frozen=[stem.*]",), "lora": ()}
+
+
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_choice_composes_and_fits_its_class(choice):
-    settings = composed("+recipe=droid_policy", choice)
+    settings = composed("+recipe=droid_policy", choice, "data.image_size=[224,224]")
     check_model(settings.model, settings.data)
     bind(settings.scheduler, "scheduler", [])
     open_evaluators(settings.validation)
     for name, sink in settings.logger.items():
         bind(sink, f"logger.{name}", ["context"])
+
+
+@pytest.mark.parametrize("choice", options("finetune"))
+def test_every_way_to_fine_tune_composes(choice):
+    settings = composed("+recipe=droid_policy", f"finetune={choice}", *FINETUNE[choice])
+    assert (settings.finetune.rank is not None) == (choice == "lora") and settings.finetune.alpha is None
+
+
+def test_freezing_asks_what():
+    with pytest.raises(MissingMandatoryValue, match=r"finetune\.frozen"):
+        composed("+recipe=droid_policy", "finetune=freeze")
 
 
 @pytest.mark.parametrize("recipe", options("recipe"))
@@ -54,7 +70,10 @@ def test_every_source_composes_into_a_mixture(source):
     assert "more" in composed("+recipe=lerobot", f"+data/source@data.sources.more={source}").data.sources
 
 
-@pytest.mark.parametrize("size", options("model"))
+MODELS = [pytest.param(m, marks=pytest.mark.slow) if m.startswith("pi") else m for m in options("model")]
+
+
+@pytest.mark.parametrize("size", MODELS)
 def test_every_model_builds(size):
     settings = composed("+recipe=droid_policy", f"model={size}", "data.image_size=[96,96]")
     tree, spec = settings.model, dataclasses.replace(SPEC, image_size=(96, 96))
@@ -94,6 +113,25 @@ def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp
     sources += ["+data/source@data.sources.droid_ee=droid_ee", f"data.sources.droid_ee.root={small_sample['ee']}"]
     rows = metrics(train_here([*sources, "+debug=smoke", *TINY_POLICY], tmp_path / "run"))
     assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
+
+
+@pytest.mark.slow
+def test_the_act_recipe_trains_validates_resumes_and_is_exported_to_lerobot(tmp_path):
+    settings = composed("+recipe=lerobot_act")
+    assert (settings.optimizer.lr, settings.trainer.global_batch_size, settings.data.chunk_length) == (1e-5, 8, 100)
+    assert settings.trainer.grad_clip == 10.0 and settings.optimizer.options["betas"] == [0.9, 0.999]
+    words = [
+        "+recipe=lerobot_act",
+        "+debug=smoke",
+        "model=act_tiny",
+        "model.width=32",
+        "model.backbone_norm=frozen_batch",
+    ]
+    words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "data.image_size=[32,32]", "data.chunk_length=8"]
+    run = train_here(words, tmp_path / "run")
+    train_here([*words, "trainer.steps=3", "resume=auto"], run)
+    assert {"Validation/main/default/L1", "Validation/main/default/KL"} <= metrics(run)[2].keys() and 3 in metrics(run)
+    assert export.main([f"checkpoint={run}", "format=lerobot", f"out={tmp_path / 'out'}"]) == 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opentau_train import cli
 from opentau_train.config.settings import OptimizerSettings, load_settings
@@ -196,3 +199,35 @@ def test_ema_is_the_written_recurrence_over_trainable_parameters_alone():
     with ema.applied_to(net):
         assert torch.equal(net.linear.weight, ema.average["linear.weight"])
         assert torch.equal(net.frozen_out.weight, frozen)
+
+
+class Peak(TorchDispatchMode):
+    """Follows the memory of the tensors made inside; `most` is how much of it there was at once, in bytes, besides that
+    of the tensors `there`."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there = {tensor.untyped_storage()._cdata for tensor in there}
+        self.seen, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (value.untyped_storage() for value in tree_leaves(out) if isinstance(value, torch.Tensor)):
+            if storage._cdata not in self.there:
+                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for reference, size in self.seen.values() if not reference.expired()))
+        return out
+
+
+def test_moving_the_average_takes_the_memory_of_a_part_of_it():
+    net = nn.ModuleList(nn.Linear(20, 20, bias=False) for _ in range(256))
+    ema = Ema(net, 0.9)
+    before = [value.clone() for value in ema.average.values()]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    with Peak([*net.parameters(), *ema.average.values()]) as peak:
+        ema.update(net, torch.tensor(True))
+    for old, parameter, new in zip(before, net.parameters(), ema.average.values(), strict=True):
+        assert torch.equal(new, torch.lerp(old, parameter.detach(), 1.0 - 0.9))
+    assert 0 < peak.most < 0.5 * sum(value.nbytes for value in before)

@@ -85,7 +85,9 @@ class FastActions(TokenizeActions):
 
 
 def make_bins(num_tokens: int, bins: tuple[int, float, float]) -> tuple[TokenizeActions, int]:
-    """Bins (how many, lowest, highest value), and how many tokens they are."""
+    """Bins (how many, lowest, highest value), and how many tokens they are. Raises `UserError` for an empty range."""
+    if not bins[1] < bins[2]:
+        raise UserError(f"model.bin_range={list(bins[1:])} must rise", remedy="set model.bin_range=[-3.0,3.0]")
     return BinActions(num_tokens, *bins), bins[0]
 
 

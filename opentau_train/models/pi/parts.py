@@ -68,6 +68,16 @@ def expert_mask(valid: Tensor, num: int, before: int) -> Tensor:
     return (allowed & valid[:, None])[:, None]
 
 
+def present_only(tower: nn.Module, frames: Tensor, present: Tensor) -> Tensor:
+    """What `tower` makes of `frames` [M, 3, H, W]: [M, P, D], 0 of those that aren't `present` [M] bool, for which
+    nothing is computed but where there is no other."""
+    (places,) = present.nonzero(as_tuple=True)
+    places = places if len(places) else torch.zeros_like(present[:1], dtype=torch.int64)
+    made = tower(frames[places])
+    blank = torch.zeros(len(frames), *made.shape[1:], dtype=made.dtype, device=made.device)
+    return blank.index_copy(0, places, made)
+
+
 def time_features(time: Tensor, width: int) -> Tensor:
     """`time` [B] f32 -> [B, width] f32 sines and cosines, rounded as transformers' pi0 rounds them."""
     fraction = torch.linspace(0.0, 1.0, width // 2, device=time.device)

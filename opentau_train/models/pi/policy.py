@@ -14,16 +14,17 @@ with and without them; with `insulate` no gradient of `mse` reaches the language
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
+from opentau_train.config.typed import positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models import prompts
@@ -34,17 +35,16 @@ from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
 from opentau_train.models.pi import lerobot, names
 from opentau_train.models.pi.limits import LIMITS, check_limits, check_pictures
-from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, rotations
+from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, present_only, rotations
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
 from opentau_train.models.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
-log = logging.getLogger(__name__)
-
-READS_BYTES = "prompts are read as bytes, which these weights have never seen"
+READS_BYTES = "prompts are read as bytes, which these weights have never seen: set model.tokenizer_path to PaliGemma's"
 ActionTokens = Literal["none", "binned", "fast"]
+Count = Annotated[int, positive]
 
 
 class PiPolicy(Policy):
@@ -71,19 +71,19 @@ class PiPolicy(Policy):
         vlm: GemmaSizes,
         expert: ExpertSizes,
         vision: VisionSizes,
-        max_state_dim: int | None = 32,
-        max_action_dim: int | None = 32,
-        max_chunk_length: int | None = 50,
+        max_state_dim: Count | None = 32,
+        max_action_dim: Count | None = 32,
+        max_chunk_length: Count | None = 50,
         tokenizer_path: str | None = None,
-        max_prompt_tokens: int = 48,
+        max_prompt_tokens: Count = 48,
         prompt_overflow: Overflow = "cut",
         action_tokens: ActionTokens = "none",
         action_tokenizer_path: str | None = None,
-        max_action_tokens: int | None = None,
-        num_bins: int = 256,
+        max_action_tokens: Count | None = None,
+        num_bins: Count = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
         insulate: bool = False,
-        num_flow_steps: int = 10,
+        num_flow_steps: Count = 10,
         mse_weight: float = 1.0,
         ce_weight: float = 1.0,
     ):
@@ -101,6 +101,7 @@ class PiPolicy(Policy):
         self.prompt = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
         self._transforms: dict[str, Transform] = {"tokenize": self.prompt}
         prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
+        self._paths = tokenizer_path, action_tokenizer_path if action_tokens == "fast" else None
         vocabulary = 0
         if action_tokens != "none":
             num = max_action_tokens or spec.chunk_length * spec.action_dim
@@ -134,9 +135,11 @@ class PiPolicy(Policy):
 
     @classmethod
     def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
+        prompts.check_installed("transformers")
         prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
         if options.get("action_tokens") == "fast":
             chunks.make_fast(1, options.get("action_tokenizer_path"))
+        chunks.make_bins(1, (2, *options.get("bin_range", (0, 1))))
         limits = {key: options[key] for key in LIMITS if key in options}
         check_limits((data.state_dim or 0, data.action_dim or 0, data.chunk_length), limits)
         check_pictures(data.image_size, options["vision"].image_size)
@@ -155,10 +158,8 @@ class PiPolicy(Policy):
         return self._for_words(names.vlm_only())
 
     def _for_words(self, weights: WeightMap) -> WeightMap:
-        """The same; who asks for it loads weights, which are of little use where the policy reads bytes."""
-        if self.prompt.tokenizer is None:
-            log.warning("%s; set model.tokenizer_path to the folder of PaliGemma's tokenizer.json", READS_BYTES)
-        return weights
+        """The same, with a word where the policy reads bytes: pretrained weights are of little use then."""
+        return weights if self.prompt.tokenizer else replace(weights, note=READS_BYTES)
 
     def lerobot_export(self) -> LerobotExport:
         return lerobot.export(self)
@@ -168,6 +169,9 @@ class PiPolicy(Policy):
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.flatten(1).sum(1, dtype=torch.float32) for term, mask in self._supervised(batch).items()}
+
+    def assets(self) -> dict[str, tuple[str, ...]]:
+        return {path: (prompts.FILE, chunks.PROCESSOR) for path in self._paths if path is not None}
 
     def num_cut(self, batch: Batch) -> int:
         return int(batch.prompt_is_cut.sum())
@@ -188,7 +192,7 @@ class PiPolicy(Policy):
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         real, supervised = real_actions(batch), self._supervised(batch)
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
-        actions = self._wide(torch.where(real, batch.actions, 0.0))
+        actions = F.pad(torch.where(real, batch.actions, 0.0), (0, self.max_action_dim - self.spec.action_dim))
         noise = draws.normal("actions", (self.spec.chunk_length, self.max_action_dim))
         time = 0.999 * draws.uniform("time") ** (2 / 3) + 0.001
         noised = time[:, None, None] * noise + (1.0 - time[:, None, None]) * actions
@@ -242,19 +246,10 @@ class PiPolicy(Policy):
         if self.spec.cameras:
             frames = torch.stack([batch.images[camera][:, -1] for camera in self.spec.cameras], dim=1)
             present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
-            patches = self._patches(frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
+            patches = present_only(self.vision, frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
             x.insert(0, patches.flatten(1, 2))
             valid.insert(0, present[:, :, None].expand(-1, -1, patches.shape[2]).flatten(1))
         return torch.cat(x, dim=1), torch.cat(valid, dim=1)
-
-    def _patches(self, frames: Tensor, present: Tensor) -> Tensor:
-        """[M, P, D] of `frames` [M, 3, H, W]: 0 of those that aren't `present` [M], for which nothing is computed but
-        where there is no other."""
-        (places,) = present.nonzero(as_tuple=True)
-        places = places if len(places) else torch.zeros_like(present[:1], dtype=torch.int64)
-        patches = self.vision(frames[places])
-        blank = torch.zeros(len(frames), *patches.shape[1:], dtype=patches.dtype, device=patches.device)
-        return blank.index_copy(0, places, patches)
 
     def _context(self, x: Tensor, valid: Tensor, labels: Tensor | None) -> Tokens:
         """The prefix, with the action tokens `labels` [B, N] behind it: each input the one before its label."""
@@ -285,9 +280,6 @@ class PiPolicy(Policy):
         """Cross-entropy in nats [B, N] of each of `labels` [B, N]."""
         logits = self.action_token_out(self.vlm_norm(x)).float()
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_TOKEN, reduction="none")
-
-    def _wide(self, actions: Tensor) -> Tensor:
-        return F.pad(actions, (0, self.max_action_dim - actions.shape[-1]))
 
     def _supervised(self, batch: Batch) -> dict[str, Tensor]:
         """{term: bool}, the elements that count: [B, T, A] of the actions, [B, N] of their tokens."""

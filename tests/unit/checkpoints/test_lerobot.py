@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from opentau_train.tools import export
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import make_policy
 from tests.unit.models.test_act import make_act
+
+pytestmark = pytest.mark.slow  # runs of ACT
 
 SIZES = ["model.width=32", "model.heads=4", "model.feedforward=48", "data.image_size=[32,32]", "logger=none"]
 ACT = [
@@ -44,7 +47,7 @@ def test_a_folder_has_weights_architecture_and_the_statistics_of_the_robot(run_d
     config, loaded = json.loads((out / "config.json").read_text()), load_policy(run_dir)
     assert next(iter(config)) == "type" and config["type"] == "act" and config["dim_model"] == 32
     assert config["input_features"]["observation.images.front"] == {"type": "VISUAL", "shape": [3, 32, 32]}
-    stats = published_stats(out, open_weights(out))
+    stats = published_stats(open_weights(out))
     (head,) = loaded.stats
     mean = torch.from_numpy(loaded.stats[head].actions.mean).float()
     torch.testing.assert_close(stats["action.mean"], mean)
@@ -53,6 +56,11 @@ def test_a_folder_has_weights_architecture_and_the_statistics_of_the_robot(run_d
         out / steps[-1]["state_file"]
     ).is_file()
     policy = make_act(loaded.policy.spec, feedforward=48, latent_dim=8, backbone_norm="frozen_batch")
+    for folder in ("", "checkpoints/last"):  # as LeRobot's training leaves it
+        shutil.copytree(out, tmp_path / "lerobot" / folder / "pretrained_model")
+        plan = plan_weights(policy, tmp_path / "lerobot", policy.weight_map())
+        assert plan.report.loaded and torch.equal(plan.stats["action.mean"], stats["action.mean"])
+        shutil.rmtree(tmp_path / "lerobot")
     report = load_pretrained(policy, out, policy.weight_map())
     assert not report.missing and not report.unexpected
     assert export.predict(policy.eval()) == export.predict(loaded.policy)

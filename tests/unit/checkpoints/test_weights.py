@@ -71,6 +71,7 @@ def test_a_file_its_directory_and_a_sharded_directory_are_the_same_weights(sourc
 def test_names_are_mapped_and_the_report_counts_all_that_the_file_and_the_policy_have(source, tmp_path):
     weights = {f"model.inner.{name}": value for name, value in source.state_dict().items()}
     extra = {"model.inner.other": torch.zeros(2), "head.weight": torch.zeros(3)}
+    extra["model.inner.bins_out.num_batches_tracked"] = torch.tensor(3)  # a counter of torch's, learnt by nobody
     del weights["model.inner.velocity_out.weight"]
     save_file({**weights, **extra}, tmp_path / "w.safetensors")
     mapping = WeightMap((("^model[.]", ""), ("^inner[.]", "")), new=("velocity_*",), ignored=("head.*",))
@@ -130,7 +131,9 @@ def test_projections_are_cut_or_filled_with_zeros_where_that_is_wanted(source, t
     assert torch.equal(policy.velocity_out.weight[:3], narrow) and not policy.velocity_out.weight[3].any()
     assert "model.resize_dims=true" in refused(policy, path, mapping, resize=False)
     save_file({**weights, "action_in.weight": torch.zeros(16, 8, 1)}, tmp_path / "deep.safetensors")
-    assert "other shapes" in refused(policy, tmp_path / "deep.safetensors", mapping)
+    for resize in (True, False):
+        text = refused(policy, tmp_path / "deep.safetensors", mapping, resize=resize)
+        assert "other shapes" in text and "resize_dims" not in text
 
 
 def test_damaged_files_pointers_and_pickles_are_refused_by_name(source, file, tmp_path):
@@ -148,6 +151,7 @@ def test_damaged_files_pointers_and_pickles_are_refused_by_name(source, file, tm
         pickles: "is a pickle",
         pickles / "pytorch_model.bin": "is a pickle",
         tmp_path / "empty": "has no model.safetensors",
+        tmp_path / "absent": "is not there",
     }
     for path, words in cases.items():
         with pytest.raises(UserError, match=words) as caught:

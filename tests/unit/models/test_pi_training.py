@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from opentau_train.checkpoints import assets
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.errors import UserError
-from opentau_train.tools.export import ExportSettings, export
+from opentau_train.tools.export import ExportSettings, export, predict
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.pi_cases import words_file
 
@@ -18,6 +22,11 @@ SMALL = ["model.vision.image_size=32", "model.vision.patch_size=8"]
 WORDS = [*(word for word in TOY if not word.startswith("model.")), *SMALL, "logger=none"]
 PI0 = ["model=pi0_tiny", *WORDS, "trainer.steps=2", "validation.every=0"]
 PI05 = ["model=pi05_tiny", *WORDS, "model.action_tokens=binned", "model.insulate=true", "trainer.ema_decay=0.9"]
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "CACHE", str(tmp_path / "assets"))
 
 
 def test_prompts_that_are_cut_are_counted_and_told_of(tmp_path, capsys):
@@ -40,7 +49,7 @@ def test_a_run_of_two_losses_goes_on_bit_by_bit_and_its_policy_is_exported(tmp_p
     for step in (3, 4):
         assert metrics(resumed)[step] == metrics(whole)[step]
     assert {"Validation/MSE", "Validation/CE", "Training/main/default/CE"} <= metrics(whole)[4].keys()
-    out = export(ExportSettings(str(whole), str(tmp_path / "policy.safetensors"), weights="ema"))
+    out, _ = export(ExportSettings(str(whole), str(tmp_path / "policy.safetensors"), weights="ema"))
     loaded = load_policy(out)
     (head, *_) = loaded.pipelines
     num = loaded.pipelines[head].transforms["pad"].dims[head][0]
@@ -61,5 +70,25 @@ def test_a_run_begins_with_the_weights_it_is_given_and_with_their_tokenizer(tmp_
     assert "prompts are read as bytes, which these weights have never seen" in capsys.readouterr().err
     words_file(folder)
     begun = load_policy(train_here(words, tmp_path / "words"))
-    assert begun.policy.wants().transforms["tokenize"].tokenizer == str(folder)
+    assert begun.policy.prompt.tokens("open", np.zeros(0))[0][:3].tolist() == [1, 2, -1]
     assert "as bytes" not in capsys.readouterr().err
+
+
+def test_a_policy_carries_its_tokenizer(tmp_path):
+    """The folder that it was trained with is gone. A stranger's policy writes nowhere but into the cache."""
+    folder = tmp_path / "words"
+    folder.mkdir()
+    words_file(folder)
+    run = train_here([*PI0, f"model.tokenizer_path={folder}", "model.vlm.vocab_size=300"], tmp_path / "run")
+    before = predict(load_policy(run).policy)
+    shutil.rmtree(folder)
+    out, _ = export(ExportSettings(str(run), str(tmp_path / "policy.safetensors")))
+    for path in (run, out):
+        loaded = load_policy(path)
+        assert predict(loaded.policy) == before
+        (head, *_) = loaded.pipelines
+        num = loaded.pipelines[head].transforms["pad"].dims[head][0]
+        batch = loaded.observe([{"state": torch.zeros(num).numpy(), "prompt": "open the drawer"}], head)
+        assert batch.prompt_tokens[0, :5].tolist() == [1, 2, 3, 4, -1]
+    with pytest.raises(UserError, match="is no plain name of a file"):
+        assets.unpack({}, {"/words": {"../../tokenizer.json": "{}"}})

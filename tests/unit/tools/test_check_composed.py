@@ -60,6 +60,8 @@ def test_any_dataset_that_the_chosen_data_can_read_passes(dataset, data, texts, 
         ([f"{SOURCE}.prompt_columns=[observation.state.joint_position]"], ["is a float32 column", LANGUAGE[0]]),
         ([f"{SOURCE}.use_filter_dict=true", f"{SOURCE}.filter_dict_path=none.json"], ["none.json doesn't exist"]),
         (["model.widht=5"], ["unknown key 'model.widht'"]),
+        (["model.pretrained_path=/no/weights"], ["'/no/weights' is not there"]),
+        (["model.pretrained_path=COSMOS"], ["has no model.safetensors"]),
         (["trainer.stps=5"], ["unknown key 'trainer.stps'"]),
     ],
 )
@@ -78,7 +80,10 @@ def test_an_override_of_the_root_wins_over_the_environment(datasets, capsys, mon
 @pytest.mark.parametrize("value", ["/weights", ""])
 def test_variables_that_a_neighbouring_launcher_reads_are_pointed_out(value, datasets, capsys, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(datasets / "droid"))
-    monkeypatch.setenv("VLM_SAFETENSORS_PATH", value)
+    monkeypatch.setenv("BASE_CHECKPOINT_PATH", value)
     code, text = checked(capsys)
     assert code == 0
-    assert ("VLM_SAFETENSORS_PATH is not read: write model=flow_base" in text) == bool(value)
+    assert ("BASE_CHECKPOINT_PATH is not read: write model.pretrained_path=VALUE" in text) == bool(value)
+    monkeypatch.setenv("VLM_SAFETENSORS_PATH", value)
+    code, text = checked(capsys)
+    assert (code == 2 and "unset VLM_SAFETENSORS_PATH" in text) == bool(value)

@@ -61,6 +61,52 @@ def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
 
 
+def memory_rows(text: str) -> dict[int, dict[str, str]]:
+    """{ranks: {column: cell}} of the memory's table."""
+    lines = [re.split(r"  +", line) for line in text[text.index("\nmemory ") + 1 :].splitlines()]
+    names, rows = lines[0][1:], [line for line in lines[1:] if line[0] == ""]
+    return {int(row[1]): dict(zip(names, row[1:], strict=True)) for row in rows}
+
+
+def test_memory_is_what_the_run_says_and_what_shards_and_samples_make_of_it(tmp_path, capsys):
+    train_here([*TOY, "trainer.steps=1", "validation.every=0", "checkpoint.every=0"], tmp_path / "run")
+    said = re.search(r"memory of a rank: (.*) \(4 samples at a time\) = (.*)", capsys.readouterr().err)
+    rows = memory_rows(report(tmp_path, capsys, "--ranks", "1,4"))
+    assert rows[1]["samples"] == "4" and rows[4]["samples"] == "1"
+    for part in said[1].split(", "):
+        name, _, size = part.partition(" ")
+        assert rows[1][name] == size
+    assert rows[1]["a rank"] == said[2]
+    sharded = memory_rows(report(tmp_path, capsys, "parallelism=fsdp", "--ranks=1,4"))
+    assert sharded[1] == rows[1] and sharded[4]["gathered"] != rows[4]["gathered"] == "0"
+    whole, quarter = (float(r[4]["moments"].removesuffix(" MiB")) for r in (rows, sharded))
+    assert quarter == pytest.approx(whole / 4, rel=0.05)
+
+
+def test_memory_is_that_of_what_trains_and_of_its_numbers(tmp_path, capsys):
+    full, adapters, half = (
+        {part: float(rows[1][part].split()[0]) for part in ("parameters", "gradients", "moments")}
+        for rows in (
+            memory_rows(report(tmp_path, capsys, *words, "model.width=128", "--ranks", "1"))
+            for words in ([], ["finetune=lora"], ["finetune=lora", "trainer.precision=bf16_params"])
+        )
+    )
+    assert adapters["parameters"] > full["parameters"] and adapters["moments"] < 0.2 * full["moments"]
+    assert adapters["parameters"] - full["parameters"] == pytest.approx(adapters["gradients"], abs=0.02)
+    assert half["parameters"] == pytest.approx(adapters["parameters"] / 2, abs=0.02)
+    assert half["moments"] == pytest.approx(adapters["moments"] / 2, abs=0.02)
+
+
+def test_too_small_a_device_is_told_of_with_arguments_that_take_less(tmp_path, capsys):
+    assert "warning    --ranks" not in report(tmp_path, capsys, "--device-memory=1")
+    text = report(tmp_path, capsys, "--device-memory=0.005", "model.depth=3")
+    (warning,) = [line for line in text.splitlines() if line.startswith("warning    --ranks 1: a rank needs")]
+    proposed = re.findall(r"([a-z_.]+=\w+) \(([0-9.]+ MiB)\)", warning)
+    assert len(proposed) == 3
+    for argument, size in proposed:
+        assert memory_rows(report(tmp_path, capsys, "model.depth=3", argument))[1]["a rank"] == size
+
+
 def test_reading_in_order_is_warned_of_and_needs_one_lane_a_worker(tmp_path, capsys):
     options = [f"data.sources.{name}.iterable_shuffle=false" for name in ("main", "old")]
     text = report(tmp_path, capsys, *options, "data.num_workers=3")
@@ -81,7 +127,9 @@ def test_a_source_for_validation_only_is_trained_on_never(tmp_path, capsys):
         ("+recipe=droid_polizy", "did you mean 'droid_policy'"),
         ("data.sources.main.root=/nowhere", "/nowhere"),
         ("--ranks=0", "--ranks to 1 or more"),
+        ("--ranks=2,0", "--ranks to 1 or more"),
         ("--batches=0", "--batches to 1 or more"),
+        ("--device-memory=0", "--device-memory must be greater than 0"),
         ("foo", "can't read the argument 'foo'"),
         ("trainer=3", "trainer is a section"),
         ("trainer.steps=1,2", "is a sweep"),
