@@ -23,8 +23,7 @@ from opentau_train.checkpoints import assets, base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.checkpoints.start import Start, sketch_policy, spread_policy
-from opentau_train.checkpoints.weights import locate_encoders, locate_weights
+from opentau_train.checkpoints.start import Start, begin, sketch_policy, spread_policy
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import instantiate
@@ -114,17 +113,16 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats, first, encoders = None, None, ()
+    stats, start = None, Start(finetune=settings.finetune)
     if checkpoint is None:
-        first = world.once_a_node(lambda: locate_weights(settings.model))
-        encoders = world.once_a_node(lambda: locate_encoders(settings.model))
+        start = world.once_a_node(lambda: begin(settings.model, settings.finetune))
     else:
         world.agree(lambda: _compare(settings, tree, checkpoint))
         entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
         if entry is not None:
             first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
+            start = Start(first, settings.finetune)
         stats = world.agree(lambda: read_stats(checkpoint))
-    start = Start(first, settings.finetune, encoders)
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
     sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
@@ -151,8 +149,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
     convention = _convention(mixture)
     convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
-    if first is not None and policy.borrowed:
-        convention[base.KEY] = world.agree(lambda: base.record(first, settings.model) if world.is_main else None)
+    if policy.borrowed:
+        convention[base.KEY] = world.agree(lambda: start.record(settings.model) if world.is_main else None)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train.checkpoints import base
-from opentau_train.checkpoints.weights import FirstWeights, Plan
+from opentau_train.checkpoints.weights import FirstWeights, Plan, locate_encoders, locate_weights
 from opentau_train.config.finetune import ALL_TRAINS, FinetuneSettings
 from opentau_train.data.transforms.pipeline import meet
 from opentau_train.distributed.materialise import materialise
@@ -41,10 +41,20 @@ class Start:
         parts = (*self.encoders, *([] if self.first is None else [self.first]))
         return [base.plan_base(policy, part) for part in parts]
 
+    def record(self, model: Mapping[str, Any]) -> dict[str, str]:
+        """The card's entry of the first weights, which the settings `model` name."""
+        assert self.first is not None, "what is borrowed is theirs"
+        return base.record(self.first, model)
+
     def fill(self, policy: Policy, plan: Plan) -> None:
         """Fill `policy` by one of its plans."""
         is_first = self.first is not None and plan.report.path == self.first.path
         (base.fill_base if is_first else base.fill_part)(policy, plan)
+
+
+def begin(model: Mapping[str, Any], finetune: FinetuneSettings) -> Start:
+    """How a new run's policy begins, by the settings: the files that they name can be read. Raises `UserError`."""
+    return Start(locate_weights(model), finetune, locate_encoders(model))
 
 
 def new_policy(
