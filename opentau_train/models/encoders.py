@@ -7,6 +7,7 @@ on its batch, so that there is no dropout and batch normalisation keeps the stat
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ STRIDE = 16
 """Pixels a side of one of MobileNet's tokens."""
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """`encode` of a subclass, in eval mode; without gradient where it is `frozen`. `project`, to tokens, is trained."""
 
     project: nn.Linear
@@ -51,8 +52,9 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Encoder:
         return super().train(False)
 
+    @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[M, N, features] of the encoder's own inputs."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As `encode` takes them, to tokens [M, N, D]."""

@@ -92,13 +92,7 @@ class FlowPolicy(Policy):
             self.patch_embed = nn.Parameter(torch.empty(self.stem.grid[0] * self.stem.grid[1], width))
         self.num_prompt_tokens = max_prompt_bytes // BYTES_PER_TOKEN
         if self.num_prompt_tokens:
-            if text_encoder is None:
-                self.byte_embed = nn.Embedding(PAD_BYTE + 1, width // BYTES_PER_TOKEN)
-                self.prompt_in = nn.Linear(width // BYTES_PER_TOKEN * BYTES_PER_TOKEN, width, bias=False)
-            else:
-                assert text_config is not None, "`check` refuses a folder without config.json"
-                self.text = TextEncoder(text_config, width, frozen=freeze_encoders)
-            self.prompt_embed = nn.Parameter(torch.empty(self.num_prompt_tokens, width))
+            self._make_prompt(width, text_config, freeze_encoders)
         if spec.state_dim:
             self.state_in = nn.Linear(2 * spec.state_dim, width, bias=False)
             self.state_embed = nn.Parameter(torch.empty(width))
@@ -114,6 +108,16 @@ class FlowPolicy(Policy):
         self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
         self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
         self.init_weights()
+
+    def _make_prompt(self, width: int, text_config: Mapping[str, Any] | None, frozen: bool) -> None:
+        """The layers that turn prompts into tokens: groups of bytes, or the outputs of a text encoder."""
+        if self.text_encoder is None:
+            self.byte_embed = nn.Embedding(PAD_BYTE + 1, width // BYTES_PER_TOKEN)
+            self.prompt_in = nn.Linear(width // BYTES_PER_TOKEN * BYTES_PER_TOKEN, width, bias=False)
+        else:
+            assert text_config is not None, "`check` refuses a folder without config.json"
+            self.text = TextEncoder(text_config, width, frozen=frozen)
+        self.prompt_embed = nn.Parameter(torch.empty(self.num_prompt_tokens, width))
 
     def init_weights(self) -> None:
         init_weights(self, len(self.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ _LAST_CHARACTER = 0xD7FF  # the next ones are halves of characters
 
 
 @dataclass(frozen=True)
-class TokenizeActions(Transform):
+class TokenizeActions(Transform, ABC):
     """`action_tokens` [`num_tokens`] int64: the chunk's real steps and dimensions, filled up with `NO_TOKEN`. What a
     robot observes has no actions, and no tokens. Raises `UserError` for a chunk of more tokens."""
 
@@ -47,9 +48,9 @@ class TokenizeActions(Transform):
             record["action_tokens"] = tokens
         return record
 
+    @abstractmethod
     def encode(self, actions: NDArray[np.float32], num_steps: int) -> NDArray[np.int64]:
         """The tokens of the real part [T', A'] of a chunk of `num_steps`, normalised."""
-        raise NotImplementedError
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         return (Field("action_tokens", (self.num_tokens,), np.int64, NO_TOKEN),)

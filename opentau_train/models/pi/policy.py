@@ -15,6 +15,7 @@ with and without them; with `insulate` no gradient of `mse` reaches the language
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -178,14 +179,14 @@ class PiPolicy(Policy):
 
     # -- the parts in which the two differ ----------------------------------------------------------------------------
 
+    @abstractmethod
     def make_suffix(self, width: int) -> None:
         """Make the layers that `suffix` uses, of the expert's `width`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def suffix(self, batch: Batch, noised: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
         """The expert's tokens [B, N, D], the last T of them the chunk `noised` [B, T, max_action_dim] at the flow times
         `time` [B], and the condition of its norms."""
-        raise NotImplementedError
 
     # -- training and sampling ----------------------------------------------------------------------------------------
 

@@ -89,3 +89,14 @@ def make_noise(batch: Batch, seed: int = 0) -> Noise:
 def total(policy: FlowPolicy, terms) -> torch.Tensor:
     """The loop's loss of one batch."""
     return sum(policy.loss_weights[t] * s.sum() / c.sum().clamp(min=1) for t, (s, c) in terms.items())
+
+
+def with_garbage(batch: Batch) -> Batch:
+    """The same batch, what its masks say is missing holding NaN, or other pictures."""
+    real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None, :]
+    seen = {c: mask[:, None, None, None, None] for c, mask in batch.camera_mask.items()}
+    return batch.replace(
+        actions=torch.where(real, batch.actions, float("nan")),
+        state=torch.where(batch.state_dim_mask, batch.state, float("nan")),
+        images={c: torch.where(seen[c], frames, 255 - frames) for c, frames in batch.images.items()},
+    )

@@ -11,7 +11,7 @@ from opentau_train.errors import UserError
 from opentau_train.models.act import ActPolicy, TemporalEnsemble
 from opentau_train.models.draws import Draws
 from tests.program import DATA, metrics, train_here
-from tests.unit.models.flow_cases import SPEC, make_batch, total
+from tests.unit.models.flow_cases import SPEC, make_batch, total, with_garbage
 
 SIZES = {
     "width": 32,
@@ -55,13 +55,7 @@ def test_terms_are_sums_over_the_real_entries_and_counts_those_of_the_masks(poli
 
 def test_garbage_in_padded_entries_changes_nothing(policy):
     batch = make_batch()
-    real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None, :]
-    seen = {c: mask[:, None, None, None, None] for c, mask in batch.camera_mask.items()}
-    dirty = batch.replace(
-        actions=torch.where(real, batch.actions, float("nan")),
-        state=torch.where(batch.state_dim_mask, batch.state, float("nan")),
-        images={c: torch.where(seen[c], frames, 255 - frames) for c, frames in batch.images.items()},
-    )
+    dirty = with_garbage(batch)
     assert_same(losses(policy, dirty), losses(policy, batch))
     chunks = [policy.sample_actions(b, Draws(b.key)) for b in (dirty, batch)]
     torch.testing.assert_close(*chunks, rtol=0, atol=1e-6)

@@ -15,6 +15,7 @@ from opentau_train.data.transforms.pipeline import meet
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from tests.golden import pi
+from tests.unit.models.flow_cases import with_garbage
 from tests.unit.models.pi_cases import (
     SPEC,
     TOKENS,
@@ -133,13 +134,7 @@ def test_terms_count_the_real_elements_and_tokens(make):
 def test_garbage_in_padded_entries_changes_nothing(make):
     policy = make(**TOKENS)
     batch = make_batch(policy)
-    real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None, :]
-    seen = {c: mask[:, None, None, None, None] for c, mask in batch.camera_mask.items()}
-    dirty = batch.replace(
-        actions=torch.where(real, batch.actions, float("nan")),
-        state=torch.where(batch.state_dim_mask, batch.state, float("nan")),
-        images={c: torch.where(seen[c], frames, 255 - frames) for c, frames in batch.images.items()},
-    )
+    dirty = with_garbage(batch)
     assert_same(losses(policy, dirty), losses(policy, batch))
     chunks = [policy.sample_actions(b, Draws(b.key)) for b in (dirty, batch)]
     torch.testing.assert_close(*chunks, rtol=0, atol=1e-6)
