@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,6 +100,20 @@ def scheduled_collection() -> Iterator[Callable[[int], None]]:
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
+def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of attention over q [..., n, Q, d], k [..., m, K, d] and v [..., m, K, e]: 2 n Q K (d + e) a sample.
+    torch's own formula refuses queries of more heads than the keys have (m < n)."""
+    *heads, queries, width = q
+    return 2 * math.prod(heads) * queries * k[-2] * (width + v[-1])
+
+
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+)
+
+
 class ForwardFlops:
     """Counts the floating-point operations a sample of the first forward pass that is made inside `counting`.
 
@@ -112,7 +128,8 @@ class ForwardFlops:
         if self.per_sample is not None:
             yield
             return
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(ATTENTION, attention_flops))
+        with torch.compiler.set_stance("force_eager"), counter:
             yield
         self.per_sample = counter.get_total_flops() / num_samples
 

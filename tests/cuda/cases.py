@@ -35,7 +35,7 @@ from opentau_train.job import prepare
 from opentau_train.models.policy import build_policy
 from tests.program import TOY, train_here
 
-WIDTH, LAYERS, BATCH, LENGTH = 256, 8, 4, 16
+WIDTH, LAYERS, BATCH, LENGTH = 512, 8, 4, 16
 
 
 def overrides(device: str) -> list[str]:

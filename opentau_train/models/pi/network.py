@@ -163,8 +163,15 @@ def _rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
 
 def _attend(layer: GemmaDecoderLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     attention = layer.self_attn
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=True)
+    # Seen by all heads: with a mask, `enable_gqa` is known to cuDNN's kernel alone, which only newer cards prefer.
+    k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling)
     return attention.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def _for_heads(x: Tensor, num: int) -> Tensor:
+    """[B, m, N, d] as [B, num, N, d]: each head of keys or values for num / m of queries; a view where m is 1."""
+    return x[:, :, None].expand(-1, -1, num // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def _add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -48,6 +48,17 @@ def test_the_first_forward_is_counted_by_its_products_and_changes_nothing():
     assert flops.per_sample == 2 * 8 * 16
 
 
+@pytest.mark.parametrize("op", performance.ATTENTION, ids=str)
+def test_attention_of_shared_keys_is_counted_by_its_products(op):
+    flops = ForwardFlops()
+    q = torch.empty(2, 8, 16, 64, device="meta", dtype=torch.bfloat16)
+    k, v = (torch.empty(2, 1, 24, 64, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    more = () if op is torch.ops.aten._scaled_dot_product_flash_attention else (None, False)
+    with flops.counting(2):
+        op(q, k, v, *more)
+    assert flops.per_sample == 2 * 8 * 16 * 24 * (64 + 64)
+
+
 @pytest.mark.parametrize(
     ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12)]
 )
