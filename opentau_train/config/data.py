@@ -6,14 +6,25 @@ Torch is not imported here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from opentau_train.config.resuming import NEW_PLAN, SAFE, refused, warned
+from opentau_train.config.convention import Convention
+from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
 from opentau_train.errors import UserError
 
 TRANSFORMED = refused("the policy was trained on inputs and actions transformed otherwise")
+
+CONVERTED = refused("the policy was trained on actions and state converted otherwise")
+
+
+def _declared_otherwise(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
+    """What a change of a source's `convention` means: by itself it converts nothing."""
+    wanted = any(now.get(f"data.convention.{vector}") is not None for vector in ("actions", "state"))
+    return CONVERTED[ON_RESUME] if wanted else Meaning("safe")
+
 
 HELD_OUT = warned("the held-out episodes themselves are compared")  # by data/mixture/split
 
@@ -69,6 +80,8 @@ class SourceSettings:
     """The column that tells success: of the episodes' metadata, or of the rows, whose last one counts."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
     """{name: {_target_, options}}: what is done to the dataset's columns and pictures first, in this order."""
+    convention: Convention = field(default_factory=Convention, metadata=judged(_declared_otherwise))
+    """What the dataset's own columns hold, before any transform."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
     """The class's own options, by name, as they are given."""
 
@@ -188,6 +201,12 @@ class DataSettings:
     normalization: Literal["mean_std", "min_max", "quantiles"] = field(
         default="mean_std", metadata=refused("the policy was trained on inputs normalised otherwise")
     )
+    normalization_per_timestep: bool = field(
+        default=False, metadata=refused("the policy was trained on inputs normalised otherwise")
+    )
+    """true = statistics of their own for each step of the chunk, which suits deltas: they grow from step to step."""
+    convention: Convention = field(default_factory=Convention, metadata=CONVERTED)
+    """What the policy is trained in: each source is converted to it from what it declares."""
     num_workers: int = field(default=2, metadata=SAFE)
     prefetch_factor: int = field(default=2, metadata=SAFE)
     max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
