@@ -93,6 +93,12 @@ def _norms(pipeline: Pipeline, norm_head: str, spec: BatchSpec) -> dict[str, Aff
                 where="format",
                 remedy="set format=safetensors",
             )
+    if any(affine.offset.ndim > 1 for affine in norms.values()):
+        raise UserError(
+            "each step of the chunk is normalised by its own statistics, which LeRobot's folder can't say",
+            where="format",
+            remedy="set format=safetensors",
+        )
     for name, dim in (("state", spec.state_dim), ("actions", spec.action_dim)):
         if len(norms[name].offset) != dim:
             raise UserError(

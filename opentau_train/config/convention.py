@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from opentau_train.data.names import fits
@@ -78,6 +79,10 @@ class Part:
             return self.dims
         by_kind = {"position": 3, "gripper": 1, "rotation": WIDTHS.get(self.rotation or "")}
         return by_kind.get(self.kind) if self.dims is None else None
+
+    def __str__(self) -> str:
+        said = (self.name, self.dims, self.rotation, self.unit, self.reference, self.frame, self.polarity)
+        return " ".join(str(word) for word in said if word is not None)
 
     def check(self, path: str) -> None:
         self._check_kind(path)
@@ -167,6 +172,16 @@ class Convention:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def by_dimension(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The part of each dimension, of parts that say how many they have and stand in the order of dimensions."""
+    return tuple(part for part in parts for _ in range(part.width or 0))
+
+
+def runs(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """What `by_dimension` gives, as parts again."""
+    return tuple(replace(part, dims=len(list(run))) for part, run in groupby(parts))
+
+
 def named(parts: Sequence[Part]) -> tuple[Part, ...]:
     """The parts with the names that they go by: `gripper`, `gripper_2`, ... where they have none of their own."""
     seen = Counter[str]()
@@ -217,7 +232,7 @@ def locate(parts: Sequence[Part], names: Sequence[str], path: str) -> tuple[Loca
 def _places(part: Part, names: Sequence[str], start: int, path: str, *, alone: bool) -> tuple[int, ...]:
     """The places of a part's dimensions; those of a count begin at `start`. Raises `UserError`."""
     if isinstance(part.dims, tuple):
-        return tuple(place for pattern in part.dims for place in _fitting(pattern, names, f"{path}.dims"))
+        return tuple(place for pattern in part.dims for place in fitting(pattern, names, f"{path}.dims"))
     width = len(names) if part.width is None and alone else part.width
     if width is None or start + width > len(names):
         has = "doesn't say how many dimensions it has" if width is None else f"reaches to dimension {start + width}"
@@ -229,7 +244,7 @@ def _places(part: Part, names: Sequence[str], start: int, path: str, *, alone: b
     return tuple(range(start, start + width))
 
 
-def _fitting(pattern: str, names: Sequence[str], path: str) -> list[int]:
+def fitting(pattern: str, names: Sequence[str], path: str) -> list[int]:
     """The places that a name, a pattern or a slice `first:end` names. Raises `UserError` where there are none."""
     bounds = re.fullmatch(r"(\d*):(\d*)", pattern)
     if bounds:

@@ -38,6 +38,12 @@ def chunk_places(
     return np.where(np.abs(place - nearest) <= SNAP_ROWS, nearest, place)
 
 
+def chunks_reaching(length: int | NDArray, offsets: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many chunks of an episode of `length` rows have a row `offsets` after their start: those that start at its
+    first rows. Broadcasts."""
+    return np.maximum(np.floor(length - offsets), 0).astype(np.int64)
+
+
 def rows_at(
     values: NDArray[np.float32], place: NDArray[np.float64], held: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

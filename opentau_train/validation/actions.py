@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.config.convention import Part
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.config.typed import at_least, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.transforms.base import Record
 from opentau_train.models.draws import Draws
+from opentau_train.types import Group
 from opentau_train.validation.evaluator import Context, Evaluation, Evaluator, Picture
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.plots import Panel, draw_panels
@@ -32,8 +35,8 @@ ACTION_DRAW = 1 << 20
 
 @dataclass(frozen=True)
 class Dimension:
-    """An action dimension: its `name` as a tag, its `unit` (rad, rad_s, m, m_s, gripper, or "" where the name doesn't
-    tell), and for a gripper the value between closed and open."""
+    """An action dimension: its `name` as a tag, its `unit` (as declared, else rad, rad_s, m, m_s, gripper, or "" where
+    the name doesn't tell), and for a gripper the value between closed and open."""
 
     name: str
     unit: str
@@ -57,12 +60,27 @@ def unit_of(name: str) -> str:
     return "rad" + rate if "joint" in low else ""
 
 
-def dimensions(mixture: Mixture, head: str) -> list[Dimension]:
-    """The action dimensions of a norm head, in the dataset's order."""
-    stats = mixture.stats[head]
-    middle = (stats.actions.min + stats.actions.max) / 2
-    names = [re.sub(r"[^\w-]+", ".", name).strip(".").removeprefix("action.") for name in stats.action_names]
-    return [Dimension(n, unit_of(full), float(m)) for n, full, m in zip(names, stats.action_names, middle, strict=True)]
+def dimensions(mixture: Mixture, group: Group) -> list[Dimension]:
+    """The action dimensions of a group's robot, in the dataset's order."""
+    stats = mixture.stats[group.norm_head]
+    dataset = next(d for d in mixture.datasets if d.name == group.dataset)
+    ends = np.stack([np.atleast_2d(stats.actions.min).min(0), np.atleast_2d(stats.actions.max).max(0)])
+    record: Record = {"state": stats.state.mean, "actions": ends, "norm_head": group.norm_head}
+    for transform in reversed(list(dataset.transforms.values())):
+        record = transform.inverse(record)
+    middle = (record["actions"][0] + record["actions"][1]) / 2
+    full = dataset.conversions.robot_names if dataset.conversions.transforms else stats.action_names
+    parts = dataset.robot_parts if len(dataset.robot_parts) == len(full) else (None,) * len(full)
+    names = [re.sub(r"[^\w-]+", ".", name).strip(".").removeprefix("action.") for name in full]
+    units = [declared_unit(part) or unit_of(name) for part, name in zip(parts, full, strict=True)]
+    return [Dimension(*values) for values in zip(names, units, middle.tolist(), strict=True)]
+
+
+def declared_unit(part: Part | None) -> str:
+    """The unit that a source declares, "" where it doesn't."""
+    if part is None or part.kind == "gripper":
+        return "" if part is None else "gripper"
+    return part.unit if part.unit is not None and part.unit != "none" else ""
 
 
 class ActionEvaluator(Evaluator):
@@ -93,8 +111,8 @@ class ActionEvaluator(Evaluator):
 
         totals = context.measure(visit, {"sums": errors.sums, "chunks": errors.chunks})
         row: dict[str, float] = {}
-        for group, sums in zip(plan.mixture.groups, totals.sums["sums"].numpy(), strict=True):
-            row |= group_row(sums, errors.heads[group.norm_head], f"{PREFIX}/{group.tag}")
+        for group, dims, sums in zip(plan.mixture.groups, errors.dims, totals.sums["sums"].numpy(), strict=True):
+            row |= group_row(sums, dims, f"{PREFIX}/{group.tag}")
         pixels = _draw(plan, errors, totals.sums["chunks"].numpy())
         pictures = () if pixels is None else (Picture("actions", f"{PREFIX}/Chunks", pixels),)
         return Evaluation(row, pictures, totals.left_out)
@@ -104,13 +122,13 @@ class _Errors:
     """Sampled chunks against the dataset's, in the dataset's units.
 
     `sums` [G, T, A, 3] float64 of |error|, agreement and count by group; `chunks` [P, 3, T, A] float64: true,
-    predicted and valid, of the P windows numbered `plotted`; `heads`: each norm head's dimensions.
+    predicted and valid, of the P windows numbered `plotted`; `dims`: each group's dimensions.
     """
 
     def __init__(self, mixture: Mixture, plotted: NDArray[np.int64]):
-        steps, dims = mixture.spec.chunk_length, mixture.spec.action_dim
         self.mixture, self.plotted = mixture, plotted
-        self.heads = {g.norm_head: dimensions(mixture, g.norm_head) for g in mixture.groups}
+        self.dims = [dimensions(mixture, group) for group in mixture.groups]
+        steps, dims = mixture.spec.chunk_length, max(mixture.spec.action_dim, *map(len, self.dims))
         self.sums = torch.zeros(len(mixture.groups), steps, dims, 3, dtype=torch.float64)
         self.chunks = torch.zeros(len(plotted), 3, steps, dims, dtype=torch.float64)
 
@@ -122,7 +140,7 @@ class _Errors:
             head = batch.norm_head[i]
             pipeline = self.mixture.pipelines[int(batch.dataset_index[i])]
             true, predicted = (pipeline.units(x[i], head, state=state[i]).astype(float) for x in (targets, samples))
-            middle = np.array([dimension.middle for dimension in self.heads[head]])
+            middle = np.array([dimension.middle for dimension in self.dims[int(batch.group[i])]])
             num, whole = true.shape[1], np.ones_like(true)
             terms = np.stack([np.abs(predicted - true), (predicted > middle) == (true > middle), whole], axis=-1)
             self.sums[int(batch.group[i]), :, :num] += torch.from_numpy(np.where(valid[i][:, None, None], terms, 0.0))
@@ -169,13 +187,14 @@ def _draw(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) ->
     rows: list[Sequence[Panel]] = []
     for t, (true, predicted, valid) in zip(errors.plotted, chunks, strict=True):
         item = int(plan.item[t])
-        group = plan.mixture.groups[plan.group_of[item]]
+        number = int(plan.group_of[item])
+        group = plan.mixture.groups[number]
         place = f"{group.tag} episode {plan.episodes[item][1]} frame {int(plan.windows.frame[t])}"
         steps = int(valid[:, 0].sum())
         rows.append(
             [
                 Panel(place if d == 0 else "", f"{x.name} [{x.unit or '-'}]", true[:steps, d], predicted[:, d])
-                for d, x in enumerate(errors.heads[group.norm_head])
+                for d, x in enumerate(errors.dims[number])
             ]
         )
     return draw_panels(rows) if rows else None

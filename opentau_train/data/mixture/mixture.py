@@ -9,15 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.config.convention import Part
 from opentau_train.config.data import DataSettings, SourceSettings
+from opentau_train.data.chunk import chunk_places, chunks_reaching, row_step, rows_at
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
 from opentau_train.data.source import Source
 from opentau_train.data.transforms.base import Transforms, Wants
+from opentau_train.data.transforms.conventions import Conversions
 from opentau_train.data.transforms.pipeline import Pipeline, meet
 from opentau_train.data.transforms.shape import Pad
 from opentau_train.types import BatchSpec, Group
+
+_WINDOWS_AT_ONCE = 1024
+"""Windows of an episode that are transformed together for the statistics: some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Dataset:
 
     `repo_id` is its name in batches, different from all others'; `held_out` [E] says which episodes are for validation;
     `group_of` [E] i64 the group of each episode of its table.
-    `transforms` are those that the configuration names, after which the dimensions have the names `state_names` and
-    `action_names`.
+    `transforms` are its `conversions` and those that the configuration names, after which the dimensions have the names
+    `state_names` and `action_names`.
     """
 
     index: int
@@ -40,6 +46,7 @@ class Dataset:
     train: DatasetBlocks
     validation: DatasetBlocks
     group_of: NDArray[np.int64]
+    conversions: Conversions
     transforms: Transforms
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
@@ -50,6 +57,30 @@ class Dataset:
         pipeline = Pipeline(self.transforms)
         for position, state, actions in self.source.columns(positions):
             yield position, *pipeline.rows(state, actions)
+
+    def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, list[NDArray]]]:
+        """The same with the chunks that start at each row: (position, state [L, S], of each step of a chunk the actions
+        [n, A] of the first n rows, whose chunks reach as far). Steps are placed by the dataset's nominal rate."""
+        pipeline, offsets = Pipeline(self.transforms), self.chunk_offsets
+        for position, state, actions in self.source.columns(positions):
+            made = []
+            for start in range(0, len(state), _WINDOWS_AT_ONCE):
+                frames = np.arange(start, min(start + _WINDOWS_AT_ONCE, len(state)))
+                rows, _ = rows_at(actions, (frames[:, None] + offsets).ravel())
+                made.append(pipeline.rows(state[frames], rows.reshape(len(frames), len(offsets), -1)))
+            states, chunks = (np.concatenate(values) for values in zip(*made, strict=True))
+            whole = chunks_reaching(len(state), offsets)
+            yield position, states, [chunks[:n, k] for k, n in enumerate(whole.tolist())]
+
+    @property
+    def robot_parts(self) -> tuple[Part | None, ...]:
+        """[A'] what the source declares of each dimension of its actions; None = nothing."""
+        return self.conversions.robot_parts or (None,) * len(self.conversions.robot_names)
+
+    @property
+    def chunk_offsets(self) -> NDArray[np.float64]:
+        """[T] the rows from a chunk's start to each of its steps, at the dataset's nominal rate."""
+        return chunk_places(0, self.chunk_length, row_step(self.source.fps, self.settings.fps))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.names import unbracketed
-from opentau_train.data.transforms.normalize import Affine, Normalize
+from opentau_train.data.transforms.normalize import Affine, Normalize, Vector
 from opentau_train.errors import UserError, check_machine
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _CONSTANT = 1e-6
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of one vector's dimensions, all [D] float64; `count` rows."""
+    """Statistics of one vector's dimensions, all [D] float64, or [T, D] for each step of the chunk; `count` rows."""
 
     count: int
     mean: NDArray[np.float64]
@@ -65,7 +65,7 @@ def affine_of(moments: Moments, method: Method) -> Affine:
     if method == "mean_std":
         offset, spread = moments.mean, moments.std
     else:
-        rare = np.ones(len(moments.min), bool) if method == "min_max" else rarely_moving(moments)
+        rare = np.ones(moments.min.shape, bool) if method == "min_max" else rarely_moving(moments)
         low, high = np.where(rare, moments.min, moments.q01), np.where(rare, moments.max, moments.q99)
         offset, spread = (low + high) / 2, (high - low) / 2
     varies = _varies(offset, spread)
@@ -74,7 +74,7 @@ def affine_of(moments: Moments, method: Method) -> Affine:
 
 
 def rarely_moving(moments: Moments) -> NDArray[np.bool_]:
-    """[D] the dimensions that vary, but in fewer rows than the quantiles q01 and q99 see."""
+    """[D] or [T, D] the dimensions that vary, but in fewer rows than the quantiles q01 and q99 see."""
     flat = ~_varies((moments.q01 + moments.q99) / 2, (moments.q99 - moments.q01) / 2)
     return flat & _varies((moments.min + moments.max) / 2, (moments.max - moments.min) / 2)
 
@@ -109,8 +109,17 @@ class HeadStats:
         return cls(Moments.from_json(tree["state"]), Moments.from_json(tree["actions"]), *names, left_out)
 
 
-Rows = Iterator[tuple[str, int, NDArray, NDArray]]
-"""(dataset name, episode number, state [L, S], actions [L, A])."""
+Rows = Iterator[tuple[str, int, NDArray, Sequence[NDArray]]]
+"""(dataset name, episode number, state [L, S], actions): [L, A], then for each further step k of the chunks that start
+at these rows [n, A], of the first n rows, whose chunks reach as far. One step alone: the rows themselves."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """That actions are counted by chunks: `num_rows` in all of them, not padded; `per_timestep`: each step apart."""
+
+    num_rows: int
+    per_timestep: bool
 
 
 def compute(
@@ -119,28 +128,44 @@ def compute(
     state_names: Sequence[str],
     action_names: Sequence[str],
     excluded: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    chunks: Chunks | None = None,
 ) -> HeadStats:
     """Statistics of a head over `rows`. Raises `UserError` naming dataset, episode and dimension of the first value
     that is not finite, and all episodes with such values; a remedy that leaves them out also names those that are
     `excluded` {dataset: episodes} already."""
-    state, actions = _Accumulator(num_rows, len(state_names)), _Accumulator(num_rows, len(action_names))
+    chunks = chunks or Chunks(num_rows, per_timestep=False)
+    state, actions = _Accumulator(num_rows, len(state_names)), list[_Accumulator]()
     spoiled: dict[str, list[int]] = {}
     num_seen = Counter[str]()
     first: tuple[str, NDArray] | None = None
-    for dataset, episode, state_rows, action_rows in rows:
-        values = np.concatenate([state_rows, action_rows], axis=1)
+    for dataset, episode, state_rows, steps in rows:
+        values = np.concatenate([state_rows, steps[0]], axis=1)
         num_seen[dataset] += 1
         if not np.isfinite(values).all():
             first = first or (dataset, values)
             spoiled.setdefault(dataset, []).append(episode)
         elif first is None:
             state.add(state_rows)
-            actions.add(action_rows)
+            for k, action_rows in enumerate(steps):
+                step = k if chunks.per_timestep else 0
+                if step == len(actions):
+                    actions.append(_Accumulator(chunks.num_rows, len(action_names)))
+                if len(action_rows):
+                    actions[step].add(action_rows)
     if first is not None:
         dataset, values = first
         without = {*spoiled[dataset], *excluded.get(dataset, ())} if len(spoiled[dataset]) < num_seen[dataset] else None
         raise _not_finite(values, [*state_names, *action_names], dataset, spoiled[dataset], without)
-    return HeadStats(state.moments(), actions.moments(), tuple(state_names), tuple(action_names))
+    each = [step.moments() for step in actions if step.count]
+    return HeadStats(state.moments(), _stacked(each), tuple(state_names), tuple(action_names))
+
+
+def _stacked(steps: Sequence[Moments]) -> Moments:
+    """[T, D] of the steps that any chunk has; [D] of one."""
+    if len(steps) == 1:
+        return steps[0]
+    columns = [n for n in Moments.__dataclass_fields__ if n != "count"]
+    return Moments(sum(s.count for s in steps), **{n: np.stack([getattr(s, n) for s in steps]) for n in columns})
 
 
 def _not_finite(
@@ -236,11 +261,15 @@ def cached(cache: Path, key_parts: Sequence[str], make) -> HeadStats:
 def normalizer(stats: Mapping[str, HeadStats], method: Method) -> Normalize:
     """The transform that normalises by the statistics of each norm head."""
 
-    def vectors(moments: Moments) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def vectors(moments: Moments) -> tuple[Vector, Vector]:
         affine = affine_of(moments, method)
-        return tuple(affine.offset.tolist()), tuple(affine.scale.tolist())
+        return _tuples(affine.offset), _tuples(affine.scale)
 
     return Normalize({h: {"state": vectors(s.state), "actions": vectors(s.actions)} for h, s in stats.items()})
+
+
+def _tuples(values: NDArray[np.float32]) -> Vector:
+    return tuple(map(tuple, values.tolist())) if values.ndim == 2 else tuple(values.tolist())
 
 
 def constant_dimensions(stats: HeadStats, method: Method) -> list[str]:
@@ -255,4 +284,5 @@ def rare_dimensions(stats: HeadStats, method: Method) -> list[str]:
 
 def _named(stats: HeadStats, chosen: Callable[[Moments], NDArray[np.bool_]]) -> list[str]:
     pairs = ((stats.state, stats.state_names), (stats.actions, stats.action_names))
-    return [n for m, names in pairs for n, is_chosen in zip(names, chosen(m), strict=True) if is_chosen]
+    masks = ((np.all(np.atleast_2d(chosen(m)), axis=0), names) for m, names in pairs)
+    return [n for mask, names in masks for n, is_chosen in zip(names, mask.tolist(), strict=True) if is_chosen]

@@ -16,6 +16,7 @@ from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.mixture import normalize, statistics
+from opentau_train.data.mixture.conventions import check_parts, convert
 from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -56,6 +57,7 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
         groups += groups_of(dataset.source)
+    check_parts(data.convention, datasets)
     _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = with_shares(groups, datasets, draws)
@@ -177,9 +179,10 @@ def _open_dataset(
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
     if must_be_whole(settings.validation):
         _check_held_out(source, chosen, held_out)
-    given = (chosen.transforms, data.transforms)
+    converted = convert(source, chosen, data.convention)
+    given, names = (chosen.transforms, data.transforms), (converted.state_names, converted.action_names)
     path = f"data.sources.{name}.transforms"
-    transforms, state_names, action_names = compose(given, source.state_names, source.action_names, path)
+    transforms, state_names, action_names = compose(given, *names, path, converted.transforms)
     repo_id = chosen.repo_id or Path(chosen.root or name).name
     twins = [n for n, s in sources.items() if (s.repo_id or Path(s.root or n).name) == repo_id]
     return Dataset(
@@ -193,6 +196,7 @@ def _open_dataset(
         train=sides[0],
         validation=sides[1],
         group_of=first_group + np.unique(table.control_mode, return_inverse=True)[1],
+        conversions=converted,
         transforms=transforms,
         state_names=state_names,
         action_names=action_names,

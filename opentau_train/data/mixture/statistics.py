@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.settings import Settings
+from opentau_train.data.chunk import chunks_reaching
 from opentau_train.data.mixture import normalize
+from opentau_train.data.mixture.conventions import check_agreement
 from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import held_out_error, must_be_whole
@@ -59,7 +62,8 @@ def _of_head(
 ) -> HeadStats:
     """Statistics over the episodes at `positions` of each member, or what an earlier run stored of the same ones. What
     is `left_out` is looked for among the episodes at `held_out`, too."""
-    first = members[0]
+    first, per_timestep = members[0], settings.data.normalization_per_timestep
+    by_chunks = per_timestep or any(Pipeline(d.transforms).per_chunk for d in members)
     identity = []
     for d, p, looked_at in zip(members, positions, held_out, strict=True):
         names = d.state_names + d.action_names
@@ -67,15 +71,17 @@ def _of_head(
         identity.append(repr(looked_at.tolist()))
         if d.transforms:
             identity.append(json.dumps(Pipeline(d.transforms).to_json()))
+        if by_chunks:
+            identity.append(json.dumps([d.chunk_offsets.tolist(), per_timestep]))
 
     left_out: list[tuple[str, int]] = []
 
     def rows() -> normalize.Rows:
         for d, chosen in zip(members, positions, strict=True):
             missing, numbers = set(chosen.tolist()), d.source.episodes.episode_index
-            for place, state, actions in d.columns(chosen):
+            for place, state, steps in d.chunks(chosen) if by_chunks else _rows(d, chosen):
                 missing.discard(place)
-                yield d.name, int(numbers[place]), state, actions
+                yield d.name, int(numbers[place]), state, steps
             left_out.extend((d.name, int(numbers[place])) for place in sorted(missing))
         if len(left_out) == sum(map(len, positions)):
             where = f"data.sources.{first.name}"
@@ -89,11 +95,20 @@ def _of_head(
 
     def make() -> HeadStats:
         excluded = {d.name: d.settings.exclude_episodes for d in members}
-        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names, excluded)
+        stats = normalize.compute(rows(), num_rows, first.state_names, first.action_names, excluded, chunks)
         return replace(stats, left_out=tuple(left_out))
 
-    num_rows = sum(int(d.source.episodes.length[p].sum()) for d, p in zip(members, positions, strict=True))
+    lengths = [d.source.episodes.length[p] for d, p in zip(members, positions, strict=True)]
+    num_rows, chunks = sum(int(length.sum()) for length in lengths), None
+    if by_chunks:
+        steps = (chunks_reaching(n[:, None], d.chunk_offsets) for d, n in zip(members, lengths, strict=True))
+        chunks = normalize.Chunks(sum(int(n.sum()) for n in steps), per_timestep)
     return normalize.cached(settings.paths.cache, identity, make)
+
+
+def _rows(dataset: Dataset, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, list[NDArray]]]:
+    for place, state, actions in dataset.columns(positions):
+        yield place, state, [actions]
 
 
 def _members(datasets: Sequence[Dataset], groups: Sequence[Group]) -> dict[str, list[Dataset]]:
@@ -109,6 +124,8 @@ def check_heads(datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:
     for head, members in _members(datasets, groups).items():
         for other in members[1:]:
             _check_shared(head, members[0], other)
+        for one, other in combinations(members, 2):
+            check_agreement(head, one, other)
 
 
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:

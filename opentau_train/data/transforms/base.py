@@ -53,6 +53,12 @@ class Transform:
     training_only: ClassVar[bool] = False
     """True = left out where nothing may be random or dropped: in validation and on a robot."""
 
+    @property
+    def per_chunk(self) -> bool:
+        """True = what becomes of an action depends on where its chunk starts. Statistics are then of chunks, not of
+        rows: the call is given `actions` [N, T, A] and `state` [N, S] of N windows at once."""
+        return False
+
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         raise TypeError(f"{type(self).__name__} has no __call__, which every transform must have")
 

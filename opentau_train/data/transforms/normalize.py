@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,28 +14,39 @@ from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 
 @dataclass(frozen=True)
 class Affine:
-    """z = (x - `offset`) * `scale` for each of D dimensions, float32; scale 0 marks one that is constant."""
+    """z = (x - `offset`) * `scale` for each of D dimensions, float32; scale 0 marks one that is constant. Both are [D],
+    or [T, D] for each step of a chunk, whose last row counts for longer chunks, too."""
 
     offset: NDArray[np.float32]
     scale: NDArray[np.float32]
 
     def normalize(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., D] in the dataset's units -> normalised float32."""
-        out = np.subtract(x, self.offset, dtype=np.float32, casting="same_kind")
-        return np.multiply(out, self.scale, out=out)
+        steps = self._steps(x)
+        out = np.subtract(x, self.offset[steps], dtype=np.float32, casting="same_kind")
+        return np.multiply(out, self.scale[steps], out=out)
 
     def denormalize(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., D] normalised -> in the dataset's units."""
         inverse = np.where(self.scale > 0, 1.0 / np.where(self.scale > 0, self.scale, 1.0), 0.0)
-        return (z * inverse + self.offset).astype(np.float32)
+        steps = self._steps(z)
+        return (z * inverse[steps] + self.offset[steps]).astype(np.float32)
+
+    def _steps(self, x: NDArray) -> Any:
+        """What picks, of `offset` and `scale`, those of the steps of `x`."""
+        if self.offset.ndim == 1:
+            return ...
+        return np.minimum(np.arange(x.shape[-2]), len(self.offset) - 1)
 
 
-Vector = tuple[float, ...]
+Vector = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""[D], or [T, D] for each step of a chunk."""
 
 
 @dataclass(frozen=True)
 class Normalize(Transform):
-    """Normalises state and actions of each norm head: `heads` {norm head: {"state" or "actions": (offset, scale)}}."""
+    """Normalises state and actions of each norm head: `heads` {norm head: {"state" or "actions": (offset, scale)}}, the
+    numbers of one row, or of the actions those of each step."""
 
     heads: dict[str, dict[str, tuple[Vector, Vector]]]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,14 @@ class Pipeline:
                 record = transform(record, SampleDraws(key, name))
         return record
 
+    @property
+    def per_chunk(self) -> bool:
+        """Whether an action comes out differently in a chunk that starts elsewhere."""
+        return any(transform.per_chunk for transform in self.transforms.values())
+
     def rows(self, state: NDArray, actions: NDArray) -> tuple[NDArray, NDArray]:
-        """An episode's rows [L, S] and [L, A] as the transforms leave them, for statistics."""
+        """An episode's rows [L, S] and [L, A] as the transforms leave them, for statistics; or the chunks [L, T, A]
+        that start at these states."""
         record: Record = {"state": state, "actions": actions}
         for name, transform in self.transforms.items():
             if {"state", "actions"} & set(transform.writes):
@@ -83,12 +90,16 @@ class Pipeline:
 
 
 def compose(
-    groups: Sequence[Mapping[str, Mapping[str, Any]]], state: tuple[str, ...], actions: tuple[str, ...], path: str
+    groups: Sequence[Mapping[str, Mapping[str, Any]]],
+    state: tuple[str, ...],
+    actions: tuple[str, ...],
+    path: str,
+    first: Transforms = MappingProxyType({}),
 ) -> tuple[dict[str, Transform], tuple[str, ...], tuple[str, ...]]:
     """(transforms, names of the state's dimensions after them, and of the actions') from the configuration's trees
     {name: {_target_, options}}, one group after the other, for a dataset whose dimensions have the names `state` and
-    `actions`. Raises `UserError` for mistakes."""
-    made: dict[str, Transform] = {}
+    `actions` after those that are made `first`. Raises `UserError` for mistakes."""
+    made = dict(first)
     for group in groups:
         for name, tree in group.items():
             if name in made:
@@ -140,7 +151,14 @@ def _path(cls: type) -> str:
 
 def _options(transform: Transform) -> dict[str, Any]:
     assert dataclasses.is_dataclass(transform), f"the transform {_path(type(transform))} is no dataclass"
-    return {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
+    return {f.name: _plain(getattr(transform, f.name)) for f in dataclasses.fields(transform)}
+
+
+def _plain(value: Any) -> Any:
+    """An option as data: dataclasses in a tuple as mappings."""
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return tuple(dataclasses.asdict(item) for item in value)
+    return value
 
 
 def _frames(camera: str, image: NDArray[np.uint8], spec: BatchSpec) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ METHODS = ["mean_std", "min_max", "quantiles"]
 
 def stats_of(actions: np.ndarray, parts: int = 3) -> HeadStats:
     pieces = np.array_split(actions.astype(np.float32), parts)
-    rows = (("d", i, np.zeros((len(p), 0), np.float32), p) for i, p in enumerate(pieces) if len(p))
+    rows = (("d", i, np.zeros((len(p), 0), np.float32), [p]) for i, p in enumerate(pieces) if len(p))
     return normalize.compute(rows, len(actions), [], [f"a{i}" for i in range(actions.shape[1])])
 
 
@@ -63,7 +63,7 @@ def test_constant_dimension_is_zero_named_and_never_divided(method, value):
 def test_nan_names_dataset_episode_and_dimension():
     x = np.zeros((5, 2), np.float32)
     x[3, 1] = np.nan
-    rows = [("good", 0, np.zeros((5, 0)), np.zeros((5, 2))), ("bad", 17, np.zeros((5, 0)), x)]
+    rows = [("good", 0, np.zeros((5, 0)), [np.zeros((5, 2))]), ("bad", 17, np.zeros((5, 0)), [x])]
     with pytest.raises(UserError, match="y is nan in dataset 'bad', episode 17, frame 3"):
         normalize.compute(iter(rows), 10, [], ["x", "y"])
 
@@ -71,7 +71,7 @@ def test_nan_names_dataset_episode_and_dimension():
 def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
     rows = np.ones((9, 3), np.float32)
     rows[:, 1] = np.nan
-    two = [("d", e, rows, rows[:, :2]) for e in range(2)]
+    two = [("d", e, rows, [rows[:, :2]]) for e in range(2)]
     with pytest.raises(UserError) as caught:
         normalize.compute(iter(two), 18, ["s[0]", "s[1]", "s.z"], ["a[0]", "a.y"])
     assert "s[1] is nan in dataset 'd', episode 0, frame 0 and all others" in str(caught.value)
@@ -80,7 +80,7 @@ def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
 
 def test_a_dimension_without_values_in_some_episodes_leaves_these_out():
     good, bad = np.ones((9, 2), np.float32), np.full((9, 2), np.nan, np.float32)
-    rows = [("d", e, values, good) for e, values in enumerate((good, bad, good, bad))]
+    rows = [("d", e, values, [good]) for e, values in enumerate((good, bad, good, bad))]
     with pytest.raises(UserError) as caught:
         normalize.compute(iter(rows), 36, ["s[0]", "s[1]"], ["a[0]", "a[1]"], {"d": (7,)})
     assert "episode 1, frame 0 and all others; so are values of 1 other episodes" in caught.value.what

@@ -1,0 +1,119 @@
+"""What the sources' actions and state mean, as far as they declare it: converted to what a training wants, and the same
+wherever statistics are shared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opentau_train.config import typed
+from opentau_train.config.convention import Convention, Part, by_dimension, named
+from opentau_train.config.data import SourceSettings
+from opentau_train.data.chunk import row_step
+from opentau_train.data.mixture.mixture import Dataset, Mixture
+from opentau_train.data.source import Source
+from opentau_train.data.transforms.conventions import Conversions, conversions
+from opentau_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MEANING = ("kind", "unit", "rotation", "reference", "frame", "polarity", "range")
+
+
+def convert(source: Source, settings: SourceSettings, wanted: Convention) -> Conversions:
+    """From what the source declares to what is `wanted`; the log says what that is. Raises `UserError`."""
+    where = f"data.sources.{source.name}"
+    made = conversions(settings.convention, wanted, source.state_names, source.action_names, source.name)
+    stepwise = any(part.reference == "delta_step" for part in made.robot_parts)
+    if stepwise and row_step(source.fps, settings.fps) != 1.0:
+        raise UserError(
+            f"its actions go on from row to row, {source.fps:g} times a second, and can't be taken at {settings.fps:g}",
+            where=f"{where}.fps",
+            remedy=f"leave {where}.fps out",
+        )
+    if made.transforms:
+        lost = [name for name in source.action_names if name not in made.robot_names]
+        parts = "; ".join(map(str, made.convention.actions or ()))
+        log.info("%s: actions as %s%s", where, parts, f"; left out: {', '.join(lost)}" if lost else "")
+    return made
+
+
+def check_parts(wanted: Convention, datasets: Sequence[Dataset]) -> None:
+    """Raises `UserError` for a part of `data.convention` that no source has."""
+    for vector in ("state", "actions"):
+        have = {part.name for d in datasets for part in getattr(d.conversions.convention, vector) or ()}
+        lacking = [part.name for part in named(getattr(wanted, vector) or ()) if part.name not in have]
+        if lacking:
+            raise UserError(
+                f"no source has the part '{lacking[0]}' of data.convention.{vector}",
+                where=f"data.convention.{vector}",
+                remedy="leave it out, or give a part of a source that name: data.sources.NAME.convention",
+            )
+
+
+def check_agreement(head: str, one: Dataset, other: Dataset) -> None:
+    """Raises `UserError` where two datasets of a norm head declare another meaning of a dimension, after conversions.
+    What one of them doesn't declare is unknown, and contradicts nothing."""
+    for vector in ("actions", "state"):
+        differs = difference(one.conversions.parts[vector], other.conversions.parts[vector])
+        if differs is not None:
+            raise UserError(
+                f"datasets '{one.name}' and '{other.name}' share norm head {head}, and {vector} mean different things: "
+                f"{differs}",
+                where=f"data.sources.{other.name}.convention.{vector}",
+                remedy=f"say in data.convention.{vector} what both are converted to, or set "
+                f"data.sources.{other.name}.robot_type or control_mode to tell them apart",
+            )
+    rates = [d.settings.fps or d.source.fps for d in (one, other)]
+    stepwise = any(part.reference == "delta_step" for d in (one, other) for part in d.conversions.parts["actions"])
+    if stepwise and rates[0] != rates[1]:
+        raise UserError(
+            f"datasets '{one.name}' and '{other.name}' share norm head {head}, and their steps are deltas at different "
+            f"rates: {rates[0]:g} and {rates[1]:g} fps",
+            where=f"data.sources.{other.name}",
+            remedy=f"set data.sources.{other.name}.robot_type or control_mode to tell them apart, or convert to "
+            "reference: delta_start",
+        )
+
+
+def record(mixture: Mixture) -> dict[str, Any]:
+    """{dataset: what it declares and what the policy is trained in, with a hash of that} for a checkpoint."""
+    made = {}
+    for d in mixture.datasets:
+        trained = d.conversions.convention
+        if trained != Convention():
+            made[d.name] = {
+                "declared": d.settings.convention.to_json(),
+                "trained": trained.to_json(),
+                "space": trained.space,
+                "hash": trained.digest(),
+                "converted": bool(d.conversions.transforms),
+            }
+    return made
+
+
+def recorded_difference(dataset: Dataset, recorded: Mapping[str, Any] | None) -> str | None:
+    """What a policy was trained on, by its dataset's entry of `record`, where `dataset` has something else; None where
+    it has the same, or nobody knows."""
+    if recorded is None:
+        return "was trained on actions as its dataset has them" if dataset.conversions.transforms else None
+    if recorded["converted"] and not dataset.conversions.parts["actions"]:
+        return f"was trained on actions of data.convention {recorded['hash']}"
+    trained = typed.build(Convention, recorded["trained"], "conventions")
+    for vector in ("actions", "state"):
+        parts = by_dimension(getattr(trained, vector) or ())
+        differs = difference(parts, dataset.conversions.parts[vector])
+        if differs is not None:
+            return f"has {vector} that mean something else: {differs}"
+    return None
+
+
+def difference(one: Sequence[Part], other: Sequence[Part]) -> str | None:
+    """The first contradiction between the parts of two vectors' dimensions, in words."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):  # what isn't declared has none
+        for key in _MEANING:
+            values = getattr(a, key), getattr(b, key)
+            if None not in values and values[0] != values[1]:
+                return f"{key} of dimension {i} is {values[0]} and {values[1]}"
+    return None
