@@ -129,11 +129,16 @@ def _wanted(before: Part, want: Part, where: str, path: str) -> Part:
     if before.range is not None and want.range is None and before.unit is not None and after.unit is not None:
         scale = _SIZES[before.unit] / _SIZES[after.unit]
         after = replace(after, range=(before.range[0] * scale, before.range[1] * scale))
-    if after.reference in (None, "absolute") or before.kind not in ("position", "rotation"):
-        return replace(after, frame=None)
-    if before.reference != "absolute" and before.frame is None and want != Part(want.kind, name=want.name):
+    if want.frame is not None and before.reference is None:
+        raise undeclared(where, "reference")
+    if before.kind not in ("position", "rotation") or before.reference is None:
+        return after
+    moves = want.frame is not None or after.reference != before.reference
+    if before.reference != "absolute" and before.frame is None and moves:
         raise undeclared(where, "frame")
-    return replace(after, frame=want.frame or before.frame or "base")
+    if after.reference == "absolute":
+        return replace(after, frame=None)
+    return replace(after, frame=want.frame or before.frame or ("base" if moves else None))
 
 
 def _unit(before: Part, want: Part, where: str, path: str) -> Unit | None:
