@@ -89,7 +89,7 @@ def _of_head(
             raise UserError(f"no episode of norm head {head} has rows that can be read", where=where, remedy=remedy)
         for d, chosen, looked_at in zip(members, positions, held_out, strict=True):
             rest = np.setdiff1d(looked_at, chosen)
-            there = {place for place, _, _ in d.columns(rest)}
+            there = {place for place, _, _ in d.source.columns(rest)}
             numbers = d.source.episodes.episode_index
             left_out.extend((d.name, int(numbers[place])) for place in rest.tolist() if place not in there)
 

@@ -201,8 +201,10 @@ class Layout:
         for p in pairs:
             block = self._block(p, p.before if before else p.after)
             last = made[-1] if made else None
-            if last is not None and block.orientation is None and last == replace(
-                block, action=block.action - last.num, state=block.state - last.num, num=last.num
+            if (
+                last is not None
+                and block.orientation is None
+                and last == replace(block, action=block.action - last.num, state=block.state - last.num, num=last.num)
             ):
                 made[-1] = replace(last, num=last.num + block.num)  # one subtraction for both
             else:
