@@ -27,7 +27,8 @@ from opentau_train.checkpoints.start import Start, begin, sketch_policy, spread_
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import instantiate
-from opentau_train.data.mixture import conventions, statistics
+from opentau_train.data.conventions.sources import record
+from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_plan, table_digests, with_statistics
@@ -232,7 +233,7 @@ def _convention(mixture: Mixture) -> dict[str, Any]:
     return {
         "actions": "as the dataset's action columns, after its transforms, normalised by the norm head's statistics",
         "normalization": mixture.settings.normalization,
-        "conventions": conventions.record(mixture),
+        "conventions": record([d.conversions for d in mixture.datasets]),
         "spec": mixture.spec.to_json(),
         "transforms": {
             d.name: pipeline.to_json() for d, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True)

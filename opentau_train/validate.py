@@ -25,7 +25,7 @@ from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, first_of, r
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config.settings import Settings, current, load_settings
-from opentau_train.data.mixture.conventions import recorded_difference
+from opentau_train.data.conventions.sources import recorded_difference
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import trained_on
@@ -164,7 +164,7 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
         for head in sorted({mixture.groups[g].norm_head for g in set(dataset.group_of.tolist())}):
             _check_actions(dataset, head, policy)
             trained = next((name for name, heads in policy["datasets"].items() if head in heads), None)
-            differs = recorded_difference(dataset, policy.get("conventions", {}).get(trained))
+            differs = recorded_difference(dataset.conversions, policy.get("conventions", {}).get(trained))
             if differs is not None:
                 raise _refuse(differs, f"data.sources.{dataset.name}.convention")
     return mixture.in_shape(saved)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from opentau_train.config.convention import Convention
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
+from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError
 
 TRANSFORMED = refused("the policy was trained on inputs and actions transformed otherwise")

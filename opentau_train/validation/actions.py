@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opentau_train.config.convention import Part
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.config.typed import at_least, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.chunk import chunk_rows, row_step
+from opentau_train.data.convention import Part
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.transforms.base import Record
 from opentau_train.models.draws import Draws

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.convention import Part
 from opentau_train.config.data import DataSettings, SourceSettings
 from opentau_train.data.chunk import chunk_places, chunks_reaching, row_step, rows_at
+from opentau_train.data.convention import Part
+from opentau_train.data.conventions.steps import Conversions
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
 from opentau_train.data.source import Source
 from opentau_train.data.transforms.base import Transforms, Wants
-from opentau_train.data.transforms.conventions import Conversions
 from opentau_train.data.transforms.pipeline import Pipeline, meet
 from opentau_train.data.transforms.shape import Pad
 from opentau_train.types import BatchSpec, Group

@@ -15,8 +15,8 @@ from opentau_train.config.settings import Settings
 from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
+from opentau_train.data.conventions.sources import check_parts, convert
 from opentau_train.data.mixture import normalize, statistics
-from opentau_train.data.mixture.conventions import check_parts, convert
 from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
@@ -57,7 +57,7 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
         groups += groups_of(dataset.source)
-    check_parts(data.convention, datasets)
+    check_parts(data.convention, [d.conversions for d in datasets])
     _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = with_shares(groups, datasets, draws)

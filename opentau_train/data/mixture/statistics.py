@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from opentau_train.config.settings import Settings
 from opentau_train.data.chunk import chunks_reaching
+from opentau_train.data.conventions.sources import check_agreement
 from opentau_train.data.mixture import normalize
-from opentau_train.data.mixture.conventions import check_agreement
 from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import held_out_error, must_be_whole
@@ -125,7 +125,11 @@ def check_heads(datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:
         for other in members[1:]:
             _check_shared(head, members[0], other)
         for one, other in combinations(members, 2):
-            check_agreement(head, one, other)
+            check_agreement(head, one.conversions, other.conversions, (_rate(one), _rate(other)))
+
+
+def _rate(dataset: Dataset) -> float:
+    return dataset.settings.fps or dataset.source.fps
 
 
 def _check_shared(head: str, one: Dataset, other: Dataset) -> None:

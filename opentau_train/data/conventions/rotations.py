@@ -1,6 +1,6 @@
 """Formats of rotations, and the transform between them. The arithmetic is scipy's, in float64.
 
-A *form* is a format of `config/convention`, with `:deg` behind it where its angles are degrees:
+A *form* is a format of `data/convention`, with `:deg` behind it where its angles are degrees:
 
     euler_xyz, euler_zyx  angles about fixed axes, one after the other in this order: roll, pitch, yaw is euler_xyz
     quat_xyzw, quat_wxyz  a unit quaternion
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.convention import WIDTHS
+from opentau_train.data.convention import WIDTHS
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 
 _TINY = 1e-12

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.conventions.rotations import to_matrices, width
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
-from opentau_train.data.transforms.rotations import to_matrices, width
 from opentau_train.errors import UserError
 
 

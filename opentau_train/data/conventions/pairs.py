@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opentau_train.config.convention import ANGLES, UNITS, WIDTHS, Located, Part, Unit, fitting, named
+from opentau_train.data.convention import ANGLES, UNITS, WIDTHS, Part, Unit, named
+from opentau_train.data.conventions.places import Located, fitting
 from opentau_train.errors import UserError
 
 _SIZES = {"rad": 1.0, "deg": math.pi / 180, "m": 1.0, "mm": 0.001, "none": 1.0}

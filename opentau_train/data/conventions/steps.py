@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from opentau_train.config.convention import Convention, Part, by_dimension, locate, runs
+from opentau_train.data.convention import Convention, Part, by_dimension, runs
+from opentau_train.data.conventions.deltas import Block, Deltas, Orientation
+from opentau_train.data.conventions.pairs import Pair, pair_up, undeclared
+from opentau_train.data.conventions.places import locate
+from opentau_train.data.conventions.rotations import Change, Rotations
+from opentau_train.data.conventions.select import Select
 from opentau_train.data.transforms.base import Transform
-from opentau_train.data.transforms.deltas import Block, Deltas, Orientation
-from opentau_train.data.transforms.pairs import Pair, pair_up, undeclared
-from opentau_train.data.transforms.rotations import Change, Rotations
-from opentau_train.data.transforms.select import Select
 from opentau_train.data.transforms.units import Scale
 from opentau_train.errors import UserError
 
@@ -29,13 +30,15 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Conversions:
-    """`transforms` by name; the names of the dimensions after them, and those of the actions as the inverses give them
-    back, in the dataset's order.
+    """Of the `source`: what it has `declared`; `transforms` by name; the names of the dimensions after them, and those of
+    the actions as the inverses give them back, in the dataset's order.
 
     `parts` {"state", "actions"}: the part of each dimension after them; `robot_parts`, of those that are given back.
     Both are empty where nothing is declared.
     """
 
+    source: str
+    declared: Convention
     transforms: dict[str, Transform]
     state_names: Names
     action_names: Names
@@ -60,14 +63,14 @@ def conversions(
     robot_parts = tuple(own["actions"].values())
     if wanted == Convention():
         parts = {vector: tuple(of.values()) for vector, of in own.items()}
-        return Conversions({}, state_names, action_names, action_names, parts, robot_parts)
+        return Conversions(source, declared, {}, state_names, action_names, action_names, parts, robot_parts)
     robot_names = tuple(action_names[place] for place in own["actions"]) or action_names
     transforms: dict[str, Transform] = {}
     for name, transform in _steps(state, actions, wanted, (len(state_names), len(action_names)), source):
         transforms[name] = transform
         state_names, action_names = transform.names(state_names, action_names)
     parts = {"state": by_dimension([p.after for p in state]), "actions": by_dimension([p.after for p in actions])}
-    return Conversions(transforms, state_names, action_names, robot_names, parts, robot_parts)
+    return Conversions(source, declared, transforms, state_names, action_names, robot_names, parts, robot_parts)
 
 
 def _pairs(

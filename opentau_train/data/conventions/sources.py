@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opentau_train.config import typed
-from opentau_train.config.convention import Convention, Part, by_dimension, named
 from opentau_train.config.data import SourceSettings
 from opentau_train.data.chunk import row_step
-from opentau_train.data.mixture.mixture import Dataset, Mixture
+from opentau_train.data.convention import Convention, Part, by_dimension, named
+from opentau_train.data.conventions.steps import Conversions, conversions
 from opentau_train.data.source import Source
-from opentau_train.data.transforms.conventions import Conversions, conversions
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,10 +38,10 @@ def convert(source: Source, settings: SourceSettings, wanted: Convention) -> Con
     return made
 
 
-def check_parts(wanted: Convention, datasets: Sequence[Dataset]) -> None:
+def check_parts(wanted: Convention, sources: Sequence[Conversions]) -> None:
     """Raises `UserError` for a part of `data.convention` that no source has."""
     for vector in ("state", "actions"):
-        have = {part.name for d in datasets for part in getattr(d.conversions.convention, vector) or ()}
+        have = {part.name for made in sources for part in getattr(made.convention, vector) or ()}
         lacking = [part.name for part in named(getattr(wanted, vector) or ()) if part.name not in have]
         if lacking:
             raise UserError(
@@ -52,58 +51,56 @@ def check_parts(wanted: Convention, datasets: Sequence[Dataset]) -> None:
             )
 
 
-def check_agreement(head: str, one: Dataset, other: Dataset) -> None:
+def check_agreement(head: str, one: Conversions, other: Conversions, rates: tuple[float, float]) -> None:
     """Raises `UserError` where two datasets of a norm head declare another meaning of a dimension, after conversions.
-    What one of them doesn't declare is unknown, and contradicts nothing."""
+    What one of them doesn't declare is unknown, and contradicts nothing. `rates`: of their chunks, steps a second."""
     for vector in ("actions", "state"):
-        differs = difference(one.conversions.parts[vector], other.conversions.parts[vector])
+        differs = difference(one.parts[vector], other.parts[vector])
         if differs is not None:
             raise UserError(
-                f"datasets '{one.name}' and '{other.name}' share norm head {head}, and {vector} mean different things: "
+                f"datasets '{one.source}' and '{other.source}' share norm head {head}, and {vector} mean different things: "
                 f"{differs}",
-                where=f"data.sources.{other.name}.convention.{vector}",
+                where=f"data.sources.{other.source}.convention.{vector}",
                 remedy=f"say in data.convention.{vector} what both are converted to, or set "
-                f"data.sources.{other.name}.robot_type or control_mode to tell them apart",
+                f"data.sources.{other.source}.robot_type or control_mode to tell them apart",
             )
-    rates = [d.settings.fps or d.source.fps for d in (one, other)]
-    stepwise = any(part.reference == "delta_step" for d in (one, other) for part in d.conversions.parts["actions"])
+    stepwise = any(part.reference == "delta_step" for made in (one, other) for part in made.parts["actions"])
     if stepwise and rates[0] != rates[1]:
         raise UserError(
-            f"datasets '{one.name}' and '{other.name}' share norm head {head}, and their steps are deltas at different "
+            f"datasets '{one.source}' and '{other.source}' share norm head {head}, and their steps are deltas at different "
             f"rates: {rates[0]:g} and {rates[1]:g} fps",
-            where=f"data.sources.{other.name}",
-            remedy=f"set data.sources.{other.name}.robot_type or control_mode to tell them apart, or convert to "
+            where=f"data.sources.{other.source}",
+            remedy=f"set data.sources.{other.source}.robot_type or control_mode to tell them apart, or convert to "
             "reference: delta_start",
         )
 
 
-def record(mixture: Mixture) -> dict[str, Any]:
+def record(sources: Sequence[Conversions]) -> dict[str, Any]:
     """{dataset: what it declares and what the policy is trained in, with a hash of that} for a checkpoint."""
-    made = {}
-    for d in mixture.datasets:
-        trained = d.conversions.convention
-        if trained != Convention():
-            made[d.name] = {
-                "declared": d.settings.convention.to_json(),
-                "trained": trained.to_json(),
-                "space": trained.space,
-                "hash": trained.digest(),
-                "converted": bool(d.conversions.transforms),
-            }
-    return made
+    return {
+        made.source: {
+            "declared": made.declared.to_json(),
+            "trained": made.convention.to_json(),
+            "space": made.convention.space,
+            "hash": made.convention.digest(),
+            "converted": bool(made.transforms),
+        }
+        for made in sources
+        if made.declared != Convention()
+    }
 
 
-def recorded_difference(dataset: Dataset, recorded: Mapping[str, Any] | None) -> str | None:
-    """What a policy was trained on, by its dataset's entry of `record`, where `dataset` has something else; None where
+def recorded_difference(made: Conversions, recorded: Mapping[str, Any] | None) -> str | None:
+    """What a policy was trained on, by its dataset's entry of `record`, where `made` has something else; None where
     it has the same, or nobody knows."""
     if recorded is None:
-        return "was trained on actions as its dataset has them" if dataset.conversions.transforms else None
-    if recorded["converted"] and not dataset.conversions.parts["actions"]:
+        return "was trained on actions as its dataset has them" if made.transforms else None
+    if recorded["converted"] and not made.parts["actions"]:
         return f"was trained on actions of data.convention {recorded['hash']}"
     trained = typed.build(Convention, recorded["trained"], "conventions")
     for vector in ("actions", "state"):
         parts = by_dimension(getattr(trained, vector) or ())
-        differs = difference(parts, dataset.conversions.parts[vector])
+        differs = difference(parts, made.parts[vector])
         if differs is not None:
             return f"has {vector} that mean something else: {differs}"
     return None

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.config import typed
-from opentau_train.config.convention import ANGLES, WIDTHS, Convention, Part, named
-from opentau_train.data.transforms.conventions import Conversions, conversions
+from opentau_train.data.convention import ANGLES, WIDTHS, Convention, Part, named
+from opentau_train.data.conventions.steps import Conversions, conversions
 from opentau_train.data.transforms.normalize import Normalize
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.data.transforms.shape import Pad

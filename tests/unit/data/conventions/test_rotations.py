@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.transforms.rotations import Change, Rotations, from_matrices, to_matrices, width
+from opentau_train.data.conventions.rotations import Change, Rotations, from_matrices, to_matrices, width
 from tests.rotation_formulas import about, angle_between, matrices, some
 
 FORMS = (
