@@ -126,6 +126,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
     sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
+    world.agree(lambda: opened.check_prompts(sketched.wants()) if world.is_main else None)
     mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits

@@ -192,6 +192,22 @@ def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[
             raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
 
 
+def read_prompts(reading: Reading, positions: NDArray[np.int64]) -> Iterator[str]:
+    """The texts that windows of the episodes at `positions` may have as prompts, from meta/ where no column has them.
+    Raises `UserError`; episodes whose rows can't be had are passed over."""
+    if not reading.prompt_columns:
+        yield from _clean(list(reading.tasks.values()), reading.prompt_separator)
+        return
+    names = [*reading.prompt_columns, *([reading.task_column] if reading.task_column else [])]
+    where, unreadable = f"data.sources.{reading.dataset}", dict[int, str]()
+    read = of_episodes(
+        where, reading.stored, positions.tolist(), names, lambda r: _prompts(r, reading)[1], left_out=unreadable
+    )
+    for _, combinations in read:
+        for own in combinations:
+            yield from own
+
+
 def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:
     """(code [L], texts by code): rows of an episode share few combinations of texts and task."""
     columns = [_prompt_column(rows, name, reading.tasks) for name in reading.prompt_columns]

@@ -93,6 +93,10 @@ class LeRobotDataset:
         """See `FileSource.files`."""
         return self.reading.stored.paths(position)
 
+    def prompts(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """See `PromptedSource.prompts`: all tasks that meta/ lists, or what the rows have in the columns of prompts."""
+        return rows.read_prompts(self.reading, positions)
+
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """See `Source.columns`; episodes come in the order of the files, without those whose rows aren't there, which
         the log names. Raises `UserError` naming the file."""
