@@ -27,9 +27,10 @@ from opentau_train.distributed.performance import ForwardFlops, Stamp
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
+from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, set_lr
+from opentau_train.optim import set_lr
 from opentau_train.types import LossTerms
 
 
@@ -126,7 +127,7 @@ def _update(state: TrainState, finite: torch.Tensor, lr: float) -> None:
     elif finite:  # this reads from the device: an optimizer without such kernels can't be called in vain
         state.optimizer.step()
     if state.ema is not None:
-        state.ema.update(state.policy, finite)
+        state.ema.update(state.policy, finite, step=state.step)
     state.optimizer.zero_grad(set_to_none=True)
     skip = (~finite).long()
     in_all, in_a_row = state.skipped.to(skip.device)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import launch
 from opentau_train.errors import Fault
-from opentau_train.optim import Ema
+from opentau_train.models.average import Ema
 from opentau_train.step import StepSetup, TrainState, check_skipped, train_step
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
