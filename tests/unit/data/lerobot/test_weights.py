@@ -16,7 +16,7 @@ NUMBER = {"dtype": "float32", "shape": [1], "names": None}
 
 def run(tmp_path, name: str, weight, *words: str):
     columns = {"observation.state": vector(4), "action": vector(3, 0.5), "advantage": (NUMBER, weight)}
-    root = write(tmp_path / name / "set", Dataset(cameras={}, COLUMNs=columns))
+    root = write(tmp_path / name / "set", Dataset(cameras={}, columns=columns))
     given = ["+recipe=lerobot", f"data.sources.main.root={root}", "data.sources.main.val_split_ratio=0.4"]
     given += [
         "data.num_workers=0",
