@@ -30,8 +30,8 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Conversions:
-    """Of the `source`: what it has `declared`; `transforms` by name; the names of the dimensions after them, and those of
-    the actions as the inverses give them back, in the dataset's order.
+    """Of the `source`: what it has `declared`; `transforms` by name; the names of the dimensions after them, and those
+    of the actions as the inverses give them back, in the dataset's order.
 
     `parts` {"state", "actions"}: the part of each dimension after them; `robot_parts`, of those that are given back.
     Both are empty where nothing is declared.
