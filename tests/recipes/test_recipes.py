@@ -13,6 +13,8 @@ from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
+from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.models.policy import build_policy, check_model
 from opentau_train.tools import export
 from opentau_train.types import BatchSpec
@@ -106,6 +108,13 @@ def test_the_droid_recipe_without_droid_root_trains_on_the_sample_and_says_so(
     assert {"Validation/droid/joint/MSE", "Validation/droid_ee/ee/MSE"} <= rows[2].keys()
     said = [line for line in capsys.readouterr().err.splitlines() if "BUILT-IN DROID SAMPLE" in line]
     assert len(said) == 1 and "DROID_ROOT" in said[0]
+    arm = "[{kind:joint,dims:7,unit:rad},{kind:gripper,polarity:closed,range:[0,1]}]"
+    wanted = "[{kind:joint},{kind:position},{kind:rotation,rotation:rot6d},{kind:gripper}]"
+    conventions = [f"data.sources.droid.convention.actions={arm}", f"data.convention.actions={wanted}"]
+    settings = composed("+recipe=droid_policy", f"paths.cache_dir={tmp_path / 'cache'}", *conventions)
+    plan = open_plan(settings, resolve_sources(settings))
+    assert [d.conversions.convention.space for d in plan.datasets] == ["joint", "ee"]
+    assert [len(d.action_names) for d in plan.datasets] == [8, 10]
 
 
 def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp_path):

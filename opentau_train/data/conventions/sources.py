@@ -54,24 +54,23 @@ def check_parts(wanted: Convention, sources: Sequence[Conversions]) -> None:
 def check_agreement(head: str, one: Conversions, other: Conversions, rates: tuple[float, float]) -> None:
     """Raises `UserError` where two datasets of a norm head declare another meaning of a dimension, after conversions.
     What one of them doesn't declare is unknown, and contradicts nothing. `rates`: of their chunks, steps a second."""
+    both, where = f"datasets '{one.source}' and '{other.source}'", f"data.sources.{other.source}"
+    apart = f"set {where}.robot_type or control_mode to tell them apart"
     for vector in ("actions", "state"):
         differs = difference(one.parts[vector], other.parts[vector])
         if differs is not None:
             raise UserError(
-                f"datasets '{one.source}' and '{other.source}' share norm head {head}, and {vector} mean different things: "
-                f"{differs}",
-                where=f"data.sources.{other.source}.convention.{vector}",
-                remedy=f"say in data.convention.{vector} what both are converted to, or set "
-                f"data.sources.{other.source}.robot_type or control_mode to tell them apart",
+                f"{both} share norm head {head}, and their {vector} mean different things: {differs}",
+                where=f"{where}.convention.{vector}",
+                remedy=f"say in data.convention.{vector} what both are converted to, or {apart}",
             )
     stepwise = any(part.reference == "delta_step" for made in (one, other) for part in made.parts["actions"])
     if stepwise and rates[0] != rates[1]:
         raise UserError(
-            f"datasets '{one.source}' and '{other.source}' share norm head {head}, and their steps are deltas at different "
-            f"rates: {rates[0]:g} and {rates[1]:g} fps",
-            where=f"data.sources.{other.source}",
-            remedy=f"set data.sources.{other.source}.robot_type or control_mode to tell them apart, or convert to "
-            "reference: delta_start",
+            f"{both} share norm head {head}, and their steps are deltas at different rates: {rates[0]:g} and "
+            f"{rates[1]:g} fps",
+            where=where,
+            remedy=f"convert to reference: delta_start, or {apart}",
         )
 
 

@@ -11,11 +11,19 @@ from typing import Protocol, TypeVar
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.droid import ensure_droid_sample
+from opentau_train.data.convention import Convention, Part
 from opentau_train.data.lerobot.outcomes import by_outcome
 from opentau_train.data.remote.mirror import is_url, make_mirror
 from opentau_train.errors import Fault, UserError, check_machine
 
 log = logging.getLogger(__name__)
+
+_HAND = (
+    Part("position", unit="m", reference="absolute"),
+    Part("rotation", rotation="euler_xyz", unit="rad", reference="absolute"),
+    Part("gripper", polarity="closed", range=(0.0, 1.0), reference="absolute"),
+)
+"""What the built-in sample has under ee control."""
 
 T = TypeVar("T")
 
@@ -126,7 +134,8 @@ def _builtin_sample(settings: Settings, once_a_node: OnceANode, num_nodes: int) 
         "state": ("observation.state.cartesian_position", "observation.state.gripper_position"),
         "actions": ("action.cartesian_position", "action.gripper_position"),
     }
-    ee = dataclasses.replace(source, control_mode="ee", options={**source.options, **options})
+    declared = Convention(_HAND, _HAND) if source.convention != Convention() else Convention()
+    ee = dataclasses.replace(source, control_mode="ee", convention=declared, options={**source.options, **options})
     return {
         **others,
         name: dataclasses.replace(source, root=str(roots["joint"]), val_split_ratio=held_out),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from opentau_train.checkpoints.pretrained import load_policy, read_card
+from opentau_train.data.conventions.sources import record, recorded_difference
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.errors import UserError
 from opentau_train.types import Address
 from opentau_train.validation.actions import dimensions
 from tests.lerobot_writer import Dataset, write
-from tests.program import TINY_POLICY, metrics, train_here
+from tests.program import REPO, TINY_POLICY, metrics, train_here
 from tests.rotation_formulas import angle_between, matrices, some
 from tests.unit.data.mixture.test_statistics import mixture
 
@@ -47,12 +51,14 @@ def declare(name: str, parts: list[dict]) -> list[str]:
     return [said(f"data.sources.{name}.convention.{vector}", parts) for vector in ("actions", "state")]
 
 
-def arm(seed: int, scale: float = 1.0) -> dict[str, list[np.ndarray]]:
+def arm(seed: int, scale: float = 1.0, joints: int = 2) -> dict[str, list[np.ndarray]]:
     rng = np.random.default_rng(seed)
-    size = np.array([scale, scale, 1.0])
-    return {
-        name: [(rng.uniform(0, 1, (n, 3)) * size).astype(np.float32) for n in LENGTHS] for name in ("state", "action")
-    }
+    size = np.array([scale] * joints + [1.0])
+
+    def rows(n: int) -> np.ndarray:
+        return (rng.uniform(0, 1, (n, joints + 1)) * size).astype(np.float32)
+
+    return {name: [rows(n) for n in LENGTHS] for name in ("state", "action")}
 
 
 def hand(seed: int) -> dict[str, list[np.ndarray]]:
@@ -180,6 +186,43 @@ def test_the_tags_of_errors_are_of_the_robots_dimensions_and_units(opened):
     assert dims[6].middle == pytest.approx(0.5, abs=0.05)
 
 
+def test_the_examples_of_the_docs_convert_droid(tmp_path):
+    text = (REPO / "docs" / "data.md").read_text().partition("## Action and state conventions")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.S | re.M)
+    expected = [("joint", 8, [7, 1]), ("ee", 10, [3, 6, 1])]
+    for block, rows, (space, dims, widths) in zip(blocks, (arm(0, joints=7), hand(0)), expected, strict=True):
+        tree = yaml.safe_load(block)["data"]
+        root = stored(tmp_path / space, rows)
+        overrides = [f"data.sources.droid.root={root}", "~data.sources.main", f"data.chunk_length={CHUNK}"]
+        for vector, parts in tree["sources"]["droid"]["convention"].items():
+            overrides.append(said(f"data.sources.droid.convention.{vector}", parts))
+        for vector, parts in tree["convention"].items():
+            overrides.append(said(f"data.convention.{vector}", parts))
+        per_step = str(tree.get("normalization_per_timestep", False)).lower()
+        made = mixture(tmp_path, *overrides, f"data.normalization_per_timestep={per_step}")
+        trained = made.datasets[0].conversions.convention
+        assert (trained.space, made.spec.action_dim, [p.dims for p in trained.actions]) == (space, dims, widths)
+        sample = make(made, 0, 0)
+        found = made.pipelines[0].units(sample["actions"], "arm::default", state=sample["state"])
+        assert found.shape == (CHUNK, rows["action"][0].shape[1])
+        np.testing.assert_allclose(found[:, -1], rows["action"][0][:CHUNK, -1], atol=1e-5)
+
+
+def test_a_checkpoint_of_converted_actions_is_not_validated_on_others(opened):
+    rows = arm(0)
+    converted = opened(rows, ARM, said("data.convention.actions", DELTA_JOINTS)).datasets[0].conversions
+    undeclared, declared = replace(converted, parts={"actions": (), "state": ()}, transforms={}), opened(rows, ARM)
+    entry = json.loads(json.dumps(record([converted])))["main"]
+    assert recorded_difference(converted, entry) is None
+    assert "mean something else: reference of dimension 0 is delta_start and absolute" in str(
+        recorded_difference(declared.datasets[0].conversions, entry)
+    )
+    assert "was trained on actions of data.convention" in str(recorded_difference(undeclared, entry))
+    assert "as its dataset has them" in str(recorded_difference(converted, None))
+    assert recorded_difference(declared.datasets[0].conversions, None) is None
+    assert record([undeclared, replace(undeclared, declared=type(converted.declared)())]).keys() == {"main"}
+
+
 TWO = ["~data.sources.main", f"data.chunk_length={CHUNK}"]
 
 
@@ -229,10 +272,10 @@ def test_a_part_that_no_source_has_is_an_error(opened):
         opened(arm(0), ARM, said("data.convention.actions", [*DELTA_JOINTS, {"kind": "gripper", "name": "hand"}]))
 
 
-@pytest.fixture
-def trained(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """(the arguments of a training of one step on deltas of poses, its rows, its run directory)."""
-    rows = hand(3)
+    rows, tmp_path = hand(3), tmp_path_factory.mktemp("trained")
     root = stored(tmp_path / "set", rows)
     arguments = ["+recipe=lerobot", f"data.sources.main.root={root}", f"data.chunk_length={CHUNK}", *TINY_POLICY]
     arguments += ["data.sources.main.val_split_ratio=0.3", "data.num_workers=0", "trainer.global_batch_size=4"]
