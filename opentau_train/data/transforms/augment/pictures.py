@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from opentau_train.config.typed import at_least, within
 from opentau_train.data.decode.images import fit
 from opentau_train.data.names import fits
-from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.data.transforms.augment.pixels import OPERATIONS, Box, Picture, cut_out, place
+from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 
 MOST_ENLARGED = 2.0
 """Times the batch's size at which pictures are read at most, so that a crop of them has that size: bilinear scaling

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train.config.typed import instantiate
-from opentau_train.data.transforms.base import SampleDraws
 from opentau_train.data.transforms.augment.mirror import Mirror
+from opentau_train.data.transforms.base import SampleDraws
 from opentau_train.data.transforms.pipeline import Pipeline, compose
 from opentau_train.errors import UserError
 from tests.unit.data.load.test_real_stream import mixture

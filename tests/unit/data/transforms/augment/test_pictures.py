@@ -14,9 +14,9 @@ from opentau_train.data.batch import stack
 from opentau_train.data.decode.images import Resizer
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.transforms.augment.pictures import Augment
+from opentau_train.data.transforms.augment.pixels import OPERATIONS, Box
 from opentau_train.data.transforms.base import SampleDraws
 from opentau_train.data.transforms.pipeline import Pipeline
-from opentau_train.data.transforms.augment.pixels import OPERATIONS, Box
 from opentau_train.errors import UserError
 from opentau_train.types import Address, BatchSpec
 from tests.program import TOY, metrics, train_here
