@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opentau_train.checkpoints.weight_files import SINGLE, Entry
+from opentau_train.data.transforms.augment.pictures import Augment
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.data.transforms.shape import Pad
@@ -87,9 +88,11 @@ def _norms(pipeline: Pipeline, norm_head: str, spec: BatchSpec) -> dict[str, Aff
     for name, transform in pipeline.transforms.items():
         if isinstance(transform, Normalize):
             norms = transform.affine[norm_head]
-        elif {"state", "actions"} & set(transform.writes) and not isinstance(transform, Pad):
+        elif transform.training_only or isinstance(transform, Pad):
+            continue
+        elif {"state", "actions"} & set(transform.writes) or (isinstance(transform, Augment) and transform.crops):
             raise UserError(
-                f"the transform '{name}' changes state or actions, which LeRobot's folder can't say",
+                f"the transform '{name}' changes state or actions, or crops pictures, which LeRobot's folder can't say",
                 where="format",
                 remedy="set format=safetensors",
             )

@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 from opentau_train.config.pointers import pointers
@@ -272,3 +272,17 @@ def fraction(path: str, value: float) -> None:
     """Raises `UserError` unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise UserError(f"{path} must be in [0, 1), got {value}", remedy=f"set {path} to a fraction such as 0.1")
+
+
+def within(low: float, high: float) -> Callable[[str, Any], None]:
+    """A bound that raises `UserError` unless a value is a number from `low` to `high`, or two rising ones, or None."""
+
+    def check(path: str, value: float | tuple[float, float] | None) -> None:
+        first, last = value if isinstance(value, tuple) else (value, value)
+        if first is None or last is None or low <= first <= last <= high:
+            return
+        what = "two rising numbers" if isinstance(value, tuple) else "a number"
+        remedy = f"set {path}={'[LOW,HIGH]' if isinstance(value, tuple) else 'NUMBER'} within these"
+        raise UserError(f"{path} must be {what} from {low:g} to {high:g}, got {value}", remedy=remedy)
+
+    return check

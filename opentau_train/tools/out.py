@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from opentau_train.errors import UserError, check_machine
 
 
@@ -26,3 +28,9 @@ def make_directory(path: Path) -> None:
     """Make the directory of the file `path`, and those above it, before anything is computed. Raises `UserError`."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_format(out: Path) -> None:
+    """Raises `UserError` where the file's suffix names no format that pictures can be written in."""
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{out} names no format of pictures", where="--out", remedy="give a file that ends in .png")

@@ -30,6 +30,7 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, weight_cell
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
+from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
 from opentau_train.distributed.rehearsal import rehearse
@@ -72,10 +73,11 @@ def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoder
     """The decoders that a rank holds once all its lanes are open. A phase gives each dataset its share of the lanes,
     and any rank may have the largest ones; lanes that read in order are in one dataset at a time, here the
     costliest."""
-    lanes, image = lanes_a_rank(mixture, tape, num_ranks), mixture.spec.image_size
+    lanes = lanes_a_rank(mixture, tape, num_ranks)
     sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
+    read_at = [Pipeline(d.transforms).picture_size(mixture.spec.image_size) for d in mixture.datasets]
     decoders = np.array([len(cameras) for cameras in sizes])
-    num_bytes = np.array([sum(reader_bytes(size, image) for size in cameras) for cameras in sizes])
+    num_bytes = np.array([sum(reader_bytes(size, at) for size in of) for of, at in zip(sizes, read_at, strict=True)])
     share = tape.draws / tape.draws.sum()
     if tape.in_order:
         return OpenDecoders(lanes * int(decoders.max()), lanes * int(num_bytes.max()))

@@ -29,7 +29,7 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align
 from opentau_train.errors import EXIT_OK, BadSample, UserError
 from opentau_train.metrics.recorder import Recorded, RecordedStep, read_step
-from opentau_train.tools.out import make_directory, writing
+from opentau_train.tools.out import check_format, make_directory, writing
 from opentau_train.types import WindowSpec
 
 TILE = (120, 160)
@@ -131,12 +131,6 @@ def read_settings(run_dir: Path, overrides: Sequence[str]) -> Settings:
     if not isinstance(tree, dict):
         raise UserError("the file holds no settings", where=str(path), remedy="restore it: it is a copy of the run's")
     return load_settings(cli.recompose(tree, overrides, FIXED))
-
-
-def check_format(out: Path) -> None:
-    """Raises `UserError` where the file's suffix names no format that pictures can be written in."""
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"{out} names no format of pictures", where="--out", remedy="give a file that ends in .png")
 
 
 def show(options: argparse.Namespace) -> None:

@@ -82,8 +82,8 @@ class SampleBuilder:
             self.open_decoders -= self._decoders_of(held[0])
         if dataset not in self._factories:
             chosen = self.mixture.datasets[dataset]
-            spec = self.mixture.spec
-            window = WindowSpec(chosen.chunk_length, spec.history, spec.image_size, chosen.settings.fps)
+            history, size = self.mixture.spec.history, self._picture_size(dataset)
+            window = WindowSpec(chosen.chunk_length, history, size, chosen.settings.fps)
             self._factories[dataset] = chosen.source.cursors(window)
         cursor = self._factories[dataset].cursor()
         self._lanes[lane] = dataset, cursor
@@ -92,5 +92,9 @@ class SampleBuilder:
 
     def _decoders_of(self, dataset: int) -> OpenDecoders:
         """The decoders that one cursor of the dataset keeps open."""
-        sizes = self.mixture.datasets[dataset].source.frame_sizes.values()
-        return OpenDecoders(len(sizes), sum(reader_bytes(size, self.mixture.spec.image_size) for size in sizes))
+        sizes, read_at = self.mixture.datasets[dataset].source.frame_sizes.values(), self._picture_size(dataset)
+        return OpenDecoders(len(sizes), sum(reader_bytes(size, read_at) for size in sizes))
+
+    def _picture_size(self, dataset: int) -> tuple[int, int]:
+        """(H, W) inside which the dataset's pictures are read: more than the batch's where they are cropped."""
+        return self.mixture.pipelines[dataset].picture_size(self.mixture.spec.image_size)

@@ -8,7 +8,8 @@ from opentau_train.data.mixture.mixture import Dataset, Mixture
 
 
 def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters: int) -> str:
-    """The summary printed when a run starts: one line for each source, then the batch's shape."""
+    """The summary printed when a run starts: one line for each source, then the
+    transforms that the configuration names, and the batch's shape."""
     head = ("source", "episodes", "val", "windows", "weight", "share", "windows/epoch", "control mode", "cameras")
     total = sum(mixture.draws)
     rows: list[tuple[str, ...]] = [head]
@@ -28,9 +29,11 @@ def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters:
             )
         )
     spec = mixture.spec
+    made = [f"{dataset.name}: {', '.join(dataset.transforms)}" for dataset in mixture.datasets if dataset.transforms]
     return "\n".join(
         [
             *align(rows),
+            *([f"transforms of {'; '.join(made)}"] if made else []),
             f"batch: state {spec.state_dim}, actions {spec.chunk_length} x {spec.action_dim}, "
             f"{len(spec.cameras)} cameras {spec.image_size[0]}x{spec.image_size[1]}, history {spec.history}; "
             f"validation: {num_validation_windows} windows; policy: {num_parameters / 1e6:.2f} M parameters",

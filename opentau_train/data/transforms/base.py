@@ -62,6 +62,15 @@ class Transform:
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         raise TypeError(f"{type(self).__name__} has no __call__, which every transform must have")
 
+    def evaluate(self, record: Record, draws: SampleDraws) -> Record:
+        """What takes the call's place in validation and on a robot: the call, or nothing where it is for training
+        only."""
+        return record if self.training_only else self(record, draws)
+
+    def picture_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that pictures are to be read in, for the transform to give them inside `size`."""
+        return size
+
     def inverse(self, record: Record) -> Record:
         """Take `actions` [..., T, A] (and `state`, where it is there) back to what the call was given. What has no
         inverse, or changes neither, leaves them."""

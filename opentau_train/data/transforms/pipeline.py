@@ -27,11 +27,10 @@ class Pipeline:
     transforms: Transforms
 
     def __call__(self, record: Record, key: int, *, training: bool) -> Record:
-        """The record after all transforms; those for training only are left out elsewhere. `key` is the sample's."""
+        """The record after all transforms, elsewhere as `evaluate` makes them. `key` is the sample's."""
         record = dict(record)
         for name, transform in self.transforms.items():
-            if training or not transform.training_only:
-                record = transform(record, SampleDraws(key, name))
+            record = (transform if training else transform.evaluate)(record, SampleDraws(key, name))
         return record
 
     @property
@@ -39,13 +38,19 @@ class Pipeline:
         """Whether an action comes out differently in a chunk that starts elsewhere."""
         return any(transform.per_chunk for transform in self.transforms.values())
 
+    def picture_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that pictures are to be read in, for the last transform to leave them inside `size`."""
+        for transform in reversed(list(self.transforms.values())):
+            size = transform.picture_size(size)
+        return size
+
     def rows(self, state: NDArray, actions: NDArray) -> tuple[NDArray, NDArray]:
-        """An episode's rows [L, S] and [L, A] as the transforms leave them, for statistics; or the chunks [L, T, A]
-        that start at these states."""
+        """An episode's rows [L, S] and [L, A] as the transforms leave them outside training, for statistics; or the
+        chunks [L, T, A] that start at these states."""
         record: Record = {"state": state, "actions": actions}
         for name, transform in self.transforms.items():
             if {"state", "actions"} & set(transform.writes):
-                record = transform(record, SampleDraws(0, name))
+                record = transform.evaluate(record, SampleDraws(0, name))
         return record["state"], record["actions"]
 
     def units(self, actions: NDArray[np.float32], norm_head: str, **record: Any) -> NDArray[np.float32]:
@@ -59,14 +64,15 @@ class Pipeline:
     def observe(self, observations: Sequence[Mapping[str, Any]], norm_head: str, spec: BatchSpec) -> Batch:
         """A batch of what robots see, for `Policy.sample_actions`.
 
-        An observation has `images` {camera: [H, W, 3] or [h+1, H, W, 3] uint8 RGB, at most as large as the batch's},
-        `state` [S'] in the dataset's units and `prompt`; cameras may be missing. `spec` is the batch's, with the
-        policy's fields. Raises `UserError` for a camera that the policy doesn't know, and pictures of another form.
+        An observation has `images` {camera: [H, W, 3] or [h+1, H, W, 3] uint8 RGB, at most as large as
+        `picture_size` of the batch's}, `state` [S'] in the dataset's units and `prompt`; cameras may be missing. `spec`
+        is the batch's, with the policy's fields. Raises `UserError` for a camera that the policy doesn't know, and
+        pictures of another form.
         """
-        samples = []
+        samples, size = [], self.picture_size(spec.image_size)
         for number, observation in enumerate(observations):
             record: Record = {
-                "images": {c: _frames(c, image, spec) for c, image in observation.get("images", {}).items()},
+                "images": {c: _frames(c, v, spec, size) for c, v in observation.get("images", {}).items()},
                 "state": np.asarray(observation.get("state", ()), np.float32),
                 "prompts": (observation["prompt"],) if observation.get("prompt") else (),
                 "norm_head": norm_head,
@@ -161,8 +167,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _frames(camera: str, image: NDArray[np.uint8], spec: BatchSpec) -> NDArray[np.uint8]:
-    """[h+1, H, W, 3]: a single picture stands for the frames before it too. Raises `UserError`."""
+def _frames(camera: str, image: NDArray[np.uint8], spec: BatchSpec, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """[h+1, H, W, 3], H and W inside `size`: a single picture stands for the frames before it too. Raises
+    `UserError`."""
     if camera not in spec.cameras:
         raise UserError(
             f"the policy has no camera '{camera}'{did_you_mean(camera, spec.cameras)}",
@@ -172,11 +179,11 @@ def _frames(camera: str, image: NDArray[np.uint8], spec: BatchSpec) -> NDArray[n
     frames = np.asarray(image)
     if frames.ndim == 3:
         frames = np.broadcast_to(frames, (spec.history + 1, *frames.shape))
-    inside = frames.ndim == 4 and frames.shape[1] <= spec.image_size[0] and frames.shape[2] <= spec.image_size[1]
+    inside = frames.ndim == 4 and frames.shape[1] <= size[0] and frames.shape[2] <= size[1]
     if frames.dtype != np.uint8 or not inside or frames.shape[0] != spec.history + 1 or frames.shape[-1] != 3:
         raise UserError(
             f"camera '{camera}' gives {frames.dtype} {list(frames.shape)}",
             where="the observation",
-            remedy=f"give [{spec.history + 1}, H, W, 3] uint8 RGB, H and W at most {list(spec.image_size)}",
+            remedy=f"give [{spec.history + 1}, H, W, 3] uint8 RGB, H and W at most {list(size)}",
         )
     return frames

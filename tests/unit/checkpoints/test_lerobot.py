@@ -12,6 +12,8 @@ from opentau_train.checkpoints.lerobot import published_stats, write_lerobot
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.checkpoints.weight_files import open_weights
 from opentau_train.checkpoints.weights import load_pretrained, plan_weights
+from opentau_train.data.transforms.augment.pictures import Augment
+from opentau_train.data.transforms.drop import DropInputs
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.data.transforms.units import Scale
 from opentau_train.errors import UserError
@@ -76,11 +78,13 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
     (head,), pipeline = loaded.pipelines, next(iter(loaded.pipelines.values()))
     wide = dataclasses.replace(loaded.spec, action_dim=9)
     scaled = Pipeline({"units": Scale(), **pipeline.transforms})
+    cropped = Pipeline({"crop": Augment((32, 32), crop=(0.5, 0.5)), **pipeline.transforms})
     for policy, transforms, words in (
         (make_policy(), pipeline, "FlowPolicy has no counterpart in LeRobot"),
         (make_act(loaded.spec), pipeline, "LeRobot's ACT has frozen_batch only"),
         (make_act(wide, backbone_norm="frozen_batch"), pipeline, "have 7 dimensions, the policy 9"),
         (loaded.policy, scaled, "the transform 'units' changes state or actions"),
+        (loaded.policy, cropped, "the transform 'crop' changes state or actions, or crops pictures"),
     ):
         with pytest.raises(UserError, match=words):
             write_lerobot(tmp_path / "b", policy, transforms, head)
@@ -88,6 +92,11 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
         export._head(None, ["arm::ee", "arm::joint"])
     assert "arm::ee, arm::joint" in caught.value.remedy
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    whole = Augment((32, 32), crop=(0.5, 0.5), centre=1.0)  # what is for training only isn't LeRobot's to know
+    write_lerobot(
+        tmp_path / "b", loaded.policy, Pipeline({**pipeline.transforms, "a": whole, "b": DropInputs(state=0.5)}), head
+    )
+    assert (tmp_path / "b" / "config.json").exists()
 
 
 def test_statistics_between_the_weights_of_older_folders_are_read(tmp_path):
