@@ -10,6 +10,7 @@ import torch
 
 from opentau_train import cli
 from opentau_train.config.settings import load_settings
+from opentau_train.distributed.parallel import compiled
 from opentau_train.errors import UserError
 from opentau_train.models.diffusion import DiffusionPolicy, NoiseSchedule
 from opentau_train.models.draws import Draws
@@ -120,6 +121,18 @@ def test_sampling_is_the_samples_own_draw_and_leaves_torchs_generator_alone(samp
     assert torch.equal(chunk(policy, batch), first) and torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(policy.sample_actions(batch, Draws(batch.key, index=1)), first)
     assert first.abs().max() <= 1.0, "clip_range"
+
+
+@pytest.mark.slow
+def test_all_blocks_are_compiled(caplog):
+    """Each has a shape of its own; torch gives up after 8 of a class, with a warning, if it is let."""
+    policy = make_diffusion(dataclasses.replace(SPEC, cameras=()), down_dims=(8, 16, 24), inference_steps=2)
+    for block in policy.blocks():
+        block.forward = compiled(block.forward, "eager")
+    batch = make_batch(policy.spec)
+    total(policy, policy(batch, Draws(batch.key))).backward()
+    chunk(policy, batch)
+    assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
 
 
 def test_it_learns_to_sample_what_it_has_seen():
