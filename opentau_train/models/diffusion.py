@@ -116,7 +116,7 @@ class DiffusionPolicy(Policy):
                 where="model",
                 remedy="give a source cameras or state, or choose another model",
             )
-        self.spec, self.sizes, self.noise = spec, unet, noise
+        self.spec, self.sizes, self.noise, self.num_keypoints = spec, unet, noise, num_keypoints
         self.loss_weights = {"mse": 1.0}
         if spec.cameras:
             encoders = [
@@ -153,7 +153,6 @@ class DiffusionPolicy(Policy):
                 where="format",
                 remedy="set format=safetensors",
             )
-        encoders = list(self._encoders())
         config = {
             "type": "diffusion",
             "n_obs_steps": 1,
@@ -163,7 +162,7 @@ class DiffusionPolicy(Policy):
             "pretrained_backbone_weights": None,
             "crop_shape": None,
             "use_group_norm": True,
-            "spatial_softmax_num_keypoints": encoders[0].pool.nets.out_channels,
+            "spatial_softmax_num_keypoints": self.num_keypoints,
             "use_separate_rgb_encoder_per_camera": isinstance(self.rgb_encoder, nn.ModuleList),
             "down_dims": list(sizes.down_dims),
             "kernel_size": sizes.kernel_size,
@@ -226,10 +225,6 @@ class DiffusionPolicy(Policy):
             )
             x = torch.where(dims, made.prev_sample, 0.0)
         return x
-
-    def _encoders(self) -> list[ImageEncoder]:
-        """One, or one for each camera."""
-        return [module for module in self.modules() if isinstance(module, ImageEncoder)]
 
     def _condition(self, batch: Batch) -> Tensor:
         """[B, D] f32: state and keypoints, 0 where a sample has none."""

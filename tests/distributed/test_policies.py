@@ -62,8 +62,8 @@ def test_pretrained_encoders_train_alike_in_every_layout(frozen, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["pi0", "pi05", "diffusion"])
-def test_a_policy_of_many_layers_trains_alike_compiled_and_on_four_ranks(policy, tmp_path):
+@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+def test_a_pi_policy_trains_alike_compiled_and_on_four_ranks(policy, tmp_path):
     assert_trains_alike(POLICIES[policy], MORE_LAYOUTS, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
@@ -124,14 +125,20 @@ def test_sampling_is_the_samples_own_draw_and_leaves_torchs_generator_alone(samp
 
 
 @pytest.mark.slow
-def test_all_blocks_are_compiled(caplog):
+def test_all_blocks_are_compiled_and_train_alike(caplog):
     """Each has a shape of its own; torch gives up after 8 of a class, with a warning, if it is let."""
+
+    def gradients(policy):
+        total(policy, policy(batch, Draws(batch.key))).backward()
+        return {name: parameter.grad for name, parameter in policy.named_parameters()}
+
     policy = make_diffusion(dataclasses.replace(SPEC, cameras=()), down_dims=(8, 16, 24), inference_steps=2)
-    for block in policy.blocks():
-        block.forward = compiled(block.forward, "eager")
     batch = make_batch(policy.spec)
-    total(policy, policy(batch, Draws(batch.key))).backward()
-    chunk(policy, batch)
+    eager = copy.deepcopy(policy)
+    for block in policy.blocks():
+        block.forward = compiled(block.forward, "aot_eager")
+    torch.testing.assert_close(gradients(policy), gradients(eager), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chunk(policy, batch), chunk(eager, batch), rtol=0, atol=1e-5)
     assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
 
 
