@@ -119,9 +119,8 @@ class DiffusionPolicy(Policy):
         self.spec, self.sizes, self.noise, self.num_keypoints = spec, unet, noise, num_keypoints
         self.loss_weights = {"mse": 1.0}
         if spec.cameras:
-            encoders = [
-                ImageEncoder(spec.image_size, num_keypoints) for _ in spec.cameras[: 1 if shared_encoder else None]
-            ]
+            num = 1 if shared_encoder else len(spec.cameras)
+            encoders = [ImageEncoder(spec.image_size, num_keypoints) for _ in range(num)]
             self.rgb_encoder = encoders[0] if shared_encoder else nn.ModuleList(encoders)
         self.unet = Unet(spec.action_dim, spec.state_dim + 2 * num_keypoints * len(spec.cameras), unet)
         self.register_buffer("alphas", noise.scheduler().alphas_cumprod, persistent=False)
