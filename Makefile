@@ -77,7 +77,7 @@ $(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
 	  > "$$($(LEROBOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
 	touch $@
 
-test-lerobot: $(LEROBOT)/.installed ## Windows, statistics and ACT against LeRobot's own classes
+test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
 	$(LEROBOT)/bin/python -m pytest -m lerobot tests/side_by_side $(ARGS)
 
 test-nightly: setup ## The property tests with 2,000 examples each

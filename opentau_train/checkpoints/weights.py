@@ -137,6 +137,7 @@ def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -
     elif report.mismatched:
         what = f"{len(report.mismatched)} tensors of the file have other shapes than the model's"
         remedy = "set the model's sizes, data.chunk_length and the data's dimensions to those of the weights"
+        remedy += mapping.shapes
         if resizable:
             remedy = "set model.resize_dims=true: projections are cut to the data's dimensions, or filled up with 0"
     elif halves := [name for name in report.unexpected if _layer(mapping.own_name(name)) in filled]:

@@ -171,6 +171,10 @@ def check_batch(global_batch_size: int, size: int) -> None:
     )
 
 
+_COMPILED_SHAPES = 64
+"""Of the blocks of a class, at most: what comes after them runs uncompiled."""
+
+
 def compiled(forward: Callable, backend: str) -> Callable:
     """`forward`, compiled by `backend` when it is first called.
 
@@ -184,6 +188,8 @@ def compiled(forward: Callable, backend: str) -> Callable:
             where="trainer.compile_backend",
             remedy=f"set it to one of {', '.join(torch.compiler.list_backends())}",
         )
+    # Blocks of a class share what was compiled, once for each shape: a U-Net's have ten, in training and in validation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_SHAPES)
     inner = torch.compile(forward, backend=backend)
 
     @wraps(forward)

@@ -176,18 +176,18 @@ def check_vocabulary(tokenizer: str | None, size: int) -> None:
         )
 
 
-def check_installed(package: str) -> None:
-    """Raises `UserError` where a package of the extra `vla` isn't there, without importing it."""
+def check_installed(package: str, extra: str = "vla") -> None:
+    """Raises `UserError` where a package of an extra isn't there, without importing it."""
     if importlib.util.find_spec(package) is None:
-        raise missing_extra(package, ImportError("it isn't installed"))
+        raise missing_extra(package, ImportError("it isn't installed"), extra)
 
 
-def missing_extra(package: str, error: ImportError) -> UserError:
-    """The answer where a package of the extra `vla` isn't installed."""
+def missing_extra(package: str, error: ImportError, extra: str = "vla") -> UserError:
+    """The answer where a package of an extra isn't installed."""
     return UserError(
         f"this policy needs the package {package}: {error}",
         where="model._target_",
-        remedy='pip install "opentau_train[vla]"',
+        remedy=f'pip install "opentau_train[{extra}]"',
     )
 
 

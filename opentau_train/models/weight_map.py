@@ -17,7 +17,8 @@ class WeightMap:
     where no other gives the same tensor, as a head that shares the table of tokens. Of the policy's own: `part`, what
     the file is to fill; `new`, what it may lack: it keeps its initialisation; `resized`, whose first or last axis goes
     over a state's or action's dimensions: filled up with zeros, or cut, where the user wants that
-    (`model.resize_dims`). `note`: what the user must know of such weights with these settings.
+    (`model.resize_dims`). `note`: what the user must know of such weights with these settings; `shapes`: what else to
+    look at where shapes differ.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -27,6 +28,7 @@ class WeightMap:
     resized: tuple[str, ...] = ()
     part: tuple[str, ...] = ("*",)
     note: str = ""
+    shapes: str = ""
 
     def own_name(self, published: str) -> str:
         """The policy's name of what a file calls `published`."""

@@ -24,6 +24,7 @@ MORE_LAYOUTS = {
 SMALL_PICTURES = ["model.vision.image_size=32", "model.vision.patch_size=8"]
 POLICIES = {
     "act": ["model=act_tiny", "model.dropout=0.0"],
+    "diffusion": ["model=diffusion_tiny"],
     "pi0": ["model=pi0_tiny", *SMALL_PICTURES],
     "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
 }

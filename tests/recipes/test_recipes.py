@@ -144,6 +144,22 @@ def test_the_act_recipe_trains_validates_resumes_and_is_exported_to_lerobot(tmp_
 
 
 @pytest.mark.slow
+def test_the_diffusion_recipe_trains_validates_resumes_and_is_exported_to_lerobot(tmp_path):
+    settings = composed("+recipe=lerobot_diffusion")
+    assert (settings.optimizer.lr, settings.trainer.global_batch_size, settings.data.chunk_length) == (1e-4, 8, 16)
+    assert settings.optimizer.options == {"betas": [0.95, 0.999], "eps": 1e-8} and settings.trainer.grad_clip == 10.0
+    words = ["+recipe=lerobot_diffusion", "+debug=smoke", "model=diffusion_tiny", "data.image_size=[32,32]"]
+    words += [f"data.sources.main.root={DATA / 'lerobot_v30'}", "validation.evaluators=[loss,action]"]
+    run = train_here(words, tmp_path / "run")
+    train_here([*words, "trainer.steps=3", "resume=auto"], run)
+    rows = metrics(run)
+    assert {"Validation/main/default/MSE", "Validation-Action/main/default/MAE"} <= rows[2].keys() and 3 in rows
+    whole = train_here([*words, "trainer.steps=3"], tmp_path / "whole")
+    assert rows[3]["Training/Loss"] == metrics(whole)[3]["Training/Loss"]
+    assert export.main([f"checkpoint={run}", "format=lerobot", f"out={tmp_path / 'out'}"]) == 0
+
+
+@pytest.mark.slow
 def test_overfitting_a_handful_of_windows_drives_the_loss_down(tmp_path):
     few = ["data.sources.main.episodes=[0,1]", "data.sources.old.episodes=[0,1]", "+debug=overfit"]
     few += [

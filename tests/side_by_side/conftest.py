@@ -21,6 +21,7 @@ def lerobot(tmp_path_factory) -> SimpleNamespace:
             from lerobot.datasets import compute_stats, lerobot_dataset
             from lerobot.datasets.v30 import convert_dataset_v21_to_v30
             from lerobot.policies.act import modeling_act, processor_act  # noqa: F401
+            from lerobot.policies.diffusion import modeling_diffusion, processor_diffusion  # noqa: F401
         assert Path(sys.modules["torchvision"].__file__).is_relative_to(Path(__file__).parent)
         yield SimpleNamespace(
             Dataset=lerobot_dataset.LeRobotDataset, stats=compute_stats, convert=convert_dataset_v21_to_v30

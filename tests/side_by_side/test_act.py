@@ -5,6 +5,7 @@ The backbone there is torchvision's ResNet-18. LeRobot's loss averages padding t
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.checkpoints.pretrained import Loaded, load_policy
 from opentau_train.checkpoints.weights import fill, load_pretrained, plan_weights
 from opentau_train.models.act import ActPolicy, TemporalEnsemble
 from opentau_train.models.draws import Draws
@@ -27,26 +28,26 @@ pytestmark = pytest.mark.lerobot
 SPEC = BatchSpec(cameras=("wrist", "left"), image_size=(64, 96), history=0, state_dim=5, action_dim=4, chunk_length=6)
 
 
-def whole_batch(num: int, seed: int):
+def whole_batch(num: int, seed: int, spec: BatchSpec = SPEC):
     """A batch in which nothing is missing and no step padded."""
     g = torch.Generator().manual_seed(seed)
     return make_batch(
-        SPEC,
+        spec,
         num,
         seed,
-        camera_mask={camera: torch.ones(num, dtype=torch.bool) for camera in SPEC.cameras},
-        state=torch.randn(num, SPEC.state_dim, generator=g),
-        state_dim_mask=torch.ones(num, SPEC.state_dim, dtype=torch.bool),
-        actions=torch.randn(num, SPEC.chunk_length, SPEC.action_dim, generator=g),
-        action_is_pad=torch.zeros(num, SPEC.chunk_length, dtype=torch.bool),
-        action_dim_mask=torch.ones(num, SPEC.action_dim, dtype=torch.bool),
+        camera_mask={camera: torch.ones(num, dtype=torch.bool) for camera in spec.cameras},
+        state=torch.randn(num, spec.state_dim, generator=g),
+        state_dim_mask=torch.ones(num, spec.state_dim, dtype=torch.bool),
+        actions=torch.randn(num, spec.chunk_length, spec.action_dim, generator=g),
+        action_is_pad=torch.zeros(num, spec.chunk_length, dtype=torch.bool),
+        action_dim_mask=torch.ones(num, spec.action_dim, dtype=torch.bool),
     )
 
 
 def of_lerobot(batch) -> dict[str, torch.Tensor]:
     """The same batch as LeRobot has it after its own normalisation."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    pictures = {f"observation.images.{c}": (batch.images[c][:, -1] / 255 - mean) / std for c in SPEC.cameras}
+    pictures = {f"observation.images.{c}": (frames[:, -1] / 255 - mean) / std for c, frames in batch.images.items()}
     rows = {"observation.state": batch.state, "action": batch.actions, "action_is_pad": batch.action_is_pad}
     return {**pictures, **rows}
 
@@ -160,24 +161,28 @@ def exported(tmp_path_factory):
 
 
 def test_an_exported_folder_is_loaded_by_lerobot_and_predicts_the_same_chunks(lerobot_act, exported):
-    """Through its own processors: from pictures and a state in the robot's units to actions in them."""
+    loaded, folder = exported
+    policy = lerobot_act.Policy.from_pretrained(folder, strict=True)
+    assert_exported_predicts_the_same(loaded, folder, lambda seen, batch: policy.predict_action_chunk(seen))
+
+
+def assert_exported_predicts_the_same(loaded: Loaded, folder: Path, predict) -> None:
+    """Through LeRobot's own processors: from pictures and a state in the robot's units to actions in them. `predict`
+    makes LeRobot's chunk [B, T, A] of what its preprocessor made; our batch tells it of keys."""
     from lerobot.processor import PolicyProcessorPipeline, converters
 
-    loaded, folder = exported
     g = np.random.default_rng(0)
     (norm_head,) = loaded.pipelines
-    state = loaded.stats[norm_head].state
+    state, size = loaded.stats[norm_head].state, (*loaded.spec.image_size, 3)
     seen = [
         {
-            "images": {c: g.integers(0, 256, (48, 64, 3), np.uint8) for c in loaded.spec.cameras},
+            "images": {c: g.integers(0, 256, size, np.uint8) for c in loaded.spec.cameras},
             "state": (state.mean + state.std * g.normal(size=len(state.mean))).astype(np.float32),
         }
         for _ in range(3)
     ]
     batch = loaded.observe(seen, norm_head)
     chunk = loaded.policy.sample_actions(batch, Draws(batch.key))
-
-    policy = lerobot_act.Policy.from_pretrained(folder, strict=True)
     before = PolicyProcessorPipeline.from_pretrained(folder, config_filename="policy_preprocessor.json")
     after = PolicyProcessorPipeline.from_pretrained(
         folder,
@@ -190,7 +195,7 @@ def test_an_exported_folder_is_loaded_by_lerobot_and_predicts_the_same_chunks(le
         for c in loaded.spec.cameras
     }
     theirs["observation.state"] = torch.stack([torch.from_numpy(o["state"]) for o in seen])
-    predicted = policy.predict_action_chunk(before(theirs))
+    predicted = predict(before(theirs), batch)
     torch.testing.assert_close(chunk, predicted, rtol=0, atol=1e-5)
     units = loaded.units(chunk, batch)
     np.testing.assert_allclose(after(predicted).numpy(), units, rtol=1e-5, atol=1e-5 * np.abs(units).max())

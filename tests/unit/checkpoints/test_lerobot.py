@@ -22,6 +22,7 @@ from opentau_train.tools import export
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import make_policy
 from tests.unit.models.test_act import make_act
+from tests.unit.models.test_diffusion import make_diffusion
 
 pytestmark = pytest.mark.slow  # runs of ACT
 
@@ -77,12 +78,14 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
     loaded = load_policy(run_dir)
     (head,), pipeline = loaded.pipelines, next(iter(loaded.pipelines.values()))
     wide = dataclasses.replace(loaded.spec, action_dim=9)
+    blind = dataclasses.replace(loaded.spec, cameras=())
     scaled = Pipeline({"units": Scale(), **pipeline.transforms})
     cropped = Pipeline({"crop": Augment((32, 32), crop=(0.5, 0.5)), **pipeline.transforms})
     for policy, transforms, words in (
         (make_policy(), pipeline, "FlowPolicy has no counterpart in LeRobot"),
         (make_act(loaded.spec), pipeline, "LeRobot's ACT has frozen_batch only"),
         (make_act(wide, backbone_norm="frozen_batch"), pipeline, "have 7 dimensions, the policy 9"),
+        (make_diffusion(blind), pipeline, "LeRobot's diffusion policy needs a camera and a state"),
         (loaded.policy, scaled, "the transform 'units' changes state or actions"),
         (loaded.policy, cropped, "the transform 'crop' changes state or actions, or crops pictures"),
     ):

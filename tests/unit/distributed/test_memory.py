@@ -28,10 +28,12 @@ from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import build_optimizer
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import SPEC, make_batch
+from tests.unit.models.test_diffusion import make_diffusion
 
 WITH_FIELDS = replace(SPEC, fields=make_batch().fields[len(FIELDS) :])
 FLOW = partial(FlowPolicy, width=32, depth=2, heads=2, patch_size=8, stem_channels=8, max_prompt_bytes=32)
 ACT = partial(ActPolicy, width=32, heads=2, feedforward=48, vae_depth=1, encoder_depth=2)
+DIFFUSION = partial(make_diffusion, down_dims=(16,))
 ADAMW = OptimizerSettings(lr=1e-3)
 SGD = OptimizerSettings(lr=1e-3, target="torch.optim.SGD", options={"momentum": 0.9})
 MUON = OptimizerSettings(
@@ -88,7 +90,7 @@ def test_bfloat16_parameters_take_half_and_their_average_none_less(settings):
 
 
 @pytest.mark.parametrize("num", [1, 2, 5])
-@pytest.mark.parametrize("make", [FLOW, ACT], ids=["flow", "act"])
+@pytest.mark.parametrize("make", [FLOW, ACT, DIFFUSION], ids=["flow", "act", "diffusion"])
 def test_activations_are_what_a_real_forward_keeps(make, num, settings):
     foreseen = Rehearsal(on_meta(make), WITH_FIELDS, "cpu").activations(num, False, False)
     batch = make_batch(num=num)
