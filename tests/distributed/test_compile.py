@@ -1,19 +1,14 @@
 """trainer.compile with the default backend, inductor, against eager runs of the same configuration."""
 
 import os
-import shutil
 
 import pytest
 
-from tests.program import TOY, metrics, run
+from tests.program import NEEDS_COMPILER, TOY, metrics, run
 
 pytestmark = pytest.mark.distributed
 
 SHORT = [*TOY, "trainer.steps=3", "validation.every=3", "logger=none"]
-NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="inductor compiles C++ on a CPU, and no compiler is found",
-)
 
 
 @pytest.fixture(scope="module")
