@@ -86,7 +86,7 @@ def run(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: st
 
 def torchrun(ranks: int, *program: str | Path, **env: str) -> subprocess.CompletedProcess:
     """A script, or `-m` and a module, with its arguments on `ranks` ranks; of one rank without torchrun."""
-    return warm.run([*launcher(ranks), *map(str, program)], cwd=REPO, env=environment(**env), timeout=280)
+    return warm.run([*launcher(ranks), *map(str, program)], cwd=REPO, env=environment(**env), timeout=880)
 
 
 Runs = dict[Path, tuple[int, list[str]]]
@@ -95,7 +95,7 @@ Runs = dict[Path, tuple[int, list[str]]]
 
 def train_all(runs: Runs) -> None:
     """Train all, those of as many ranks one after another in the same processes; runs of fewer ranks come first."""
-    shared = str(next(iter(runs)).parent / "inductor")
+    shared = str(next(iter(runs)).parent / "compiled_code")
     env = {warm.MORE: "opentau_train.models.pi.network peft", "TORCHINDUCTOR_CACHE_DIR": shared}
     for ranks in sorted({ranks for ranks, _ in runs.values()}):
         alike = [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.program import NEEDS_COMPILER, TOY, Runs, metrics, train_all
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # several launches a test
 
 
 LAYOUTS = {

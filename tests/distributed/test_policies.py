@@ -9,7 +9,7 @@ import pytest
 from tests.pretrained import drawn
 from tests.program import NEEDS_COMPILER, TINY_POLICY, TOY, metrics, train_all, train_here
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # several launches a test
 
 LAYOUTS = {
     "ddp_2": (2, []),
@@ -80,8 +80,8 @@ def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.long
-def test_policies_train_alike_compiled_by_inductor(tmp_path):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time goes into the C++ compiler. A robot alone, unvalidated, has one shape of batches to compile for:
     aot_eager is tried with several."""
-    trained_alike(POLICIES, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")
+    trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")
