@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hydra
+import pytest
 
 from opentau_train import cli
 from tests import warm
@@ -41,6 +43,11 @@ TOY = [
 """A mixture of the two small real datasets (v3.0 with two cameras, v2.1 with one; other dims and rates)."""
 
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="inductor compiles C++ on a CPU, and no compiler is found",
+)
+
 UNSET = ("DROID_ROOT", "DATASET_PATH", "VLM_SAFETENSORS_PATH", "HYDRA_FULL_ERROR")
 """Variables that a developer's machine may have, and a test must not."""
 
@@ -52,12 +59,13 @@ def environment(**extra: str) -> dict[str, str]:
     return env
 
 
+def launcher(ranks: int) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else [])]
+
+
 def command(arguments: list[str], ranks: int = 1) -> list[str]:
-    launcher = [sys.executable, "-m", "opentau_train"]
-    if ranks > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        launcher = [*torchrun, "-m", "opentau_train"]
-    return [*launcher, *arguments]
+    return [*launcher(ranks), "-m", "opentau_train", *arguments]
 
 
 def start(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: str) -> subprocess.Popen:
@@ -76,10 +84,27 @@ def run(arguments: list[str], ranks: int = 1, cwd: Path | None = None, **env: st
     return warm.run(command(arguments, ranks), cwd=cwd, env=environment(**env), timeout=280)
 
 
-def torchrun(ranks: int, *program: str | Path) -> subprocess.CompletedProcess:
-    """A script, or `-m` and a module, with its arguments on `ranks` ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return warm.run([*launcher, *map(str, program)], cwd=REPO, env=environment(), timeout=280)
+def torchrun(ranks: int, *program: str | Path, **env: str) -> subprocess.CompletedProcess:
+    """A script, or `-m` and a module, with its arguments on `ranks` ranks; of one rank without torchrun."""
+    return warm.run([*launcher(ranks), *map(str, program)], cwd=REPO, env=environment(**env), timeout=880)
+
+
+Runs = dict[Path, tuple[int, list[str]]]
+"""{run directory: (ranks, arguments)}"""
+
+
+def train_all(runs: Runs) -> None:
+    """Train all, those of as many ranks one after another in the same processes; runs of fewer ranks come first."""
+    shared = str(next(iter(runs)).parent / "compiled_code")
+    env = {warm.MORE: "opentau_train.models.pi.network peft", "TORCHINDUCTOR_CACHE_DIR": shared}
+    for ranks in sorted({ranks for ranks, _ in runs.values()}):
+        alike = [
+            [f"paths.cache_dir={run_dir.parent / 'cache'}", *words, f"paths.run_dir={run_dir}"]
+            for run_dir, (other, words) in runs.items()
+            if other == ranks
+        ]
+        ended = torchrun(ranks, "-m", "tests.several", json.dumps(alike), **env)
+        assert ended.returncode == 0, ended.stderr[-5000:]
 
 
 def children(pid: int) -> dict[str, int]:
@@ -126,11 +151,13 @@ def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     return rows
 
 
-def assert_close(left: dict[int, dict], right: dict[int, dict], training: float, validation: float) -> None:
-    """Same steps, same tags, numbers within the tolerances by their prefix."""
-    assert left.keys() == right.keys()
+def assert_close(
+    left: dict[int, dict], right: dict[int, dict], training: float, validation: float, what: str = ""
+) -> None:
+    """Same steps, same tags, numbers within the tolerances by their prefix. A failure names `what` and the step."""
+    assert left.keys() == right.keys(), what
     for step, row in left.items():
-        assert row.keys() == right[step].keys(), step
+        assert row.keys() == right[step].keys(), (what, step)
         for tag, value in row.items():
             limit = validation if tag.startswith("Validation") else training
-            assert abs(value - right[step][tag]) <= limit, (step, tag, value, right[step][tag])
+            assert abs(value - right[step][tag]) <= limit, (what, step, tag, value, right[step][tag])

@@ -38,6 +38,9 @@ IMPORTS = (
     "opentau_train.models.flow",
     "opentau_train.sinks.trackers",
 )
+MORE = "WARM_IMPORTS"
+"""The variable of a launch by torchrun that names further modules, which are imported once for all of its ranks."""
+
 NAME = b"opentau"
 """What such a process is called in /proc/PID/comm, followed by its rank if it has one."""
 
@@ -201,6 +204,9 @@ def main(channel: socket.socket) -> None:
             torchrun_asks(here)
             break
         here.close()  # the process that forks torchrun's ranks
+        for module in os.environ.get(MORE, "").split():
+            importlib.import_module(module)
+        gc.freeze()
         nothing = os.open(os.devnull, os.O_RDWR)
         for usual in range(3):
             os.dup2(nothing, usual)

@@ -1,60 +1,41 @@
 """trainer.compile with the default backend, inductor, against eager runs of the same configuration."""
 
 import os
-import shutil
 
 import pytest
 
-from tests.program import TOY, metrics, run
+from tests.program import NEEDS_COMPILER, TOY, metrics, run, train_all
 
 pytestmark = pytest.mark.distributed
 
 SHORT = [*TOY, "trainer.steps=3", "validation.every=3", "logger=none"]
-NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="inductor compiles C++ on a CPU, and no compiler is found",
-)
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """Train once in every form that is asked for; the generated code is shared between the runs."""
-    root, done = tmp_path_factory.mktemp("compile"), {}
-    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else root
-
-    def runs(ranks: int, *settings: str) -> dict:
-        if (ranks, settings) not in done:
-            run_dir = root / str(len(done))
-            paths = [f"paths.run_dir={run_dir}", f"paths.cache_dir={root / 'cache'}"]
-            ended = run([*SHORT, *settings, *paths], ranks, TORCHINDUCTOR_CACHE_DIR=str(shared / "inductor"))
-            assert ended.returncode == 0, ended.stderr[-4000:]
-            done[ranks, settings] = metrics(run_dir)
-        return done[ranks, settings]
-
-    return runs
+COMPILED = ["trainer.compile=true"]
+FSDP = ["parallelism=fsdp"]
+BF16 = ["trainer.precision=bf16"]
+RUNS = {
+    "eager": (1, []),
+    "eager_bf16": (1, BF16),
+    "alone": (1, COMPILED),
+    "ddp_2": (2, COMPILED),
+    "fsdp_2": (2, [*COMPILED, *FSDP]),
+    "fsdp_2_checkpointed_bf16": (2, [*COMPILED, *FSDP, "parallelism.activation_checkpointing=true", *BF16]),
+}
 
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "precision", "layout"),
-    [
-        (1, "no", ()),
-        (2, "no", ()),
-        (2, "no", ("parallelism=fsdp",)),
-        (2, "bf16", ("parallelism=fsdp", "parallelism.activation_checkpointing=true")),
-    ],
-    ids=["alone", "ddp_2", "fsdp_2", "fsdp_2_checkpointed_bf16"],
-)
-def test_compiled_training_has_the_losses_of_eager_training(train, ranks, precision, layout):
-    tolerance = 1e-5 if precision == "no" else 1e-2
-    eager = train(1, f"trainer.precision={precision}")
-    compiled = train(ranks, f"trainer.precision={precision}", "trainer.compile=true", *layout)
-    assert compiled.keys() == eager.keys()
-    for step, row in eager.items():
-        for tag in ("Training/Loss", "Training/GradNorm", "Validation/Loss"):
-            if tag in row:
-                assert compiled[step][tag] == pytest.approx(row[tag], rel=tolerance), (step, tag)
+@pytest.mark.timeout(900)  # several launches
+def test_compiled_training_has_the_losses_of_eager_training(tmp_path):
+    train_all({tmp_path / name: (ranks, [*SHORT, *words]) for name, (ranks, words) in RUNS.items()})
+    for name, (_, words) in RUNS.items():
+        reference, tolerance = ("eager_bf16", 1e-2) if BF16[0] in words else ("eager", 1e-5)
+        eager, rows = metrics(tmp_path / reference), metrics(tmp_path / name)
+        assert rows.keys() == eager.keys()
+        for step, row in eager.items():
+            for tag in {"Training/Loss", "Training/GradNorm", "Validation/Loss"} & row.keys():
+                assert rows[step][tag] == pytest.approx(row[tag], rel=tolerance), (name, step, tag)
 
 
 @pytest.mark.skipif("CXX" in os.environ, reason="the compiler is named, and would be found without PATH")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.program import TOY, metrics, run, train_here
+from tests.program import NEEDS_COMPILER, TOY, Runs, metrics, train_all
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # several launches a test
 
 
 LAYOUTS = {
+    "alone": (1, []),
     "ddp_2": (2, []),
     "fsdp_2": (2, ["parallelism=fsdp"]),
     "fsdp_2_checkpointed": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true"]),
     "hsdp_2x2": (4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2"]),
     "compiled": (1, ["trainer.compile=true", "trainer.compile_backend=aot_eager"]),
+    "inductor": (1, ["trainer.compile=true"]),
 }
 TAGS = ("Training/Loss", "Training/GradNorm")
 SHORT = ["trainer.steps=4", "validation.every=0", "checkpoint.every=0", "logger=none"]
@@ -30,47 +31,65 @@ MODELS = {"flow": TOY, "pi0": [*(word for word in TOY if not word.startswith("mo
 WEIGHTS = "checkpoints/last/pretrained_model/model.safetensors"
 
 
-def trained(words: list[str], run_dir: Path, ranks: int) -> Path:
-    ended = run([*words, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"], ranks)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return run_dir
+def in_layouts(words: list[str], layouts: list[str], folder: Path) -> Runs:
+    """A run of `words` in each of `layouts`, in a directory of `folder` of its name."""
+    return {folder / name: (LAYOUTS[name][0], [*words, *LAYOUTS[name][1]]) for name in layouts}
 
 
-@pytest.mark.parametrize(("policy", "layouts"), [("flow", LAYOUTS), ("pi0", ["fsdp_2_checkpointed", "compiled"])])
-def test_adapters_over_frozen_weights_train_alike_in_every_layout(policy, layouts, tmp_path):
-    model = MODELS[policy]
-    plain = train_here([*model, *SHORT, "trainer.steps=1"], tmp_path / "plain")
-    base = shutil.copy(plain / WEIGHTS, tmp_path / "base.safetensors")
-    words = [*model, *SHORT, *LORA, f"finetune.trains=[{HEADS[policy]}]", f"model.pretrained_path={base}"]
-    alone = train_here(words, tmp_path / "alone")
-    weights, rows = load_file(alone / WEIGHTS), metrics(alone)
-    assert weights and all("lora_" in name or "_out" in name for name in weights)
-    assert all(value.abs().max() > 1e-3 for name, value in weights.items() if ".lora_B." in name)
+def of_adapters(policy: str, layouts: list[str], root: Path) -> Runs:
+    """Runs of LoRA adapters in each of `layouts`, and before them the run whose weights they adapt."""
+    model, base = [*MODELS[policy], *SHORT], root / f"{policy}_base"
+    words = [*model, *LORA, f"finetune.trains=[{HEADS[policy]}]", f"model.pretrained_path={base / WEIGHTS}"]
+    return {base: (1, [*model, "trainer.steps=1"])} | in_layouts(words, layouts, root / policy)
+
+
+def assert_alike(folder: Path, layouts: list[str]) -> None:
+    """The losses and the gradient's norms are those of the run `alone` in each step."""
+    alone = metrics(folder / "alone")
+    assert list(alone) == [1, 2, 3, 4]
     for name in layouts:
-        ranks, layout = LAYOUTS[name]
-        other = trained([*words, *layout], tmp_path / name, ranks)
-        assert len(metrics(other)) == 4
-        for step, row in metrics(other).items():
+        rows = metrics(folder / name)
+        assert rows.keys() == alone.keys()
+        for step, row in rows.items():
             for tag in TAGS:
-                assert row[tag] == pytest.approx(rows[step][tag], rel=1e-5), (name, step, tag)
-        assert load_file(other / WEIGHTS).keys() == weights.keys()
+                assert row[tag] == pytest.approx(alone[step][tag], rel=1e-5), (folder.name, name, step, tag)
 
 
-@pytest.mark.parametrize("layout", ["ddp_2", "fsdp_2_checkpointed"])
-def test_a_policy_with_frozen_layers_trains_alike(layout, tmp_path):
-    words = [*TOY, *SHORT, "model.depth=2", "finetune=freeze", "finetune.frozen=[layers.0.*,stem.*,*embed*]"]
-    alone, ranks = metrics(train_here(words, tmp_path / "alone")), LAYOUTS[layout][0]
-    other = metrics(trained([*words, *LAYOUTS[layout][1]], tmp_path / layout, ranks))
-    for step, row in alone.items():
-        for tag in TAGS:
-            assert other[step][tag] == pytest.approx(row[tag], rel=1e-5), (step, tag)
+def test_adapters_and_frozen_layers_train_alike_in_every_layout(tmp_path):
+    adapters = {
+        "flow": ["alone", "ddp_2", "fsdp_2", "fsdp_2_checkpointed", "hsdp_2x2", "compiled"],
+        "pi0": ["alone", "fsdp_2_checkpointed", "compiled"],
+    }
+    frozen = ["alone", "ddp_2", "fsdp_2_checkpointed"]
+    freeze = [*TOY, *SHORT, "model.depth=2", "finetune=freeze", "finetune.frozen=[layers.0.*,stem.*,*embed*]"]
+    runs = in_layouts(freeze, frozen, tmp_path / "frozen")
+    for policy, layouts in adapters.items():
+        runs |= of_adapters(policy, layouts, tmp_path)
+    train_all(runs)
+    assert_alike(tmp_path / "frozen", frozen)
+    for policy, layouts in adapters.items():
+        assert_alike(tmp_path / policy, layouts)
+        weights = load_file(tmp_path / policy / "alone" / WEIGHTS)
+        assert weights and all("lora_" in name or "_out" in name for name in weights)
+        assert all(value.abs().max() > 1e-3 for name, value in weights.items() if ".lora_B." in name)
+        for name in layouts:
+            assert load_file(tmp_path / policy / name / WEIGHTS).keys() == weights.keys()
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_adapters_train_alike_compiled_by_inductor(tmp_path):
+    train_all(of_adapters("flow", ["alone", "inductor"], tmp_path))
+    assert_alike(tmp_path / "flow", ["inductor"])
 
 
 def test_sharded_bfloat16_parameters_train_and_go_on_in_one_process(tmp_path):
     words = [*TOY, *SHORT, *LORA, "trainer.precision=bf16_params"]
-    sharded = trained([*words, "parallelism=fsdp", "trainer.steps=2"], tmp_path / "sharded", 2)
+    sharded, alone, resumed = (tmp_path / name for name in ("sharded", "alone", "resumed"))
+    train_all({sharded: (2, [*words, "parallelism=fsdp", "trainer.steps=2"])})
     assert {value.dtype for value in load_file(sharded / WEIGHTS).values()} == {torch.bfloat16}
-    alone = metrics(trained(words, tmp_path / "alone", 1))
-    resumed = metrics(trained([*words, "resume=auto"], sharded, 1))
-    for step, row in resumed.items():
-        assert row["Training/Loss"] == pytest.approx(alone[step]["Training/Loss"], rel=1e-2), step
+    train_all({alone: (1, words), resumed: (1, [*words, f"resume={sharded}"])})
+    expected, rows = metrics(alone), metrics(resumed)
+    assert list(rows) == [3, 4]
+    for step, row in rows.items():
+        assert row["Training/Loss"] == pytest.approx(expected[step]["Training/Loss"], rel=1e-2), step
