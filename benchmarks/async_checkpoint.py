@@ -24,11 +24,13 @@ import torch
 from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
-from opentau_train.config.settings import CheckpointSettings, OptimizerSettings
+from opentau_train.config.optimizer import OptimizerSettings
+from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.parallel import data_mesh, spread
 from opentau_train.distributed.world import World, launch
+from opentau_train.models.average import Ema
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.optim import Ema, build_optimizer
+from opentau_train.optim import build_optimizer
 from opentau_train.step import TrainState
 from opentau_train.types import BatchSpec
 

@@ -45,8 +45,10 @@ from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
+from opentau_train.metrics.budget import budget
+from opentau_train.models.average import Ema
 from opentau_train.models.finetune import summary
-from opentau_train.optim import Ema, build_optimizer
+from opentau_train.optim import build_optimizer, schedule_warnings
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.validation.passes import Validation, open_evaluators
 
@@ -88,7 +90,8 @@ class Job:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.settings.optimizer.lr * self.schedule(self.state.step, self.settings.trainer.steps)
+        trainer = self.settings.trainer
+        return self.settings.optimizer.rate(trainer.global_batch_size) * self.schedule(self.state.step, trainer.steps)
 
     def must_save(self, stop: Stop) -> bool:
         """Whether the state must be saved: the run ends with it, it is the best, or a regular checkpoint is due."""
@@ -126,6 +129,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
     sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
+    world.agree(lambda: opened.check_prompts(sketched.wants()) if world.is_main else None)
     mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
@@ -139,7 +143,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
     schedule = world.agree(lambda: instantiate(settings.scheduler, "scheduler"))
     optimizer = world.agree(lambda: build_optimizer(policy, settings.optimizer))
-    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    ema = Ema.of(policy, trainer)
     state = TrainState(policy, replicas, optimizer, ema)
     share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
@@ -157,6 +161,9 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
+        log.info(budget(settings, world.data_size, max_samples, sum(mixture.draws)))
+        for line in schedule_warnings(settings.scheduler, trainer.steps):
+            log.warning(line)
         announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.data_size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:

@@ -1,11 +1,10 @@
-"""Optimizers over groups of parameters, learning-rate schedules as pure functions of the step, the moving average."""
+"""Optimizers over groups of parameters, and learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from opentau_train.config.settings import OptimizerSettings, ParameterRule
+from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
 from opentau_train.config.typed import bind
 from opentau_train.errors import UserError, did_you_mean, fits_nothing
 
@@ -31,33 +30,64 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Warmup, then a straight line down to `final_ratio` at the last step."""
+    """Warmup, then a straight line down to `final_ratio` at the last of `cycle_steps`, by default the run's steps. A
+    longer cycle isn't finished; after a shorter one the rate stays."""
 
     warmup_steps: int = 0
     final_ratio: float = 0.0
+    cycle_steps: int | None = None
 
     def __call__(self, step: int, steps: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        return 1.0 + (self.final_ratio - 1.0) * _progress(step, steps, self.warmup_steps)
+        return 1.0 + (self.final_ratio - 1.0) * _progress(step, self.cycle_steps or steps, self.warmup_steps)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warmup, then half a cosine down to `final_ratio` at the last step (Loshchilov & Hutter 2017)."""
+    """Warmup, then half a cosine down to `final_ratio` at the last of `cycle_steps` (Loshchilov & Hutter 2017), by
+    default the run's steps. A longer cycle isn't finished; after a shorter one the rate stays."""
 
     warmup_steps: int = 0
     final_ratio: float = 0.1
+    cycle_steps: int | None = None
 
     def __call__(self, step: int, steps: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        cosine = 0.5 * (1.0 + math.cos(math.pi * _progress(step, steps, self.warmup_steps)))
-        return self.final_ratio + (1.0 - self.final_ratio) * cosine
+        progress = _progress(step, self.cycle_steps or steps, self.warmup_steps)
+        return self.final_ratio + (1.0 - self.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Warmup, then the peak, then over the last `decay_steps` of the run a straight line down to `final_ratio` (Hu et
+    al. 2024, MiniCPM). A run that is to go on longer resumes from a checkpoint before the decay."""
+
+    decay_steps: int
+    warmup_steps: int = 0
+    final_ratio: float = 0.1
+
+    def __call__(self, step: int, steps: int) -> float:
+        left = min(1.0, (steps - 1 - step) / max(1, self.decay_steps))
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (self.final_ratio + (1.0 - self.final_ratio) * left)
 
 
 def _progress(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+
+
+def schedule_warnings(options: Mapping[str, Any], steps: int) -> list[str]:
+    """What of a schedule's `options` doesn't go with a run of `steps`."""
+    warmup, cycle, decay = (options.get(name) or 0 for name in ("warmup_steps", "cycle_steps", "decay_steps"))
+    lines = []
+    if warmup >= steps:
+        lines.append(f"scheduler.warmup_steps={warmup}: the run of {steps} steps ends before the rate's peak")
+    if 0 < cycle < steps:
+        lines.append(f"scheduler.cycle_steps={cycle}: {steps - cycle} of {steps} steps stay at the lowest rate")
+    if decay and warmup + decay > steps:
+        lines.append(f"scheduler: {warmup} steps of warm-up and {decay} of decay overlap in a run of {steps}")
+    return lines
 
 
 Group = dict[str, Any]
@@ -201,58 +231,3 @@ class MuonAdamW(torch.optim.Optimizer):
             part.state = self.state
             part.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
             part.step()
-
-
-_AT_ONCE = 32
-"""Parameters whose average is moved by the same kernels: of all at once, a second and third average would be held."""
-
-
-class Ema:
-    """Exponential moving average of the trainable parameters, in float32:
-    `average = decay * average + (1 - decay) * now`. Each rank averages its shards."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.average = {name: p.detach().clone().float() for name, p in _trainable(model).items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, applies: torch.Tensor | None = None) -> None:
-        """Move the averages towards the parameters, unless `applies` [] bool is False, which only the device looks
-        at."""
-        averages, parameters = _locals(self.average), _locals(_trainable(model))
-        for part in (slice(i, i + _AT_ONCE) for i in range(0, len(averages), _AT_ONCE)):
-            old = averages[part]
-            moved = torch._foreach_lerp(old, [p.float() for p in parameters[part]], 1.0 - self.decay)
-            if applies is not None:
-                moved = tuple(torch.where(applies, *both) for both in zip(moved, old, strict=True))
-            torch._foreach_copy_(old, moved)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """While inside, the model's parameters are the averages; its own come back bit for bit."""
-        parameters = _locals(_trainable(model))
-        own = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, _locals(self.average))
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(parameters, own)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.average
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, value in self.average.items():
-            value.copy_(state[name])
-
-
-def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _locals(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """This rank's shards, in the order of `tensors`, sharing their memory."""
-    from torch.distributed.tensor import DTensor  # takes 1.5 s: not where settings are only checked
-
-    values = (tensor.detach() for tensor in tensors.values())
-    return [value.to_local() if isinstance(value, DTensor) else value for value in values]

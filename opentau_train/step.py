@@ -27,9 +27,10 @@ from opentau_train.distributed.performance import ForwardFlops, Stamp
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
+from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema, set_lr
+from opentau_train.optim import set_lr
 from opentau_train.types import LossTerms
 
 
@@ -74,8 +75,9 @@ class StepTaken:
 def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr: float, setup: StepSetup) -> StepTaken:
     """Take one optimizer step on this rank's `batch` of the global batch; every rank must call it.
 
-    `counts` {term: supervised loss elements of the global batch}. A global gradient norm that isn't finite, which all
-    ranks see alike, leaves the update out: parameters, moments and average stay as they are, bit for bit.
+    `counts` {term: supervised loss elements of the global batch, each times its sample's weight}. A global gradient
+    norm that isn't finite, which all ranks see alike, leaves the update out: parameters, moments and average stay as
+    they are, bit for bit.
     """
     world, weights = setup.world, state.policy.loss_weights
     begun = Stamp(world.device)
@@ -88,10 +90,11 @@ def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr:
         counting = nullcontext() if setup.flops is None else setup.flops.counting(len(micro))
         accumulate = state.replicas.accumulate(last=i == len(micro_batches) - 1)
         with accumulate, world.accelerator.autocast(), counting:
-            terms = state.replicas.model(micro, draws)
+            terms = weighted(state.replicas.model(micro, draws), micro.weight)
         # Gradients are averaged over ranks; times their number that average is the sum over the global batch. A term
         # that nothing supervises has sum 0 and stays in, so that its head gets a gradient of 0: DDP waits for all.
         loss = world.data_size * sum(weights[k] * terms[k][0].sum() / (counts[k] or 1.0) for k in weights)
+        assert isinstance(loss, torch.Tensor), "a policy has a loss term"
         loss.backward()
         losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
     differentiated = Stamp(world.device)
@@ -99,6 +102,11 @@ def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr:
     grad_norm = _clip(state.policy, setup.grad_clip)
     _update(state, torch.isfinite(grad_norm), lr)
     return StepTaken(losses, grad_norm, lr, (begun, differentiated, Stamp(world.device)))
+
+
+def weighted(terms: LossTerms, weight: torch.Tensor) -> LossTerms:
+    """The terms with each sample's sum and count times its `weight` [B]: a mean over them weighs the samples."""
+    return {name: (sums * weight, count * weight) for name, (sums, count) in terms.items()}
 
 
 def seed_ambient(key: int) -> None:
@@ -126,7 +134,7 @@ def _update(state: TrainState, finite: torch.Tensor, lr: float) -> None:
     elif finite:  # this reads from the device: an optimizer without such kernels can't be called in vain
         state.optimizer.step()
     if state.ema is not None:
-        state.ema.update(state.policy, finite)
+        state.ema.update(state.policy, finite, step=state.step)
     state.optimizer.zero_grad(set_to_none=True)
     skip = (~finite).long()
     in_all, in_a_row = state.skipped.to(skip.device)

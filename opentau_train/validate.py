@@ -35,8 +35,8 @@ from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.job import mesh_of, normalise_together, open_together
 from opentau_train.log import log_to
+from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema
 from opentau_train.sinks.console import read_scores, table
 from opentau_train.types import BatchSpec
 from opentau_train.validation.evaluator import Picture
@@ -198,7 +198,7 @@ def restore_policy(
     mesh = mesh_of(settings, world)
     start = Start(first, settings.finetune)
     policy, replicas = spread_policy(settings.model, spec, world, mesh, Execution(trainer.precision), start)
-    ema = Ema(policy, trainer.ema_decay) if trainer.ema_decay is not None else None
+    ema = Ema.of(policy, trainer)
     tensors: dict[str, Any] = {"model": contents.model_tensors(policy)}
     if ema is not None:
         tensors["ema"] = ema.state_dict()

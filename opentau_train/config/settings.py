@@ -15,6 +15,7 @@ from typing import Any, Literal
 from opentau_train.config import weights
 from opentau_train.config.data import DataSettings
 from opentau_train.config.finetune import FinetuneSettings
+from opentau_train.config.optimizer import OptimizerSettings
 from opentau_train.config.resuming import NEW_PLAN, SAFE, Meaning, judged, longer, other_average, refused, warned
 from opentau_train.config.typed import at_least, build, convert, fraction, positive
 from opentau_train.errors import UserError, did_you_mean
@@ -35,6 +36,10 @@ class TrainerSettings:
     stop_after: int | None = field(default=None, metadata=SAFE)
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
     ema_decay: float | None = field(default=None, metadata=judged(other_average))
+    ema_sigma_rel: float | None = field(default=None, metadata=judged(other_average))
+    """Instead of a constant decay: the average's width, as a share of the steps so far (see `Ema`)."""
+    reference_samples: int | None = field(default=None, metadata=SAFE)
+    """Samples of the training that a recipe follows: the start says at which step this run has seen as many."""
     max_skipped_steps: int = field(default=20, metadata=SAFE)
     """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
     device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
@@ -47,54 +52,28 @@ class TrainerSettings:
     profile_steps: int = field(default=0, metadata=SAFE)
     """Steps that torch.profiler records on rank 0, after the first three: RUN/profile/trace.json."""
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.ema_sigma_rel is not None
+
     def check(self, path: str) -> None:
         for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
             positive(f"{path}.{name}", getattr(self, name))
         positive(f"{path}.stop_after", self.stop_after)
+        positive(f"{path}.reference_samples", self.reference_samples)
         at_least(f"{path}.profile_steps", self.profile_steps, 0)
         if self.ema_decay is not None:
             fraction(f"{path}.ema_decay", self.ema_decay)
-
-
-@dataclass(frozen=True)
-class ParameterRule:
-    """What the parameters that `pattern` fits have of their own; what it doesn't say stays as it was."""
-
-    pattern: str
-    """A shell's pattern over the parameter's whole name: `*_out.*`, `layers.3.*`."""
-    lr_scale: float | None = None
-    """Their learning rate is this times the schedule's."""
-    weight_decay: float | None = None
-    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
-    """Other options that the optimizer keeps by group."""
-
-    def check(self, path: str) -> None:
-        at_least(f"{path}.lr_scale", self.lr_scale, 0.0)
-        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """`target` is called with the groups of parameters, `lr`, `weight_decay` and `options`, and checked as a model's
-    class is."""
-
-    lr: float
-    target: str = field(default="opentau_train.optim.adamw", metadata={"key": "_target_"})
-    weight_decay: float = 1e-4
-    no_decay: tuple[str, ...] = ("*embed*",)
-    """Patterns of names that weight decay leaves out, besides all vectors (norms, biases); they may fit nothing."""
-    groups: dict[str, ParameterRule] = field(default_factory=dict)
-    """Rules by a name of their own, in order: where two fit a parameter, the later one's word counts."""
-    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the optimizer's class is built from, as the tree that `typed.instantiate` takes."""
-        return {"_target_": self.target, "lr": self.lr, "weight_decay": self.weight_decay, **self.options}
-
-    def check(self, path: str) -> None:
-        positive(f"{path}.lr", self.lr)
-        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
+        if self.ema_sigma_rel is not None:
+            if self.ema_decay is not None:
+                remedy = f"set {path}.ema_decay=null or {path}.ema_sigma_rel=null"
+                raise UserError(f"{path} has two averages", remedy=remedy)
+            if not 0.0 < self.ema_sigma_rel < 0.28:  # 1 / sqrt(12) is that of equal weights
+                raise UserError(
+                    f"{path}.ema_sigma_rel must lie between 0 and 0.28, got {self.ema_sigma_rel}",
+                    remedy=f"set {path}.ema_sigma_rel=0.1",
+                )
 
 
 @dataclass(frozen=True)

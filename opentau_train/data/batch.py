@@ -174,7 +174,7 @@ FIELDS: tuple[Field, ...] = (
     Field("action_dim_mask", ("A",), np.bool_),
     TextField("mode", fill="policy"),
     Field("key", (), np.uint64),  # the sample's random key, its bits as int64
-    Field("weight"),  # 0 = a filler that only keeps ranks in step
+    Field("weight"),  # of the sample in the training loss; 0 = it counts nowhere, as a filler that keeps ranks in step
     # Where it comes from: never dropped, never shown to the policy's `forward`.
     Field("group", (), np.int64),  # id of (dataset, control_mode)
     Field("dataset_index", (), np.int64),  # the dataset's place in the mixture

@@ -96,6 +96,16 @@ class FileSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class PromptedSource(Source, Protocol):
+    """A source that can tell its prompts before its windows are read: what a policy can't take is refused then."""
+
+    def prompts(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """The texts that windows of the episodes at `positions` may have as prompts, some several times; never decodes
+        video. Raises `UserError`."""
+        ...
+
+
 def whole_episodes(length: NDArray[np.int32]) -> NDArray[np.int32]:
     """[N, 3] int32 blocks (position, 0, length): every episode in one run."""
     return np.stack([np.arange(len(length)), np.zeros(len(length)), length], axis=1).astype(np.int32)

@@ -31,7 +31,7 @@ PARTS = ("parameters", "gradients", "moments", "average", "gathered", "activatio
 class Footprint:
     """Bytes of one rank, those of the first, whose shards are the largest.
 
-    `parameters`, with buffers; `gradients`; `moments`, all that the optimizer keeps; `average` (`trainer.ema_decay`);
+    `parameters`, with buffers; `gradients`; `moments`, all that the optimizer keeps; `average`, that of the weights;
     `gathered`, what a sharded policy has whole at a time; `activations`, what the backward pass of one micro-batch of
     `samples` needs. None: can't be known before the first step.
     """
@@ -79,7 +79,7 @@ def footprint(rehearsal: Rehearsal, settings: Settings, ranks: int) -> Footprint
         parameters=sum(_shard_bytes(p, shard) for p in parameters) + sum(b.nbytes for b in rehearsal.policy.buffers()),
         gradients=gradients,
         moments=None if states is None else sum(_state_bytes(state, shard) for state in states),
-        average=0 if trainer.ema_decay is None else sum(4 * _shard_numel(p.shape, shard) for p in trained),
+        average=sum(4 * _shard_numel(p.shape, shard) for p in trained) if trainer.has_ema else 0,
         gathered=_gathered(rehearsal.policy, low, degrees.gather_once) if shard > 1 else 0,
         activations=None if kept is None else kept[degrees.activation_checkpointing],
         samples=samples,

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opentau_train.config.settings import OptimizerSettings
+from opentau_train.config.optimizer import OptimizerSettings
 from opentau_train.data.batch import Batch, blank_batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.models.draws import Draws

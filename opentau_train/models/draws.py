@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +89,21 @@ class Draws:
         key = mix(self.keys ^ _signed(rng.key("draws", self.index, name)))
         low = key & _WORD
         return (low - ((low >> 31) << 32)).to(torch.int32), (key >> 32).to(torch.int32)
+
+
+FlowTime = Literal["uniform", "beta", "logit_normal"]
+
+
+def flow_time(draws: Draws, distribution: FlowTime) -> Tensor:
+    """[B] float32, the share of noise at which a flow is trained, in (0, 1).
+
+    `beta`: Beta(1.5, 1) scaled to 0.001 + 0.999 x, more often near the noise, as pi0's (Black et al. 2024, appendix B,
+    where 1 - t has this density); `logit_normal`: the sigmoid of a standard normal number (Esser et al. 2024).
+    """
+    if distribution == "logit_normal":
+        return torch.sigmoid(draws.normal("time"))
+    time = draws.uniform("time")
+    return time if distribution == "uniform" else 0.999 * time ** (2 / 3) + 0.001
 
 
 def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:

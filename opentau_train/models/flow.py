@@ -25,7 +25,7 @@ from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
 from opentau_train.models import prompts
-from opentau_train.models.draws import Draws
+from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
@@ -40,9 +40,10 @@ class FlowPolicy(Policy):
     """The policy that the module's docstring describes; `Policy` has the contract.
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
-    convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `num_flow_steps` Euler steps when sampling;
-    `bin_range` the normalised values between which an action is binned, what lies outside falling in the outermost
-    bins; `mse_weight` and `ce_weight` weigh the terms in the total loss.
+    convolution; prompts are cut after `max_prompt_bytes` of UTF-8; `time`: how the flow's times are drawn
+    (`draws.flow_time`); `num_flow_steps` Euler steps when sampling; `bin_range` the normalised values between which an
+    action is binned, what lies outside falling in the outermost bins; `mse_weight` and `ce_weight` weigh the terms in
+    the total loss.
 
     `text_encoder`: the Hugging Face folder of a BERT, and `text_config` what its config.json says, which is filled in
     where it isn't given, so that a checkpoint needs the folder for its tokenizer alone; `vision_encoder`: a file of
@@ -63,6 +64,7 @@ class FlowPolicy(Policy):
         patch_size: int = 16,
         stem_channels: int = 32,
         max_prompt_bytes: int = 64,
+        time: FlowTime = "uniform",
         num_flow_steps: int = 10,
         num_bins: int = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
@@ -75,6 +77,7 @@ class FlowPolicy(Policy):
     ):
         super().__init__()
         _check(width, heads, patch_size, stem_channels, max_prompt_bytes, bin_range)
+        self.time: FlowTime = time
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
         self.max_prompt_bytes, self.text_encoder = max_prompt_bytes, text_encoder
         self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
@@ -159,12 +162,12 @@ class FlowPolicy(Policy):
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
         noise = draws.normal("actions", batch.actions.shape[1:])
         actions, drawn = torch.where(real, batch.actions, 0.0), torch.where(real, noise, 0.0)
-        flow_time = draws.uniform("time")
-        time = flow_time[:, None, None]
+        share = flow_time(draws, self.time)
+        time = share[:, None, None]
         noised = time * drawn + (1.0 - time) * actions
 
         steps_valid = ~batch.action_is_pad
-        queries = self._action_tokens(noised, flow_time), self.bin_embed.expand(len(batch), -1, -1)
+        queries = self._action_tokens(noised, share), self.bin_embed.expand(len(batch), -1, -1)
         x = torch.cat([prefix, *queries], dim=1)
         mask = self._mask(torch.cat([prefix_valid, steps_valid, steps_valid], dim=1), prefix.shape[1])
         for layer in self.layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ FILE = "tokenizer.json"
 NUM_BYTE_TOKENS = 259
 _START, _FIRST_BYTE = 2, 3  # as Gemma and ByT5 number them
 _STATE_BINS = 256
+_BIN_CENTRES = (-2.0, *(np.arange(_STATE_BINS) * 2 + 1 - _STATE_BINS) / _STATE_BINS)
+"""A value of each bin of the state, what lies below them all first."""
 
 Overflow = Literal["cut", "error"]
 
@@ -78,16 +80,34 @@ class TokenizePrompt(Transform):
 
     def tokens(self, text: str, state: NDArray[np.float32]) -> tuple[NDArray[np.int64], bool]:
         """The tokens, and whether some were cut off. Raises `UserError` where they may not be."""
-        ids = encoder(self.tokenizer)(FORMS[self.form](text, state))
+        ids = self._ids(text, state)
         if len(ids) > self.num_tokens and self.overflow == "error":
-            raise UserError(
-                f"a prompt has {len(ids)} tokens, the policy takes {self.num_tokens}: '{text[:60]}'",
-                where="model.max_prompt_tokens",
-                remedy=f"set model.max_prompt_tokens={len(ids)}, or model.prompt_overflow=cut",
-            )
+            raise self._too_long(text, len(ids))
         tokens = np.full(self.num_tokens, NO_TOKEN, np.int64)
         tokens[: len(ids)] = ids[: self.num_tokens]
         return tokens, len(ids) > self.num_tokens
+
+    def check_prompts(self, prompts: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """See `Transform.check_prompts`. A state in the prompt is taken to be the one of the most tokens."""
+        if self.overflow != "error":
+            return
+        longest_bin = max(_BIN_CENTRES, key=lambda value: len(self._ids("", np.full(1, value, np.float32))))
+        lengths = {
+            (text, dims): len(self._ids(text, np.full(dims, longest_bin, np.float32))) for text, dims in set(prompts())
+        }
+        (text, _), length = max(lengths.items(), key=lambda item: item[1], default=(("", 0), 0))
+        if length > self.num_tokens:
+            raise self._too_long(text, length)
+
+    def _ids(self, text: str, state: NDArray[np.float32]) -> list[int]:
+        return encoder(self.tokenizer)(FORMS[self.form](text, state))
+
+    def _too_long(self, text: str, length: int) -> UserError:
+        return UserError(
+            f"a prompt has {length} tokens, the policy takes {self.num_tokens}: '{text[:60]}'",
+            where="model.max_prompt_tokens",
+            remedy=f"set model.max_prompt_tokens={length}, or model.prompt_overflow=cut",
+        )
 
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         prompt = Field("prompt_tokens", (self.num_tokens,), np.int64, NO_TOKEN)

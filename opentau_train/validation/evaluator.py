@@ -23,8 +23,8 @@ from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, Explained
+from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.reader import Reader
 

@@ -14,8 +14,8 @@ from opentau_train.distributed.stopping import StopFlag
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, UserError
+from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
-from opentau_train.optim import Ema
 from opentau_train.validation.evaluator import Context, Evaluation, Evaluator
 from opentau_train.validation.losses import LossEvaluator
 from opentau_train.validation.plan import ValidationPlan

@@ -25,15 +25,17 @@ from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights, load_pretrained
-from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule, load_settings
+from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
+from opentau_train.config.settings import CheckpointSettings, load_settings
 from opentau_train.data.batch import FIELDS
 from opentau_train.distributed.memory import footprint
 from opentau_train.distributed.parallel import Execution, data_mesh
 from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.world import COLLECTIVE_MARGIN, World, launch
+from opentau_train.models.average import Ema
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.weight_map import WeightMap
-from opentau_train.optim import Ema, build_optimizer, set_lr
+from opentau_train.optim import build_optimizer, set_lr
 from opentau_train.step import TrainState
 from tests.program import TOY
 from tests.unit.models.flow_cases import SPEC, make_batch, make_noise
@@ -187,7 +189,7 @@ def train(state: TrainState, steps: int) -> None:
         set_lr(state.optimizer, 1e-2)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.ema.update(state.policy)
+        state.ema.update(state.policy, step=0)
         state.step += 1
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from opentau_train.data.batch import Batch
 from opentau_train.distributed.parallel import Execution, Replicas, data_mesh, spread
 from opentau_train.distributed.world import World, launch
-from opentau_train.optim import Ema
+from opentau_train.models.average import Ema
 from opentau_train.step import _clip
 from tests.unit.models.flow_cases import Noise, make_batch, make_noise, make_policy
 
@@ -107,7 +107,7 @@ def main(replicate: int, shard: int) -> None:
         held = sum((v.to_local() if shard > 1 else v).numel() for v in ema.average.values())
         total = sum(p.numel() for p in plain.parameters())
         assert world.gather(held) and sum(world.gather(held)) == replicate * total
-        ema.update(policy)
+        ema.update(policy, step=0)
         close({n: whole(v) for n, v in ema.average.items()}, dict(plain.named_parameters()), 1e-6)
 
         if shard > 1:

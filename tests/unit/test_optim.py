@@ -8,10 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opentau_train import cli
-from opentau_train.config.settings import OptimizerSettings, load_settings
+from opentau_train.config.optimizer import OptimizerSettings
+from opentau_train.config.settings import load_settings
 from opentau_train.config.typed import build
 from opentau_train.errors import UserError
-from opentau_train.optim import Constant, Cosine, Ema, Linear, build_optimizer, check_optimizer, set_lr
+from opentau_train.models.average import Ema, power_of
+from opentau_train.optim import (
+    Constant,
+    Cosine,
+    Linear,
+    WarmupStableDecay,
+    build_optimizer,
+    check_optimizer,
+    schedule_warnings,
+    set_lr,
+)
 from tests.unit.models.flow_cases import make_policy
 
 
@@ -29,6 +40,37 @@ def test_schedules_warm_up_peak_and_end_where_they_say(warmup, steps, final):
 def test_one_step_run_has_a_finite_rate():
     assert Cosine(0)(0, 1) == 1.0 and Cosine(5)(0, 1) == pytest.approx(0.2)
     assert Cosine(50)(50, 51) == Linear(50)(50, 51) == 1.0  # one step after the warm-up: the peak and the end
+
+
+def test_a_cycle_longer_than_the_run_is_followed_and_not_finished():
+    """Cosmos's DROID run: 10,000 steps of a line of 100,000."""
+    line = Linear(cycle_steps=100_001)
+    assert [line(s, 10_000) for s in (0, 5_000, 9_999)] == pytest.approx([1.0, 0.95, 0.90001])
+    assert Cosine(cycle_steps=11)(5, 6) == pytest.approx(Cosine()(5, 11)) != pytest.approx(Cosine()(5, 6))
+    assert Linear(final_ratio=0.5, cycle_steps=5)(9, 10) == 0.5, "a shorter one ends at its lowest rate"
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(60, 500), st.floats(0, 1))
+def test_warm_up_then_stable_then_decay(warmup, decay, steps, final):
+    rates = [WarmupStableDecay(decay, warmup, final)(s, steps) for s in range(steps)]
+    assert rates[warmup : steps - decay] == [1.0] * (steps - decay - warmup)
+    assert rates[-1] == pytest.approx(final) and all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :]))
+    assert rates[:warmup] == pytest.approx([(s + 1) / warmup for s in range(warmup)])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"warmup_steps": 10}, "ends before the rate's peak"),
+        ({"warmup_steps": 2, "cycle_steps": 4}, "6 of 10 steps stay at the lowest rate"),
+        ({"warmup_steps": 5, "decay_steps": 6}, "overlap"),
+    ],
+)
+def test_what_of_a_schedule_does_not_go_with_the_run_is_told(options, words):
+    (line,) = schedule_warnings(options, 10)
+    assert words in line
+    assert not schedule_warnings({"warmup_steps": 5, "decay_steps": 5, "cycle_steps": None}, 10)
+    assert not schedule_warnings({"warmup_steps": 0, "cycle_steps": 100}, 10)
 
 
 # ---------------------------------------------------------------- groups of parameters
@@ -189,7 +231,7 @@ def test_ema_is_the_written_recurrence_over_trainable_parameters_alone():
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_()
-    ema.update(net)
+    ema.update(net, step=0)
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(ema.average[name], 0.9 * before[name] + 0.1 * parameter.detach())
@@ -227,7 +269,32 @@ def test_moving_the_average_takes_the_memory_of_a_part_of_it():
         for parameter in net.parameters():
             parameter.add_(1.0)
     with Peak([*net.parameters(), *ema.average.values()]) as peak:
-        ema.update(net, torch.tensor(True))
+        ema.update(net, torch.tensor(True), step=0)
     for old, parameter, new in zip(before, net.parameters(), ema.average.values(), strict=True):
         assert torch.equal(new, torch.lerp(old, parameter.detach(), 1.0 - 0.9))
     assert 0 < peak.most < 0.5 * sum(value.nbytes for value in before)
+
+
+def test_the_power_average_is_as_wide_as_it_says_whenever_it_is_looked_at():
+    """Weights of the steps, by putting 1 in at one of them and 0 at the others; their deviation over N."""
+    net = nn.Linear(1, 200, bias=False)
+    ema = Ema(net, sigma_rel=0.1)
+    for step in range(200):
+        with torch.no_grad():
+            net.weight.copy_(torch.eye(200)[step][:, None])
+        ema.update(net, step=step)
+        if step in (99, 199):
+            weights = ema.average["weight"][: step + 1, 0].double()
+            places = torch.arange(1.0, step + 2, dtype=torch.float64)
+            mean = float((weights * places).sum())
+            assert float(weights.sum()) == pytest.approx(1.0)
+            assert float(weights @ (places - mean).square()) ** 0.5 / (step + 1) == pytest.approx(0.1, rel=0.02)
+    assert power_of(0.1) == pytest.approx(6.94, abs=0.01)  # Karras et al. 2024, table of EMA widths
+
+
+def test_two_averages_are_refused():
+    words = ["+recipe=lerobot", "data.sources.main.root=/a", "trainer.ema_decay=0.9", "trainer.ema_sigma_rel=0.1"]
+    with pytest.raises(UserError, match="two averages") as refused:
+        load_settings(cli.compose(words))
+    assert "trainer.ema_decay=null" in refused.value.remedy
+    assert load_settings(cli.compose([*words, "trainer.ema_decay=null"])).trainer.ema_sigma_rel == 0.1

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import launch
 from opentau_train.errors import Fault
-from opentau_train.optim import Ema
+from opentau_train.models.average import Ema
 from opentau_train.step import StepSetup, TrainState, check_skipped, train_step
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
@@ -93,6 +93,21 @@ class Reads(TorchFunctionMode):
 
 ON_THE_HOST = {"distributed/consensus.py"}
 """It reads a tensor that was made on the host: the votes' sums."""
+
+
+def test_a_weight_counts_as_so_many_samples(world):
+    """In sums and in denominators: one of weight 3 beside one of 1 trains as three of it beside the other."""
+    one, three = make_batch(num=2), make_batch(num=2).rows(torch.tensor([0, 0, 0, 1]))
+    one = one.replace(weight=torch.tensor([3.0, 1.0]))
+    gradients = []
+    for batch in (one, three):
+        state = make_state(optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+        before = {name: p.detach().clone() for name, p in state.policy.named_parameters()}
+        counts = {k: float(n.double() @ batch.weight.double()) for k, n in state.policy.term_counts(batch).items()}
+        train_step(state, batch, counts, 1.0, StepSetup(world, 4, None, seed=0))
+        gradients.append({name: before[name] - p.detach() for name, p in state.policy.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_an_interval_reads_the_device_once(world, tmp_path, monkeypatch):

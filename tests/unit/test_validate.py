@@ -18,7 +18,7 @@ from opentau_train.checkpoints.commit import seal
 from opentau_train.data.mixture.split import numbers, ranges
 from opentau_train.errors import EXIT_USER, UserError
 from opentau_train.metrics.sums import exact, group_means
-from opentau_train.optim import Ema
+from opentau_train.models.average import Ema
 from opentau_train.types import Group
 from opentau_train.validation.actions import unit_of
 from opentau_train.validation.evaluator import Scores
@@ -224,7 +224,7 @@ def test_the_average_is_applied_and_taken_back_bit_for_bit(dtype):
     ema = Ema(model, 0.5)
     with torch.no_grad():
         model.weight.add_(1 / 3)
-    ema.update(model)
+    ema.update(model, step=0)
     own = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(KeyError), ema.applied_to(model):
         assert torch.equal(model.weight, ema.average["weight"].to(dtype))

@@ -141,6 +141,15 @@ def choose_texts(features: Features, setting: tuple[str, ...], where: str) -> tu
     return setting
 
 
+def choose_weights(features: Features, setting: str | None, where: str) -> str | None:
+    """The column given, checked: of a number a row."""
+    if setting is not None:
+        _require(features, setting, NUMBER, "number", where)
+        if (dim := num_values(features[setting])) != 1:
+            raise UserError(f"'{setting}' has {dim} values a row, a weight is one", where=where, remedy=f"{where}=null")
+    return setting
+
+
 def dimension_names(features: Features, columns: tuple[Column, ...]) -> tuple[str, ...]:
     """One name a dimension: `column.name` where info.json names all of a column's dimensions, else `column[i]`."""
     out: list[str] = []

@@ -86,7 +86,9 @@ class LeRobotCursor:
         except (RowError, VideoError, ImageError) as error:
             number = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, number, frame, str(error), self._remedy(error)) from error
-        return RawWindow(images, rows.state[frame].copy(), actions, is_pad, rows.prompts[rows.prompt_code[frame]])
+        extra = {} if rows.weights is None else {"weight": float(rows.weights[frame])}
+        prompts = rows.prompts[rows.prompt_code[frame]]
+        return RawWindow(images, rows.state[frame].copy(), actions, is_pad, prompts, extra)
 
     def _actions(self, rows: EpisodeRows, frame: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """(actions [T, A] f32, is_pad [T]) of the window at `frame`."""

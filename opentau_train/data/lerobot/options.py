@@ -39,6 +39,8 @@ class LeRobotSource:
     """Whether a dataset may lack some of `prompt_columns`, or all: then its tasks are the prompts."""
     prompt_separator: str | None = field(default=None, metadata=PROMPTS)
     """Splits one text into alternatives, e.g. ' | '."""
+    weight_column: str | None = field(default=None, metadata=warned("other sample weights from here on"))
+    """Column of a number a row that a window's training loss is weighted by: its first row's, not negative."""
     tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)
     """Seconds by which a video's frame may miss its row's time."""
 

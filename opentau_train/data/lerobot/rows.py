@@ -94,6 +94,7 @@ class Reading:
     dataset: str
     root: Path
     stored: StoredEpisodes
+    weight_column: str | None
     images: Mapping[str, str]
     cameras: tuple[str, ...]
     state: tuple[Column, ...]
@@ -117,7 +118,7 @@ class Reading:
         """The parquet columns that windows are made of."""
         names = [c.name for c in (*self.state, *self.actions)]
         names += [*self.prompt_columns, *self.images.values()]
-        names += [self.task_column] if self.task_column else []
+        names += [name for name in (self.task_column, self.weight_column) if name is not None]
         return names + (["timestamp"] if self.timed else [])
 
     def spans(self, position: int) -> dict[str, Span]:
@@ -128,8 +129,8 @@ class Reading:
 @dataclass(frozen=True)
 class EpisodeRows:
     """The rows of one episode: `state` [L, S] and `actions` [L, A] f32, `seconds` [L] f64 since the episode's
-    start in its videos (None where nothing needs them), `prompts[prompt_code[f]]` for row f, `images` {camera: L
-    encoded images}; `finite` says that no value of state and actions is NaN or infinite."""
+    start in its videos and `weights` [L] f32 (None where nothing needs them), `prompts[prompt_code[f]]` for row f,
+    `images` {camera: L encoded images}; `finite` says that no value of state and actions is NaN or infinite."""
 
     state: NDArray[np.float32]
     actions: NDArray[np.float32]
@@ -137,6 +138,7 @@ class EpisodeRows:
     prompt_code: NDArray[np.int64]
     prompts: list[tuple[str, ...]]
     images: Mapping[str, pa.Array]
+    weights: NDArray[np.float32] | None
     finite: bool
 
 
@@ -165,11 +167,21 @@ def load_rows(reader: EpisodeReader, reading: Reading, position: int) -> Episode
             prompt_code=code,
             prompts=prompts,
             images={camera: one_array(rows.column(column)) for camera, column in reading.images.items()},
+            weights=None if reading.weight_column is None else _weights(rows, reading.weight_column),
             finite=bool(np.isfinite(state).all() and np.isfinite(actions).all()),
         )
     except RowError as error:
         path = reading.stored.data.path(int(reading.stored.data_file[position]))
         raise RowError(f"{path}: {error}") from error
+
+
+def _weights(rows: pa.Table, column: str) -> NDArray[np.float32]:
+    """[L] f32. Raises `RowError` for what is no weight."""
+    weights = numbers(rows, column, 1)[:, 0]
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise RowError(f"{column} is {weights[wrong[0]]} in row {wrong[0]}: a weight is a number from 0 on")
+    return weights
 
 
 def row_seconds(rows: pa.Table) -> NDArray[np.float64]:
@@ -190,6 +202,22 @@ def check_finite(reading: Reading, state: NDArray[np.float32], actions: NDArray[
             step, dim = wrong[0].tolist()
             name = np.array([f"{c.name}[{i}]" for c in columns for i in c.dims])[kept][dim]
             raise RowError(f"{name} is {values[step, dim]}, {step} steps on")
+
+
+def read_prompts(reading: Reading, positions: NDArray[np.int64]) -> Iterator[str]:
+    """The texts that windows of the episodes at `positions` may have as prompts, from meta/ where no column has them.
+    Raises `UserError`; episodes whose rows can't be had are passed over."""
+    if not reading.prompt_columns:
+        yield from _clean(list(reading.tasks.values()), reading.prompt_separator)
+        return
+    names = [*reading.prompt_columns, *([reading.task_column] if reading.task_column else [])]
+    where, unreadable = f"data.sources.{reading.dataset}", dict[int, str]()
+    read = of_episodes(
+        where, reading.stored, positions.tolist(), names, lambda r: _prompts(r, reading)[1], left_out=unreadable
+    )
+    for _, combinations in read:
+        for own in combinations:
+            yield from own
 
 
 def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:

@@ -27,6 +27,7 @@ from opentau_train.data.lerobot.columns import (
     choose_dimensions,
     choose_numbers,
     choose_texts,
+    choose_weights,
     dimension_names,
     frame_size,
     left_out,
@@ -93,6 +94,10 @@ class LeRobotDataset:
         """See `FileSource.files`."""
         return self.reading.stored.paths(position)
 
+    def prompts(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """See `PromptedSource.prompts`: all tasks that meta/ lists, or what the rows have in the columns of prompts."""
+        return rows.read_prompts(self.reading, positions)
+
     def columns(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray, NDArray]]:
         """See `Source.columns`; episodes come in the order of the files, without those whose rows aren't there, which
         the log names. Raises `UserError` naming the file."""
@@ -142,6 +147,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         dataset=name,
         root=info.root,
         stored=stored,
+        weight_column=choose_weights(features, options.weight_column, f"{where}.weight_column"),
         images={camera: column for camera, column in cameras.items() if camera not in videos},
         cameras=tuple(cameras),
         state=state,

@@ -52,7 +52,8 @@ def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) 
             counts, num_cut = dict.fromkeys(policy.loss_weights, 0.0), 0
             try:
                 if part.batch is not None:  # from the masks in the host's memory: the device isn't asked
-                    counts = {k: float(n.double().sum()) for k, n in policy.term_counts(part.batch).items()}
+                    weight = part.batch.weight.double()
+                    counts = {k: float(n.double() @ weight) for k, n in policy.term_counts(part.batch).items()}
                     num_cut = policy.num_cut(part.batch)
             except UserError as error:
                 part = RankBatch(None, error=error)

@@ -62,7 +62,8 @@ class SampleBuilder:
             "prompts": raw.prompts,
             "mode": dataset.settings.mode,
             "key": rng.fold_one(self._keys[address.dataset], number, address.frame, address.pass_index),
-            "weight": 1.0,
+            # Only training weighs samples: held-out losses stay those of the data.
+            "weight": raw.extra.get("weight", 1.0) if self.training else 1.0,
             "group": group,
             "dataset_index": address.dataset,
             "dataset_repo_id": dataset.repo_id,

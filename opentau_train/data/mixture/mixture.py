@@ -13,7 +13,7 @@ from opentau_train.config.data import DataSettings, SourceSettings
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
-from opentau_train.data.source import Source
+from opentau_train.data.source import PromptedSource, Source
 from opentau_train.data.transforms.base import Transforms, Wants
 from opentau_train.data.transforms.pipeline import Pipeline, meet
 from opentau_train.data.transforms.shape import Pad
@@ -87,6 +87,18 @@ class Mixture:
         spec = meet(self.spec, wants)
         pipelines = tuple(Pipeline({**p.transforms, **wants.transforms}) for p in self.pipelines)
         return dataclasses.replace(self, pipelines=pipelines, spec=spec)
+
+    def check_prompts(self, wants: Wants) -> None:
+        """Raises `UserError` for a prompt that a policy would refuse when it is read, of sources that can tell."""
+
+        def prompts() -> Iterator[tuple[str, int]]:
+            for dataset in self.datasets:
+                if isinstance(dataset.source, PromptedSource):
+                    positions = np.arange(len(dataset.source.episodes))
+                    yield from ((text, len(dataset.state_names)) for text in dataset.source.prompts(positions))
+
+        for transform in wants.transforms.values():
+            transform.check_prompts(prompts)
 
     def tape(self, batch_size: int) -> Tape:
         """The plan of the training stream for a global batch of `batch_size` samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -68,6 +68,10 @@ class Transform:
     def for_names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> Transform:
         """The same transform for a dataset whose dimensions have these names. Raises `UserError` where it can't be."""
         return self
+
+    def check_prompts(self, prompts: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """Raises `UserError` for a prompt that a call would refuse. `prompts()` reads the datasets' pairs of a prompt
+        and the number of the state's dimensions beside it, which may take long: what refuses none doesn't ask."""
 
     def names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the state's and actions' dimensions after the transform, given those before it."""

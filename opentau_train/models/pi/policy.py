@@ -29,7 +29,7 @@ from opentau_train.config.typed import positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models import prompts
-from opentau_train.models.draws import Draws
+from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
 from opentau_train.models.lerobot import LerobotExport
@@ -56,7 +56,8 @@ class PiPolicy(Policy):
     `tokenizer_path`, `max_prompt_tokens` and `prompt_overflow`: see `prompts.TokenizePrompt`. `action_tokens`: none,
     binned (`num_bins` between the two of `bin_range`) or fast, by the files in `action_tokenizer_path`; of up to
     `max_action_tokens`, None: as many as a chunk has elements. `insulate`: no gradient of the flow reaches the language
-    model. `num_flow_steps` Euler steps when sampling; `mse_weight` and `ce_weight` weigh the terms.
+    model. `time`: how the flow's times are drawn (`draws.flow_time`). `num_flow_steps` Euler steps when sampling;
+    `mse_weight` and `ce_weight` weigh the terms.
     """
 
     meta_init = True
@@ -84,6 +85,7 @@ class PiPolicy(Policy):
         num_bins: Count = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
         insulate: bool = False,
+        time: FlowTime = "beta",
         num_flow_steps: Count = 10,
         mse_weight: float = 1.0,
         ce_weight: float = 1.0,
@@ -95,6 +97,7 @@ class PiPolicy(Policy):
             from opentau_train.models.pi import network
         except ImportError as error:
             raise prompts.missing_extra("transformers", error) from error
+        self.time: FlowTime = time
         self.spec, self.vlm_sizes, self.num_flow_steps = spec, vlm, num_flow_steps
         self.max_state_dim, self.max_action_dim = max_state_dim or spec.state_dim, max_action_dim or spec.action_dim
         self.sizes, self.image_size = (vlm, expert, vision), vision.image_size
@@ -195,7 +198,7 @@ class PiPolicy(Policy):
         # Padding may hold anything, NaN too, and 0 * NaN is NaN: select, never multiply.
         actions = F.pad(torch.where(real, batch.actions, 0.0), (0, self.max_action_dim - self.spec.action_dim))
         noise = draws.normal("actions", (self.spec.chunk_length, self.max_action_dim))
-        time = 0.999 * draws.uniform("time") ** (2 / 3) + 0.001
+        time = flow_time(draws, self.time)
         noised = time[:, None, None] * noise + (1.0 - time[:, None, None]) * actions
 
         x, valid = self._prefix(batch)

@@ -11,11 +11,13 @@ import torch
 from opentau_train.checkpoints import commit, contents
 from opentau_train.checkpoints.pretrained import Pretrained
 from opentau_train.checkpoints.saver import Saver
-from opentau_train.config.settings import CheckpointSettings, OptimizerSettings, ParameterRule
+from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
+from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import launch
 from opentau_train.errors import Fault, UserError
-from opentau_train.optim import Ema, build_optimizer
+from opentau_train.models.average import Ema
+from opentau_train.optim import build_optimizer
 from opentau_train.step import TrainState
 from tests.unit.models.flow_cases import make_batch, make_noise, make_policy
 
@@ -42,7 +44,7 @@ def train(state: TrainState, steps: int = 1) -> None:
         state.optimizer.step()
         state.optimizer.zero_grad()
         if state.ema is not None:
-            state.ema.update(state.policy)
+            state.ema.update(state.policy, step=0)
         state.step += 1
 
 

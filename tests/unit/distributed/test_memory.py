@@ -15,15 +15,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from opentau_train import cli
-from opentau_train.config.settings import OptimizerSettings, ParameterRule, Settings, load_settings
+from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
+from opentau_train.config.settings import Settings, load_settings
 from opentau_train.data.batch import FIELDS
 from opentau_train.distributed import memory
 from opentau_train.distributed.memory import footprint, remedies
 from opentau_train.distributed.rehearsal import Rehearsal, kept_for_backward
 from opentau_train.models.act import ActPolicy
+from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws, _normal_table
 from opentau_train.models.flow import FlowPolicy
-from opentau_train.optim import Ema, build_optimizer
+from opentau_train.optim import build_optimizer
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import SPEC, make_batch
 from tests.unit.models.test_diffusion import make_diffusion

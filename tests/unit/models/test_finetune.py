@@ -21,7 +21,7 @@ from opentau_train.checkpoints.pretrained import load_policy, read_card
 from opentau_train.checkpoints.weights import plan_weights
 from opentau_train.config import drift
 from opentau_train.config.finetune import FinetuneSettings
-from opentau_train.config.settings import OptimizerSettings, ParameterRule
+from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
 from opentau_train.config.typed import build
 from opentau_train.distributed.materialise import materialise
 from opentau_train.errors import UserError

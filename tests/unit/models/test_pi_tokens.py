@@ -34,6 +34,23 @@ def test_a_long_prompt_is_cut_or_refused():
     assert "model.max_prompt_tokens=17" in refused.value.remedy
 
 
+def test_the_longest_prompt_of_all_is_known_before_any_is_read():
+    """With the state that takes the most tokens: no sample is refused once training has begun."""
+    strict, asked = TokenizePrompt("pi05", 40, overflow="error"), []
+
+    def prompts():
+        asked.append(True)
+        return [("open", 2), ("close the drawer", 2), ("open", 3)]
+
+    length = len(b"Task: close the drawer, State: 255 255;\nAction: ") + 1
+    with pytest.raises(UserError, match=f"{length} tokens, the policy takes 40: 'close the drawer'") as refused:
+        strict.check_prompts(prompts)
+    assert f"model.max_prompt_tokens={length}," in refused.value.remedy
+    TokenizePrompt("pi05", length, overflow="error").check_prompts(prompts)
+    TokenizePrompt("pi05", 3, overflow="cut").check_prompts(prompts)
+    assert len(asked) == 2, "what refuses none doesn't read them"
+
+
 def record(actions: np.ndarray, num_real: int) -> dict:
     steps = np.arange(len(actions)) >= num_real
     return {"actions": actions, "action_is_pad": steps, "action_dim_mask": np.array([True, True, False])}

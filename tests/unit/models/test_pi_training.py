@@ -36,10 +36,14 @@ def test_prompts_that_are_cut_are_counted_and_told_of(tmp_path, capsys):
     assert [line.split(" prompts")[0] for line in told] == ["step 1: 4", "step 2: 8"]
 
 
-def test_a_prompt_that_may_not_be_cut_ends_the_run_with_the_limit_that_holds_it(tmp_path):
+def test_a_prompt_that_may_not_be_cut_ends_the_run_before_data_are_read_with_the_limit_that_holds_all(tmp_path):
+    words = [*PI05, "model.prompt_overflow=error", "trainer.steps=2", "validation.every=0"]
     with pytest.raises(UserError, match="tokens, the policy takes 3") as refused:
-        train_here([*PI0, "model.max_prompt_tokens=3", "model.prompt_overflow=error"], tmp_path / "run")
-    assert "model.max_prompt_tokens=" in refused.value.remedy
+        train_here([*words, "model.max_prompt_tokens=3"], tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").rglob("*"))
+    limit = refused.value.remedy.split()[1].rstrip(",")
+    train_here([*words, limit], tmp_path / "run")
+    assert metrics(tmp_path / "run")[2]["Training/CutPrompts"] == 0
 
 
 def test_a_run_of_two_losses_goes_on_bit_by_bit_and_its_policy_is_exported(tmp_path):

@@ -15,7 +15,7 @@ from opentau_train.distributed.parallel import spread
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import Fault
-from opentau_train.optim import Ema
+from opentau_train.models.average import Ema
 from opentau_train.validation.passes import Validation, open_evaluators
 from tests.fake_source import with_data
 from tests.program import TOY, metrics, train_here

@@ -443,6 +443,15 @@ def test_prompt_columns_leave_out_empty_texts_and_fall_back_on_the_task(tmp_path
         ("say 2",),
         ("task 0", "alternatively task 0"),
     ]
+    assert set(source.prompts(np.array([0]))) == {p for f in range(4) for p in cursor.read(0, f).prompts}
+
+
+def test_the_tasks_are_told_as_prompts_without_reading_a_row(tmp_path):
+    root = small(tmp_path)
+    source = open_source(root, prompt_separator="|")
+    for file in (root / "data").rglob("*.parquet"):
+        file.unlink()
+    assert {"task 0", "alternatively task 0", "task 1"} <= set(source.prompts(np.array([0])))
 
 
 def test_control_mode_is_taken_from_the_first_place_that_has_it(tmp_path):
