@@ -108,7 +108,7 @@ def test_imports_point_down_only(file):
 
 
 FORMATS = ("checkpoints/lerobot", "data/builtin/", "data/lerobot/", "data/remote/", "models/lerobot")
-POLICIES = ("models/act", "models/pi/", "models/resnet")
+POLICIES = ("models/act", "models/diffusion", "models/pi/", "models/resnet", "models/unet")
 EDGES = (*FORMATS, *POLICIES, "data/convention", "data/transforms/augment/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
