@@ -44,7 +44,7 @@ from opentau_train.validation.evaluator import Picture
 from opentau_train.validation.passes import Validation, open_evaluators
 from opentau_train.validation.plots import save_png
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("opentau_train.validate")  # __name__ is `__main__` where this is the command
 
 OWN = ("checkpoint=", "out=", "base=")
 """What the command line says besides the run's keys."""

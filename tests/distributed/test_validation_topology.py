@@ -55,6 +55,7 @@ def test_one_checkpoint_gives_the_same_numbers_on_every_topology(topology, check
     ranks, arguments = TOPOLOGIES[topology]
     done = validate(checkpoint, tmp_path / "v.json", ranks, *arguments)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"written to {tmp_path / 'v.json'}") == 1 and "main/default" in done.stderr, done.stderr
     logged = {k: v for k, v in metrics(checkpoint)[3].items() if k.startswith("Validation")}
     result = json.loads((tmp_path / "v.json").read_text())
     assert result["ranks"] == ranks and result["metrics"].keys() == logged.keys() and len(logged) > 60
