@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,21 +22,22 @@ class Affine:
 
     def normalize(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., D] in the dataset's units -> normalised float32."""
-        steps = self._steps(x)
-        out = np.subtract(x, self.offset[steps], dtype=np.float32, casting="same_kind")
-        return np.multiply(out, self.scale[steps], out=out)
+        offset, scale = self._of_steps(x)
+        out = np.subtract(x, offset, dtype=np.float32, casting="same_kind")
+        return np.multiply(out, scale, out=out)
 
     def denormalize(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., D] normalised -> in the dataset's units."""
-        inverse = np.where(self.scale > 0, 1.0 / np.where(self.scale > 0, self.scale, 1.0), 0.0)
-        steps = self._steps(z)
-        return (z * inverse[steps] + self.offset[steps]).astype(np.float32)
+        offset, scale = self._of_steps(z)
+        inverse = np.where(scale > 0, 1.0 / np.where(scale > 0, scale, 1.0), 0.0)
+        return (z * inverse + offset).astype(np.float32)
 
-    def _steps(self, x: NDArray) -> Any:
-        """What picks, of `offset` and `scale`, those of the steps of `x`."""
+    def _of_steps(self, x: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Offset and scale of the steps that `x` has."""
         if self.offset.ndim == 1:
-            return ...
-        return np.minimum(np.arange(x.shape[-2]), len(self.offset) - 1)
+            return self.offset, self.scale
+        steps = np.minimum(np.arange(x.shape[-2]), len(self.offset) - 1)
+        return self.offset[steps], self.scale[steps]
 
 
 Vector = tuple[float, ...] | tuple[tuple[float, ...], ...]

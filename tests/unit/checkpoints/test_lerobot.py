@@ -81,7 +81,12 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
     blind = dataclasses.replace(loaded.spec, cameras=())
     scaled = Pipeline({"units": Scale(), **pipeline.transforms})
     cropped = Pipeline({"crop": Augment((32, 32), crop=(0.5, 0.5)), **pipeline.transforms})
+    normalize = pipeline.transforms["normalize"]
+    stepped = {name: (offset, scale) for name, (offset, scale) in normalize.heads[head].items()}
+    stepped["actions"] = tuple((vector, vector) for vector in stepped["actions"])
+    by_step = Pipeline({**pipeline.transforms, "normalize": dataclasses.replace(normalize, heads={head: stepped})})
     for policy, transforms, words in (
+        (loaded.policy, by_step, "each step of the chunk is normalised by its own statistics"),
         (make_policy(), pipeline, "FlowPolicy has no counterpart in LeRobot"),
         (make_act(loaded.spec), pipeline, "LeRobot's ACT has frozen_batch only"),
         (make_act(wide, backbone_norm="frozen_batch"), pipeline, "have 7 dimensions, the policy 9"),

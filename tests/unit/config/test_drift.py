@@ -46,6 +46,13 @@ def test_an_option_of_a_source_that_one_tree_lacks_counts_with_its_default(tree)
     assert kinds(fake, slow) == {"data.sources.fake.bad": "refused"}
 
 
+def test_what_a_source_declares_may_not_change_under_a_wanted_convention(tree):
+    wanted = changed(tree, data__convention__actions=[{"kind": "joint", "unit": "rad"}])
+    degrees = changed(wanted, data__sources__main__convention__actions=[{"kind": "joint", "unit": "deg"}])
+    assert kinds(wanted, degrees) == {"data.sources.main.convention.actions": "refused"}
+    assert kinds(tree, wanted) == kinds(wanted, tree) == {"data.convention.actions": "refused"}
+
+
 EXPECTED = {
     "safe": {
         "paths__run_dir": "x",
@@ -56,6 +63,7 @@ EXPECTED = {
         "parallelism__data_parallel_shard_degree": 2,
         "trainer__log_every": 3,
         "data__max_samples_per_batch": 2,
+        "data__sources__main__convention__actions": [{"kind": "joint"}],  # with nothing wanted it converts nothing
         "data__sources__main__root": "/elsewhere",
         "resume__checkpoint": "auto",
     },
@@ -76,6 +84,7 @@ EXPECTED = {
         "trainer__ema_decay": 0.9,
         "data__lanes_per_sample": 2,
         "data__normalization": "quantiles",
+        "data__normalization_per_timestep": True,
         "data__sources__main__weight": 2.0,
         "data__sources__second__root": "/more",
         "data__image_size": [32, 32],
