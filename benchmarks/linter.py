@@ -61,13 +61,13 @@ class Case:
     def judged(self, seed: int) -> Judged:
         """What is judged of a source of this kind."""
         arm = Arm(seed, **self.arm)
-        sample = self.change(_generated(arm), np.random.default_rng([seed, 7]))
+        sample = self.change(generated(arm), np.random.default_rng([seed, 7]))
         one = judge(sample, Convention() if self.is_silent else declare(declared(arm), self.wrong), WHERE)
         if self.beside is None:
             return one
         second = Arm(seed + 10_000, **self.beside)
         convention = Convention() if self.is_silent else declare(declared(second), self.wrong)
-        return Judged(tuple(between(one, judge(_generated(second), convention, "data.sources.other"))))
+        return Judged(tuple(between(one, judge(generated(second), convention, "data.sources.other"))))
 
     def is_about(self, verdict: Verdict) -> bool:
         """Whether a verdict is on what is asked."""
@@ -89,7 +89,7 @@ class Case:
 
 
 @lru_cache(maxsize=64)
-def _generated(arm: Arm) -> EpisodeSample:
+def generated(arm: Arm) -> EpisodeSample:
     return generate(arm)
 
 

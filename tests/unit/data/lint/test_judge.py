@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.linter import CASES, WHERE, Case, _generated
+from benchmarks.linter import CASES, WHERE, Case, generated
 from benchmarks.support.arms import Arm, declared
 from opentau_train.data.builtin import droid
 from opentau_train.data.convention import Convention, Part
@@ -106,7 +106,7 @@ def test_a_robot_that_rests_says_nothing_of_its_actions():
 
 
 def test_a_source_without_state_is_judged_by_its_actions():
-    sample = _generated(Arm(SEED))
+    sample = generated(Arm(SEED))
     sample = replace(sample, state_names=(), state=[s[:, :0] for s in sample.state])
     judged = judge(sample, Convention(actions=declared(Arm(SEED)).actions), WHERE)
     assert {v.answer for v in judged.verdicts if v.finding.name == "range"} == {"agree"}
@@ -115,18 +115,18 @@ def test_a_source_without_state_is_judged_by_its_actions():
 
 def test_a_convention_that_does_not_fit_the_dimensions_is_an_error():
     with pytest.raises(UserError, match="dimensions are in no part"):
-        judge(_generated(Arm(SEED)), Convention(actions=(Part("joint", dims=7),)), WHERE)
+        judge(generated(Arm(SEED)), Convention(actions=(Part("joint", dims=7),)), WHERE)
 
 
 def test_chunks_that_are_placed_by_time_need_no_rate():
     case = named("rows 10 % faster than the rate")
-    sample = _generated(Arm(SEED, **case.arm))
+    sample = generated(Arm(SEED, **case.arm))
     by_time = judge(sample, declared(Arm(SEED)), WHERE, by_time=True)
     assert [v for v in by_time.verdicts if v.answer == "contradiction"] == []
 
 
 def test_velocity_columns_pair_with_the_positions_at_their_places():
-    sample = _generated(Arm(SEED, reference="state_delta"))
+    sample = generated(Arm(SEED, reference="state_delta"))
     names = tuple(name.replace("joint_position", "joint_velocity") for name in sample.action_names)
     follow = motion.following(replace(sample, action_names=names))
     assert follow.kind[:7] == [motion.DELTA] * 7
@@ -139,7 +139,7 @@ def test_joints_in_per_cent_of_their_ranges_are_not_called_degrees():
 
 
 def test_a_lift_in_metres_is_no_angle():
-    sample = _generated(Arm(SEED))
+    sample = generated(Arm(SEED))
     parts = (Part("joint", dims=7, unit="m"), Part("gripper"))
     told = [v.finding.value for v in judge(sample, Convention(state=parts), WHERE).verdicts if v.finding.name == "unit"]
     assert told[0] in ("m", "unknown")
