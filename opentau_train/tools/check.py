@@ -1,11 +1,12 @@
 """Say what a LeRobot dataset is, and whether a training on it would start, by all that its metadata can show.
 
-    python -m opentau_train.tools.check ROOT [--schema droid|droid_cosmos|any] [KEY=VALUE ...]
+    python -m opentau_train.tools.check ROOT [--schema droid|droid_cosmos|any] [--episodes 20] [KEY=VALUE ...]
     python -m opentau_train.tools.check +recipe=droid_policy data=droid_cosmos data.sources.droid.root=ROOT
 
 The first form stands for `+recipe=lerobot data.sources.main.root=ROOT`, the second takes the arguments of
 `python -m opentau_train`. Exits 0, or 2 with what is wrong, where and the remedy on stderr, as that training would.
-Of the rows and videos it reads the times of three episodes, to propose a `tolerance_s` where they differ.
+Of the rows and videos it reads the times of three episodes, to propose a `tolerance_s` where they differ; and the rows
+of `--episodes` (0: of none) and a few pictures, to hold them against what the source's `convention` declares.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
+from opentau_train.config.typed import at_least
 from opentau_train.config.weights import VLM, weight_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info
@@ -136,12 +138,13 @@ def _vectors(features: Features, prefix: str) -> str:
     return ", ".join(columns) or "none"
 
 
-def check(tree: dict[str, Any], schema: str) -> str:
-    """Open what the composed configuration `tree` trains on, as far as metadata go, and describe it. Raises the errors
-    that a training would."""
+def check(tree: dict[str, Any], schema: str, num_episodes: int) -> tuple[str, UserError | None]:
+    """Open what the composed configuration `tree` trains on, as far as metadata go: (its description, what the rows of
+    `num_episodes` contradict of it, if anything). Raises the errors that a training would."""
     from opentau_train.checkpoints.weight_files import local_path, open_weights
     from opentau_train.data.lerobot.cursor import proposed_tolerance  # these import torch
     from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.lint.report import contradiction, lint, report
     from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
     from opentau_train.data.mixture.statistics import check_heads
@@ -163,9 +166,9 @@ def check(tree: dict[str, Any], schema: str) -> str:
     lines = [f"{describe(info)}\n" for info in infos]
     for dataset in plan.datasets:
         cameras = ", ".join(dataset.source.cameras) or "none"
-        num_episodes = len(np.unique(dataset.train.episode))
+        num_trained = len(np.unique(dataset.train.episode))
         lines.append(
-            f"{dataset.name}: {dataset.train.num_windows} windows of {num_episodes} episodes to train on, "
+            f"{dataset.name}: {dataset.train.num_windows} windows of {num_trained} episodes to train on, "
             f"{dataset.held_out.sum()} episodes held out; {len(dataset.state_names)} dimensions of state, "
             f"{len(dataset.action_names)} of actions; cameras {cameras}"
         )
@@ -175,7 +178,10 @@ def check(tree: dict[str, Any], schema: str) -> str:
                 f"{dataset.name}: the rows' times miss the video's frames by more than tolerance_s; where the nearest "
                 f"frames are the right ones, set data.sources.{dataset.name}.tolerance_s={tolerance}"
             )
-    return "\n".join(lines)
+    judged = lint(plan.datasets, plan.groups, num_episodes) if num_episodes else {}
+    for name, of_source in judged.items():
+        lines += report(name, of_source)
+    return "\n".join(lines), contradiction(judged)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m opentau_train.tools.check", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--schema", choices=list(SCHEMAS), default="any", help="the columns it must have")
+    parser.add_argument("--episodes", type=int, default=20, metavar="N", help="how many to look at; 0: none")
     parser.add_argument("root", nargs="?", metavar="ROOT", help="the dataset's directory, or the first override")
     options, composed = parser.parse_known_args(arguments)
     root = options.root or ""
@@ -194,12 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         if not root and not composed:
             raise UserError("nothing to check", remedy="give ROOT, or the arguments of a training")
-        if not root:
-            print(check(cli.compose(composed), options.schema))
-            return EXIT_OK
-        tree = cli.compose(["+recipe=lerobot", *composed])
-        tree["data"]["sources"]["main"]["root"] = root
-        print(check(tree, options.schema))
+        at_least("--episodes", options.episodes, 0)
+        tree = cli.compose(["+recipe=lerobot", *composed] if root else composed)
+        if root:
+            tree["data"]["sources"]["main"]["root"] = root
+        text, wrong = check(tree, options.schema, options.episodes)
+        print(text)
+        if wrong is not None:
+            raise wrong
         return EXIT_OK
 
     with log_to(sys.stderr, is_main=True):

@@ -23,7 +23,7 @@ LAYERS = (
     {"metrics/"},
     {"step"},
     {"distributed/"},  # above data/, which knows nothing of ranks: who opens or reads it says what they share
-    {"data/load/"},
+    {"data/load/", "data/lint/"},
     {"data/mixture/"},
     {
         "data/conventions/",
@@ -109,7 +109,8 @@ def test_imports_point_down_only(file):
 
 FORMATS = ("checkpoints/lerobot", "data/builtin/", "data/lerobot/", "data/remote/", "models/lerobot")
 POLICIES = ("models/act", "models/diffusion", "models/pi/", "models/resnet", "models/unet")
-EDGES = (*FORMATS, *POLICIES, "data/convention", "data/transforms/augment/", "sinks/", "tools/")
+CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
+EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

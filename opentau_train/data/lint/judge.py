@@ -1,0 +1,227 @@
+"""Findings of each part of a source's vectors, held against what is declared of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from opentau_train.data.convention import Convention
+from opentau_train.data.conventions.places import Located, locate
+from opentau_train.data.lint import episodes, gripper, motion, rotations, units
+from opentau_train.data.lint.finding import UNKNOWN, Finding
+from opentau_train.data.lint.motion import ABSOLUTE, DELTA, Following
+from opentau_train.data.lint.parts import declaration, guess
+from opentau_train.data.lint.sample import F64, EpisodeSample
+
+LEAST_ROWS = 200
+"""Of fewer nothing is said."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding and what it means: it agrees with what is `declared`, contradicts it, is unknown, or is a note where
+    nothing is declared. `where` is the key of the configuration that it is about, `remedy` what to write there."""
+
+    finding: Finding
+    answer: Literal["agree", "contradiction", "unknown", "note"]
+    where: str
+    declared: Any = None
+    remedy: str = ""
+
+
+def hold(finding: Finding, declared: Any, where: str, agrees: bool | None = None, remedy: str | None = None) -> Verdict:
+    """The verdict on a finding; `agrees` where that isn't whether it is what is declared."""
+    if not finding.is_known:
+        return Verdict(finding, "unknown", where, declared)
+    if declared is None:
+        return Verdict(finding, "note", where)
+    if finding.value == declared if agrees is None else agrees:
+        return Verdict(finding, "agree", where, declared)
+    return Verdict(finding, "contradiction", where, declared, remedy or f"set {where}: {finding.value}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdicts on one source; `declare`, what its convention could say where it says nothing; and what sources of
+    the same robot are compared by, of each part {`state gripper`}: which end is open, and the rows of quaternions
+    with the place of their real part that is declared."""
+
+    verdicts: tuple[Verdict, ...] = ()
+    declare: str = ""
+    polarities: Mapping[str, Verdict] = field(default_factory=dict)
+    quaternions: Mapping[str, tuple[Sequence[F64], Verdict]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """The state or the actions: the key and the parts of its convention, its dimensions and its episodes."""
+
+    name: Literal["state", "actions"]
+    where: str
+    is_declared: bool
+    names: tuple[str, ...]
+    parts: tuple[Located, ...]
+    episodes: Sequence[F64]
+
+    def rows(self, part: Located) -> list[F64]:
+        return [values[:, list(part.places)] for values in self.episodes]
+
+    def dims(self, part: Located) -> tuple[str, ...]:
+        return tuple(self.names[place] for place in part.places)
+
+    def key(self, part: Located, facet: str) -> str:
+        return f"{self.where}[{self.parts.index(part)}].{facet}"
+
+    def hold(self, part: Located, finding: Finding, agrees: bool | None = None, remedy: str | None = None) -> Verdict:
+        """The verdict on the part's own key that the finding is called by."""
+        if len(finding.dims) < len(part.places):
+            remedy = f"give {', '.join(finding.dims)} a part of their own, with {finding.name}: {finding.value}"
+        declared = getattr(part.part, finding.name)
+        return hold(finding, declared, self.key(part, finding.name), agrees, remedy)
+
+
+def judge(sample: EpisodeSample, convention: Convention, where: str, *, by_time: bool = False) -> Judged:
+    """What the sample says of the source `where`, beside its `convention`; `by_time`: its chunks follow the rows'
+    times, not their rate. Raises `UserError` where the convention doesn't fit the dimensions."""
+    if sample.num_rows < LEAST_ROWS:
+        return Judged()
+    follow = motion.following(sample)
+    state = _vector("state", convention.state, sample.state_names, sample.state, where)
+    actions = _vector("actions", convention.actions, sample.action_names, sample.actions, where)
+    verdicts = [v for part in state.parts for v in _part(state, part, ABSOLUTE)]
+    unit_of = {dim: v.finding.value for v in verdicts if v.finding.name == "unit" for dim in v.finding.dims}
+    for part in actions.parts:
+        pairs = [p for p, (_, a) in enumerate(sample.pairs) if a in part.places]
+        references = motion.references(sample, follow, pairs)
+        absolute = part.part.reference == ABSOLUTE
+        verdicts += [actions.hold(part, f, absolute == (f.value == ABSOLUTE)) for f in references]
+        known = {f.value: f.dims for f in references if f.is_known}
+        verdicts += _part(actions, part, ABSOLUTE if set(known) == {ABSOLUTE} else UNKNOWN)
+        if DELTA in known and part.part.kind in ("joint", "position"):
+            deltas = [p for p in pairs if follow.kind[p] == DELTA]
+            of_state = {unit_of.get(sample.state_names[s], UNKNOWN) for s in sample.pairs[deltas, 0]}
+            verdicts.append(actions.hold(part, units.of_deltas(known[DELTA], follow.slope[deltas], of_state)))
+    grippers = [v for part in actions.parts for v in _gripper(state, actions, part, sample, follow)]
+    verdicts += [*grippers, *_whole(sample, follow, where, by_time)]
+    turned = dict(_quaternions(state, verdicts)) | dict(_quaternions(actions, verdicts))
+    for name, one in turned.items():
+        if name.startswith("state") and (other := turned.get(name.replace("state", "actions"))):
+            verdicts.append(_same_order(one, other))
+    undeclared = [v for v in (state, actions) if not v.is_declared and any(p.part.kind != "other" for p in v.parts)]
+    text = ",".join(declaration(v.name, v.parts, _facets(v, verdicts)) for v in undeclared)
+    polarities = {v.finding.dims[0]: v for v in grippers if v.finding.name == "polarity" and v.finding.is_known}
+    return Judged(tuple(verdicts), f"{where}.convention={{{text}}}" if text else "", polarities, turned)
+
+
+def between(one: Judged, other: Judged) -> Iterator[Verdict]:
+    """The verdicts on two sources of the same robot, whose statistics are shared."""
+    for name in [name for name in one.quaternions if name in other.quaternions]:
+        yield _same_order(one.quaternions[name], other.quaternions[name])
+    for dim in [dim for dim in one.polarities if dim in other.polarities]:
+        a, b = one.polarities[dim], other.polarities[dim]
+        if a.finding.value != b.finding.value and None in (a.declared, b.declared):  # else each is judged by itself
+            evidence = f"{a.finding.value} in {a.where}, {b.finding.value} in {b.where}"
+            yield hold(Finding("gripper between sources", (dim,), "inverted", evidence), None, b.where)
+
+
+def _vector(
+    name: Literal["state", "actions"], declared: Any, names: tuple[str, ...], rows: Sequence[F64], where: str
+) -> _Vector:
+    key = f"{where}.convention.{name}"
+    parts = locate(declared, names, key) if declared else guess(names, np.concatenate(rows))
+    return _Vector(name, key, bool(declared), names, parts, rows)
+
+
+def _part(vector: _Vector, part: Located, reference: str) -> Iterator[Verdict]:
+    """What a part's own numbers say. Absolute ones have a unit that shows."""
+    rows, dims, kind = vector.rows(part), vector.dims(part), part.part.kind
+    every, quantity = np.concatenate(rows), "length" if kind == "position" or part.part.unit in ("m", "mm") else "angle"
+    if reference == ABSOLUTE and (kind in ("joint", "position") or (kind == "rotation" and len(dims) == 3)):
+        yield from (vector.hold(part, f) for f in units.units(quantity, dims, every))
+    if kind == "rotation":
+        finding = rotations.angles(dims, rows) if len(dims) == 3 else rotations.written(dims, rows)
+        agrees = (part.part.rotation or "").startswith(finding.value)
+        remedy = {
+            rotations.NONE: "correct the kind and dims of the parts",
+            rotations.EULER: f"set {vector.key(part, 'rotation')}: euler_xyz, or euler_zyx",
+        }.get(finding.value)
+        yield vector.hold(part, finding, agrees, remedy)
+        if len(dims) == 4 and rotations.is_rotation(every):
+            yield hold(rotations.signs(dims, rows), None, vector.key(part, "rotation"))
+    if kind == "gripper" and len(dims) == 1:
+        yield vector.hold(part, *units.fills(dims, every[:, 0], part.part.range))
+    else:
+        yield hold(motion.clipped(dims, rows), None, vector.key(part, "dims"))
+
+
+def _gripper(
+    state: _Vector, actions: _Vector, part: Located, sample: EpisodeSample, follow: Following
+) -> Iterator[Verdict]:
+    """Which end of a gripper is open, in the state and in the actions, and whether the two run the same way."""
+    pair = next((p for p, (_, a) in enumerate(sample.pairs) if (a,) == part.places), None)
+    if part.part.kind != "gripper" or pair is None or follow.kind[pair] == DELTA:
+        return
+    own = next((p for p in state.parts if p.places == (sample.pairs[pair, 0],) and p.part.kind == "gripper"), None)
+    if own is None or follow.r2[pair] < gripper.LEAST_R2:
+        return
+    sign = float(np.sign(follow.slope[pair]))
+    found = gripper.polarity(state.dims(own), state.rows(own), actions.rows(part), sign, sample.frames(0.3))
+    yield state.hold(own, found)
+    told = found.value if sign > 0 else gripper.other_end(found.value)
+    yield actions.hold(part, replace(found, dims=actions.dims(part), value=told))
+    ends, ways = (own.part.polarity, part.part.polarity), ("as its state", "against its state")
+    declared = None if None in ends else ways[ends[0] != ends[1]]
+    way = Finding("gripper direction", actions.dims(part), ways[sign < 0], f"r2 {follow.r2[pair]:.2f}")
+    where = actions.key(part, "polarity")
+    remedy = f"set {where} or {state.key(own, 'polarity')} to the other end: one of both is wrong"
+    yield hold(way, declared, where, remedy=remedy)
+
+
+def _whole(sample: EpisodeSample, follow: Following, where: str, by_time: bool) -> Iterator[Verdict]:
+    """What concerns no part."""
+    rate, declared = episodes.rate(sample), None if by_time else f"{sample.fps:g}"
+    remedy = f"set {where}.fps={rate.value}, which places chunks by the rows' times; or correct fps in meta/info.json"
+    yield hold(rate, declared, f"{where}.fps", remedy=remedy)
+    yield from (hold(f, None, where) for f in (*motion.lags(sample, follow), motion.idle(sample, follow)))
+    copies = episodes.copies(sample)
+    leave_out = f"leave episodes out: {where}.exclude_episodes=[%s]"
+    yield replace(hold(copies, None, where), remedy=leave_out % ",".join(copies.dims) if copies.dims else "")
+    for cameras in episodes.swapped(sample.numbers, sample.histograms):
+        yield hold(cameras, "steady", f"{where}.cameras", remedy=leave_out % ",".join(cameras.dims))
+
+
+def _quaternions(vector: _Vector, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, tuple[Sequence[F64], Verdict]]]:
+    """(`state rotation`, (rows, verdict on its format)) of each part of absolute quaternions."""
+    found = {v.where for v in verdicts if v.finding.value == ABSOLUTE}
+    for part in vector.parts:
+        absolute = vector.name == "state" or part.part.reference == ABSOLUTE or vector.key(part, "reference") in found
+        rows = vector.rows(part)
+        if absolute and len(part.places) == 4 and rotations.is_rotation(np.concatenate(rows)):
+            where = vector.key(part, "rotation")
+            verdict = hold(Finding("rotation", vector.dims(part), "quaternion", ""), part.part.rotation, where, True)
+            yield f"{vector.name} {part.part.name}", (rows, verdict)
+
+
+def _same_order(one: tuple[Sequence[F64], Verdict], other: tuple[Sequence[F64], Verdict]) -> Verdict:
+    """Whether two parts of one robot have their real parts at the same end."""
+    (rows, a), (other_rows, b) = one, other
+    finding = rotations.ends(a.finding.dims + b.finding.dims, rows, other_rows)
+    is_declared = None not in (a.declared, b.declared)
+    told = rotations.SAME_END if a.declared == b.declared else rotations.OTHER_END
+    remedy = f"set {a.where} or {b.where} to the other order: one of both is wrong"
+    return hold(finding, told if is_declared else None, b.where, remedy=remedy)
+
+
+def _facets(vector: _Vector, verdicts: Sequence[Verdict]) -> dict[int, dict[str, Any]]:
+    """{part's place: {key: value}} of what was found of whole parts, as a convention says it."""
+    out: dict[int, dict[str, Any]] = {}
+    for i, part in enumerate(vector.parts):
+        for v in verdicts:
+            value, facet = v.finding.value, v.finding.name
+            whole = v.answer == "note" and v.finding.dims == vector.dims(part) and v.where == vector.key(part, facet)
+            if whole and value not in (rotations.EULER, rotations.NONE):
+                out.setdefault(i, {})[facet] = value
+    return out
