@@ -4,17 +4,19 @@ python -m tests.golden.regenerate
 """
 
 import json
+import tempfile
 from pathlib import Path
 
-from tests.golden import sample_ids
+from tests.golden import losses, sample_ids
 
 FOLDER = Path(__file__).parent
-FILES = {"sample_ids.json": sample_ids.make}
 
 
 def main() -> None:
-    for name, make in FILES.items():
-        (FOLDER / name).write_text(json.dumps(make(), indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"sample_ids.json": sample_ids.make(), "losses.json": losses.make(Path(folder))}
+    for name, content in files.items():
+        (FOLDER / name).write_text(json.dumps(content, indent=1) + "\n")
         print(FOLDER / name)
 
 

@@ -104,6 +104,7 @@ def test_the_cluster_has_the_published_numbers(monkeypatch):
     schedule = instantiate(settings.scheduler, "scheduler")
     assert [round(schedule(step, trainer.steps), 4) for step in (0, 5_000, 9_999)] == [1.0, 0.95, 0.9]
     assert settings.data.chunk_length == 32 and settings.data.dropout.prompt == 0.1
+    assert settings.data.transforms["augment"]["crop"] == [0.9025, 0.9025]
 
 
 def test_the_cluster_is_planned_for_64_ranks(droid_root, tmp_path, monkeypatch, capsys):
