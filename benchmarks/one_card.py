@@ -48,6 +48,7 @@ ROWS = {
     "flow_base": ["model=flow_base", *SMALL, "trainer.global_batch_size=256", BF16],
     "flow_base compiled": ["model=flow_base", *SMALL, "trainer.global_batch_size=256", BF16, "trainer.compile=true"],
     "act": ["model=act", "data.image_size=[224,224]", "trainer.global_batch_size=32", BF16],
+    "diffusion": ["model=diffusion", *SMALL, "trainer.global_batch_size=64", BF16],
     "pi0_tiny": ["model=pi0_tiny", *SMALL, "trainer.global_batch_size=4"],
     "pi0_tiny lora": ["model=pi0_tiny", *SMALL, "trainer.global_batch_size=4", "finetune=lora"],
     "pi0": [*PI0, "trainer.global_batch_size=16", BF16, AGAIN],
@@ -56,7 +57,7 @@ ROWS = {
     "pi0 lora": [*PI0, "trainer.global_batch_size=32", "trainer.precision=bf16_params", AGAIN, "finetune=lora"],
 }
 ON_CPU = ("flow_tiny", "pi0_tiny", "pi0_tiny lora")
-ON_CARD = ("flow_tiny", "flow_small", "flow_base", "flow_base compiled", "act", "pi0", "pi0 bf16_params", "pi0 lora")
+ON_CARD = ("flow_tiny", "flow_small", "flow_base", "flow_base compiled", "act", "diffusion", "pi0", "pi0 bf16_params", "pi0 lora")
 
 
 def main() -> None:
