@@ -144,7 +144,10 @@ def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -
         remedy = "set the model's options to those of the weights (norms, biases), or choose the model that they are of"
     elif unnamed:
         what = f"the file lacks {len(unnamed)} tensors of the model: {_some(unnamed)}"
-        remedy = "choose the model that these weights are of, or weights of this one"
+        remedy = (
+            "choose the model that these weights are of, or weights of this one; a run of frozen weights has them only "
+            "in what tools.export makes of it"
+        )
     else:
         return
     raise UserError(f"{what}\n{_indented(report)}", where=where or str(report.path), remedy=remedy)
@@ -173,9 +176,11 @@ def fill(policy: nn.Module, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """What `model.{key}` names, on this machine's disk; `resize`: projections of other dimensions are cut or filled."""
+    """What `model.{key}` names as `given`, at `path` on this machine's disk; `resize`: projections of other dimensions
+    are cut or filled."""
 
     key: str
+    given: str
     path: Path
     resize: bool
 
@@ -207,7 +212,7 @@ def locate_encoders(model: Mapping[str, Any]) -> tuple[FirstWeights, ...]:
 def _located(key: str, given: str, resize: bool) -> FirstWeights:
     path = locate(given, f"model.{key}")
     open_weights(path, f"model.{key}")
-    return FirstWeights(key, path, resize)
+    return FirstWeights(key, given, path, resize)
 
 
 def _some(names: Iterable[str], num: int = 3) -> str:

@@ -138,7 +138,7 @@ def summary(policy: Policy) -> str:
     """What trains, in one line."""
     sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
     whole, trained = sum(p.numel() for p in policy.parameters()), sum(sizes.values())
-    if trained == whole:
+    if trained == whole and not policy.adapters:
         return f"all {whole:,} parameters train"
     text = f"{trained:,} of {whole:,} parameters train"
     if not policy.adapters:
