@@ -267,6 +267,8 @@ def test_an_exported_policy_is_built_without_the_first_weights(run_dir, tmp_path
         (["model.pretrained_path=3"], "model.pretrained_path must be a string"),
         (["model.pretrained_path=''"], "model.pretrained_path is empty"),
         (["model.pretrained_pth=x"], "did you mean 'pretrained_path'"),
+        (["model.heads=0"], "model.heads must be greater than 0"),
+        (["model.num_flow_steps=0"], "model.num_flow_steps must be greater than 0"),
     ],
 )
 def test_mistakes_are_told_before_data_are_opened(words, problem, tmp_path):

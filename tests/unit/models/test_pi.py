@@ -235,6 +235,7 @@ def test_absent_cameras_cost_nothing(monkeypatch):
         ({"max_action_dim": 3}, "4 action dimensions, the policy holds 3"),
         ({"max_chunk_length": 5}, "6 steps in a chunk, the policy holds 5"),
         ({"action_tokens": "fast"}, "without FAST's files"),
+        ({"insulate": True}, "nothing would train the language model"),
         ({"action_tokens": "fast", "action_tokenizer_path": "/nowhere"}, "no FAST tokenizer can be read"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
