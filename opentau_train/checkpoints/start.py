@@ -106,4 +106,6 @@ def spread_policy(
     for plan in plans:
         world.agree(partial(start.fill, policy, plan))
         log.info("first weights of the policy:\n%s", plan)
+        if plan.note:
+            log.warning("%s", plan.note)
     return policy, replicas

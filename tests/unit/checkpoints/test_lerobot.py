@@ -140,7 +140,7 @@ def test_half_a_layer_is_no_layer(tmp_path):
     weights = make_act(backbone_norm="frozen_batch").state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     policy = make_act()
-    with pytest.raises(UserError, match=r"more of some layers than the model: backbone\.bn1\.running_mean"):
+    with pytest.raises(UserError, match=r"more of some: backbone\.bn1\.running_mean"):
         load_pretrained(policy, tmp_path / "w.safetensors", policy.weight_map())
 
 

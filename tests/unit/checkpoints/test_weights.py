@@ -99,6 +99,10 @@ def test_what_does_not_fit_is_told_with_the_report_and_changes_nothing(source, t
     cases = {
         "no tensor of the file fits the model": {f"other.{name}": value for name, value in weights.items()},
         "lacks 1 tensors of the model: action_in.weight": {n: v for n, v in weights.items() if n != "action_in.weight"},
+        "more layers than the model, or more of some: layers.2.norm_mlp.weight": {
+            **weights,
+            "layers.2.norm_mlp.weight": weights["layers.1.norm_mlp.weight"].clone(),
+        },
         "1 tensors of the file have other shapes": {**weights, "action_in.weight": torch.zeros(32, 9)},
     }
     policy = make_policy(seed=2)
