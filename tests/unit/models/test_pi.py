@@ -246,6 +246,14 @@ def test_what_the_policy_cannot_hold_is_refused(options, words):
     assert refused.value.where and refused.value.remedy
 
 
+def test_a_tokenizer_whose_numbers_skip_some_needs_a_table_for_the_highest(tmp_path):
+    words_file(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"drawer":4', '"drawer":400').replace('"drawer": 4', '"drawer": 400'))
+    with pytest.raises(UserError, match="401 tokens, the language model's table 384"):
+        make_pi0(tokenizer_path=str(tmp_path))
+
+
 def test_the_policy_tokenizes_with_the_files_it_is_given(tmp_path):
     words_file(tmp_path)
     assert make_pi0(tokenizer_path=str(tmp_path)).wants().transforms["tokenize"].tokenizer == str(tmp_path)
