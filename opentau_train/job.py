@@ -155,7 +155,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     convention = _convention(mixture)
     convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
     if policy.borrowed:
-        convention[base.KEY] = world.agree(lambda: start.record(settings.model) if world.is_main else None)
+        convention[base.KEY] = world.agree(lambda: start.record() if world.is_main else None)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
     saver = Saver(run_dir, world, settings.checkpoint, card)
     job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)

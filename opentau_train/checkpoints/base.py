@@ -44,14 +44,11 @@ def fill_base(policy: Policy, plan: Plan) -> None:
     policy.borrowed = tuple(sorted(filled & frozen))
 
 
-def record(first: FirstWeights, model: Mapping[str, Any]) -> dict[str, str]:
-    """The card's entry: the key of the settings `model`, the path (or the name on the Hub) and the digest."""
-    given = Path(model[first.key]).expanduser()
-    return {
-        "key": first.key,
-        "path": str(given.absolute()) if given.exists() else str(model[first.key]),
-        "digest": digest(first.path),
-    }
+def record(first: FirstWeights) -> dict[str, str]:
+    """The card's entry: the key of `model`, the path (or the name on the Hub) and the digest."""
+    given = Path(first.given).expanduser()
+    path = str(given.absolute()) if given.exists() else first.given
+    return {"key": first.key, "path": path, "digest": digest(first.path)}
 
 
 def base_of(entry: Mapping[str, str], model: Mapping[str, Any], setting: str) -> FirstWeights:
@@ -61,7 +58,7 @@ def base_of(entry: Mapping[str, str], model: Mapping[str, Any], setting: str) ->
     where = model.get(key) or entry["path"]
     remedy = f"put back there what the run began with, or set {setting} to the place where it is now"
     try:
-        first = locate_weights({**model, key: where})
+        first = locate_weights({key: where, "resize_dims": model.get("resize_dims", False)})
     except UserError as error:
         raise UserError(
             f"the checkpoint's frozen weights can't be read: {error.what}", where=where, remedy=remedy

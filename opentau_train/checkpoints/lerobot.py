@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from opentau_train.checkpoints.weight_files import SINGLE, Entry
+from opentau_train.checkpoints.weight_files import SINGLE, Entry, open_weights
 from opentau_train.data.transforms.augment.pictures import Augment
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.data.transforms.pipeline import Pipeline
@@ -36,15 +36,15 @@ _CONSTANT = 1e12
 
 def published_stats(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """{feature.statistic: values} that a LeRobot policy was trained with: of its preprocessor's file beside the weights
-    `entries` or, before 0.4, between them. Empty where there are none."""
+    `entries` or, before 0.4, between them. Empty where there are none. Raises `UserError` for a damaged file."""
     for folder in {entry.file.parent for entry in entries.values()}:
         for file in folder.glob(f"policy_preprocessor*{NORMALIZER}.safetensors"):
-            return load_file(file)
+            return {name: entry.read_whole(name) for name, entry in open_weights(file).items()}
     stats = {}
     for name, entry in entries.items():
         if buffer := _BUFFER.fullmatch(name):
             feature = re.sub(r"^observation_(images_)?", lambda m: m[0].replace("_", "."), buffer[1])
-            stats[f"{feature}.{buffer[2]}"] = entry.read(name, tuple(slice(None) for _ in entry.shape))
+            stats[f"{feature}.{buffer[2]}"] = entry.read_whole(name)
     return stats
 
 

@@ -41,10 +41,10 @@ class Start:
         parts = (*self.encoders, *([] if self.first is None else [self.first]))
         return [base.plan_base(policy, part) for part in parts]
 
-    def record(self, model: Mapping[str, Any]) -> dict[str, str]:
-        """The card's entry of the first weights, which the settings `model` name."""
+    def record(self) -> dict[str, str]:
+        """The card's entry of the first weights."""
         assert self.first is not None, "what is borrowed is theirs"
-        return base.record(self.first, model)
+        return base.record(self.first)
 
     def fill(self, policy: Policy, plan: Plan) -> None:
         """Fill `policy` by one of its plans."""
@@ -106,4 +106,6 @@ def spread_policy(
     for plan in plans:
         world.agree(partial(start.fill, policy, plan))
         log.info("first weights of the policy:\n%s", plan)
+        if plan.note:
+            log.warning("%s", plan.note)
     return policy, replicas

@@ -47,6 +47,10 @@ class Entry:
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_slice(name)[part]
 
+    def read_whole(self, name: str) -> Any:
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
 
 def local_path(given: str, where: str) -> Path | None:
     """The file or directory that the setting `where` names; None for what can only be a name on the Hub. Raises

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ class Report:
 @dataclass(frozen=True)
 class Plan:
     """`sources` {the policy's name: (the file's name, its tensor)}; `stats` that lie beside the weights
-    (`published_stats`): a run computes those of its own data, as LeRobot does when it trains such weights further."""
+    (`published_stats`): a run computes those of its own data, as LeRobot does when it trains such weights further;
+    `note`: `WeightMap`'s."""
 
     sources: dict[str, tuple[str, Entry]]
     report: Report
@@ -59,10 +61,10 @@ class Plan:
     note: str = ""
 
     def __str__(self) -> str:
-        """The report's four lines, and more where there are statistics or a note (`WeightMap`)."""
+        """The report's four lines, and one more where there are statistics."""
         named = _some([f"{name} {list(value.shape)}" for name, value in self.stats.items()], 8)
         lines = [f"statistics  not used, the data's own are: {named}"] if named else []
-        return "\n".join([str(self.report), *lines, *([f"note        {self.note}"] if self.note else [])])
+        return "\n".join([str(self.report), *lines])
 
 
 def load_pretrained(policy: nn.Module, path: str | Path, mapping: WeightMap) -> Report:
@@ -130,7 +132,7 @@ def _both(name: str, entry: Entry, own: torch.Tensor) -> str:
 
 def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -> None:
     unnamed = [name for name in report.missing if not fits(name, mapping.new)]
-    filled = {_layer(name) for name in report.loaded} - {""}
+    layers, stacks = {_layer(name) for name in report.loaded} - {""}, {_stack(name) for name in report.loaded}
     if not report.loaded:
         what = "no tensor of the file fits the model"
         remedy = "choose the model that these weights are of, or weights of this one"
@@ -140,12 +142,15 @@ def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -
         remedy += mapping.shapes
         if resizable:
             remedy = "set model.resize_dims=true: projections are cut to the data's dimensions, or filled up with 0"
-    elif halves := [name for name in report.unexpected if _layer(mapping.own_name(name)) in filled]:
-        what = f"the file has more of some layers than the model: {_some(halves)}"
-        remedy = "set the model's options to those of the weights (norms, biases), or choose the model that they are of"
+    elif more := [n for n in report.unexpected if _layer(o := mapping.own_name(n)) in layers or _stack(o) in stacks]:
+        what = f"the file has more layers than the model, or more of some: {_some(more)}"
+        remedy = "set the model's depths and options (norms, biases) to the weights', or choose the model they are of"
     elif unnamed:
         what = f"the file lacks {len(unnamed)} tensors of the model: {_some(unnamed)}"
-        remedy = "choose the model that these weights are of, or weights of this one"
+        remedy = (
+            "choose the model that these weights are of, or weights of this one; a run of frozen weights has them only "
+            "in what tools.export makes of it"
+        )
     else:
         return
     raise UserError(f"{what}\n{_indented(report)}", where=where or str(report.path), remedy=remedy)
@@ -154,6 +159,11 @@ def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -
 def _layer(name: str) -> str:
     """The module that a tensor belongs to; "" is the policy itself."""
     return name.rpartition(".")[0]
+
+
+def _stack(name: str) -> str:
+    """The same for all layers of a stack."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def fill(policy: nn.Module, plan: Plan) -> None:
@@ -174,9 +184,11 @@ def fill(policy: nn.Module, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """What `model.{key}` names, on this machine's disk; `resize`: projections of other dimensions are cut or filled."""
+    """What `model.{key}` names as `given`, at `path` on this machine's disk; `resize`: projections of other dimensions
+    are cut or filled."""
 
     key: str
+    given: str
     path: Path
     resize: bool
 
@@ -208,7 +220,7 @@ def locate_encoders(model: Mapping[str, Any]) -> tuple[FirstWeights, ...]:
 def _located(key: str, given: str, resize: bool) -> FirstWeights:
     path = locate(given, f"model.{key}")
     open_weights(path, f"model.{key}")
-    return FirstWeights(key, path, resize)
+    return FirstWeights(key, given, path, resize)
 
 
 def _some(names: Iterable[str], num: int = 3) -> str:

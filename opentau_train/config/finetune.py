@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from opentau_train.config.resuming import refused, warned
-from opentau_train.config.typed import at_least, fraction, positive
+from opentau_train.config.typed import fraction, positive
 from opentau_train.errors import UserError
 
 EXTRA = 'pip install "opentau_train[vla]"'
@@ -32,7 +32,7 @@ class FinetuneSettings:
 
     def check(self, path: str) -> None:
         positive(f"{path}.rank", self.rank)
-        at_least(f"{path}.alpha", self.alpha, 0.0)
+        positive(f"{path}.alpha", self.alpha)
         fraction(f"{path}.dropout", self.dropout)
         if self.rank is None:
             given = {"alpha": self.alpha is not None, "dropout": self.dropout > 0, "targets": self.targets is not None}
@@ -48,6 +48,12 @@ class FinetuneSettings:
         if self.targets == ():
             raise UserError(
                 f"{path}.targets is empty", remedy=f"set {path}.targets=null for all layers, or choose {path}=freeze"
+            )
+        if self.rank is not None and "*" in self.trains and not self.frozen:
+            raise UserError(
+                f"{path}.rank={self.rank}: adapters are for a policy that keeps its numbers, and all of it trains",
+                where=f"{path}.rank and {path}.trains",
+                remedy=f"choose {path}=lora, or set {path}.rank=null",
             )
 
 

@@ -262,6 +262,9 @@ def positive(path: str, value: float | None) -> None:
         raise UserError(f"{path} must be greater than 0, got {value}", remedy=f"set {path} to a positive number")
 
 
+Count = Annotated[int, positive]
+
+
 def at_least(path: str, value: float | None, low: float) -> None:
     """Raises `UserError` unless `value` is `low` or more, or None (not set)."""
     if value is not None and value < low:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.config.typed import Count, fraction
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
@@ -46,14 +47,14 @@ class ActPolicy(Policy):
         self,
         spec: BatchSpec,
         *,
-        width: int = 512,
-        heads: int = 8,
-        feedforward: int = 3200,
-        vae_depth: int = 4,
-        encoder_depth: int = 4,
-        decoder_depth: int = 1,
-        latent_dim: int = 32,
-        dropout: float = 0.1,
+        width: Count = 512,
+        heads: Count = 8,
+        feedforward: Count = 3200,
+        vae_depth: Count = 4,
+        encoder_depth: Count = 4,
+        decoder_depth: Count = 1,
+        latent_dim: Count = 32,
+        dropout: Annotated[float, fraction] = 0.1,
         l1_weight: float = 1.0,
         kl_weight: float = 10.0,
         backbone_norm: Literal["group", "frozen_batch"] = "group",

@@ -75,10 +75,19 @@ class TextEncoder(Encoder):
             from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
         except ImportError as error:
             raise missing_extra("transformers", error) from error
-        made = BertConfig(**config)
-        made._attn_implementation = "sdpa"
-        layers = nn.ModuleList(BertLayer(made) for _ in range(made.num_hidden_layers))
-        parts = {"embeddings": BertEmbeddings(made), "layers": layers}
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            made = BertConfig(**config)
+            made._attn_implementation = "sdpa"
+            layers = nn.ModuleList(BertLayer(made) for _ in range(made.num_hidden_layers))
+            parts = {"embeddings": BertEmbeddings(made), "layers": layers}
+        except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"transformers makes no BERT of the encoder's config.json: {error!r}",
+                where="model.text_encoder",
+                remedy="download the folder again, or name another",
+            ) from error
         super().__init__(parts, (made.hidden_size, width), frozen=frozen)
 
     def encode(self, inputs: Tensor) -> Tensor:

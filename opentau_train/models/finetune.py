@@ -7,7 +7,7 @@ where adapters are made only: it takes five seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.errors import UserError, fits_nothing
 from opentau_train.models.policy import Policy
+from opentau_train.models.weight_map import fits
 
 ADAPTER = "default"
 """The name that peft gives the one adapter of a layer; a part of its parameters' names."""
@@ -36,7 +37,7 @@ def prepare_finetune(policy: Policy, settings: FinetuneSettings) -> None:
                 raise fits_nothing("trainable parameter", f"finetune.{key}", pattern, trainable)
     targets = _targets(policy, settings)
     for name, parameter in trainable.items():
-        parameter.requires_grad_(_fits(name, settings.trains) and not _fits(name, settings.frozen))
+        parameter.requires_grad_(fits(name, settings.trains) and not fits(name, settings.frozen))
     if targets:
         trains = [p for p in trainable.values() if p.requires_grad]
         _inject(policy, targets, settings)
@@ -48,10 +49,6 @@ def prepare_finetune(policy: Policy, settings: FinetuneSettings) -> None:
             where="finetune.trains and finetune.frozen",
             remedy='set finetune.trains=["*"], and in finetune.frozen only what shall keep its numbers',
         )
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _targets(policy: Policy, settings: FinetuneSettings) -> list[str]:
@@ -82,7 +79,7 @@ def _targets(policy: Policy, settings: FinetuneSettings) -> list[str]:
                 remedy="leave it out, and train it fully if need be: finetune.trains=[PATTERN]",
             )
         raise fits_nothing("linear layer", "finetune.targets", pattern, able)
-    return [name for name in able if _fits(name, settings.targets)]
+    return [name for name in able if fits(name, settings.targets)]
 
 
 def lora_config(settings: FinetuneSettings, **options: Any) -> Any:
@@ -138,7 +135,7 @@ def summary(policy: Policy) -> str:
     """What trains, in one line."""
     sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
     whole, trained = sum(p.numel() for p in policy.parameters()), sum(sizes.values())
-    if trained == whole:
+    if trained == whole and not policy.adapters:
         return f"all {whole:,} parameters train"
     text = f"{trained:,} of {whole:,} parameters train"
     if not policy.adapters:

@@ -14,13 +14,14 @@ either is a pretrained encoder's (`encoders`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
+from opentau_train.config.typed import Count, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
@@ -57,16 +58,16 @@ class FlowPolicy(Policy):
         self,
         spec: BatchSpec,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
+        width: Count,
+        depth: Count,
+        heads: Count,
+        mlp_ratio: Annotated[float, positive] = 4.0,
         patch_size: int = 16,
-        stem_channels: int = 32,
+        stem_channels: Count = 32,
         max_prompt_bytes: int = 64,
         time: FlowTime = "uniform",
-        num_flow_steps: int = 10,
-        num_bins: int = 256,
+        num_flow_steps: Count = 10,
+        num_bins: Count = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
         mse_weight: float = 1.0,
         ce_weight: float = 0.1,

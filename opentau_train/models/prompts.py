@@ -121,14 +121,11 @@ def encoder(tokenizer: str | None) -> Callable[[str], list[int]]:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer.json of the `tokenizers` library, whose numbers are below `vocab_size`; it may skip some."""
 
     inner: object
     start: tuple[int, ...]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.inner.get_vocab_size()  # type: ignore[attr-defined]
+    vocab_size: int
 
     def encode_ids(self, text: str) -> list[int]:
         ids = self.inner.encode(text).ids  # type: ignore[attr-defined]
@@ -162,7 +159,7 @@ def load(path: str, where: str = "model.tokenizer_path") -> Tokenizer:
     inner.no_padding()
     inner.no_truncation()
     start = inner.token_to_id("<bos>")
-    return Tokenizer(inner, () if start is None else (start,))
+    return Tokenizer(inner, () if start is None else (start,), 1 + max(inner.get_vocab().values(), default=-1))
 
 
 def check_vocabulary(tokenizer: str | None, size: int) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opentau_train.config.typed import build
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, did_you_mean
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, check_machine, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,12 @@ MERGED_WITHIN = 1e-4
 def export(settings: ExportSettings) -> tuple[Path, str]:
     """Write and verify the file or folder; returns its path, and what holds of it.
 
-    Raises `UserError` where the checkpoint can't be read, RuntimeError where the file's policy predicts other actions.
+    Raises `UserError` where the checkpoint can't be read or the file not written, RuntimeError where the file's policy
+    predicts other actions.
     """
-    from opentau_train.checkpoints import commit, contents, pretrained  # they import torch: only once the settings hold
+    from safetensors import SafetensorError  # imports torch, as those below do: only once the settings hold
+
+    from opentau_train.checkpoints import commit, contents, pretrained
 
     checkpoint = commit.at(settings.checkpoint)
     card = pretrained.with_base(pretrained.read_card(checkpoint / pretrained.FOLDER), settings.base)
@@ -72,9 +75,15 @@ def export(settings: ExportSettings) -> tuple[Path, str]:
         holds = _merge(policy)
         expected = predict(policy)
     out = Path(settings.out).expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
     write = {"safetensors": _write_file, "lerobot": _write_lerobot, "adapter": _write_adapters}[settings.format]
-    if predict(write(out, policy, card, settings.norm_head)) != expected:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        again = write(out, policy, card, settings.norm_head)
+    except (OSError, SafetensorError) as error:
+        check_machine(error, out)
+        what = f"the policy can't be written: {error}"
+        raise UserError(what, where=str(out), remedy="set out to a place that you can write") from error
+    if predict(again) != expected:
         out.unlink() if out.is_file() else shutil.rmtree(out)
         raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
     return out, holds

@@ -94,7 +94,7 @@ def build(world: World, shard: int, cls: type = FlowPolicy, weights: Path | None
     model = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **options}
     torch.manual_seed(3)
     mesh = data_mesh(world, -1, shard)
-    first = None if weights is None else FirstWeights("pretrained_path", weights, resize=False)
+    first = None if weights is None else FirstWeights("pretrained_path", str(weights), weights, resize=False)
     return spread_policy(model, SPEC, world, mesh, Execution(), Start(first))
 
 

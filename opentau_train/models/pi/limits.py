@@ -27,6 +27,16 @@ def check_limits(sizes: tuple[int, int, int], limits: Mapping[str, int | None]) 
             )
 
 
+def check_insulation(insulate: bool, action_tokens: str) -> None:
+    """Raises `UserError` where no loss would reach the language model."""
+    if insulate and action_tokens == "none":
+        raise UserError(
+            "model.insulate=true without action tokens: nothing would train the language model",
+            where="model.insulate",
+            remedy="set model.action_tokens=binned, or model.insulate=false",
+        )
+
+
 def check_pictures(given: tuple[int, int], takes: int) -> None:
     """Raises `UserError` where the data's pictures (H, W) aren't the image tower's squares."""
     if given != (takes, takes):

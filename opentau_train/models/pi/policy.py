@@ -18,14 +18,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import positive
+from opentau_train.config.typed import Count
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models import prompts
@@ -35,7 +35,7 @@ from opentau_train.models.layers import KeysValues
 from opentau_train.models.lerobot import LerobotExport
 from opentau_train.models.pi import action_tokens as chunks
 from opentau_train.models.pi import lerobot, names
-from opentau_train.models.pi.limits import LIMITS, check_limits, check_pictures
+from opentau_train.models.pi.limits import LIMITS, check_insulation, check_limits, check_pictures
 from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, present_only, rotations
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
@@ -45,7 +45,6 @@ from opentau_train.types import BatchSpec, LossTerms
 
 READS_BYTES = "prompts are read as bytes, which these weights have never seen: set model.tokenizer_path to PaliGemma's"
 ActionTokens = Literal["none", "binned", "fast"]
-Count = Annotated[int, positive]
 
 
 class PiPolicy(Policy):
@@ -93,6 +92,7 @@ class PiPolicy(Policy):
         super().__init__()
         limits = dict(zip(LIMITS, (max_state_dim, max_action_dim, max_chunk_length), strict=True))
         check_limits((spec.state_dim, spec.action_dim, spec.chunk_length), limits)
+        check_insulation(insulate, action_tokens)
         try:
             from opentau_train.models.pi import network
         except ImportError as error:
@@ -140,6 +140,7 @@ class PiPolicy(Policy):
     @classmethod
     def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
         prompts.check_installed("transformers")
+        check_insulation(options.get("insulate", False), options.get("action_tokens", "none"))
         prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
         if options.get("action_tokens") == "fast":
             chunks.make_fast(1, options.get("action_tokenizer_path"))

@@ -122,6 +122,15 @@ def test_statistics_between_the_weights_of_older_folders_are_read(tmp_path):
     assert not plan.report.unexpected and len(str(plan).splitlines()) == 5
 
 
+def test_damaged_statistics_beside_the_weights_are_told_by_name(tmp_path):
+    policy = make_act(backbone_norm="frozen_batch")
+    save_file({f"model.{name}": value for name, value in policy.state_dict().items()}, tmp_path / "model.safetensors")
+    stats = tmp_path / "policy_preprocessor_step_3_normalizer_processor.safetensors"
+    stats.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{stats.name} is a git-lfs pointer"):
+        plan_weights(policy, tmp_path, policy.weight_map())
+
+
 def resnet(policy: ActPolicy) -> dict[str, torch.Tensor]:
     """A file of torchvision's names, whose numbers are new."""
     g = torch.Generator().manual_seed(7)
@@ -148,7 +157,7 @@ def test_half_a_layer_is_no_layer(tmp_path):
     weights = make_act(backbone_norm="frozen_batch").state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     policy = make_act()
-    with pytest.raises(UserError, match=r"more of some layers than the model: backbone\.bn1\.running_mean"):
+    with pytest.raises(UserError, match=r"more of some: backbone\.bn1\.running_mean"):
         load_pretrained(policy, tmp_path / "w.safetensors", policy.weight_map())
 
 

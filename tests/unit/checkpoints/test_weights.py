@@ -99,6 +99,10 @@ def test_what_does_not_fit_is_told_with_the_report_and_changes_nothing(source, t
     cases = {
         "no tensor of the file fits the model": {f"other.{name}": value for name, value in weights.items()},
         "lacks 1 tensors of the model: action_in.weight": {n: v for n, v in weights.items() if n != "action_in.weight"},
+        "more layers than the model, or more of some: layers.2.norm_mlp.weight": {
+            **weights,
+            "layers.2.norm_mlp.weight": weights["layers.1.norm_mlp.weight"].clone(),
+        },
         "1 tensors of the file have other shapes": {**weights, "action_in.weight": torch.zeros(32, 9)},
     }
     policy = make_policy(seed=2)
@@ -267,6 +271,8 @@ def test_an_exported_policy_is_built_without_the_first_weights(run_dir, tmp_path
         (["model.pretrained_path=3"], "model.pretrained_path must be a string"),
         (["model.pretrained_path=''"], "model.pretrained_path is empty"),
         (["model.pretrained_pth=x"], "did you mean 'pretrained_path'"),
+        (["model.heads=0"], "model.heads must be greater than 0"),
+        (["model.num_flow_steps=0"], "model.num_flow_steps must be greater than 0"),
     ],
 )
 def test_mistakes_are_told_before_data_are_opened(words, problem, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from opentau_train.errors import UserError
 from opentau_train.models.act import ActPolicy, TemporalEnsemble
 from opentau_train.models.draws import Draws
+from opentau_train.models.policy import bind_model
 from tests.program import DATA, metrics, train_here
 from tests.unit.models.flow_cases import SPEC, make_batch, total, with_garbage
 
@@ -128,6 +129,12 @@ def test_the_ensemble_weighs_older_chunks_more():
 def test_what_can_not_be_built_is_the_users_to_mend(spec, changes, text):
     with pytest.raises(UserError, match=text):
         make_act(spec, **changes)
+
+
+@pytest.mark.parametrize("option", [{"heads": 0}, {"latent_dim": 0}, {"encoder_depth": 0}, {"dropout": 2.0}])
+def test_sizes_that_make_no_policy_are_refused_before_data_are_opened(option):
+    with pytest.raises(UserError, match=rf"model\.{next(iter(option))} must be"):
+        bind_model({"_target_": "opentau_train.models.act.ActPolicy", **option})
 
 
 def test_any_dataset_trains_it_by_one_word(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.checkpoints.weights import load_pretrained
 from opentau_train.errors import UserError
-from opentau_train.models.encoders import ENCODERS
+from opentau_train.models.encoders import ENCODERS, TextEncoder
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.prompts import TokenizePrompt
 from tests.pretrained import minilm, mobilenet
@@ -133,3 +133,11 @@ def test_trains_saves_and_loads_without_the_files(tmp_path, mobilenet_file, froz
 def test_refuses_what_is_none(tmp_path, arguments, says):
     with pytest.raises(UserError, match=says):
         train_here([*TOY, *(a.format(minilm=minilm()) for a in arguments)], tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 5}, {"hidden_act": "none"}, {"hidden_size": "wide"}])
+def test_a_configuration_that_makes_no_encoder_is_the_users_to_mend(change):
+    sizes = dict(vocab_size=300, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    TextEncoder(sizes, 32, frozen=True)
+    with pytest.raises(UserError, match=r"makes no BERT of the encoder's config.json"):
+        TextEncoder({**sizes, **change}, 32, frozen=True)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from opentau_train import validate
 from opentau_train.checkpoints.adapters import write_adapters
+from opentau_train.checkpoints.base import base_of, digest, record
 from opentau_train.checkpoints.pretrained import load_policy, read_card
 from opentau_train.checkpoints.weights import plan_weights
 from opentau_train.config import drift
@@ -68,6 +69,7 @@ def test_patterns_say_what_trains():
     assert trained(policy) == {"velocity_out.weight", "bins_out.weight", "start_embed"}
     assert summary(policy) == "32,928 of 73,488 parameters train"
     assert summary(make_policy()) == "all 73,488 parameters train"
+    assert "LoRA adapters on 8 layers" in summary(make(FinetuneSettings(rank=2)))
 
 
 def test_what_the_policy_keeps_from_training_never_trains():
@@ -104,6 +106,8 @@ def test_a_pattern_that_fits_nothing_is_named(settings, text):
         ({"rank": 0}, "finetune.rank must be greater than 0"),
         ({"rank": 4, "dropout": 1.0}, r"finetune.dropout must be in \[0, 1\)"),
         ({"rank": 4, "targets": []}, "finetune.targets is empty"),
+        ({"rank": 4, "alpha": 0.0}, "finetune.alpha must be greater than 0"),
+        ({"rank": 4}, r"finetune.rank=4: adapters are for a policy that keeps its numbers, and all of it trains"),
         ({"rnak": 4}, "did you mean 'rank'"),
     ],
 )
@@ -285,6 +289,20 @@ def test_a_run_of_adapters_is_no_base_before_it_is_exported(based, tmp_path):
         plan_weights(policy, based[0], WeightMap())
 
 
+def test_a_run_of_frozen_weights_is_no_base_before_it_is_exported(based, tmp_path):
+    words = [*RUN, "finetune=freeze", "finetune.frozen=[stem.*]", f"model.pretrained_path={based[1]}"]
+    run, whole = (
+        train_here([*words, "trainer.steps=1", "validation.every=0"], tmp_path / "run"),
+        tmp_path / "p.safetensors",
+    )
+    with pytest.raises(
+        UserError, match=r"lacks .* stem(.|\n)*a run of frozen weights has them only in what tools.export"
+    ):
+        plan_weights(load_policy(run).policy, run, WeightMap())
+    assert export.main([f"checkpoint={run}", f"out={whole}"]) == 0
+    assert not plan_weights(load_policy(run).policy, whole, WeightMap()).report.missing
+
+
 def test_adapters_may_have_a_learning_rate_of_their_own():
     rules = {"b": ParameterRule("*.lora_B.*", lr_scale=16.0)}  # as LoRA+ (Hayou et al. 2024)
     groups = build_optimizer(
@@ -296,7 +314,8 @@ def test_adapters_may_have_a_learning_rate_of_their_own():
 def test_a_run_without_its_frozen_weights_is_resumed_bit_for_bit(based, tmp_path):
     whole, _, words = based
     train_here([*words, "trainer.steps=2", "validation.every=0"], tmp_path / "run")
-    train_here([*words, "resume=auto"], tmp_path / "run")
+    without = [word for word in words if not word.startswith("model.pretrained_path")]  # the checkpoint knows the path
+    train_here([*without, "resume=auto"], tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(whole) and saved(tmp_path / "run") == saved(whole)
     assert export.predict(load_policy(tmp_path / "run").policy) == export.predict(load_policy(whole).policy)
 
@@ -338,6 +357,13 @@ def test_frozen_weights_that_moved_or_changed_are_told_and_found_where_the_remed
                 call()
     finally:
         moved.replace(file)
+
+
+def test_a_resume_may_name_other_first_weights_beside_the_frozen_ones(based):
+    """It takes neither: `config.weights.ON_RESUME`."""
+    entry = {"key": "vlm_path", "path": str(based[1]), "digest": digest(based[1])}
+    first = base_of(entry, {"pretrained_path": "elsewhere"}, "model.vlm_path")
+    assert (first.key, first.path) == ("vlm_path", based[1]) and record(first) == entry
 
 
 @pytest.fixture

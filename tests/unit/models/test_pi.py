@@ -235,6 +235,7 @@ def test_absent_cameras_cost_nothing(monkeypatch):
         ({"max_action_dim": 3}, "4 action dimensions, the policy holds 3"),
         ({"max_chunk_length": 5}, "6 steps in a chunk, the policy holds 5"),
         ({"action_tokens": "fast"}, "without FAST's files"),
+        ({"insulate": True}, "nothing would train the language model"),
         ({"action_tokens": "fast", "action_tokenizer_path": "/nowhere"}, "no FAST tokenizer can be read"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -243,6 +244,14 @@ def test_what_the_policy_cannot_hold_is_refused(options, words):
     with pytest.raises(UserError, match=re.escape(words)) as refused:
         make_pi0(**options)
     assert refused.value.where and refused.value.remedy
+
+
+def test_a_tokenizer_whose_numbers_skip_some_needs_a_table_for_the_highest(tmp_path):
+    words_file(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"drawer":4', '"drawer":400').replace('"drawer": 4', '"drawer": 400'))
+    with pytest.raises(UserError, match="401 tokens, the language model's table 384"):
+        make_pi0(tokenizer_path=str(tmp_path))
 
 
 def test_the_policy_tokenizes_with_the_files_it_is_given(tmp_path):

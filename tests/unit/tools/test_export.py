@@ -133,3 +133,11 @@ def test_it_runs_as_a_command(run_dir, tmp_path):
     done = warm.run(command, cwd=tmp_path, env=environment(), timeout=120)
     assert done.returncode == 0 and (tmp_path / "policy.safetensors").is_file(), done.stderr
     assert not done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_told_by_name(run_dir, tmp_path, capsys):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder.safetensors", "file/policy.safetensors"):
+        assert export.main([f"checkpoint={run_dir}", f"out={tmp_path / name}"]) == 2
+        assert "can't be written: " in (said := capsys.readouterr().err) and str(tmp_path / name) in said
