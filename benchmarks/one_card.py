@@ -57,7 +57,17 @@ ROWS = {
     "pi0 lora": [*PI0, "trainer.global_batch_size=32", "trainer.precision=bf16_params", AGAIN, "finetune=lora"],
 }
 ON_CPU = ("flow_tiny", "pi0_tiny", "pi0_tiny lora")
-ON_CARD = ("flow_tiny", "flow_small", "flow_base", "flow_base compiled", "act", "diffusion", "pi0", "pi0 bf16_params", "pi0 lora")
+ON_CARD = (
+    "flow_tiny",
+    "flow_small",
+    "flow_base",
+    "flow_base compiled",
+    "act",
+    "diffusion",
+    "pi0",
+    "pi0 bf16_params",
+    "pi0 lora",
+)
 
 
 def main() -> None:
