@@ -28,6 +28,7 @@ from opentau_train.checkpoints import base as bases
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config import typed
 from opentau_train.config.finetune import FinetuneSettings
+from opentau_train.config.weights import TOKENIZER
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.transforms.pipeline import Pipeline, with_fields
@@ -165,6 +166,29 @@ def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
         for head in card.policy["datasets"][name]:
             made.setdefault(head, pipeline)
     return made
+
+
+def carried_tokenizer(path: Path) -> str | None:
+    """The tokenizer that comes with the weights at `path`: beside them, or kept in the card of a policy of this
+    program, from which it is written into this machine's cache. None: none does."""
+    folder = path.parent if path.is_file() else path
+    if (folder / TOKENIZER).is_file():
+        return str(folder)
+    card = _card_beside(path, folder)
+    given = None if card is None else card.config.get("model", {}).get("tokenizer_path")
+    kept = {} if card is None else card.policy.get(assets.KEY, {})
+    return assets.unpack(given, kept) if given in kept else None
+
+
+def _card_beside(path: Path, folder: Path) -> Pretrained | None:
+    """The card of the weights at `path`, which `open_weights` can read, where they are a policy of this program."""
+    if path.is_file():
+        with safe_open(path, framework="pt") as opened:
+            texts = opened.metadata() or {}
+        if texts.get("format") == FORMAT:
+            return Pretrained(**{name: json.loads(texts[name]) for name in PARTS})
+    places = (folder, folder / FOLDER, folder / "checkpoints" / "last" / FOLDER)
+    return next((read_card(place) for place in places if all((place / f"{n}.json").is_file() for n in PARTS)), None)
 
 
 def pretrained_folder(path: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train.checkpoints import base
+from opentau_train.checkpoints.pretrained import carried_tokenizer
 from opentau_train.checkpoints.weights import FirstWeights, Plan, locate_encoders, locate_weights
 from opentau_train.config.finetune import ALL_TRAINS, FinetuneSettings
 from opentau_train.data.transforms.pipeline import meet
@@ -20,6 +21,7 @@ from opentau_train.distributed.materialise import materialise
 from opentau_train.distributed.parallel import Execution, Replicas, spread
 from opentau_train.distributed.rehearsal import sketch
 from opentau_train.distributed.world import World
+from opentau_train.errors import UserError
 from opentau_train.models.finetune import prepare_finetune
 from opentau_train.models.policy import Policy, bind_model, build_policy
 from opentau_train.types import BatchSpec
@@ -54,7 +56,16 @@ class Start:
 
 def begin(model: Mapping[str, Any], finetune: FinetuneSettings) -> Start:
     """How a new run's policy begins, by the settings: the files that they name can be read. Raises `UserError`."""
-    return Start(locate_weights(model), finetune, locate_encoders(model))
+    first = locate_weights(model)
+    if first is not None and model.get("tokenizer_path", "") is None:
+        carried = carried_tokenizer(first.path)
+        if carried is not None:  # to read prompts as bytes would be to train on words that they have never seen
+            raise UserError(
+                f"the weights come with a tokenizer, and the policy has none: {first.given}",
+                where="model.tokenizer_path",
+                remedy=f"set model.tokenizer_path={carried}",
+            )
+    return Start(first, finetune, locate_encoders(model))
 
 
 def new_policy(

@@ -94,5 +94,12 @@ def test_a_policy_carries_its_tokenizer(tmp_path):
         num = loaded.pipelines[head].transforms["pad"].dims[head][0]
         batch = loaded.observe([{"state": torch.zeros(num).numpy(), "prompt": "open the drawer"}], head)
         assert batch.prompt_tokens[0, :5].tolist() == [1, 2, 3, 4, -1]
+    for path in (run, run / "checkpoints" / "last", out):
+        words = [*PI0, f"model.pretrained_path={path}", "model.vlm.vocab_size=300"]
+        with pytest.raises(UserError, match="the weights come with a tokenizer") as refused:
+            train_here(words, tmp_path / "further")
+        remedy = refused.value.remedy.removeprefix("set ")
+    begun = load_policy(train_here([*words, remedy], tmp_path / "further"))
+    assert begun.policy.prompt.tokens("open", np.zeros(0))[0][:3].tolist() == [1, 2, -1]
     with pytest.raises(UserError, match="is no plain name of a file"):
         assets.unpack({}, {"/words": {"../../tokenizer.json": "{}"}})
