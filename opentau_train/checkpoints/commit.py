@@ -187,7 +187,7 @@ def resolve(resume: str, run_dir: Path | None) -> Path | None:
     """
     if resume == "auto":
         return newest(run_dir / "checkpoints") if run_dir is not None else None
-    checkpoint = None if resume == "never" else at(resume)
+    checkpoint = None if resume == "never" else at(resume, ", auto or never")
     if run_dir is None and checkpoint is not None:
         run_dir = checkpoint.parent.parent
     existing = complete(run_dir / "checkpoints") if run_dir is not None else []
@@ -200,8 +200,9 @@ def resolve(resume: str, run_dir: Path | None) -> Path | None:
     return checkpoint
 
 
-def at(given: str) -> Path:
-    """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`."""
+def at(given: str, others: str = "") -> Path:
+    """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`, whose remedy also
+    names the `others` that may be given."""
     path = Path(given).expanduser().resolve()
     if (path / "run.json").is_file():
         if (why := flaw(path)) is not None:
@@ -216,7 +217,7 @@ def at(given: str) -> Path:
     raise UserError(
         "no complete checkpoint there",
         where=given,
-        remedy="give a run directory, a checkpoint directory RUN/checkpoints/STEP, auto or never",
+        remedy=f"give a run directory, a checkpoint directory RUN/checkpoints/STEP{others}",
     )
 
 
