@@ -201,8 +201,8 @@ def resolve(resume: str, run_dir: Path | None) -> Path | None:
 
 
 def at(given: str, others: str = "") -> Path:
-    """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`, whose remedy also
-    names the `others` that may be given."""
+    """The whole checkpoint that a path names: its own, or the newest one of a run. Raises `UserError`; its remedy names
+    the `others` that may be given, too."""
     path = Path(given).expanduser().resolve()
     if (path / "run.json").is_file():
         if (why := flaw(path)) is not None:
