@@ -105,8 +105,8 @@ def open_case(root: Path, world):
     from opentau_train import cli
     from opentau_train.config.settings import load_settings
     from opentau_train.config.typed import instantiate
+    from opentau_train.distributed.opening import normalise_together, open_together
     from opentau_train.distributed.parallel import spread
-    from opentau_train.job import normalise_together, open_together
 
     names = sorted(p.name for p in root.iterdir() if (p / "meta").is_dir())
     source = "data/source@data.sources"

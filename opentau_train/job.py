@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,25 +20,23 @@ from opentau_train import rng
 from opentau_train.checkpoints import assets, base, commit, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.checkpoints.published import published_statistics
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.checkpoints.start import Start, begin, sketch_policy, spread_policy
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import instantiate
 from opentau_train.data.conventions.sources import record
-from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.open import open_plan, table_digests, with_statistics
-from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.memory import announce
+from opentau_train.distributed.opening import normalise_together, open_together
 from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
-from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
@@ -117,20 +113,12 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    stats, start = None, Start(finetune=settings.finetune)
-    if checkpoint is None:
-        start = world.once_a_node(lambda: begin(settings.model, settings.finetune))
-    else:
-        world.agree(lambda: _compare(settings, tree, checkpoint))
-        entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
-        if entry is not None:
-            first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
-            start = Start(first, settings.finetune)
-        stats = world.agree(lambda: read_stats(checkpoint))
+    start = _start(settings, tree, world, checkpoint)
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
     sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
     world.agree(lambda: opened.check_prompts(sketched.wants()) if world.is_main else None)
+    stats = world.agree(lambda: _given_statistics(settings, opened, checkpoint))
     mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
@@ -172,37 +160,24 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     return job
 
 
-def open_together(settings: Settings, world: World) -> Mixture:
-    """The mixture as far as metadata tell it, opened by all ranks: files prepared once a node. Collective; raises
-    `UserError` on all ranks alike."""
-    num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
-    sources = resolve_sources(settings, world.once_a_node, num_nodes)
-    plan = world.agree(lambda: open_plan(settings, sources))
-    _check_same_tables(plan, world)
-    return plan
+def _start(settings: Settings, tree: dict[str, Any], world: World, checkpoint: Path | None) -> Start:
+    """How the policy begins: a new run's, or with the frozen weights of the checkpoint that is gone on from."""
+    if checkpoint is None:
+        return world.once_a_node(lambda: begin(settings.model, settings.finetune))
+    world.agree(lambda: _compare(settings, tree, checkpoint))
+    entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
+    if entry is None:
+        return Start(finetune=settings.finetune)
+    first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
+    return Start(first, settings.finetune)
 
 
-def normalise_together(
-    plan: Mixture, settings: Settings, world: World, stats: dict[str, HeadStats] | None = None
-) -> Mixture:
-    """The opened mixture with statistics, computed on rank 0 where no checkpoint's `stats` are given. Collective;
-    raises `UserError` on all ranks alike."""
-    if stats is None:
-
-        def compute() -> dict[str, HeadStats]:
-            return statistics.compute(settings, plan.datasets, plan.groups) if world.is_main else {}
-
-        stats = world.broadcast(world.agree(compute))
-    return with_statistics(plan, stats)
-
-
-def _check_same_tables(plan: Mixture, world: World) -> None:
-    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
-    tables = table_digests(plan)
-    digest = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
-    if len(set(world.gather(digest))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
-        remedy = "give every node the same files and filters of this dataset"
-        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
+def _given_statistics(settings: Settings, opened: Mixture, checkpoint: Path | None) -> dict[str, HeadStats] | None:
+    """Those of the checkpoint or of `data.statistics_path`; None: to be computed."""
+    if checkpoint is not None:
+        return read_stats(checkpoint)
+    path = settings.data.statistics_path
+    return None if path is None else published_statistics(path, opened)
 
 
 def _where(settings: Settings) -> tuple[Path, Path | None]:

@@ -30,11 +30,12 @@ from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import trained_on
 from opentau_train.distributed.numerics import set_numerics
+from opentau_train.distributed.opening import normalise_together, open_together
 from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
-from opentau_train.job import mesh_of, normalise_together, open_together
+from opentau_train.job import mesh_of
 from opentau_train.log import log_to
 from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy

@@ -205,6 +205,9 @@ class DataSettings:
         default=False, metadata=refused("the policy was trained on inputs normalised otherwise")
     )
     """true = statistics of their own for each step of the chunk, which suits deltas: they grow from step to step."""
+    statistics_path: str | None = field(default=None, metadata=SAFE)
+    """Statistics to normalise by in place of the data's own: a run, or openpi's norm_stats.json. A resume keeps its
+    own."""
     convention: Convention = field(default_factory=Convention, metadata=CONVERTED)
     """What the policy is trained in: each source is converted to it from what it declares."""
     num_workers: int = field(default=2, metadata=SAFE)

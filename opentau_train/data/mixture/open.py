@@ -38,7 +38,7 @@ def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) 
     """The mixture of the settings, in one process: every source opened, split, grouped and normalised, by `stats` (a
     checkpoint's) or by statistics computed now.
 
-    What several processes do together is `job.open_together` and `normalise_together`, of the same parts. Raises
+    What several processes do together is in `distributed/opening.py`, of the same parts. Raises
     `UserError`.
     """
     mixture = open_plan(settings, resolve_sources(settings))

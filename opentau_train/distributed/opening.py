@@ -1,0 +1,48 @@
+"""The mixture opened by all ranks alike: files prepared once a node, statistics computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from opentau_train.config.settings import Settings
+from opentau_train.data.mixture import statistics
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.data.mixture.open import open_plan, table_digests, with_statistics
+from opentau_train.data.mixture.resolve import resolve_sources
+from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.world import World
+
+
+def open_together(settings: Settings, world: World) -> Mixture:
+    """The mixture as far as metadata tell it, opened by all ranks: files prepared once a node. Collective; raises
+    `UserError` on all ranks alike."""
+    num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
+    sources = resolve_sources(settings, world.once_a_node, num_nodes)
+    plan = world.agree(lambda: open_plan(settings, sources))
+    _check_same_tables(plan, world)
+    return plan
+
+
+def normalise_together(
+    plan: Mixture, settings: Settings, world: World, stats: dict[str, HeadStats] | None = None
+) -> Mixture:
+    """The opened mixture with statistics, computed on rank 0 where no checkpoint's `stats` are given. Collective;
+    raises `UserError` on all ranks alike."""
+    if stats is None:
+
+        def compute() -> dict[str, HeadStats]:
+            return statistics.compute(settings, plan.datasets, plan.groups) if world.is_main else {}
+
+        stats = world.broadcast(world.agree(compute))
+    return with_statistics(plan, stats)
+
+
+def _check_same_tables(plan: Mixture, world: World) -> None:
+    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
+    tables = table_digests(plan)
+    digest = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
+    if len(set(world.gather(digest))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
+        remedy = "give every node the same files and filters of this dataset"
+        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
