@@ -115,7 +115,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(make_context, tmp_path)
         for step in range(start + 1, start + 4):
             sink.write(step, {"Training/Loss": value})
         sink.close()
-        # Files are read in the order of their names: in one process and second by its count of them as text, 10 before 9.
+        # Files are read by their names: those of one process and second by its count of them as text, 10 before 9.
         while int(time.time()) == begun:
             time.sleep(0.05)
     assert scalars(tmp_path / "tensorboard", "Training/Loss") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
