@@ -11,7 +11,11 @@ from tests.program import metrics, train_here
 GOLDEN = json.loads((Path(__file__).parent / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("stack", losses.STACKS)
+SLOW = ("openpi", "lerobot", "dropout")
+PARAMETERS = [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in losses.STACKS]
+
+
+@pytest.mark.parametrize("stack", PARAMETERS)
 def test_a_stack_of_transforms_gives_its_golden_losses(stack, tmp_path):
     rows = metrics(train_here([*losses.RUN, *losses.STACKS[stack]], tmp_path / "run"))
     given = [rows[2]["Training/Loss"], rows[4]["Training/Loss"], rows[4]["Validation/Loss"]]

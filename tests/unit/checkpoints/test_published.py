@@ -44,7 +44,7 @@ def test_a_run_normalises_by_another_runs_statistics_and_keeps_them(tmp_path):
     assert metrics(resumed)[2] == metrics(reused)[2]
 
 
-@pytest.mark.parametrize("method", ["mean_std", "quantiles"])
+@pytest.mark.parametrize("method", [pytest.param("mean_std", marks=pytest.mark.slow), "quantiles"])
 def test_openpis_statistics_normalise_as_the_same_numbers_computed(method, tmp_path):
     words = [*ONE, f"data.normalization={method}"]
     computed = train_here(words, tmp_path / "computed")

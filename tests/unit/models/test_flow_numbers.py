@@ -70,6 +70,7 @@ def test_times_have_their_density(distribution):
     assert 20 + 4 * math.sqrt(40) > chi2, "20 bins: four deviations above their mean"
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_at_the_times_that_it_names(tmp_path):
     words = [*TOY, "trainer.steps=1", "validation.every=0", "logger=none"]
     losses = {}

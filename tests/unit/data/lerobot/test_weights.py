@@ -33,6 +33,7 @@ def losses(run_dir, part: str) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith(part)} for row in metrics(run_dir).values()]
 
 
+@pytest.mark.slow
 def test_equal_weights_train_as_none_do_and_others_change_training_only(tmp_path):
     plain = run(tmp_path, "plain", lambda e, f: 1.0)
     same = run(tmp_path, "same", lambda e, f: 4.0, COLUMN)
