@@ -26,7 +26,7 @@ from opentau_train.errors import UserError
 from opentau_train.models import prompts
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
-from opentau_train.models.lerobot import LerobotExport
+from opentau_train.models.lerobot import LerobotExport, check_inputs
 from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, MEAN, STD, STRIDE, ResNet18
 from opentau_train.models.unet import Unet, UnetSizes
@@ -146,12 +146,7 @@ class DiffusionPolicy(Policy):
 
     def lerobot_export(self) -> LerobotExport:
         spec, sizes, noise = self.spec, self.sizes, self.noise
-        if not spec.cameras or not spec.state_dim:
-            raise UserError(
-                "LeRobot's diffusion policy needs a camera and a state",
-                where="format",
-                remedy="set format=safetensors",
-            )
+        check_inputs("diffusion policy", spec)
         config = {
             "type": "diffusion",
             "n_obs_steps": 1,
