@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import positive
+from opentau_train.config.typed import Count, positive
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models import prompts
@@ -105,7 +105,7 @@ class DiffusionPolicy(Policy):
         *,
         unet: UnetSizes,
         noise: NoiseSchedule,
-        num_keypoints: Annotated[int, positive] = 32,
+        num_keypoints: Count = 32,
         shared_encoder: bool = True,
     ):
         super().__init__()
