@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opentau_train.checkpoints import assets, commit
+from opentau_train.checkpoints import assets, commit, manifest
 from opentau_train.checkpoints import base as bases
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config import typed
@@ -134,6 +134,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
     path = Path(path).expanduser()
     folder = None if path.is_file() else pretrained_folder(path)
     file = path if folder is None else folder / WEIGHTS
+    if folder is not None and (folder.parent / manifest.MANIFEST).is_file():  # else it was copied out of a checkpoint
+        manifest.check(folder.parent, FOLDER)
     try:
         with safe_open(file, framework="pt") as opened:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
