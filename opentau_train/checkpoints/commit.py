@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from opentau_train.checkpoints import manifest
-from opentau_train.checkpoints.manifest import MANIFEST
+from opentau_train.checkpoints.manifest import MANIFEST, flush
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def seal(partial: Path, described: Mapping[str, manifest.File] = MappingProxyTyp
     rest = manifest.describe(partial, (path for name, path in files.items() if name not in described))
     (partial / MANIFEST).write_text(manifest.to_text({**described, **rest}))
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        flush(path)
 
 
 def publish(partial: Path, retention: Retention) -> list[Path]:
@@ -71,7 +71,7 @@ def publish(partial: Path, retention: Retention) -> list[Path]:
         if final.exists():  # something else has torn it
             _retire(final)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
     point(folder / "last", final.name)
     named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for name in retention.obsolete([p.name for p in complete(folder)]):
@@ -113,17 +113,9 @@ def _replace(path: Path, text: str) -> None:
     """Give the file `path` another content in one operation, when that content is on the disk."""
     fresh = path.with_name(path.name + PARTIAL)
     fresh.write_text(text)
-    _flush(fresh)
+    flush(fresh)
     os.replace(fresh, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path.parent)
 
 
 # -- which one -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +42,24 @@ def digest(path: Path) -> str:
 
 
 def describe(folder: Path, paths: Iterable[Path]) -> dict[str, File]:
-    """{path inside `folder`: size and hash} of files in it."""
-    return {path.relative_to(folder).as_posix(): File(path.stat().st_size, digest(path)) for path in paths}
+    """{path inside `folder`: size and hash} of files in it, which are then on the disk: the processor hashes them while
+    the disk writes them."""
+    listed = list(paths)
+    with ThreadPoolExecutor(1) as beside:
+        flushing = [beside.submit(flush, path) for path in listed]
+        files = {path.relative_to(folder).as_posix(): File(path.stat().st_size, digest(path)) for path in listed}
+        for call in flushing:
+            call.result()
+    return files
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def to_text(files: Mapping[str, File]) -> str:

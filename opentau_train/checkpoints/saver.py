@@ -166,8 +166,8 @@ class Saver:
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
         def shards() -> dict[str, manifest.File]:
-            alone = self.world.size == 1
-            dcp.save(content.tensors, checkpoint_id=partial / "state", process_group=group, no_dist=alone)
+            writer = dcp.FileSystemWriter(partial / "state", sync_files=False)  # `describe` does
+            dcp.save(content.tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
             # Each rank's own, which its node has in memory still: another one would read them over the network.
             return manifest.describe(partial, partial.glob(f"state/__{self.world.rank}_*"))
 

@@ -134,3 +134,12 @@ def test_random_damage_of_the_same_size_never_passes(run_dir):
         path.write_bytes(spoiled)
         assert (manifest.damage(checkpoint) is None) == (spoiled == content), name
         path.write_bytes(content)
+
+
+def test_what_is_written_may_be_read_by_others(trained, tmp_path):
+    """As the umask says, not by its owner alone."""
+    out = tmp_path / "policy.safetensors"
+    assert export.main([f"checkpoint={trained}", f"out={out}"]) == 0
+    (probe := tmp_path / "probe").touch()
+    written = [out, *(p for p in trained.rglob("*") if p.is_file() and not p.is_symlink())]
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(probe.stat().st_mode & 0o777)}
