@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,7 +19,8 @@ class Arrival:
     """A rank's share of a global batch, whose copy to the device is under way.
 
     `part` is the share as the stream gave it, on the CPU; `counts` {term: supervised loss elements of its samples} are
-    all 0 where the stream has ended with an error; `num_cut` of its prompts were cut.
+    all 0 where the stream has ended with an error; `num_cut` of its prompts were cut. The batch is `counted` where the
+    policy packs.
     """
 
     part: RankBatch
@@ -55,6 +56,8 @@ def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) 
                     weight = part.batch.weight.double()
                     counts = {k: float(n.double() @ weight) for k, n in policy.term_counts(part.batch).items()}
                     num_cut = policy.num_cut(part.batch)
+                    if policy.packing:
+                        part = replace(part, batch=part.batch.counted(policy.num_tokens(part.batch).numpy()))
             except UserError as error:
                 part = RankBatch(None, error=error)
             yield Arrival(part, counts, num_cut, *_send(part.batch, device, stream))
