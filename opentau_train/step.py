@@ -29,7 +29,7 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
 from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws
-from opentau_train.models.packing.cut import micro_batches
+from opentau_train.models.packing.cut import blanked, micro_batches
 from opentau_train.models.policy import Policy
 from opentau_train.optim import set_lr
 from opentau_train.types import LossTerms
@@ -93,9 +93,7 @@ def train_step(
     num, losses = max(len(rows), most if state.replicas.sharded else 0), []
     for i in range(num):
         blank = i >= len(rows)
-        micro = batch.rows(rows[i] if not blank else slice(0, 1))
-        if blank:
-            micro = micro.replace(weight=torch.zeros_like(micro.weight))
+        micro = blanked(batch) if blank else batch.rows(rows[i])
         seed_ambient(rng.key(setup.seed, "ambient", state.step, world.rank, i))
         draws = Draws(micro.key)
         counting = nullcontext() if setup.flops is None else setup.flops.counting(len(micro))

@@ -32,7 +32,7 @@ from opentau_train.job import Job, prepare
 from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
-from opentau_train.models.packing.cut import micro_batches
+from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
@@ -148,8 +148,8 @@ def _incoming(job: Job) -> InterruptibleIterator[Arrival]:
         last_step=job.settings.trainer.steps,
         quarantine=job.run_dir / QUARANTINE,
     )
-    ahead = job.settings.data.num_workers > 0
-    return InterruptibleIterator(arrivals(parts, job.state.policy, job.world.device), ahead=ahead)
+    ahead, cap = job.settings.data.num_workers > 0, job.settings.data.max_num_tokens_after_packing
+    return InterruptibleIterator(arrivals(parts, job.state.policy, job.world.device, cap), ahead=ahead)
 
 
 def _vote(job: Job, arrival: Arrival | None, stop: Stop, setup: StepSetup) -> Vote:
@@ -158,11 +158,7 @@ def _vote(job: Job, arrival: Arrival | None, stop: Stop, setup: StepSetup) -> Vo
     if arrival is None:
         return Vote(dict.fromkeys(job.state.policy.loss_weights, 0.0), has_batch=False, has_written=written, stop=stop)
     part = arrival.part
-    tokens, most = 0, 1
-    if part.batch is not None and job.state.policy.packing:
-        tokens = int(part.batch.num_tokens.sum())
-        most = len(micro_batches(part.batch, setup.max_samples, setup.max_tokens))
-    numbers = part.num_substituted, arrival.num_cut, tokens, most
+    numbers = part.num_substituted, arrival.num_cut, *size_of(part.batch, setup.max_samples, setup.max_tokens)
     return Vote(arrival.counts, *numbers, part.error, has_written=written, stop=stop)
 
 

@@ -11,6 +11,7 @@ import torch
 from opentau_train.data.batch import Batch
 from opentau_train.data.load.stream import RankBatch
 from opentau_train.errors import UserError
+from opentau_train.models.packing.cut import counted
 from opentau_train.models.policy import Policy
 
 
@@ -40,12 +41,15 @@ class Arrival:
         return self._copy
 
 
-def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) -> Generator[Arrival]:
+def arrivals(
+    parts: Generator[RankBatch], policy: Policy, device: torch.device, max_tokens: int = -1
+) -> Generator[Arrival]:
     """Each of `parts`, a rank's shares of the global batches, with its counts and with its copy to `device` under way.
     Iterate it on a thread of its own.
 
     To CUDA the copy goes from pinned memory on a stream of its own, beside the computation. A `UserError` of the counts
-    (an unknown mode) comes as the part's error, as those of the stream do. Closing the generator closes `parts`.
+    (an unknown mode, a sample of more than `max_tokens`) comes as the part's error, as those of the stream do. Closing
+    the generator closes `parts`.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with closing(parts):
@@ -57,7 +61,7 @@ def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) 
                     counts = {k: float(n.double() @ weight) for k, n in policy.term_counts(part.batch).items()}
                     num_cut = policy.num_cut(part.batch)
                     if policy.packing:
-                        part = replace(part, batch=part.batch.counted(policy.num_tokens(part.batch).numpy()))
+                        part = replace(part, batch=counted(policy, part.batch, max_tokens))
             except UserError as error:
                 part = RankBatch(None, error=error)
             yield Arrival(part, counts, num_cut, *_send(part.batch, device, stream))

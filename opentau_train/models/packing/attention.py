@@ -36,7 +36,7 @@ Mask: TypeAlias = "Tensor | PackedAttention"
 
 
 class Packing:
-    """How tokens are laid end to end. `valid` [B, n] bool of each part: which of its tokens exist; `lengths` [B, parts]:
+    """How tokens are laid end to end. `valid` [B, n] bool of each part: which of its tokens exist; `lengths` [B, parts]
     how many, which the device isn't asked for. `slots`: n of each part."""
 
     def __init__(self, valid: Sequence[Tensor], lengths: NDArray[np.int64]):

@@ -13,10 +13,9 @@ from opentau_train.data.source import PromptedSource, Source
 from opentau_train.data.transforms.base import Record
 from opentau_train.data.transforms.pipeline import meet
 from opentau_train.errors import UserError
+from opentau_train.models.packing.cut import CAP
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
-
-CAP = "data.max_num_tokens_after_packing"
 
 
 class Described(Protocol):
@@ -58,7 +57,10 @@ def check_cap(policy: Policy, datasets: Iterable[Described], spec: BatchSpec, ca
     `cap` (-1: any number)."""
     if cap == -1:
         return
-    most = {d.name: int(policy.num_tokens(sketched(policy, d, spec)).sum(1).max()) for d in datasets}
+    most = {}
+    for dataset in datasets:
+        windows = [(prompt, dataset.chunk_length) for prompt in prompts_of(dataset)]
+        most[dataset.name] = int(policy.num_tokens(sketched(policy, dataset, spec, windows)).sum(1).max())
     name, num = max(most.items(), key=lambda item: item[1])
     if num > cap:
         raise UserError(
@@ -68,21 +70,26 @@ def check_cap(policy: Policy, datasets: Iterable[Described], spec: BatchSpec, ca
         )
 
 
-def sketched(policy: Policy, dataset: Described, spec: BatchSpec) -> Batch:
-    """What metadata tell of the dataset's windows, one for each of its prompts, without pictures: all cameras are there
-    and all steps, and what the policy's transforms write is as long as it may be. Reads prompts; decodes nothing."""
+def prompts_of(dataset: Described) -> list[str | None]:
+    """The dataset's prompts, each once; None where it can't tell them. Reads no video."""
+    if not isinstance(dataset.source, PromptedSource):
+        return [None]
+    return [*sorted(set(dataset.source.prompts(np.arange(len(dataset.source.episodes)))))] or [""]
+
+
+def sketched(policy: Policy, dataset: Described, spec: BatchSpec, windows: Iterable[tuple[str | None, int]]) -> Batch:
+    """Windows of the dataset, each with a prompt and a number of real steps, as far as metadata tell of them, without
+    pictures: all cameras are there, and what the policy's transforms write is as long as it may be. `spec` is that of
+    the mixture."""
     wants = policy.wants()
-    prompts: list[str | None] = [None]
-    if isinstance(dataset.source, PromptedSource):
-        prompts = [*sorted(set(dataset.source.prompts(np.arange(len(dataset.source.episodes))))), ""]
     spec = meet(spec, wants)
-    samples: list[Record] = []
-    for prompt in prompts:
+    samples = []
+    for prompt, steps in windows:
         record: Record = {
             "images": dict.fromkeys(dataset.source.cameras),
             "prompt": prompt,
             "state_dim_mask": np.arange(spec.state_dim) < len(dataset.state_names),
-            "action_is_pad": np.arange(spec.chunk_length) >= dataset.chunk_length,
+            "action_is_pad": np.arange(spec.chunk_length) >= steps,
             "action_dim_mask": np.arange(spec.action_dim) < len(dataset.action_names),
             "weight": 1.0,
         }
@@ -90,4 +97,4 @@ def sketched(policy: Policy, dataset: Described, spec: BatchSpec) -> Batch:
             record = transform.longest(record)
         samples.append(record)
     fields = tuple(field for field in fields_of(spec) if not isinstance(field, PictureField))
-    return Batch(fields, {f.name: f.stack([s if f.name != "prompt" else {} for s in samples], spec) for f in fields})
+    return Batch(fields, {field.name: field.stack(samples, spec) for field in fields})
