@@ -13,7 +13,7 @@ from tests.program import TINY_POLICY, assert_close, metrics, train_all
 pytestmark = pytest.mark.distributed
 
 CAPS = {"flow": (TINY_POLICY, 80), "pi05": (POLICIES["pi05"], 400)}
-"""{policy: (its words, a cap on a micro-batch's tokens)}: a rank's two samples fit where one is near its episode's end."""
+"""{policy: (its words, a cap on a micro-batch's tokens)}: two samples fit where one is near its episode's end."""
 SHARDED = ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "parallelism.gather_once=true"]
 LAYOUTS = {"alone": (1, []), "ddp_2": (2, []), "fsdp_2": (2, SHARDED)}
 
