@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_run_and_a_cap_is_refused_as_there(tmp_path, cap
     text = report(tmp_path, capsys, *options)
     rows = metrics(train_here([*TOY, *options], tmp_path / "run"))
     mean = sum(row["Training/PackingEfficiency"] for row in rows.values()) / 8
-    tokens = re.search(r"tokens +(\d+) a step: \d+ of 44 a sample, packing efficiency ([\d.]+)", text)
+    tokens = re.search(r"tokens +(\d+) a step: \d+ of 44 a sample, packing efficiency (\d\.\d+)", text)
     assert float(tokens[2]) == pytest.approx(mean, abs=0.01)  # which of its dataset's prompts a window has isn't known
     assert int(tokens[1]) == pytest.approx(mean * 44 * 4, rel=0.01)
     padded = report(tmp_path, capsys, *options[:2])
