@@ -233,16 +233,13 @@ class Batch:
         return Batch(self.fields, {**self.values, **values})
 
     def counted(self, num_tokens: NDArray[np.int64]) -> Batch:
-        """The same batch with `num_tokens` [B, K] of each sample and kind (`Policy.num_tokens`), which stay on the
-        host: a policy packs a batch that has them."""
-        field = TokenCounts("num_tokens")
-        return Batch((*self.fields, field), {**self.values, field.name: num_tokens})
+        """The same batch with `num_tokens` [B, K] (`Policy.num_tokens`), which stay on the host: it is packed then."""
+        return Batch((*self.fields, TokenCounts("num_tokens")), {**self.values, "num_tokens": num_tokens})
 
     def rows(self, index: slice | Tensor) -> Batch:
         """The samples at `index` (a slice, or numbers [N] int64 on the host), in its order."""
         there = index if isinstance(index, slice) else to_device(index, self.weight.device)
-        values = {f.name: f.rows(self.values[f.name], index if f.on_host else there) for f in self.fields}
-        return Batch(self.fields, values)
+        return Batch(self.fields, {f.name: f.rows(self.values[f.name], (there, index)[f.on_host]) for f in self.fields})
 
     def each(self, call: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `call` applied to every tensor."""

@@ -78,6 +78,7 @@ class PackedAttention:
     def __init__(self, lengths: list[list[int]], sees: dict[int, tuple[int, ...]], causal: tuple[int, ...]):
         self.lengths, self.sees, self.causal = lengths, sees, causal
         self.keys = sorted({part for seen in sees.values() for part in seen})
+        self._sent: dict[int, list[Tensor]] = {}
 
     def __call__(self, q_1nNd: Tensor, k_1mKd: Tensor, v_1mKd: Tensor, scale: float | None) -> Tensor:
         if not q_1nNd.shape[2]:  # not left out: keys and values must get their gradient of 0
@@ -105,7 +106,9 @@ class PackedAttention:
         made = []
         for part, queries in self._parts(list(self.sees), q):
             if queries.shape[2]:
-                index, starts_q, starts_k = (to_device(x, q.device) for x in self._plan[part])
+                if part not in self._sent:  # once, for all layers
+                    self._sent[part] = [to_device(x, q.device) for x in self._plan[part]]
+                index, starts_q, starts_k = self._sent[part]
                 num_q, num_k = max(self.lengths[part]), int(np.diff(self._plan[part][2]).max())
                 k_seen, v_seen = (x[0].transpose(0, 1)[index] for x in (k, v))
                 y = varlen_attn(
