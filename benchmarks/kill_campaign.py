@@ -58,7 +58,7 @@ CONFIG = [
 """A policy whose steps take milliseconds, on a dataset of the tests."""
 
 OF_THE_PROCESS = (
-    *("time", "Timing/", "Memory/", "Training/SamplesPerSecond"),
+    *("time", "Timing/", "Memory/", "Training/SamplesPerSecond", "Training/TokensPerSecond"),
     *("Training/OpenDecoders", "Training/DecoderMemory"),
 )
 """Starts of the logged numbers that say how the process fares, not how the training goes."""

@@ -186,11 +186,13 @@ def checked(tree: dict[str, Any]) -> Settings:
     opened or ranks started. Raises `UserError`. Users wait for it, so it may import what a run's classes need to be
     looked at, and no more (`tests/unit/test_layers.py`)."""
     settings = load_settings(tree)
+    from opentau_train.models.packing.limits import check_packing
     from opentau_train.models.policy import check_model
     from opentau_train.optim import check_optimizer
     from opentau_train.validation.passes import open_evaluators
 
     check_model(settings.model, settings.data)
+    check_packing(settings)
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():

@@ -46,6 +46,7 @@ from opentau_train.errors import UserError, check_machine
 from opentau_train.metrics.budget import budget
 from opentau_train.models.average import Ema
 from opentau_train.models.finetune import summary
+from opentau_train.models.packing.limits import check_cap
 from opentau_train.optim import build_optimizer, schedule_warnings
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.validation.passes import Validation, open_evaluators
@@ -101,7 +102,8 @@ class Job:
         """How this job's steps are taken."""
         grad_clip, seed = self.settings.trainer.grad_clip, self.settings.seed
         flops = ForwardFlops() if self.world.device.type == "cuda" else None
-        return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops)
+        max_tokens = self.settings.data.max_num_tokens_after_packing
+        return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops, max_tokens)
 
 
 def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
@@ -120,6 +122,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     model, precision = settings.model, trainer.precision
     sketched = world.agree(lambda: sketch_policy(model, opened.spec, start, precision))
     world.agree(lambda: opened.check_prompts(sketched.wants()) if world.is_main else None)
+    cap = settings.data.max_num_tokens_after_packing
+    world.agree(lambda: check_cap(sketched, opened.datasets, opened.spec, cap) if world.is_main else None)
     stats = world.agree(lambda: _given_statistics(settings, opened, checkpoint))
     mixture = normalise_together(opened, settings, world, stats)
     tape = mixture.tape(trainer.global_batch_size)

@@ -29,6 +29,7 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import Fault, UserError
 from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws
+from opentau_train.models.packing.cut import blanked, micro_batches
 from opentau_train.models.policy import Policy
 from opentau_train.optim import set_lr
 from opentau_train.types import LossTerms
@@ -49,9 +50,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepSetup:
-    """How every step of a run is taken: at most `max_samples` in a micro-batch, gradients clipped to a global norm of
-    `grad_clip`; `seed` is that of a policy's ambient randomness; `progress` records the part of the step, for the
-    watchdog; `flops` counts operations, None: not."""
+    """How every step of a run is taken: at most `max_samples` and `max_tokens` (-1: any number; of a batch that is
+    `counted`) in a micro-batch, gradients clipped to a global norm of `grad_clip`; `seed` is that of a policy's ambient
+    randomness; `progress` records the part of the step, for the watchdog; `flops` counts operations, None: not."""
 
     world: World
     max_samples: int
@@ -59,36 +60,44 @@ class StepSetup:
     seed: int
     progress: Progress = field(default_factory=Progress)
     flops: ForwardFlops | None = None
+    max_tokens: int = -1
 
 
 @dataclass(frozen=True)
 class StepTaken:
-    """The results of a step, still on the device: `losses`, (group [B], terms) of each of this rank's micro-batches;
-    `grad_norm` [] f32 before clipping. `stamps`: before the forward, after the backward, after the update."""
+    """The results of a step, still on the device: `losses`, (group [B], terms) of each of this rank's micro-batches,
+    whose samples are, one after the other, the `rows` [B] of its batch; `grad_norm` [] f32 before clipping. `stamps`:
+    before the forward, after the backward, after the update."""
 
     losses: list[tuple[torch.Tensor, LossTerms]] = field(repr=False)
+    rows: torch.Tensor = field(repr=False)
     grad_norm: torch.Tensor
     lr: float
     stamps: tuple[Stamp, Stamp, Stamp] = field(repr=False)
 
 
-def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr: float, setup: StepSetup) -> StepTaken:
+def train_step(
+    state: TrainState, batch: Batch, counts: Mapping[str, float], lr: float, setup: StepSetup, most: int = 0
+) -> StepTaken:
     """Take one optimizer step on this rank's `batch` of the global batch; every rank must call it.
 
-    `counts` {term: supervised loss elements of the global batch, each times its sample's weight}. A global gradient
-    norm that isn't finite, which all ranks see alike, leaves the update out: parameters, moments and average stay as
-    they are, bit for bit.
+    `counts` {term: supervised loss elements of the global batch, each times its sample's weight}; `most` micro-batches
+    has any rank: a rank of fewer adds blank ones where the policy is sharded, whose every forward is a collective. A
+    global gradient norm that isn't finite, which all ranks see alike, leaves the update out: parameters, moments and
+    average stay as they are, bit for bit.
     """
     world, weights = setup.world, state.policy.loss_weights
     begun = Stamp(world.device)
     setup.progress.enter("forward and backward")
-    micro_batches = list(batch.split(setup.max_samples))
-    losses = []
-    for i, micro in enumerate(micro_batches):
+    rows = micro_batches(batch, setup.max_samples, setup.max_tokens)
+    num, losses = max(len(rows), most if state.replicas.sharded else 0), []
+    for i in range(num):
+        blank = i >= len(rows)
+        micro = blanked(batch) if blank else batch.rows(rows[i])
         seed_ambient(rng.key(setup.seed, "ambient", state.step, world.rank, i))
         draws = Draws(micro.key)
         counting = nullcontext() if setup.flops is None else setup.flops.counting(len(micro))
-        accumulate = state.replicas.accumulate(last=i == len(micro_batches) - 1)
+        accumulate = state.replicas.accumulate(last=i == num - 1)
         with accumulate, world.accelerator.autocast(), counting:
             terms = weighted(state.replicas.model(micro, draws), micro.weight)
         # Gradients are averaged over ranks; times their number that average is the sum over the global batch. A term
@@ -96,12 +105,14 @@ def train_step(state: TrainState, batch: Batch, counts: Mapping[str, float], lr:
         loss = world.data_size * sum(weights[k] * terms[k][0].sum() / (counts[k] or 1.0) for k in weights)
         assert isinstance(loss, torch.Tensor), "a policy has a loss term"
         loss.backward()
-        losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
+        if not blank:
+            losses.append((micro.group, {k: (s.detach(), c) for k, (s, c) in terms.items()}))
     differentiated = Stamp(world.device)
     setup.progress.enter("gradient norm and update")
     grad_norm = _clip(state.policy, setup.grad_clip)
     _update(state, torch.isfinite(grad_norm), lr)
-    return StepTaken(losses, grad_norm, lr, (begun, differentiated, Stamp(world.device)))
+    order = torch.cat([torch.arange(len(batch))[index] for index in rows])
+    return StepTaken(losses, order, grad_norm, lr, (begun, differentiated, Stamp(world.device)))
 
 
 def weighted(terms: LossTerms, weight: torch.Tensor) -> LossTerms:

@@ -32,8 +32,9 @@ from opentau_train.job import Job, prepare
 from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
+from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
-from opentau_train.step import check_skipped, check_windows, train_step
+from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
 from opentau_train.validation.plots import save_png
 
@@ -106,17 +107,19 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
             with meter.waiting():
                 arrival = incoming.next(stop.poll)
             asked = Stop.PREEMPTED if state.step + 1 == stop_at < last_step else Stop.NONE
-            ballot = Ballot(_vote(job, arrival, max(stop.poll(), asked)), world)
+            ballot = Ballot(_vote(job, arrival, max(stop.poll(), asked), setup), world)
             job.progress.enter("vote of the ranks")
             agreement = ballot.result()
             stopped = agreement.stop
             if agreement.take_step:
                 assert arrival is not None and arrival.part.batch is not None, "a vote without a batch takes no step"
-                taken = train_step(state, arrival.on_device(), agreement.counts, job.lr, setup)
+                taken = train_step(
+                    state, arrival.on_device(), agreement.counts, job.lr, setup, agreement.num_micro_batches
+                )
                 if recorder is not None:
                     recorder.write(state, arrival.part.batch, taken)
                 meter.open_decoders = arrival.part.open_decoders
-                meter.add(taken)
+                meter.add(taken, agreement.num_tokens)
                 _account(job, meter, sinks, agreement)
                 traced_step()
                 collect(state.step)
@@ -145,17 +148,18 @@ def _incoming(job: Job) -> InterruptibleIterator[Arrival]:
         last_step=job.settings.trainer.steps,
         quarantine=job.run_dir / QUARANTINE,
     )
-    ahead = job.settings.data.num_workers > 0
-    return InterruptibleIterator(arrivals(parts, job.state.policy, job.world.device), ahead=ahead)
+    ahead, cap = job.settings.data.num_workers > 0, job.settings.data.max_num_tokens_after_packing
+    return InterruptibleIterator(arrivals(parts, job.state.policy, job.world.device, cap), ahead=ahead)
 
 
-def _vote(job: Job, arrival: Arrival | None, stop: Stop) -> Vote:
+def _vote(job: Job, arrival: Arrival | None, stop: Stop, setup: StepSetup) -> Vote:
     """What this rank says before the step; `arrival` is None where it gave up waiting for its data."""
     written = job.saver.written
     if arrival is None:
         return Vote(dict.fromkeys(job.state.policy.loss_weights, 0.0), has_batch=False, has_written=written, stop=stop)
     part = arrival.part
-    return Vote(arrival.counts, part.num_substituted, arrival.num_cut, part.error, has_written=written, stop=stop)
+    numbers = part.num_substituted, arrival.num_cut, *size_of(part.batch, setup.max_samples, setup.max_tokens)
+    return Vote(arrival.counts, *numbers, part.error, has_written=written, stop=stop)
 
 
 def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None:

@@ -141,6 +141,7 @@ def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
         "Timing/",
         "Memory/",
         "Training/SamplesPerSecond",
+        "Training/TokensPerSecond",
         "Training/OpenDecoders",
         "Training/DecoderMemory",
     )

@@ -213,6 +213,8 @@ class DataSettings:
     num_workers: int = field(default=2, metadata=SAFE)
     prefetch_factor: int = field(default=2, metadata=SAFE)
     max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
+    max_num_tokens_after_packing: int = field(default=-1, metadata=SAFE)
+    """Most tokens in a rank's micro-batch, with model.packing=true; -1 = any number."""
     cache_gb: float = field(default=100.0, metadata=SAFE)
     """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
     lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
@@ -232,5 +234,7 @@ class DataSettings:
             positive(f"{path}.{name}", getattr(self, name))
         for name in ("history", "num_workers"):
             at_least(f"{path}.{name}", getattr(self, name), 0)
+        if self.max_num_tokens_after_packing != -1:
+            at_least(f"{path}.max_num_tokens_after_packing", self.max_num_tokens_after_packing, 1)
         for size in self.image_size:
             at_least(f"{path}.image_size", size, 8)

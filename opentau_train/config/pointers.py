@@ -12,7 +12,7 @@ from typing import Any
 POLICY = "model=flow_base"
 BATCH = "over all ranks and micro-batches; data.max_samples_per_batch bounds a rank's micro-batch"
 WEIGHTS = ("model.pretrained_path", "a safetensors file, a directory or a name on the Hub; docs/models.md")
-UNPACKED = ("data.max_samples_per_batch=8", "samples aren't packed; it bounds a micro-batch")
+CAP = ("data.max_num_tokens_after_packing", "with model.packing=true")
 TRACKER = "also wandb, mlflow, trackio, swanlab and console"
 
 DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
@@ -36,7 +36,7 @@ POINTERS: dict[str, tuple[str, str]] = {
     "dataloader_train.dataloader.datasets.droid.dataset.use_success_only": of_source("success_only"),
     "dataloader_train.max_samples_per_batch": ("data.max_samples_per_batch", ""),
     "dataloader_train.num_workers": ("data.num_workers", ""),
-    **{f"{section}max_num_tokens_after_packing": UNPACKED for section in ("", "model.config.", "data.")},
+    **{f"{section}max_num_tokens_after_packing": CAP for section in ("", "model.config.", "dataloader_train.")},
     "trainer.max_iter": ("trainer.steps", ""),
     "trainer.logging_iter": ("trainer.log_every", ""),
     "trainer.grad_accum_iter": ("trainer.global_batch_size=1024", BATCH),

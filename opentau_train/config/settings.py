@@ -198,7 +198,7 @@ class ResumeSettings:
 TRAINED_FOR_IT = "the weights were trained for it; none can be loaded whose shape changes"
 OF_MODEL = {
     "*_weight": Meaning("warned", "the losses' weights from here on"),
-    "num_flow_steps": Meaning("safe"),
+    **dict.fromkeys(("num_flow_steps", "packing"), Meaning("safe")),
     **dict.fromkeys(("text_encoder", "vision_encoder"), weights.ENCODER_ON_RESUME),
     **weights.ON_RESUME,
 }

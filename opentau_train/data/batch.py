@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Field:
     dtype: type = np.float32
     fill: Any = 0
 
+    on_host: ClassVar[bool] = False
+    """True: the batch's value stays in the host's memory, wherever its tensors are."""
+
     def shape(self, spec: BatchSpec) -> tuple[int, ...]:
         """The shape of one sample's value."""
         sizes = spec.sizes
@@ -60,7 +63,7 @@ class Field:
         return torch.cat(list(values))[torch.tensor(order)]
 
     def rows(self, value: Any, index: slice | Tensor) -> Any:
-        """The rows of a batch's value that `index` selects, in its order."""
+        """The rows of a batch's value that `index` selects, in its order; a tensor is where the value is."""
         return value[index]
 
     def each(self, value: Any, call: Callable[[Tensor], Tensor]) -> Any:
@@ -74,6 +77,8 @@ class TextField(Field):
 
     dtype: type = str
     fill: str = ""
+
+    on_host: ClassVar = True
 
     def blank(self, spec: BatchSpec) -> str:
         return self.fill
@@ -89,6 +94,16 @@ class TextField(Field):
         return value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
 
     def each(self, value: list[str], call: Callable[[Tensor], Tensor]) -> list[str]:
+        return value
+
+
+@dataclass(frozen=True)
+class TokenCounts(Field):
+    """[B, K] int64, of numpy: how many tokens each sample has of each of a policy's kinds (`Batch.counted`)."""
+
+    on_host: ClassVar = True
+
+    def each(self, value: NDArray[np.int64], call: Callable[[Tensor], Tensor]) -> NDArray[np.int64]:
         return value
 
 
@@ -217,9 +232,14 @@ class Batch:
             getattr(self, name)
         return Batch(self.fields, {**self.values, **values})
 
+    def counted(self, num_tokens: NDArray[np.int64]) -> Batch:
+        """The same batch with `num_tokens` [B, K] (`Policy.num_tokens`), which stay on the host: it is packed then."""
+        return Batch((*self.fields, TokenCounts("num_tokens")), {**self.values, "num_tokens": num_tokens})
+
     def rows(self, index: slice | Tensor) -> Batch:
-        """The samples at `index` (a slice, or numbers [N] int64), in its order."""
-        return Batch(self.fields, {f.name: f.rows(self.values[f.name], index) for f in self.fields})
+        """The samples at `index` (a slice, or numbers [N] int64 on the host), in its order."""
+        there = index if isinstance(index, slice) else to_device(index, self.weight.device)
+        return Batch(self.fields, {f.name: f.rows(self.values[f.name], (there, index)[f.on_host]) for f in self.fields})
 
     def each(self, call: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `call` applied to every tensor."""
@@ -246,6 +266,12 @@ class Batch:
         row = torch.arange(size)
         full = self.rows(torch.where(row < num, row, 0))
         return full.replace(weight=torch.where(row < num, full.weight, 0.0))
+
+
+def to_device(values: Tensor | NDArray, device: torch.device) -> Tensor:
+    """On `device`, copied from pinned memory where that is CUDA: the host doesn't wait for what the device does."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def stack(samples: Sequence[Sample], spec: BatchSpec) -> Batch:

@@ -29,35 +29,43 @@ class Vote:
     """What one rank tells the others before a step.
 
     `counts` {term: supervised loss elements of its samples}; `num_substituted`, how many of its samples stand in for
-    windows that couldn't be read, and `num_cut`, how many have a prompt that was cut; `error`, what ended its stream;
-    `has_batch` False: it gave up waiting for its data, because of `stop`; `has_written`: all that it had to write of a
-    checkpoint in the background.
+    windows that couldn't be read, and `num_cut`, how many have a prompt that was cut; `num_tokens`, those of its
+    samples, where the policy packs, and `num_micro_batches` of them; `error`, what ended its stream; `has_batch` False:
+    it gave up waiting for its data, because of `stop`; `has_written`: all that it had to write of a checkpoint in the
+    background.
     """
 
     counts: Mapping[str, float]
     num_substituted: int = 0
     num_cut: int = 0
+    num_tokens: int = 0
+    num_micro_batches: int = 1
     error: Explained | None = None
     has_batch: bool = True
     has_written: bool = False
     stop: Stop = Stop.NONE
 
     def pack(self) -> torch.Tensor:
-        """[K + 7] float64, to be added over ranks: the counts, then what `Agreement.of` reads."""
+        """[K + 9] float64: the counts, and what `Ballot.result` reads behind them, all to be added over ranks but the
+        last one, of which the largest counts."""
         preempted, interrupted = (self.stop is stop for stop in (Stop.PREEMPTED, Stop.INTERRUPTED))
-        flags = self.num_substituted, self.num_cut, self.error is not None, not self.has_batch, self.has_written
-        return torch.tensor([*self.counts.values(), *flags, preempted, interrupted], dtype=torch.float64)
+        flags = self.error is not None, not self.has_batch, self.has_written, preempted, interrupted
+        numbers = self.num_substituted, self.num_cut, self.num_tokens, *flags, self.num_micro_batches
+        return torch.tensor([*self.counts.values(), *numbers], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What the votes of all ranks come to, the same on each. `counts` {term: supervised loss elements of the global
-    batch}; `num_substituted` windows and `num_cut` prompts in it; `stop`: the highest that any rank was asked for;
-    `take_step`: every rank has its part of the batch; `all_written`: every rank has written."""
+    batch}; `num_substituted` windows, `num_cut` prompts and `num_tokens` in it; the most `num_micro_batches` of a rank;
+    `stop`: the highest that any rank was asked for; `take_step`: every rank has its part of the batch; `all_written`:
+    every rank has written."""
 
     counts: dict[str, float]
     num_substituted: int
     num_cut: int
+    num_tokens: int
+    num_micro_batches: int
     stop: Stop
     take_step: bool
     all_written: bool
@@ -83,20 +91,21 @@ class Ballot:
             self._travel()
         terms = list(self._vote.counts)
         counts = dict(zip(terms, self._sums.tolist()))
-        substituted, cut, failed, absent, written, preempted, interrupted = self._sums[len(terms) :].tolist()
+        *nums, failed, absent, written, preempted, interrupted, most = self._sums[len(terms) :].tolist()
         if failed:
             raise next(error for error in self._world.gather(self._vote.error) if error is not None)
         stop = Stop.INTERRUPTED if interrupted else Stop.PREEMPTED if preempted else Stop.NONE
-        return Agreement(counts, int(substituted), int(cut), stop, not absent, written == self._world.size)
+        bad, cut, tokens = map(int, nums)
+        return Agreement(counts, bad, cut, tokens, int(most), stop, not absent, written == self._world.size)
 
     def _travel(self) -> None:
-        """Up the tree, adding, and the sums down again. A rank that sees a neighbour gone tells the others: each would
-        otherwise learn of it only when its own neighbour has ended."""
+        """Up the tree, adding (of the last number the larger one stays), and the sums down again. A rank that sees a
+        neighbour gone tells the others: each would otherwise learn of it only when its own neighbour has ended."""
         up = [] if self._parent is None else [self._parent]
         try:
             for part, work in zip(self._parts, self._arriving):
                 work.wait()
-                self._sums += part
+                self._sums = torch.cat([(self._sums + part)[:-1], torch.maximum(self._sums, part)[-1:]])
             for parent in up:
                 _sure(dist.isend(self._sums, parent, tag=TAG)).wait()
                 dist.recv(self._sums, parent, tag=TAG)

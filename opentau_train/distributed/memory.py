@@ -67,6 +67,9 @@ def footprint(rehearsal: Rehearsal, settings: Settings, ranks: int) -> Footprint
     _, shard = data_parallel_degrees(*names, ranks)
     share = trainer.global_batch_size // ranks
     samples = min(settings.data.max_samples_per_batch or share, share)
+    cap = settings.data.max_num_tokens_after_packing
+    if cap != -1:  # as many tokens as so many padded samples have
+        samples = min(samples, math.ceil(cap / rehearsal.policy.padded_tokens))
     low = trainer.precision != "no"
     kept = rehearsal.activations(samples, low, low and shard > 1)
     parameters = list(rehearsal.policy.parameters())

@@ -21,6 +21,9 @@ def budget(settings: Settings, ranks: int, max_samples: int, num_windows: int) -
         f"learning rate {rate:g}{made}; batch {batch:,} = {share / micro:g} samples x {ranks} ranks x {micro} "
         f"micro-batches; {trainer.steps:,} steps = {samples:,} samples = {samples / num_windows:.3g} epochs"
     )
+    cap = settings.data.max_num_tokens_after_packing
+    if cap != -1:
+        line += f"; micro-batches of at most {cap:,} tokens, so that there may be more"
     if trainer.reference_samples is not None:
         reached = trainer.reference_samples / batch
         line += f"; the reference's {trainer.reference_samples:,} samples: step {reached:,.0f}"

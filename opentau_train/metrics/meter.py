@@ -45,13 +45,15 @@ class Meter:
         self.sums = Sums(len(self.mixture.groups), self.terms, self.world.device)
         self.stamps: list[tuple[Stamp, Stamp, Stamp]] = []
         self.wait = self.save = 0.0
+        self.num_tokens = 0
         self.started = time.perf_counter()
 
-    def add(self, taken: StepTaken) -> None:
-        """Add a step; nothing is read from the device."""
+    def add(self, taken: StepTaken, num_tokens: int = 0) -> None:
+        """Add a step of a global batch of `num_tokens`; nothing is read from the device."""
         for group, terms in taken.losses:
             self.sums.add(group, terms)
         self.stamps.append(taken.stamps)
+        self.num_tokens += num_tokens
         self.last = taken
 
     @contextmanager
@@ -119,6 +121,10 @@ class Meter:
             "Training/SamplesPerSecond": self.tape.batch_size / seconds,
             **memory_row(self.world.device),
         }
+        if self.state.policy.packing:
+            padded = self.tape.batch_size * steps * self.state.policy.padded_tokens
+            row["Training/PackingEfficiency"] = self.num_tokens / padded
+            row["Training/TokensPerSecond"] = self.num_tokens / (steps * seconds)
         if self.save:
             row["Timing/Save"] = self.save
         if self.flops is not None and self.flops.per_sample is not None:

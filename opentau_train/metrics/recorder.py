@@ -73,10 +73,10 @@ class FlightRecorder:
         if self._file.tell() > self.max_bytes:
             self._file.close()
             self._open_next()
-        terms = taken.losses[0][1]
+        terms, order = taken.losses[0][1], taken.rows.argsort()
         (windows,) = self.tape.owned(range(state.step - 1, state.step), *self.share, 0, 1)
         pairs = {
-            name: [torch.cat([micro[name][i].detach().cpu() for _, micro in taken.losses]) for i in range(2)]
+            name: [torch.cat([micro[name][i].detach().cpu() for _, micro in taken.losses])[order] for i in range(2)]
             for name in terms
         }
         line = {

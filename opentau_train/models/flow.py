@@ -30,11 +30,14 @@ from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
+from opentau_train.models.packing.attention import lengths_of, num_pictures, present_only, see
 from opentau_train.models.policy import Policy
 from opentau_train.models.prompts import NO_TOKEN, TokenizePrompt
 from opentau_train.types import BatchSpec, LossTerms
 
 BYTES_PER_TOKEN = 4
+SEES = {0: (0,), 1: (0, 1), 2: (0, 2)}
+"""{part of the tokens: parts that it sees}: prefix, actions, bins."""
 
 
 class FlowPolicy(Policy):
@@ -48,7 +51,7 @@ class FlowPolicy(Policy):
 
     `text_encoder`: the Hugging Face folder of a BERT, and `text_config` what its config.json says, which is filled in
     where it isn't given, so that a checkpoint needs the folder for its tokenizer alone; `vision_encoder`: a file of
-    MobileNetV2's weights; `freeze_encoders`: they aren't trained.
+    MobileNetV2's weights; `freeze_encoders`: they aren't trained. `packing`: see `Policy`.
     """
 
     meta_init = True
@@ -75,12 +78,13 @@ class FlowPolicy(Policy):
         text_config: dict[str, Any] | None = None,
         vision_encoder: str | None = None,
         freeze_encoders: bool = True,
+        packing: bool = False,
     ):
         super().__init__()
         _check(width, heads, patch_size, stem_channels, max_prompt_bytes, bin_range)
         self.time: FlowTime = time
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
-        self.max_prompt_bytes, self.text_encoder = max_prompt_bytes, text_encoder
+        self.max_prompt_bytes, self.text_encoder, self.packing = max_prompt_bytes, text_encoder, packing
         self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
 
         # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.
@@ -100,6 +104,10 @@ class FlowPolicy(Policy):
         if spec.state_dim:
             self.state_in = nn.Linear(2 * spec.state_dim, width, bias=False)
             self.state_embed = nn.Parameter(torch.empty(width))
+        self._tokens_a_camera = (spec.history + 1) * len(self.patch_embed) if spec.cameras else 0
+        self._num_others = 1 + bool(spec.state_dim)
+        steps, context = 2 * spec.chunk_length, self._num_others + self.num_prompt_tokens
+        self.padded_tokens = steps + context + len(spec.cameras) * self._tokens_a_camera
         self.action_in = nn.Linear(spec.action_dim, width, bias=False)
         self.time_in = nn.Linear(width, width, bias=False)
         self.time_out = nn.Linear(width, width, bias=False)
@@ -157,6 +165,13 @@ class FlowPolicy(Policy):
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.sum((1, 2), dtype=torch.float32) for term, mask in self._supervised(batch).items()}
 
+    def num_tokens(self, batch: Batch) -> Tensor:
+        """[B, 4]: patches of pictures, other tokens of the prefix, action steps, their bins."""
+        steps = (~batch.action_is_pad).sum(1)
+        pictures = 0 * steps + self._tokens_a_camera * sum(batch.camera_mask.values())
+        prompt = self._prompt_valid(batch).sum(1) if self.num_prompt_tokens else 0
+        return torch.stack([pictures, 0 * steps + self._num_others + prompt, steps, steps], dim=1)
+
     def forward(self, batch: Batch, draws: Draws) -> LossTerms:
         prefix, prefix_valid = self._prefix(batch)
         real = real_actions(batch)
@@ -168,12 +183,9 @@ class FlowPolicy(Policy):
         noised = time * drawn + (1.0 - time) * actions
 
         steps_valid = ~batch.action_is_pad
-        queries = self._action_tokens(noised, share), self.bin_embed.expand(len(batch), -1, -1)
-        x = torch.cat([prefix, *queries], dim=1)
-        mask = self._mask(torch.cat([prefix_valid, steps_valid, steps_valid], dim=1), prefix.shape[1])
-        for layer in self.layers:
-            x, _ = layer(x, mask)
-        _, of_actions, of_bins = x.split([prefix.shape[1], self.spec.chunk_length, self.spec.chunk_length], dim=1)
+        bins = self.bin_embed.expand(len(batch), -1, -1)
+        parts = [(prefix, prefix_valid), (self._action_tokens(noised, share), steps_valid), (bins, steps_valid)]
+        _, of_actions, of_bins = see(self.layers, parts, SEES, lengths_of(batch))
 
         errors = {
             "mse": (self._velocity(of_actions) - (drawn - actions)).square(),
@@ -209,9 +221,14 @@ class FlowPolicy(Policy):
         valid = [torch.ones(num, 1, dtype=torch.bool, device=batch.state.device)]
         if self.spec.cameras:
             frames = torch.stack([batch.images[camera] for camera in self.spec.cameras], dim=1)  # [B, C, h+1, 3, H, W]
-            patches = self.stem(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
-            patches = patches + self.camera_embed + self.frame_embed + self.patch_embed
             present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
+            num_frames = num_pictures(batch, len(self.patch_embed))
+            if num_frames is None:
+                patches = self.stem(frames.flatten(0, 2))
+            else:
+                there = present[:, :, None].expand(frames.shape[:3]).flatten()
+                patches = present_only(self.stem, frames.flatten(0, 2), there, num_frames)
+            patches = patches.unflatten(0, frames.shape[:3]) + self.camera_embed + self.frame_embed + self.patch_embed
             tokens.append(patches.flatten(1, 3))
             valid.append(present[:, :, None].expand(-1, -1, patches.shape[2] * patches.shape[3]).flatten(1))
         if self.num_prompt_tokens:
@@ -219,15 +236,19 @@ class FlowPolicy(Policy):
             if self.text_encoder is None:
                 bytes_in = self.byte_embed(prompt).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)
                 tokens.append(self.prompt_in(bytes_in) + self.prompt_embed)
-                valid.append(prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE)
             else:
                 tokens.append(self.text(prompt) + self.prompt_embed)
-                valid.append(prompt != NO_TOKEN)
+            valid.append(self._prompt_valid(batch))
         if self.spec.state_dim:
             both = torch.cat([real_state(batch), batch.state_dim_mask.float()], dim=-1)
             tokens.append((self.state_in(both) + self.state_embed)[:, None])
             valid.append(torch.ones_like(valid[0]))
         return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
+
+    def _prompt_valid(self, batch: Batch) -> Tensor:
+        """[B, N] bool: which of the prompt's tokens exist."""
+        prompt = batch.prompt_tokens
+        return prompt[:, ::BYTES_PER_TOKEN] != PAD_BYTE if self.text_encoder is None else prompt != NO_TOKEN
 
     def _cache(self, prefix: Tensor, valid: Tensor) -> list[KeysValues]:
         cache = []
@@ -235,13 +256,6 @@ class FlowPolicy(Policy):
             prefix, keys_values = layer(prefix, valid[:, None, None, :])
             cache.append(keys_values)
         return cache
-
-    def _mask(self, valid: Tensor, num_prefix: int) -> Tensor:
-        """`valid` [B, N] tokens that exist -> [B, 1, N, N] bool, which query (row) sees which key."""
-        place = torch.arange(valid.shape[1], device=valid.device)
-        part = (place >= num_prefix).long() + (place >= num_prefix + self.spec.chunk_length).long()
-        allowed = (part[None, :] == 0) | (part[:, None] == part[None, :])
-        return (allowed & valid[:, None, :])[:, None]
 
     def _action_tokens(self, noised: Tensor, time: Tensor) -> Tensor:
         embedded = self.time_out(F.silu(self.time_in(time_features(time, self.time_in.in_features))))

@@ -33,6 +33,10 @@ class TokenizeBytes(Transform):
         record["prompt_tokens"] = _bytes(record["prompt"], self.num_bytes)
         return record
 
+    def longest(self, record: Record) -> Record:
+        text = "x" * self.num_bytes if record["prompt"] is None else record["prompt"]
+        return {**record, "prompt_tokens": _bytes(text, self.num_bytes)}
+
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         return (Field("prompt_tokens", (self.num_bytes,), np.int64, PAD_BYTE),)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.models.packing.attention import Mask, attend
+
 _TEMPERATURE = 10_000
 
 KeysValues = tuple[Tensor, Tensor]
@@ -40,14 +42,14 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BND: Tensor, mask: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x_BND: Tensor, mask: Mask, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         v = v.contiguous()  # it leaves the block, and FSDP warns of outputs that are views
         # Autocast may run the norms in float32, and SDPA wants one dtype.
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y_BnNd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y_BnNd = attend(q, k, v, mask)
         return self.out(y_BnNd.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -75,9 +77,9 @@ class Block(nn.Module):
         self.norm_mlp = RMSNorm(width)
         self.mlp = Mlp(width, mlp_ratio)
 
-    def forward(self, x: Tensor, mask: Tensor, past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, mask: Mask, past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """`x` [B, N, D] -> the same, and the keys and values it used. `mask` bool, broadcast to [B, n, N, K]: True
-        where the query may see the key; `past` are keys and values that stand before those of `x`."""
+        where the query may see the key, or packed; `past` are keys and values that stand before those of `x`."""
         y, keys_values = self.attention(self.norm_attention(x), mask, past)
         x = x + y
         return x + self.mlp(self.norm_mlp(x)), keys_values

@@ -46,6 +46,13 @@ class Policy(nn.Module, ABC):
     encoders: ClassVar[Mapping[str, WeightMap]] = {}
     """{option that names the weights of an encoder inside, or None: how its files name the policy's tensors}."""
 
+    packing: bool = False
+    """True: in training no padding is computed. `forward` then gets batches that are `counted`, and its results are
+    those of the same batch without the counts, up to rounding (`models.packing`)."""
+
+    padded_tokens: int = 0
+    """Tokens that a sample takes where it isn't packed, whatever it has; 0 where `num_tokens` isn't known."""
+
     adapters: tuple[str, ...] = ()
     """The names of its layers that LoRA adapters wrap (`models.finetune`)."""
 
@@ -103,6 +110,11 @@ class Policy(nn.Module, ABC):
     def term_counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         """{term: count [B] f32} as `forward` returns them, from the masks alone, on the device where the batch is: the
         training loop asks while it is still in the host's memory, on the thread that reads the data."""
+
+    def num_tokens(self, batch: Batch) -> torch.Tensor:
+        """[B, K] int64: how many tokens each sample has, of each of K kinds, from the masks alone: asked where
+        `term_counts` is. Samples that are sketched from metadata (`packing.limits`) have no pictures."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't count tokens")
 
     def num_cut(self, batch: Batch) -> int:
         """How many samples of the batch have a prompt that was cut to the policy's limit; asked where `term_counts`

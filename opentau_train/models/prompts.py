@@ -91,13 +91,19 @@ class TokenizePrompt(Transform):
         """See `Transform.check_prompts`. A state in the prompt is taken to be the one of the most tokens."""
         if self.overflow != "error":
             return
-        longest_bin = max(_BIN_CENTRES, key=lambda value: len(self._ids("", np.full(1, value, np.float32))))
-        lengths = {
-            (text, dims): len(self._ids(text, np.full(dims, longest_bin, np.float32))) for text, dims in set(prompts())
-        }
+        lengths = {(text, dims): len(self._ids(text, self._longest_state(dims))) for text, dims in set(prompts())}
         (text, _), length = max(lengths.items(), key=lambda item: item[1], default=(("", 0), 0))
         if length > self.num_tokens:
             raise self._too_long(text, length)
+
+    def longest(self, record: Record) -> Record:
+        if record["prompt"] is None:
+            return {**record, "prompt_tokens": np.zeros(self.num_tokens, np.int64)}
+        state = self._longest_state(int(record["state_dim_mask"].sum()))
+        return {**record, "prompt_tokens": self.tokens(record["prompt"], state)[0]}
+
+    def _longest_state(self, dims: int) -> NDArray[np.float32]:
+        return np.full(dims, _longest_bin(self.form, self.tokenizer), np.float32)
 
     def _ids(self, text: str, state: NDArray[np.float32]) -> list[int]:
         return encoder(self.tokenizer)(FORMS[self.form](text, state))
@@ -112,6 +118,12 @@ class TokenizePrompt(Transform):
     def fields(self, spec: BatchSpec) -> tuple[Field, ...]:
         prompt = Field("prompt_tokens", (self.num_tokens,), np.int64, NO_TOKEN)
         return prompt, Field("prompt_is_cut", (), np.bool_, False)
+
+
+@lru_cache(16)
+def _longest_bin(form: str, tokenizer: str | None) -> float:
+    """A state of the most tokens in a prompt."""
+    return max(_BIN_CENTRES, key=lambda value: len(encoder(tokenizer)(FORMS[form]("", np.full(1, value, np.float32)))))
 
 
 def encoder(tokenizer: str | None) -> Callable[[str], list[int]]:

@@ -10,6 +10,7 @@ and nothing is written.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +34,14 @@ from opentau_train.data.order.tape import Tape
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
-from opentau_train.distributed.rehearsal import rehearse
+from opentau_train.distributed.rehearsal import Rehearsal, rehearse
 from opentau_train.errors import EXIT_OK
+from opentau_train.models.packing.limits import check_cap, check_packing, prompts_of, sketched
+from opentau_train.models.policy import Policy
 
 EPOCH_WARNING = 100
+TOKEN_WINDOWS = 1024
+"""Windows whose tokens are counted."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,43 @@ def _decoders(mixture: Mixture, tape: Tape, num_ranks: int) -> str:
     )
 
 
-def describe_memory(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], device_bytes: int | None) -> str:
-    """A table of what a rank's device holds in launches of each of `num_ranks`, and what to do where a device of
-    `device_bytes` hasn't as much."""
+def describe_tokens(mixture: Mixture, policy: Policy, tape: Tape, steps: int) -> list[str]:
+    """How many tokens a step has, and which part of what padding makes of them; nothing of policies that don't count.
+    Of `TOKEN_WINDOWS` windows, evenly spread over `steps`, each with a prompt of its dataset: which one a window has,
+    isn't in the metadata."""
+    if not policy.padded_tokens:
+        return []
+    looked_at = np.unique(np.linspace(0, steps - 1, max(1, TOKEN_WINDOWS // tape.batch_size)).astype(np.int64))
+    batches = [tape.batch(step) for step in looked_at.tolist()]
+    chosen = [np.concatenate(columns) for columns in zip(*((b.dataset, b.episode, b.frame) for b in batches))]
+    total = 0
+    for dataset in mixture.datasets:
+        episode, frame = (column[chosen[0] == dataset.index] for column in chosen[1:])
+        last = dataset.source.episodes.length[episode] - 1
+        real = (frame[:, None] + dataset.chunk_offsets <= last[:, None]).sum(1).tolist()
+        windows = list(zip(itertools.cycle(prompts_of(dataset)), real, strict=False))
+        if windows:
+            total += int(policy.num_tokens(sketched(policy, dataset, mixture.spec, windows)).sum())
+    mean = total / len(chosen[0])
+    efficiency, packs = mean / policy.padded_tokens, "" if policy.packing else "; model.packing=true computes no others"
+    return [
+        f"tokens     {mean * tape.batch_size:,.0f} a step: {mean:.0f} of {policy.padded_tokens} a sample, packing "
+        f"efficiency {efficiency:.2f}{packs}. Over Timing/Step they are Training/TokensPerSecond"
+    ]
+
+
+def rehearsed(settings: Settings, mixture: Mixture) -> Rehearsal:
+    """The policy of the settings without memory, on a card where the run would be on one."""
     on_cuda = torch.cuda.is_available() and settings.trainer.device != "cpu"
     make = partial(new_policy, settings.model, mixture.spec, settings.finetune, settings.trainer.precision)
-    rehearsal = rehearse(make, mixture, "cuda" if on_cuda else "cpu")
+    return rehearse(make, mixture, "cuda" if on_cuda else "cpu")
+
+
+def describe_memory(
+    settings: Settings, rehearsal: Rehearsal, num_ranks: Sequence[int], device_bytes: int | None
+) -> str:
+    """A table of what a rank's device holds in launches of each of `num_ranks`, and what to do where a device of
+    `device_bytes` hasn't as much."""
     rows: list[tuple[str, ...]] = [("memory", "ranks", "samples", *memory.PARTS, "a rank")]
     lines = []
     for ranks in num_ranks:
@@ -196,12 +232,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at_least("--batches", options.batches, 1)
         positive("--device-memory", options.device_memory)
         settings = load_settings(cli.compose(composed))
+        check_packing(settings)
         for ranks in options.ranks:
             check_batch(settings.trainer.global_batch_size, ranks)
         device_bytes = None if options.device_memory is None else int(options.device_memory * 2**30)
         mixture = open_plan(settings, resolve_sources(settings))
         print(describe(settings, mixture, options.ranks, options.batches))
-        print(describe_memory(settings, mixture, options.ranks, device_bytes))
+        rehearsal, trainer = rehearsed(settings, mixture), settings.trainer
+        cap = settings.data.max_num_tokens_after_packing
+        check_cap(rehearsal.policy, mixture.datasets, mixture.spec, cap)
+        tape = mixture.tape(trainer.global_batch_size)
+        for line in describe_tokens(mixture, rehearsal.policy, tape, trainer.steps):
+            print(line)
+        print(describe_memory(settings, rehearsal, options.ranks, device_bytes))
         return EXIT_OK
 
     return cli.answer(work)

@@ -52,6 +52,8 @@ def numbers(tmp_path, name: str, device: str, *overrides: str) -> dict[int, dict
         pytest.param([], 1e-4, id="float32"),
         pytest.param(["trainer.precision=bf16"], 0.03, id="bf16"),
         pytest.param(["trainer.compile=true"], 1e-3, id="compiled"),
+        pytest.param(["model.packing=true"], 1e-4, id="packed"),
+        pytest.param(["model.packing=true", "trainer.precision=bf16"], 0.03, id="packed_bf16"),  # by torch's kernel
     ],
 )
 def test_losses_are_those_of_the_cpu_in_float32(tmp_path, device, overrides, tolerance):

@@ -20,7 +20,10 @@ from opentau_train.errors import UserError
 
 def agree(world: World) -> None:
     rank = world.rank
-    agreed = Ballot(Vote({"mse": 10.0**rank, "ce": 0.5}, num_substituted=rank, num_cut=2 * rank), world).result()
+    numbers = {"num_substituted": rank, "num_cut": 2 * rank, "num_tokens": 3 * rank}
+    vote = Vote({"mse": 10.0**rank, "ce": 0.5}, **numbers, num_micro_batches=[1, 2, 5, 3][rank])
+    agreed = Ballot(vote, world).result()
+    assert agreed.num_tokens == 18 and agreed.num_micro_batches == 5, "the most of any rank, no sum"
     assert agreed.counts == {"mse": 1111.0, "ce": 2.0} and agreed.num_substituted == 6 and agreed.num_cut == 12
     assert agreed.take_step and agreed.stop is Stop.NONE and not agreed.all_written
 

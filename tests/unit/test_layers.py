@@ -116,8 +116,8 @@ FORMATS = (
     "models/lerobot",
 )
 POLICIES = (
-    *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/pi/", "models/resnet"),
-    "models/unet",
+    *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/packing/", "models/pi/"),
+    *("models/resnet", "models/unet"),
 )
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
 EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "sinks/", "tools/")

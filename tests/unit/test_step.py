@@ -110,6 +110,26 @@ def test_a_weight_counts_as_so_many_samples(world):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_rank_of_fewer_micro_batches_adds_blank_ones_where_a_forward_is_a_collective(world, sharded):
+    """They change no gradient, and the losses of a sample appear once."""
+    batch, policy = make_batch(), make_policy(packing=True)
+    batch = batch.counted(policy.num_tokens(batch).numpy())  # of 44, 14, 39 and 46 tokens
+    weights, forwards = [], []
+    policy.register_forward_pre_hook(lambda _, args: forwards.append((args[0].key.tolist(), args[0].weight.tolist())))
+    for most in (0, 4):
+        forwards.clear()
+        state = make_state(policy=copy.deepcopy(policy))
+        state.replicas = Replicas(state.policy, sharded=sharded)
+        taken = train_step(state, batch, COUNTS, 1e-3, StepSetup(world, 4, None, seed=0, max_tokens=60), most)
+        assert taken.rows.tolist() == [0, 1, 2, 3] and len(taken.losses) == 3
+        weights.append(everything(state))
+    whole = [([0, 1], [1.0, 1.0]), ([2], [1.0]), ([3], [1.0])]
+    assert forwards == whole + ([([0], [0.0])] if sharded else [])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0, msg=name)
+
+
 def test_an_interval_reads_the_device_once(world, tmp_path, monkeypatch):
     """Counted in the loop as it runs, from one step to another: those of an interval, with its row."""
     from opentau_train import train

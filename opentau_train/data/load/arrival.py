@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from opentau_train.data.batch import Batch
 from opentau_train.data.load.stream import RankBatch
 from opentau_train.errors import UserError
+from opentau_train.models.packing.cut import counted
 from opentau_train.models.policy import Policy
 
 
@@ -19,7 +20,8 @@ class Arrival:
     """A rank's share of a global batch, whose copy to the device is under way.
 
     `part` is the share as the stream gave it, on the CPU; `counts` {term: supervised loss elements of its samples} are
-    all 0 where the stream has ended with an error; `num_cut` of its prompts were cut.
+    all 0 where the stream has ended with an error; `num_cut` of its prompts were cut. The batch is `counted` where the
+    policy packs.
     """
 
     part: RankBatch
@@ -39,12 +41,15 @@ class Arrival:
         return self._copy
 
 
-def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) -> Generator[Arrival]:
+def arrivals(
+    parts: Generator[RankBatch], policy: Policy, device: torch.device, max_tokens: int = -1
+) -> Generator[Arrival]:
     """Each of `parts`, a rank's shares of the global batches, with its counts and with its copy to `device` under way.
     Iterate it on a thread of its own.
 
     To CUDA the copy goes from pinned memory on a stream of its own, beside the computation. A `UserError` of the counts
-    (an unknown mode) comes as the part's error, as those of the stream do. Closing the generator closes `parts`.
+    (an unknown mode, a sample of more than `max_tokens`) comes as the part's error, as those of the stream do. Closing
+    the generator closes `parts`.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with closing(parts):
@@ -55,6 +60,8 @@ def arrivals(parts: Generator[RankBatch], policy: Policy, device: torch.device) 
                     weight = part.batch.weight.double()
                     counts = {k: float(n.double() @ weight) for k, n in policy.term_counts(part.batch).items()}
                     num_cut = policy.num_cut(part.batch)
+                    if policy.packing:
+                        part = replace(part, batch=counted(policy, part.batch, max_tokens))
             except UserError as error:
                 part = RankBatch(None, error=error)
             yield Arrival(part, counts, num_cut, *_send(part.batch, device, stream))

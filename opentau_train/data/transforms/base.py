@@ -88,6 +88,11 @@ class Transform:
         """Raises `UserError` for a prompt that a call would refuse. `prompts()` reads the datasets' pairs of a prompt
         and the number of the state's dimensions beside it, which may take long: what refuses none doesn't ask."""
 
+    def longest(self, record: Record) -> Record:
+        """The record with what a call would write, as long as it may be, for a window of which only metadata are known:
+        `prompt` (None: not even that), the masks of dims and steps. What a policy's tokens are counted by."""
+        return record
+
     def names(self, state: tuple[str, ...], actions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the state's and actions' dimensions after the transform, given those before it."""
         return state, actions

@@ -48,6 +48,15 @@ class TokenizeActions(Transform, ABC):
             record["action_tokens"] = tokens
         return record
 
+    def longest(self, record: Record) -> Record:
+        tokens = np.full(self.num_tokens, NO_TOKEN, np.int64)
+        tokens[: self.most(record)] = 0
+        return {**record, "action_tokens": tokens}
+
+    def most(self, record: Record) -> int:
+        """The most tokens that the real part of a chunk may have."""
+        return self.num_tokens
+
     @abstractmethod
     def encode(self, actions: NDArray[np.float32], num_steps: int) -> NDArray[np.int64]:
         """The tokens of the real part [T', A'] of a chunk of `num_steps`, normalised."""
@@ -64,6 +73,9 @@ class BinActions(TokenizeActions):
     num_bins: int
     low: float
     high: float
+
+    def most(self, record: Record) -> int:
+        return int((~record["action_is_pad"]).sum() * record["action_dim_mask"].sum())
 
     def encode(self, actions: NDArray[np.float32], num_steps: int) -> NDArray[np.int64]:
         place = (actions.reshape(-1) - self.low) / (self.high - self.low)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from opentau_train.config.data import DataSettings
 from opentau_train.errors import UserError
+from opentau_train.models import prompts
+from opentau_train.models.pi import action_tokens as chunks
 
 LIMITS = {
     "max_state_dim": ("state dimensions", "choose dimensions in the source"),
@@ -45,3 +49,16 @@ def check_pictures(given: tuple[int, int], takes: int) -> None:
             where="data.image_size",
             remedy=f"set data.image_size=[{takes},{takes}]",
         )
+
+
+def check_options(options: Mapping[str, Any], data: DataSettings) -> None:
+    """See `Policy.check`."""
+    prompts.check_installed("transformers")
+    check_insulation(options.get("insulate", False), options.get("action_tokens", "none"))
+    prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
+    if options.get("action_tokens") == "fast":
+        chunks.make_fast(1, options.get("action_tokenizer_path"))
+    chunks.make_bins(1, (2, *options.get("bin_range", (0, 1))))
+    limits = {key: options[key] for key in LIMITS if key in options}
+    check_limits((data.state_dim or 0, data.action_dim or 0, data.chunk_length), limits)
+    check_pictures(data.image_size, options["vision"].image_size)

@@ -8,7 +8,11 @@ PaliGemma's        language_model..., vision_tower..., multi_modal_projector...,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opentau_train.models.weight_map import WeightMap
+
+READS_BYTES = "prompts are read as bytes, which these weights have never seen: set model.tokenizer_path to PaliGemma's"
 
 _VLM = r"^(?:model\.vlm|paligemma_with_expert\.paligemma(?:\.model)?)\."
 _EXPERT = r"^(?:model\.dit|paligemma_with_expert\.gemma_expert(?:\.model)?)\."
@@ -54,6 +58,11 @@ def whole(*renames: tuple[str, str]) -> WeightMap:
         fallback=("*lm_head.weight",),  # the same as the table, which some files leave out
         resized=("state_proj.weight", "action_in_proj.weight", "action_out_proj.*"),
     )
+
+
+def for_words(weights: WeightMap, tokenizer: str | None) -> WeightMap:
+    """The same, with a note where there is no `tokenizer` and bytes are read: such weights are of little use then."""
+    return weights if tokenizer else replace(weights, note=READS_BYTES)
 
 
 def vlm_only() -> WeightMap:

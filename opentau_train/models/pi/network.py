@@ -10,7 +10,6 @@ Shape suffixes: B samples, N tokens, K keys, n heads, d head width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.configuration_gemma import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm, apply_rotary_pos_emb
@@ -18,6 +17,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from opentau_train.models.layers import KeysValues
+from opentau_train.models.packing.attention import Mask, attend
 from opentau_train.models.pi.parts import AdaptiveNorm, Rope, Tokens, normed
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 
@@ -78,10 +78,10 @@ class Pair(nn.Module):
             return x_prefix, None, past
         assert past is not None, "the suffix looks at a prefix"
         seen = [t[:, :, :visible].detach() if self.insulate else t[:, :, :visible] for t in past]
-        h, gate = normed(self.expert.input_layernorm, suffix.x, suffix.condition)
+        h, gate = normed(self.expert.input_layernorm, suffix)
         q, k, v = _project(self.expert, h, suffix.rope)
         y = _attend(self.expert, q, torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2), suffix.mask)
-        x_suffix = _finish(self.expert, _add(suffix.x, y, gate), suffix.condition)
+        x_suffix = _finish(self.expert, suffix._replace(x=_add(suffix.x, y, gate)))
         return x_prefix, x_suffix, None
 
     def _prefix(self, prefix: Tokens) -> tuple[Tensor | None, KeysValues]:
@@ -90,7 +90,7 @@ class Pair(nn.Module):
             k, v = (_heads(self.vlm.self_attn, name, h) for name in ("k_proj", "v_proj"))
             return None, (_rotate(k, k, prefix.rope)[1].to(v.dtype), v)
         q, k, v = _project(self.vlm, h, prefix.rope)
-        return _finish(self.vlm, prefix.x + _attend(self.vlm, q, k, v, prefix.mask), None), (k, v)
+        return _finish(self.vlm, prefix._replace(x=prefix.x + _attend(self.vlm, q, k, v, prefix.mask))), (k, v)
 
 
 def make_layers(
@@ -161,23 +161,15 @@ def _rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     return apply_rotary_pos_emb(q, k, *rope)
 
 
-def _attend(layer: GemmaDecoderLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    attention = layer.self_attn
-    # Seen by all heads: with a mask, `enable_gqa` is known to cuDNN's kernel alone, which only newer cards prefer.
-    k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling)
-    return attention.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def _for_heads(x: Tensor, num: int) -> Tensor:
-    """[B, m, N, d] as [B, num, N, d]: each head of keys or values for num / m of queries; a view where m is 1."""
-    return x[:, :, None].expand(-1, -1, num // x.shape[1], -1, -1).flatten(1, 2)
+def _attend(layer: GemmaDecoderLayer, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    y = attend(q, k, v, mask, scale=layer.self_attn.scaling)
+    return layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def _add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return x + y if gate is None else x + y * gate
 
 
-def _finish(layer: GemmaDecoderLayer, x: Tensor, condition: Tensor | None) -> Tensor:
-    h, gate = normed(layer.post_attention_layernorm, x, condition)
-    return _add(x, layer.mlp(h), gate)
+def _finish(layer: GemmaDecoderLayer, tokens: Tokens) -> Tensor:
+    h, gate = normed(layer.post_attention_layernorm, tokens)
+    return _add(tokens.x, layer.mlp(h), gate)

@@ -17,9 +17,10 @@ from opentau_train.models.weight_map import WeightMap
 class Pi0Policy(PiPolicy):
     form = "pi0"
     adaptive = False
+    state_tokens = 1
 
     def weight_map(self) -> WeightMap:
-        return self._for_words(names.whole())
+        return names.for_words(names.whole(), self.prompt.tokenizer)
 
     def make_suffix(self, width: int) -> None:
         self.state_proj = nn.Linear(self.max_state_dim, width)

@@ -15,10 +15,11 @@ from opentau_train.models.weight_map import WeightMap
 class Pi05Policy(PiPolicy):
     form = "pi05"
     adaptive = True
+    state_tokens = 0
 
     def weight_map(self) -> WeightMap:
         # Some conversions call the time's layers as pi0's are called.
-        return self._for_words(names.whole((r"^action_time_mlp_", "time_mlp_")))
+        return names.for_words(names.whole((r"^action_time_mlp_", "time_mlp_")), self.prompt.tokenizer)
 
     def make_suffix(self, width: int) -> None:
         self.time_mlp_in = nn.Linear(width, width)

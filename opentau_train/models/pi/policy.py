@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,17 +32,17 @@ from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.inputs import SUPERVISES, Supervise, real_actions
 from opentau_train.models.layers import KeysValues
 from opentau_train.models.lerobot import LerobotExport
+from opentau_train.models.packing.attention import Packing, lengths_of, num_pictures, present_only
 from opentau_train.models.pi import action_tokens as chunks
 from opentau_train.models.pi import lerobot, names
-from opentau_train.models.pi.limits import LIMITS, check_insulation, check_limits, check_pictures
-from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, present_only, rotations
+from opentau_train.models.pi.limits import LIMITS, check_insulation, check_limits, check_options
+from opentau_train.models.pi.parts import Tokens, behind, context, normed, packed
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 from opentau_train.models.policy import Policy
 from opentau_train.models.prompts import NO_TOKEN, Overflow, TokenizePrompt
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
-READS_BYTES = "prompts are read as bytes, which these weights have never seen: set model.tokenizer_path to PaliGemma's"
 ActionTokens = Literal["none", "binned", "fast"]
 
 
@@ -56,7 +55,7 @@ class PiPolicy(Policy):
     binned (`num_bins` between the two of `bin_range`) or fast, by the files in `action_tokenizer_path`; of up to
     `max_action_tokens`, None: as many as a chunk has elements. `insulate`: no gradient of the flow reaches the language
     model. `time`: how the flow's times are drawn (`draws.flow_time`). `num_flow_steps` Euler steps when sampling;
-    `mse_weight` and `ce_weight` weigh the terms.
+    `mse_weight` and `ce_weight` weigh the terms; `packing`: see `Policy`.
     """
 
     meta_init = True
@@ -64,6 +63,8 @@ class PiPolicy(Policy):
     """The form of the prompt, one of `prompts.FORMS`."""
     adaptive: ClassVar[bool]
     """Whether the expert's norms are conditioned on the flow time."""
+    state_tokens: ClassVar[int]
+    """How many of `suffix`' tokens stand before the chunk."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class PiPolicy(Policy):
         num_flow_steps: Count = 10,
         mse_weight: LossWeight = 1.0,
         ce_weight: LossWeight = 1.0,
+        packing: bool = False,
     ):
         super().__init__()
         limits = dict(zip(LIMITS, (max_state_dim, max_action_dim, max_chunk_length), strict=True))
@@ -105,16 +107,16 @@ class PiPolicy(Policy):
         self.prompt = TokenizePrompt(self.form, max_prompt_tokens, tokenizer_path, prompt_overflow)
         self._transforms: dict[str, Transform] = {"tokenize": self.prompt}
         prompts.check_vocabulary(tokenizer_path, vlm.vocab_size)
+        self.packing, self._patches = packing, vision.num_tokens
         self._paths = tokenizer_path, action_tokenizer_path if action_tokens == "fast" else None
-        vocabulary = 0
+        vocabulary = num = 0
         if action_tokens != "none":
-            num = max_action_tokens or spec.chunk_length * spec.action_dim
-            if action_tokens == "fast":
-                made = chunks.make_fast(num, action_tokenizer_path)
-            else:
-                made = chunks.make_bins(num, (num_bins, *bin_range))
+            num, bins = max_action_tokens or spec.chunk_length * spec.action_dim, (num_bins, *bin_range)
+            made = chunks.make_bins(num, bins) if action_tokens == "binned" else chunks.make_fast(num, self._paths[1])
             self._transforms["tokenize_actions"], vocabulary = made
             self.loss_weights["ce"] = ce_weight
+        num += len(spec.cameras) * self._patches + max_prompt_tokens
+        self.padded_tokens = num + self.state_tokens + spec.chunk_length
         self._make(network, expert, vision, vocabulary, insulate)
         self.init_weights()
 
@@ -139,15 +141,7 @@ class PiPolicy(Policy):
 
     @classmethod
     def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:
-        prompts.check_installed("transformers")
-        check_insulation(options.get("insulate", False), options.get("action_tokens", "none"))
-        prompts.check_vocabulary(options.get("tokenizer_path"), options["vlm"].vocab_size)
-        if options.get("action_tokens") == "fast":
-            chunks.make_fast(1, options.get("action_tokenizer_path"))
-        chunks.make_bins(1, (2, *options.get("bin_range", (0, 1))))
-        limits = {key: options[key] for key in LIMITS if key in options}
-        check_limits((data.state_dim or 0, data.action_dim or 0, data.chunk_length), limits)
-        check_pictures(data.image_size, options["vision"].image_size)
+        check_options(options, data)
 
     def init_weights(self) -> None:
         from opentau_train.models.pi import network
@@ -155,16 +149,11 @@ class PiPolicy(Policy):
         network.init_weights(self)
 
     def wants(self) -> Wants:
-        supervise = Supervise(tuple(self.loss_weights), SUPERVISES)
-        size = (self.image_size, self.image_size)
-        return Wants({"supervise": supervise, **self._transforms}, modes=tuple(SUPERVISES), image_size=size)
+        made = {"supervise": Supervise(tuple(self.loss_weights), SUPERVISES), **self._transforms}
+        return Wants(made, modes=tuple(SUPERVISES), image_size=(self.image_size, self.image_size))
 
     def vlm_weight_map(self) -> WeightMap | None:
-        return self._for_words(names.vlm_only())
-
-    def _for_words(self, weights: WeightMap) -> WeightMap:
-        """The same, with a word where the policy reads bytes: pretrained weights are of little use then."""
-        return weights if self.prompt.tokenizer else replace(weights, note=READS_BYTES)
+        return names.for_words(names.vlm_only(), self.prompt.tokenizer)
 
     def lerobot_export(self) -> LerobotExport:
         return lerobot.export(self)
@@ -174,6 +163,13 @@ class PiPolicy(Policy):
 
     def term_counts(self, batch: Batch) -> dict[str, Tensor]:
         return {term: mask.flatten(1).sum(1, dtype=torch.float32) for term, mask in self._supervised(batch).items()}
+
+    def num_tokens(self, batch: Batch) -> Tensor:
+        """[B, 5]: patches, words, action tokens, the state's token, action steps."""
+        words, steps = (batch.prompt_tokens != NO_TOKEN).sum(1).clamp(min=1), (~batch.action_is_pad).sum(1)
+        pictures = 0 * words + self._patches * sum(batch.camera_mask.values())
+        tokens = (batch.action_tokens != NO_TOKEN).sum(1) if "ce" in self.loss_weights else 0 * words
+        return torch.stack([pictures, words, tokens, 0 * words + self.state_tokens, steps], dim=1)
 
     def assets(self) -> dict[str, tuple[str, ...]]:
         return {path: (prompts.FILE, chunks.PROCESSOR) for path in self._paths if path is not None}
@@ -207,13 +203,24 @@ class PiPolicy(Policy):
         labels = batch.action_tokens if "ce" in supervised else None
         prefix = self._context(x, valid, labels)
         suffix = self._suffix(batch, noised, time, valid, ~batch.action_is_pad)
+        packing = None
+        if (lengths := lengths_of(batch)) is not None:
+            tokens = valid[:, :0] if labels is None else labels != NO_TOKEN
+            state = torch.ones_like(valid[:, : self.state_tokens])
+            packing = Packing((valid, tokens, state, ~batch.action_is_pad), lengths)
+            prefix, suffix, num = packed(prefix, suffix, packing)
         for pair in self.layers:
             x_prefix, x_suffix, _ = pair(prefix, suffix, num)
             prefix, suffix = prefix._replace(x=x_prefix), suffix._replace(x=x_suffix)
+        if packing is not None:
+            suffix = suffix._replace(x=packing.unpack(suffix.x, (2, 3), 3), samples=None)
         dims = self.spec.action_dim
         errors = {"mse": (self._velocity(suffix)[..., :dims] - (noise - actions)[..., :dims]).square()}
         if labels is not None:
-            errors["ce"] = self._token_errors(prefix.x[:, num:], labels)
+            shown = labels if packing is None else packing.pack({1: labels})
+            errors["ce"] = self._token_errors(prefix.x[:, num:], shown)
+            if packing is not None:
+                errors["ce"] = packing.unpack(errors["ce"], (1,), 1)
         terms = {}
         for term, mask in supervised.items():
             kept = torch.where(mask, errors[term], 0.0)
@@ -251,9 +258,10 @@ class PiPolicy(Policy):
         if self.spec.cameras:
             frames = torch.stack([batch.images[camera][:, -1] for camera in self.spec.cameras], dim=1)
             present = torch.stack([batch.camera_mask[camera] for camera in self.spec.cameras], dim=1)
-            patches = present_only(self.vision, frames.flatten(0, 1), present.flatten()).unflatten(0, present.shape)
-            x.insert(0, patches.flatten(1, 2))
-            valid.insert(0, present[:, :, None].expand(-1, -1, patches.shape[2]).flatten(1))
+            num = num_pictures(batch, self._patches)
+            patches = present_only(self.vision, frames.flatten(0, 1), present.flatten(), num)
+            x.insert(0, patches.unflatten(0, present.shape).flatten(1, 2))
+            valid.insert(0, present[:, :, None].expand(-1, -1, self._patches).flatten(1))
         return torch.cat(x, dim=1), torch.cat(valid, dim=1)
 
     def _context(self, x: Tensor, valid: Tensor, labels: Tensor | None) -> Tokens:
@@ -264,21 +272,15 @@ class PiPolicy(Policy):
             ids = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
             x = torch.cat([x, self.action_token_embed(ids).to(x.dtype)], dim=1)
             valid = torch.cat([valid, labels != NO_TOKEN], dim=1)
-        rope = rotations(valid.long().cumsum(1) - 1, self.vlm_sizes.head_dim)
-        return Tokens(x, rope, context_mask(valid, num))
+        return context(x, valid, num, self.vlm_sizes.head_dim)
 
     def _suffix(self, batch: Batch, noised: Tensor, time: Tensor, valid: Tensor, exist: Tensor) -> Tokens:
         """The expert's tokens behind a prefix of which `valid` [B, P] exist; `exist` [B, T] steps of the chunk."""
-        x, condition = self.suffix(batch, noised, time)
-        before = x.shape[1] - noised.shape[1]  # the state's token
-        own = torch.cat([torch.ones_like(exist[:, :1]).expand(-1, before), exist], dim=1)
-        keys = torch.cat([valid, own], dim=1)
-        rope = rotations((keys.long().cumsum(1) - 1)[:, valid.shape[1] :], self.vlm_sizes.head_dim)
-        return Tokens(x, rope, expert_mask(keys, valid.shape[1], before), condition)
+        return behind(*self.suffix(batch, noised, time), valid, exist, self.vlm_sizes.head_dim)
 
     def _velocity(self, suffix: Tokens) -> Tensor:
         """[B, T, max_action_dim] f32."""
-        x, _ = normed(self.expert_norm, suffix.x, suffix.condition)
+        x, _ = normed(self.expert_norm, suffix)
         return self.action_out_proj(x[:, -self.spec.chunk_length :]).float()
 
     def _token_errors(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def test_no_key_of_another_program_is_one_of_this_one(tree):
             "write data.sources.NAME.filter_dict_path=/keep.json",
         ),
         ("model.config.parallelism.enable_inference_mode=true", "write parallelism=hsdp (or ddp or fsdp"),
-        ("max_num_tokens_after_packing=-1", "write data.max_samples_per_batch=8"),
+        ("max_num_tokens_after_packing=-1", "write data.max_num_tokens_after_packing=VALUE (with model.packing=true)"),
         ("VLM_SAFETENSORS_PATH=/weights", "write model.vlm_path=VALUE"),
         ("policy.path=lerobot/act", "write model.pretrained_path=lerobot/act (a safetensors file"),
         ("steps=100", "write trainer.steps=VALUE"),

@@ -68,7 +68,7 @@ def test_processes_that_share_a_policy_record_the_same_samples_in_files_of_their
         options = {"rank": world.data_rank, "size": world.data_size, "first_step": 0, "last_step": 1}
         part = next(training_batches(mixture, tape, quarantine=tmp_path / "quarantine.jsonl", **options))
         losses = [(torch.zeros(2), {"mse": (torch.ones(2), torch.ones(2))})]
-        taken = StepTaken(losses, torch.tensor(1.0), 1e-3, (Stamp(world.device),) * 3)
+        taken = StepTaken(losses, torch.arange(2), torch.tensor(1.0), 1e-3, (Stamp(world.device),) * 3)
         with FlightRecorder(tmp_path, tape, mixture, world) as recorder:
             recorder.write(TrainState(policy, None, None, None, step=1), part.batch, taken)
         (file,) = (tmp_path / FOLDER).glob(f"rank{rank:05d}-*.jsonl")

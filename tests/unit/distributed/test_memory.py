@@ -211,6 +211,15 @@ def test_each_remedy_takes_what_it_says_and_the_number_of_samples_is_the_largest
     assert footprint(rehearsal, three, 2).total > limit
 
 
+def test_a_cap_on_tokens_bounds_the_activations(settings):
+    """Four samples a rank: as many tokens as two and a half padded ones have are held to be three."""
+    rehearsal = Rehearsal(on_meta(), WITH_FIELDS, "cpu")
+    cap = int(2.5 * rehearsal.policy.padded_tokens)
+    capped = replace(settings, data=replace(settings.data, max_num_tokens_after_packing=cap))
+    three = replace(settings, data=replace(settings.data, max_samples_per_batch=3))
+    assert footprint(rehearsal, capped, 2) == footprint(rehearsal, three, 2)
+
+
 def test_too_small_a_device_is_warned_of_with_what_would_help(settings):
     rehearsal = Rehearsal(on_meta(), WITH_FIELDS, "cpu")
     needs = footprint(rehearsal, settings, 1).total

@@ -63,7 +63,8 @@ def taken(size: int, loss: float) -> StepTaken:
     terms = {k: (torch.full((size,), loss), torch.ones(size)) for k in WEIGHTS}
     halves = [{k: (s[a], c[a]) for k, (s, c) in terms.items()} for a in (slice(0, 1), slice(1, None))]
     now = Stamp(torch.device("cpu"))
-    return StepTaken([(torch.zeros(1), half) for half in halves], torch.tensor(2.5), 1e-3, (now, now, now))
+    rows = torch.arange(size)
+    return StepTaken([(torch.zeros(1), half) for half in halves], rows, torch.tensor(2.5), 1e-3, (now, now, now))
 
 
 class Flights:

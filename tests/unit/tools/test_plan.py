@@ -34,6 +34,20 @@ def test_numbers_are_those_of_the_run(tmp_path, capsys):
     assert "6 steps x 4 = 24 samples" in text
 
 
+def test_tokens_are_those_of_the_run_and_a_cap_is_refused_as_there(tmp_path, capsys):
+    options = ["trainer.steps=8", "validation.every=0", "model.packing=true", "logger=none"]
+    text = report(tmp_path, capsys, *options)
+    rows = metrics(train_here([*TOY, *options], tmp_path / "run"))
+    mean = sum(row["Training/PackingEfficiency"] for row in rows.values()) / 8
+    tokens = re.search(r"tokens +(\d+) a step: \d+ of 44 a sample, packing efficiency (\d\.\d+)", text)
+    assert float(tokens[2]) == pytest.approx(mean, abs=0.01)  # which of its dataset's prompts a window has isn't known
+    assert int(tokens[1]) == pytest.approx(mean * 44 * 4, rel=0.01)
+    padded = report(tmp_path, capsys, *options[:2])
+    assert tokens[0] in padded and "model.packing=true computes no others" in padded
+    assert plan.main(arguments(tmp_path, *options, "data.max_num_tokens_after_packing=43")) == EXIT_USER
+    assert "has up to 44 tokens" in capsys.readouterr().err
+
+
 def test_needs_metadata_only(tmp_path, capsys):
     root = shutil.copytree(DATA / "lerobot_v30", tmp_path / "set")
     for kind in ("videos", "data"):
