@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from opentau_train.config.modes import FutureSettings, check_expected, check_future, check_mode, shares_of
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
 from opentau_train.data.convention import Convention
@@ -26,6 +27,7 @@ def _declared_otherwise(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
     return CONVERTED[ON_RESUME] if wanted else Meaning("safe")
 
 
+MODE_ON_RESUME = warned("other losses supervise the source from here on")
 HELD_OUT = warned("the held-out episodes themselves are compared")  # by data/mixture/split
 
 
@@ -55,9 +57,10 @@ class SourceSettings:
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
     robot_type: str | None = None
-    mode: str = field(default="policy", metadata=warned("other losses supervise the source from here on"))
-    """What the policy learns from the source. Of the built-in one: `policy` both its heads, `flow` only the flow head
-    (mse), `tokens` only the binned head (ce)."""
+    mode: str = field(default="policy", metadata=MODE_ON_RESUME)
+    """What the policy learns from the source's samples: one of `MODES`, or `joint`."""
+    mode_probabilities: dict[str, float] = field(default_factory=dict, metadata=MODE_ON_RESUME)
+    """{mode: how often a sample of `mode=joint` has it}, relative to the others'."""
     chunk_length: int | None = None
     sample_stride: int | None = None
     fps: float | None = None
@@ -96,6 +99,11 @@ class SourceSettings:
         return self.val_split_ratio == 1.0 and self.val_episodes is None
 
     @property
+    def modes(self) -> dict[str, float]:
+        """{mode: the share of the source's samples that have it}, in the order of `MODES`."""
+        return shares_of(self.mode, self.mode_probabilities)
+
+    @property
     def trains(self) -> bool:
         """Whether episodes that aren't held out are trained on."""
         return not self.validates_only and self.weight != 0
@@ -105,6 +113,7 @@ class SourceSettings:
         bind(self.arguments, path, (), mixture)
         for name in ("weight", "failure_weight"):
             at_least(f"{path}.{name}", getattr(self, name), 0.0)
+        check_mode(self.mode, self.mode_probabilities, path)
         if not 0.0 <= self.val_split_ratio <= 1.0:
             raise UserError(
                 f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
@@ -192,6 +201,7 @@ class DataSettings:
     image_size: tuple[int, int] = (96, 96)
     chunk_length: int = 16
     history: int = 0
+    future: FutureSettings = field(default_factory=FutureSettings)
     sample_stride: int = field(default=1, metadata=NEW_PLAN)
     """Windows start every so many frames."""
     drop_tail: bool = field(default=False, metadata=NEW_PLAN)
@@ -217,6 +227,8 @@ class DataSettings:
     """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
     lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
     phase_rows: int = field(default=1024, metadata=NEW_PLAN)
+    expect_mode: str | None = field(default=None, metadata=SAFE)
+    """The mode that all sources must have: what a recipe that is named for one says."""
     blank_images: bool = field(default=False, metadata=warned())
     """true = every image black: the ablation that shows what the images are worth."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
@@ -234,3 +246,6 @@ class DataSettings:
             at_least(f"{path}.{name}", getattr(self, name), 0)
         for size in self.image_size:
             at_least(f"{path}.image_size", size, 8)
+        for name, source in self.sources.items():
+            check_expected(source.mode, self.expect_mode, f"{path}.sources.{name}.mode")
+            check_future(source.modes, self.future, f"{path}.sources.{name}.mode")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from opentau_train import cli
-from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.settings import Settings
 from opentau_train.config.typed import at_least
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at_least("--samples", options.samples, 1)
         check_format(options.out)
         make_directory(options.out)
-        picture = sheet(load_settings(cli.compose(composed)), options.samples)
+        picture = sheet(cli.checked(cli.compose(composed)), options.samples)
         with writing(options.out):
             picture.save(options.out)
         print(options.out)

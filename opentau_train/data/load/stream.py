@@ -99,7 +99,8 @@ class ShardDataset(IterableDataset[Shard]):
 
     def _build(self, builder: SampleBuilder, windows: Windows) -> Shard:
         samples, substituted, left_out = [], 0, {}
-        columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
+        mode = np.full(len(windows), -1) if windows.mode is None else windows.mode
+        columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index, mode
         for i, (lane, ahead, *numbers) in enumerate(zip(*(c.tolist() for c in columns))):
             address = Address(*numbers)
             try:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
+from opentau_train.config.modes import MODES, WITH_FUTURE
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
@@ -28,7 +29,7 @@ from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
 from opentau_train.data.transforms.shape import ChoosePrompt, Pad
-from opentau_train.errors import UserError
+from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import BatchSpec, Group
 
 log = logging.getLogger(__name__)
@@ -53,15 +54,16 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     data = settings.data
     datasets: list[Dataset] = []
     groups: list[Group] = []
+    modes = sorted({mode for source in sources.values() for mode in source.modes}, key=MODES.index)
     for name in sources:
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
-        groups += groups_of(dataset.source)
+        groups += groups_of(dataset.source, dataset.settings.modes if len(modes) > 1 else ("",))
     check_parts(data.convention, [d.conversions for d in datasets])
     _warn_of_rates(datasets)
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
     groups = with_shares(groups, datasets, draws)
-    spec = _batch_spec(data, datasets, groups)
+    spec = _batch_spec(data, datasets, groups, tuple(modes))
     return Mixture(
         settings=data,
         seed=settings.seed,
@@ -195,7 +197,7 @@ def _open_dataset(
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
-        group_of=first_group + np.unique(table.control_mode, return_inverse=True)[1],
+        group_of=first_group + len(chosen.modes) * np.unique(table.control_mode, return_inverse=True)[1],
         conversions=converted,
         transforms=transforms,
         state_names=state_names,
@@ -255,20 +257,44 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
         )
 
 
-def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
+def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group], modes: tuple[str, ...]) -> BatchSpec:
     state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
     action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
+    cameras = tuple(sorted({c for d in datasets for c in d.source.cameras}))
     spec = BatchSpec(
-        cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
+        cameras=cameras,
         image_size=data.image_size,
         history=data.history,
         state_dim=state_dim,
         action_dim=action_dim,
         chunk_length=max(d.chunk_length for d in datasets),
         norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
-        modes=tuple(dict.fromkeys(d.settings.mode for d in datasets)),
+        modes=modes,
+        future=data.future.num_frames,
+        future_cameras=_future_cameras(data, datasets, cameras) if data.future.num_frames else (),
     )
     return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
+
+
+def _future_cameras(data: DataSettings, datasets: list[Dataset], cameras: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that `data.future` chooses. Raises `UserError` for one that isn't there, and for a dataset that has none of
+    them and a mode that learns with future frames."""
+    where, chosen = "data.future.cameras", cameras if data.future.cameras is None else data.future.cameras
+    for camera in chosen:
+        if camera not in cameras:
+            near = did_you_mean(camera, cameras)
+            raise UserError(f"no source has the camera '{camera}'{near}", where=where, remedy=f"set {where}=null")
+    for dataset in datasets:
+        mode = next((mode for mode in dataset.settings.modes if mode in WITH_FUTURE), None)
+        if mode is not None and not set(chosen) & set(dataset.source.cameras):
+            raise UserError(
+                f"dataset '{dataset.name}' has no camera of {where}, and {mode} learns with future frames",
+                where=f"data.sources.{dataset.name}.mode",
+                remedy=f"set {where}=null"
+                if dataset.source.cameras
+                else f"it has no cameras: set data.sources.{dataset.name}.mode=policy",
+            )
+    return tuple(camera for camera in cameras if camera in chosen)
 
 
 def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:

@@ -157,7 +157,7 @@ class PiPolicy(Policy):
     def wants(self) -> Wants:
         supervise = Supervise(tuple(self.loss_weights), SUPERVISES)
         size = (self.image_size, self.image_size)
-        return Wants({"supervise": supervise, **self._transforms}, modes=tuple(SUPERVISES), image_size=size)
+        return Wants({"supervise": supervise, **self._transforms}, image_size=size)
 
     def vlm_weight_map(self) -> WeightMap | None:
         return self._for_words(names.vlm_only())
