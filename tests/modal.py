@@ -1,4 +1,4 @@
-"""A policy that knows every mode, named by `_target_`: the built-in one, which also guesses the colour of the future."""
+"""A policy that knows every mode, named by `_target_`: the built-in one, and it guesses the colour of the future."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
 """A source's mode is one of them, or `joint`, which draws one for each sample."""
 WITH_FUTURE = MODES[1:]
 """The modes whose samples have future frames."""
+PREDICT_ACTIONS = ("policy", "wam", "inverse_dynamics")
+"""The modes whose actions are predicted. `forward_dynamics` is shown them."""
 
 _NO_MORE = {"flow": "model.ce_weight=0", "tokens": "model.mse_weight=0"}
 """{mode of older versions: what says the same now}"""

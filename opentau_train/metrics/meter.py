@@ -42,7 +42,8 @@ class Meter:
 
     def _begin(self) -> None:
         """Begin an interval."""
-        self.sums = Sums(len(self.mixture.groups), self.terms, self.world.device)
+        samples = ("samples",) if len(self.mixture.spec.modes) > 1 else ()
+        self.sums = Sums(len(self.mixture.groups), self.terms + samples, self.world.device)
         self.stamps: list[tuple[Stamp, Stamp, Stamp]] = []
         self.wait = self.save = 0.0
         self.started = time.perf_counter()
@@ -50,7 +51,8 @@ class Meter:
     def add(self, taken: StepTaken) -> None:
         """Add a step; nothing is read from the device."""
         for group, terms in taken.losses:
-            self.sums.add(group, terms)
+            one = torch.ones(len(group), device=group.device)
+            self.sums.add(group, {**terms, "samples": (one, one)})
         self.stamps.append(taken.stamps)
         self.last = taken
 
