@@ -72,8 +72,7 @@ class RawWindow:
     from (may be empty); `extra` {name: value}, what else the source reads, for transforms.
 
     Where the window's future was asked for, the cameras that have one give [h+1+F, H', W', 3], later frames after the
-    frame's own, and `future_is_pad` [F] bool marks those past the episode's end, which repeat its last. None: it
-    wasn't.
+    frame's own, and `extra["future_is_pad"]` [F] bool marks those past the episode's end, which repeat its last.
     """
 
     images: dict[str, NDArray[np.uint8]]
@@ -82,7 +81,6 @@ class RawWindow:
     is_pad: NDArray[np.bool_]
     prompts: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
-    future_is_pad: NDArray[np.bool_] | None = None
 
 
 class Address(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from opentau_train.config.modes import FutureSettings, check_expected, check_future, check_mode, shares_of
+from opentau_train.config.modes import FutureSettings, Mode, ModeSettings, check_expected, check_future
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
 from opentau_train.data.convention import Convention
@@ -57,10 +57,9 @@ class SourceSettings:
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
     robot_type: str | None = None
-    mode: str = field(default="policy", metadata=MODE_ON_RESUME)
-    """What the policy learns from the source's samples: one of `MODES`, or `joint`."""
-    mode_probabilities: dict[str, float] = field(default_factory=dict, metadata=MODE_ON_RESUME)
-    """{mode: how often a sample of `mode=joint` has it}, relative to the others'."""
+    mode: Mode = field(default="policy", metadata=MODE_ON_RESUME)
+    """What the policy learns from the source's samples: one of `modes.MODES`, or `joint`, which draws one for each."""
+    mode_probabilities: ModeSettings = field(default_factory=ModeSettings, metadata=MODE_ON_RESUME)
     chunk_length: int | None = None
     sample_stride: int | None = None
     fps: float | None = None
@@ -101,7 +100,7 @@ class SourceSettings:
     @property
     def modes(self) -> dict[str, float]:
         """{mode: the share of the source's samples that have it}, in the order of `MODES`."""
-        return shares_of(self.mode, self.mode_probabilities)
+        return self.mode_probabilities.of(self.mode)
 
     @property
     def trains(self) -> bool:
@@ -113,7 +112,7 @@ class SourceSettings:
         bind(self.arguments, path, (), mixture)
         for name in ("weight", "failure_weight"):
             at_least(f"{path}.{name}", getattr(self, name), 0.0)
-        check_mode(self.mode, self.mode_probabilities, path)
+        self.mode_probabilities.check_for(self.mode, path)
         if not 0.0 <= self.val_split_ratio <= 1.0:
             raise UserError(
                 f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",

@@ -5,11 +5,11 @@ docs/models.md has what each mode sees and is trained on. Torch is not imported 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
-from opentau_train.config.typed import at_least, positive
+from opentau_train.config.typed import Count, at_least
 from opentau_train.errors import UserError, did_you_mean
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
@@ -21,7 +21,48 @@ PREDICT_ACTIONS = ("policy", "wam", "inverse_dynamics")
 
 _NO_MORE = {"flow": "model.ce_weight=0", "tokens": "model.mse_weight=0"}
 """{mode of older versions: what says the same now}"""
-_EXAMPLE = "{policy:0.5,wam:0.5}"
+
+
+def _known(path: str, mode: str) -> None:
+    """Raises `UserError` for no mode."""
+    if mode in _NO_MORE:
+        remedy = f"set {path}=policy and {_NO_MORE[mode]}"
+        raise UserError(f"{path}={mode} is no more: which losses count is the model's to say", remedy=remedy)
+    if mode not in (*MODES, "joint"):
+        remedy = f"set it to one of {', '.join(MODES)}, joint"
+        raise UserError(f"there is no {path}={mode}{did_you_mean(mode, MODES)}", remedy=remedy)
+
+
+Mode = Annotated[str, _known]
+Often = Annotated[float, lambda path, value: at_least(path, value, 0.0)]
+
+
+@dataclass(frozen=True)
+class ModeSettings:
+    """How often a sample of `mode=joint` has each mode, relative to the others."""
+
+    policy: Often = 0.0
+    wam: Often = 0.0
+    forward_dynamics: Often = 0.0
+    inverse_dynamics: Often = 0.0
+
+    def check(self, path: str) -> None: ...
+
+    def of(self, mode: str) -> dict[str, float]:
+        """{mode: the share of the samples that have it}, in the order of `MODES`, of a source whose setting is
+        `mode`."""
+        given = {name: often for name, often in vars(self).items() if often} if mode == "joint" else {mode: 1.0}
+        return {name: often / sum(given.values()) for name, often in given.items()}
+
+    def check_for(self, mode: str, path: str) -> None:
+        """Raises `UserError` where the source at `path` has another `mode` than `joint`, or none of these."""
+        if (mode == "joint") != any(vars(self).values()):
+            raise UserError(
+                f"{path}.mode={mode}, and {path}.mode_probabilities are {'not ' * (mode == 'joint')}set",
+                remedy=f"set '{path}.mode_probabilities={{policy:0.5,wam:0.5}}'"
+                if mode == "joint"
+                else f"set {path}.mode=joint, or leave them out",
+            )
 
 
 @dataclass(frozen=True)
@@ -29,46 +70,13 @@ class FutureSettings:
     """The future frames of a window: `data.future`."""
 
     num_frames: int = 0
-    stride: int = 1
+    stride: Count = 1
     """Steps of the action chunk from the window's frame to the first one, and from each to the next."""
     cameras: tuple[str, ...] | None = None
     """Of which cameras; null = of all."""
 
     def check(self, path: str) -> None:
         at_least(f"{path}.num_frames", self.num_frames, 0)
-        positive(f"{path}.stride", self.stride)
-
-
-def shares_of(mode: str, probabilities: Mapping[str, float]) -> dict[str, float]:
-    """{mode: the share of a source's samples that have it}, in the order of `MODES`, from the source's settings `mode`
-    and `mode_probabilities`."""
-    given = probabilities if mode == "joint" else {mode: 1.0}
-    return {name: given[name] / sum(given.values()) for name in MODES if given.get(name)}
-
-
-def check_mode(mode: str, probabilities: Mapping[str, float], path: str) -> None:
-    """Raises `UserError` where the two settings of the source at `path` are wrong, or don't fit."""
-    key, joint = f"{path}.mode_probabilities", mode == "joint"
-    remedy = f"set '{key}={_EXAMPLE}'" if joint else f"set {path}.mode=joint, or leave {key} out"
-    if mode in _NO_MORE:
-        raise UserError(
-            f"{path}.mode={mode} is no more: which losses count is the model's to say",
-            remedy=f"set {path}.mode=policy {_NO_MORE[mode]}",
-        )
-    if mode not in (*MODES, "joint"):
-        remedy = f"set {path}.mode to one of {', '.join(MODES)}, joint"
-        raise UserError(f"{path}.mode={mode} is not known{did_you_mean(mode, MODES)}", remedy=remedy)
-    if joint != bool(probabilities):
-        what = "needs" if joint else "takes no"
-        raise UserError(f"{path}.mode={mode} {what} {key}", remedy=remedy)
-    for name, share in probabilities.items():
-        if name not in MODES:
-            near = did_you_mean(name, MODES)
-            raise UserError(f"{key} has an unknown mode '{name}'{near}", remedy=f"known are {', '.join(MODES)}")
-        if not 0 <= share < math.inf:
-            raise UserError(f"{key}.{name} must be 0 or more, got {share}", remedy=remedy)
-    if joint and not sum(probabilities.values()):
-        raise UserError(f"{key} are all 0", remedy=remedy)
 
 
 def check_expected(mode: str, expected: str | None, key: str) -> None:

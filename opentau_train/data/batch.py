@@ -99,10 +99,6 @@ class _PerCamera(Field):
 
     cameras: str = "cameras"
 
-    def of_each(self, spec: BatchSpec, call: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """`call(camera)` of every camera."""
-        return {camera: call(camera) for camera in getattr(spec, self.cameras)}
-
     def blank(self, spec: BatchSpec) -> dict[str, NDArray]:
         return {}
 
@@ -135,7 +131,7 @@ class PictureField(_PerCamera):
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
         values = self.of(samples, spec)
-        return self.of_each(spec, lambda camera: self._stack([value.get(camera) for value in values], spec))
+        return {c: self._stack([value.get(c) for value in values], spec) for c in getattr(spec, self.cameras)}
 
     def _stack(self, pictures: Sequence[NDArray | None], spec: BatchSpec) -> Tensor:
         stacked = np.zeros((len(pictures), *self.shape(spec)), np.uint8)
@@ -167,7 +163,8 @@ class PresenceField(_PerCamera):
     pictures: str = "images"
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        return self.of_each(spec, lambda c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]))
+        present = [sample.get(self.pictures, {}) for sample in samples]
+        return {c: torch.tensor([c in pictures for pictures in present]) for c in getattr(spec, self.cameras)}
 
 
 FIELDS: tuple[Field, ...] = (

@@ -154,16 +154,11 @@ def check_model(model: Mapping[str, Any], data: DataSettings) -> None:
 def check_modes(target: Any, data: DataSettings) -> None:
     """Raises `UserError` for a source with a mode that the class `target` doesn't know."""
     known = target.modes if isinstance(target, type) and issubclass(target, Policy) else Policy.modes
-    for name, source in data.sources.items():
-        for mode in source.modes:
-            if mode not in known:
-                raise UserError(
-                    f"{target.__name__} has no mode '{mode}', it knows {', '.join(known)}",
-                    where=f"data.sources.{name}.mode",
-                    remedy=f"set data.sources.{name}."
-                    + (f"mode_probabilities.{mode}=0" if source.mode == "joint" else f"mode={known[0]}")
-                    + ", or choose a model that knows it (docs/models.md)",
-                )
+    for name, mode in [(n, mode) for n, source in data.sources.items() for mode in source.modes if mode not in known]:
+        key = f"data.sources.{name}.mode"
+        where = f"{key}_probabilities.{mode}=0" if data.sources[name].mode == "joint" else f"{key}={known[0]}"
+        what = f"{target.__name__} has no mode '{mode}', it knows {', '.join(known)}"
+        raise UserError(what, where=key, remedy=f"set {where}, or choose a model that has it (docs/models.md)")
 
 
 def not_read(key: str, policy: type) -> UserError:

@@ -89,9 +89,11 @@ class LeRobotCursor:
         except (RowError, VideoError, ImageError) as error:
             number = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, number, frame, str(error), self._remedy(error)) from error
-        extra = {} if rows.weights is None else {"weight": float(rows.weights[frame])}
+        extra: dict[str, Any] = {} if rows.weights is None else {"weight": float(rows.weights[frame])}
+        if future:
+            extra["future_is_pad"] = later_is_pad
         prompts = rows.prompts[rows.prompt_code[frame]]
-        return RawWindow(images, rows.state[frame].copy(), actions, is_pad, prompts, extra, later_is_pad)
+        return RawWindow(images, rows.state[frame].copy(), actions, is_pad, prompts, extra)
 
     def _actions(self, rows: EpisodeRows, frame: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """(actions [T, A] f32, is_pad [T]) of the window at `frame`."""
@@ -214,9 +216,8 @@ class LeRobotCursor:
         for f in range(wanted[0], last + 1):
             if f not in ring:
                 self._fill(camera, f, ahead + last - f)
-        if len(wanted) == 1:
-            return ring.pop(last)[None]  # handed over, not copied
-        return np.stack([ring[f] for f in wanted])
+        # Nobody writes into it: one picture is not copied, and may be asked for again.
+        return ring[last][None] if len(wanted) == 1 else np.stack([ring[f] for f in wanted])
 
     def _fill(self, camera: str, frame: int, ahead: int) -> None:
         """Bring `frame` into the camera's ring, and where reading goes on up to `ahead` of the next ones.

@@ -280,19 +280,15 @@ def _future_cameras(data: DataSettings, datasets: list[Dataset], cameras: tuple[
     """Those that `data.future` chooses. Raises `UserError` for one that isn't there, and for a dataset that has none of
     them and a mode that learns with future frames."""
     where, chosen = "data.future.cameras", cameras if data.future.cameras is None else data.future.cameras
-    for camera in chosen:
-        if camera not in cameras:
-            near = did_you_mean(camera, cameras)
-            raise UserError(f"no source has the camera '{camera}'{near}", where=where, remedy=f"set {where}=null")
-    for dataset in datasets:
-        mode = next((mode for mode in dataset.settings.modes if mode in WITH_FUTURE), None)
-        if mode is not None and not set(chosen) & set(dataset.source.cameras):
+    for camera in set(chosen) - set(cameras):
+        near = did_you_mean(camera, cameras)
+        raise UserError(f"no source has the camera '{camera}'{near}", where=where, remedy=f"set {where}=null")
+    for d in datasets:
+        if set(d.settings.modes) & set(WITH_FUTURE) and not set(chosen) & set(d.source.cameras):
             raise UserError(
-                f"dataset '{dataset.name}' has no camera of {where}, and {mode} learns with future frames",
-                where=f"data.sources.{dataset.name}.mode",
-                remedy=f"set {where}=null"
-                if dataset.source.cameras
-                else f"it has no cameras: set data.sources.{dataset.name}.mode=policy",
+                f"dataset '{d.name}' has a mode with future frames, and no camera for them",
+                where=where,
+                remedy=f"set {where}=null" if d.source.cameras else f"set data.sources.{d.name}.mode=policy",
             )
     return tuple(camera for camera in cameras if camera in chosen)
 
