@@ -86,7 +86,9 @@ class SampleBuilder:
     def _place(self, address: Address, key: int) -> int:
         """Which of the dataset's modes the sample has."""
         bounds = self._bounds[address.dataset]
-        return bisect_right(bounds, SampleDraws(key, "mode").uniform()) if bounds and address.mode < 0 else address.mode
+        if address.mode >= 0 or not bounds:
+            return max(address.mode, 0)
+        return bisect_right(bounds, SampleDraws(key, "mode").uniform())
 
     def _cursor(self, lane: int, dataset: int) -> Cursor:
         held = self._lanes.get(lane)
