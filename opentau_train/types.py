@@ -36,13 +36,8 @@ class EpisodeTable:
 
     def select(self, keep: NDArray) -> EpisodeTable:
         """The episodes at the positions (or under the mask) `keep`, in that order."""
-        return EpisodeTable(
-            episode_index=self.episode_index[keep],
-            length=self.length[keep],
-            control_mode=self.control_mode[keep],
-            control_modes=self.control_modes,
-            lacking=None if self.lacking is None else self.lacking[keep],
-        )
+        names = ("episode_index", "length", "control_mode", *(("lacking",) if self.lacking is not None else ()))
+        return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
 @dataclass(frozen=True)
@@ -103,8 +98,8 @@ class BatchSpec:
     """The shape of what a mixture yields: what a policy needs to build itself.
 
     `cameras` in a fixed order, `image_size` (H, W), `history` h, `state_dim` S, `action_dim` A, `chunk_length` T;
-    `norm_heads` and `modes` that samples have; `future` F later frames of `future_cameras`; `fields`, which the
-    transforms add to `batch.FIELDS`.
+    `norm_heads` and `modes` that samples have; `future` F later frames of `future_cameras`, `future_stride` steps after
+    one another; `fields`, which the transforms add to `batch.FIELDS`.
     """
 
     cameras: tuple[str, ...]
@@ -116,6 +111,7 @@ class BatchSpec:
     norm_heads: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     future: int = 0
+    future_stride: int = 1
     future_cameras: tuple[str, ...] = ()
     fields: tuple[Any, ...] = field(default=(), repr=False)
 

@@ -156,10 +156,10 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
             raise _refuse(
                 f"knows the cameras {', '.join(saved.cameras) or 'none'}, not '{camera}'{near}", "data.sources"
             )
-    for name, key in {"image_size": "", "history": "", "future": ".num_frames"}.items():
+    keys = {"image_size": "image_size", "history": "history", "future": "future.num_frames"}
+    for name, key in (keys | {"future_stride": "future.stride"}).items():
         if getattr(saved, name) != getattr(spec, name):
-            where = f"data.{name}{key}"
-            raise _refuse(f"has {name}{key} {getattr(saved, name)}, the data {getattr(spec, name)}", where)
+            raise _refuse(f"has {key} {getattr(saved, name)}, the data {getattr(spec, name)}", f"data.{key}")
     for name in ("state_dim", "action_dim", "chunk_length"):
         if getattr(saved, name) < getattr(spec, name):
             raise _refuse(f"has {name} {getattr(saved, name)}, the data {getattr(spec, name)}", f"data.{name}")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from opentau_train.config.modes import FutureSettings, Mode, ModeSettings, check_expected, check_future
+from opentau_train.config.modes import WITH_FUTURE, FutureSettings, Mode, ModeSettings
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
-from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
+from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive, within
 from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError
 
@@ -49,7 +49,7 @@ class SourceSettings:
     held-out episodes are validated, the others left out."""
     failure_weight: float = 0.0
     """Weight of `failure/`, where the directory holds LeRobot datasets `success/` and `failure/`."""
-    val_split_ratio: float = field(default=0.1, metadata=HELD_OUT)
+    val_split_ratio: Annotated[float, within(0.0, 1.0)] = field(default=0.1, metadata=HELD_OUT)
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
     val_episodes: tuple[int, ...] | None = field(default=None, metadata=HELD_OUT)
     """The held-out episode numbers themselves, in place of `val_split_ratio`."""
@@ -70,7 +70,7 @@ class SourceSettings:
     """An episode's key in the filter file, over its metadata. Where all keys of the file are whole numbers and no key
     that this makes is one, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
-    filter_min_match: float = field(default=0.5, metadata=SAFE)
+    filter_min_match: Annotated[float, within(0.0, 1.0)] = field(default=0.5, metadata=SAFE)
     """Least fraction of the episodes that must be in the filter file."""
     filter_trim_tail: int | None = None
     """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
@@ -113,11 +113,6 @@ class SourceSettings:
         for name in ("weight", "failure_weight"):
             at_least(f"{path}.{name}", getattr(self, name), 0.0)
         self.mode_probabilities.check_for(self.mode, path)
-        if not 0.0 <= self.val_split_ratio <= 1.0:
-            raise UserError(
-                f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
-                remedy=f"set {path}.val_split_ratio to a fraction such as 0.1, or 1.0 for validation only",
-            )
         if self.validates_only and self.weight:
             raise UserError(
                 f"{path} is for validation only (val_split_ratio=1.0) and has a weight, {self.weight:g}, to train with",
@@ -127,8 +122,6 @@ class SourceSettings:
         for name in ("chunk_length", "sample_stride", "fps"):
             positive(f"{path}.{name}", getattr(self, name))
         at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
-        if not 0.0 <= self.filter_min_match <= 1.0:
-            raise UserError(f"{path}.filter_min_match must be in [0, 1], got {self.filter_min_match}")
         if self.use_filter_dict and not self.filter_dict_path:
             raise UserError(
                 f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
@@ -246,5 +239,13 @@ class DataSettings:
         for size in self.image_size:
             at_least(f"{path}.image_size", size, 8)
         for name, source in self.sources.items():
-            check_expected(source.mode, self.expect_mode, f"{path}.sources.{name}.mode")
-            check_future(source.modes, self.future, f"{path}.sources.{name}.mode")
+            key = f"{path}.sources.{name}.mode"
+            if self.expect_mode not in (None, source.mode):
+                raise UserError(
+                    f"{key}={source.mode} in a recipe that is named for the mode {self.expect_mode}: under that name "
+                    "samples of another mode would be trained on, and dilute its losses",
+                    remedy=f"set {key}={self.expect_mode}, or choose another recipe; {path}.expect_mode=null trains it",
+                )
+            if not self.future.num_frames and set(source.modes) & set(WITH_FUTURE):
+                what = f"{key}={source.mode} learns with future frames, and {path}.future.num_frames is 0"
+                raise UserError(what, remedy=f"set {path}.future.num_frames=4, or leave the mode out")

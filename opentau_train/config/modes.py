@@ -5,7 +5,6 @@ docs/models.md has what each mode sees and is trained on. Torch is not imported 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,16 +19,14 @@ PREDICT_ACTIONS = ("policy", "wam", "inverse_dynamics")
 """The modes whose actions are predicted. `forward_dynamics` is shown them."""
 
 _NO_MORE = {"flow": "model.ce_weight=0", "tokens": "model.mse_weight=0"}
-"""{mode of older versions: what says the same now}"""
+"""{mode of older versions: the loss weight that says the same now}"""
 
 
 def _known(path: str, mode: str) -> None:
     """Raises `UserError` for no mode."""
-    if mode in _NO_MORE:
-        remedy = f"set {path}=policy and {_NO_MORE[mode]}"
-        raise UserError(f"{path}={mode} is no more: which losses count is the model's to say", remedy=remedy)
     if mode not in (*MODES, "joint"):
-        remedy = f"set it to one of {', '.join(MODES)}, joint"
+        any_of = f"set it to one of {', '.join(MODES)}, joint"
+        remedy = f"set {path}=policy and {_NO_MORE[mode]}" if mode in _NO_MORE else any_of
         raise UserError(f"there is no {path}={mode}{did_you_mean(mode, MODES)}", remedy=remedy)
 
 
@@ -57,12 +54,10 @@ class ModeSettings:
     def check_for(self, mode: str, path: str) -> None:
         """Raises `UserError` where the source at `path` has another `mode` than `joint`, or none of these."""
         if (mode == "joint") != any(vars(self).values()):
-            raise UserError(
-                f"{path}.mode={mode}, and {path}.mode_probabilities are {'not ' * (mode == 'joint')}set",
-                remedy=f"set '{path}.mode_probabilities={{policy:0.5,wam:0.5}}'"
-                if mode == "joint"
-                else f"set {path}.mode=joint, or leave them out",
-            )
+            lacks = f"set '{path}.mode_probabilities={{policy:0.5,wam:0.5}}'"
+            remedy = lacks if mode == "joint" else f"set {path}.mode=joint, or leave them out"
+            are = "not set" if mode == "joint" else "set"
+            raise UserError(f"{path}.mode={mode}, and {path}.mode_probabilities are {are}", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -77,25 +72,3 @@ class FutureSettings:
 
     def check(self, path: str) -> None:
         at_least(f"{path}.num_frames", self.num_frames, 0)
-
-
-def check_expected(mode: str, expected: str | None, key: str) -> None:
-    """Raises `UserError` where the setting `key` of a source is another `mode` than the one that the recipe is named
-    for, `data.expect_mode`."""
-    if expected not in (None, mode):
-        raise UserError(
-            f"{key}={mode} in a recipe that is named for the mode {expected}: under that name samples of another mode "
-            "would be trained on, and dilute its losses",
-            remedy=f"set {key}={expected}, or choose another recipe; data.expect_mode=null trains it nevertheless",
-        )
-
-
-def check_future(modes: Iterable[str], future: FutureSettings, key: str) -> None:
-    """Raises `UserError` where samples of a source, whose mode is the setting `key`, lack future frames."""
-    mode = next((mode for mode in modes if mode in WITH_FUTURE), None)
-    if mode is not None and not future.num_frames:
-        raise UserError(
-            f"{mode} learns with future frames, and data.future.num_frames is 0",
-            where=key,
-            remedy="set data.future.num_frames=4, or leave the mode out",
-        )

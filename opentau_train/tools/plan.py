@@ -73,7 +73,7 @@ def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoder
     and any rank may have the largest ones; lanes that read in order are in one dataset at a time, here the
     costliest."""
     lanes = lanes_a_rank(mixture, tape, num_ranks)
-    held = [d.decoders(w) for d, w in zip(mixture.datasets, mixture.windows, strict=True)]
+    held = [d.decoders(d.window(mixture.spec)) for d in mixture.datasets]
     decoders, num_bytes = np.array([h.num for h in held]), np.array([h.num_bytes for h in held])
     share = tape.draws / tape.draws.sum()
     if tape.in_order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,14 +68,15 @@ class ValidationPlan:
 
     `windows`: N windows in reading order, `t` being the place in the list; what is read `ahead` is known only for each
     worker (`for_worker`). A window of several modes comes once for each. `item` [N] i64: each window's episode and
-    mode, as a row of the sums; `group_of` [E] i64: the rows' groups; `episodes`: the rows' (dataset name, episode
-    number); `bounds` [R+1] i64: the ranks' contiguous spans.
+    mode, as a row of the sums; `group_of` [E] i64: the rows' groups; `episode_of` [E] i64 numbers the rows' episodes;
+    `episodes`: their (dataset name, episode number); `bounds` [R+1] i64: the ranks' contiguous spans.
     """
 
     mixture: Mixture
     windows: Windows
     item: NDArray[np.int64]
     group_of: NDArray[np.int64]
+    episode_of: NDArray[np.int64]
     episodes: tuple[tuple[str, int], ...]
     bounds: NDArray[np.int64]
     batch_size: int
@@ -111,7 +112,7 @@ def plan_validation(
     *,
     batch_size: int,
     num_ranks: int,
-    modes: Collection[str] = MODES,
+    modes: Sequence[str] = MODES,
 ) -> ValidationPlan:
     """List the held-out windows, each in all of `modes` that its dataset has, and cut the list into spans of equal
     decode cost."""
@@ -123,20 +124,16 @@ def plan_validation(
     first[1:] = (dataset[1:] != dataset[:-1]) | (episode[1:] != episode[:-1])
     gap = np.where(first, MAX_DECODE_GAP, np.minimum(np.diff(frame, prepend=0), MAX_DECODE_GAP))
     chosen = [[place for place, mode in enumerate(d.settings.modes) if mode in modes] for d in datasets]
-    rows = [(datasets[d], e, m) for d, e in zip(dataset[first], episode[first], strict=True) for m in chosen[int(d)]]
-    times = np.array([len(places) for places in chosen], np.int64)
-    first_row = np.cumsum(times[dataset[first]]) - times[dataset[first]]  # of an episode
-    again = np.repeat(np.arange(len(dataset)), times[dataset])  # [N] the window of each row of the list
+    entered = list(zip(dataset[first].tolist(), episode[first].tolist(), strict=True))
+    rows = [(i, datasets[d], e, m) for i, (d, e) in enumerate(entered) for m in chosen[d]]
+    episode_of, mode = np.array([(i, m) for i, _, _, m in rows], np.int64).reshape(-1, 2).T
+    num = np.array([len(places) for places in chosen], np.int64)[dataset]  # of rows that a window has
+    again = np.repeat(np.arange(len(dataset)), num)  # [N] which window
     turn = np.arange(len(again)) - np.searchsorted(again, again)  # [N] which of its modes
+    item = np.searchsorted(episode_of, np.cumsum(first)[again] - 1) + turn
     dataset, episode, frame, zeros = dataset[again], episode[again], frame[again], np.zeros(len(again), np.int64)
-    item = first_row[np.cumsum(first)[again] - 1] + turn
-    mode = np.array([m for _, _, m in rows], np.int64)[item]
-    return ValidationPlan(
-        mixture=mixture,
-        windows=Windows(np.arange(len(again)), zeros, dataset, zeros, episode, frame, ahead=zeros, mode=mode),
-        item=item,
-        group_of=np.array([d.group_of[e] + m for d, e, m in rows], np.int64),
-        episodes=tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e, _ in rows),
-        bounds=equal_spans(1.0 + FRAME_COST * np.where(turn == 0, gap[again], 0), num_ranks),
-        batch_size=batch_size,
-    )
+    windows = Windows(np.arange(len(again)), zeros, dataset, zeros, episode, frame, ahead=zeros, mode=mode[item])
+    group_of = np.array([d.group_of[e] + m for _, d, e, m in rows], np.int64)
+    episodes = tuple((d.name, int(d.source.episodes.episode_index[e])) for _, d, e, _ in rows)
+    bounds = equal_spans(1.0 + FRAME_COST * np.where(turn == 0, gap[again], 0), num_ranks)
+    return ValidationPlan(mixture, windows, item, group_of, episode_of, episodes, bounds, batch_size)

@@ -28,7 +28,7 @@ class SampleBuilder:
         self.mixture = mixture
         self.training = training
         self._keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
-        self._windows = mixture.windows
+        self._windows = [d.window(mixture.spec) for d in mixture.datasets]
         self._decoders = [d.decoders(w) for d, w in zip(mixture.datasets, self._windows, strict=True)]
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]

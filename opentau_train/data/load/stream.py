@@ -151,15 +151,7 @@ class ShardDataset(IterableDataset[Shard]):
     def _record(self, error: BadSample, pass_index: int) -> None:
         if self.quarantine is None:
             return
-        row = {
-            "time": time.time(),
-            "dataset": error.dataset,
-            "episode": error.episode,
-            "frame": error.frame,
-            "pass": pass_index,
-            "cause": error.cause,
-            "remedy": error.remedy,
-        }
+        row = {"time": time.time(), **vars(error), "pass": pass_index}
         # One write of one line in append mode: lines of several workers and ranks don't mix.
         with open(self.quarantine, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -182,14 +174,7 @@ class TrainPlan:
 
 
 def training_batches(
-    mixture: Mixture,
-    tape: Tape,
-    *,
-    rank: int,
-    size: int,
-    first_step: int,
-    last_step: int,
-    quarantine: Path,
+    mixture: Mixture, tape: Tape, *, rank: int, size: int, first_step: int, last_step: int, quarantine: Path
 ) -> Generator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 

@@ -80,14 +80,13 @@ class Dataset:
         """[A'] what the source declares of each dimension of its actions; None = nothing."""
         return self.conversions.robot_parts or (None,) * len(self.conversions.robot_names)
 
-    def window(self, spec: BatchSpec, future_stride: int) -> WindowSpec:
+    def window(self, spec: BatchSpec) -> WindowSpec:
         """What is read of each window, for the mixture's batches."""
         size = Pipeline(self.transforms).picture_size(spec.image_size)
-        cameras = tuple(camera for camera in spec.future_cameras if camera in self.source.cameras)
-        future = spec.future if cameras and set(self.settings.modes) & set(WITH_FUTURE) else 0
-        return WindowSpec(
-            self.chunk_length, spec.history, size, self.settings.fps, future, future_stride, cameras if future else ()
-        )
+        some = set(self.settings.modes) & set(WITH_FUTURE)
+        cameras = tuple(c for c in spec.future_cameras if some and c in self.source.cameras)
+        future = spec.future if cameras else 0, spec.future_stride, cameras
+        return WindowSpec(self.chunk_length, spec.history, size, self.settings.fps, *future)
 
     def decoders(self, window: WindowSpec) -> OpenDecoders:
         """The decoders that one cursor keeps open to read such windows."""
@@ -120,11 +119,6 @@ class Mixture:
     stats: dict[str, HeadStats]
     pipelines: tuple[Pipeline, ...]
     spec: BatchSpec
-
-    @property
-    def windows(self) -> tuple[WindowSpec, ...]:
-        """What is read of each dataset's windows."""
-        return tuple(dataset.window(self.spec, self.settings.future.stride) for dataset in self.datasets)
 
     def in_shape(self, spec: BatchSpec) -> Mixture:
         """The same mixture with batches of another shape, no dimension of which is smaller."""

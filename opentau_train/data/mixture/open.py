@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
-from opentau_train.config.modes import MODES, WITH_FUTURE
+from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
@@ -54,26 +55,23 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     data = settings.data
     datasets: list[Dataset] = []
     groups: list[Group] = []
-    modes = sorted({mode for source in sources.values() for mode in source.modes}, key=MODES.index)
+    several = len({mode for source in sources.values() for mode in source.modes}) > 1
     for name in sources:
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
-        groups += groups_of(dataset.source, dataset.settings.modes if len(modes) > 1 else ("",))
+        groups += groups_of(dataset.source, dataset.settings.modes if several else ("",))
     check_parts(data.convention, [d.conversions for d in datasets])
     _warn_of_rates(datasets)
+    spec = _batch_spec(data, datasets, groups)
+    return _drawn(Mixture(data, settings.seed, tuple(datasets), (), tuple(groups), {}, (), spec))
+
+
+def _drawn(mixture: Mixture) -> Mixture:
+    """The mixture with its datasets' draws, and the shares of its groups."""
+    datasets = mixture.datasets
     draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = with_shares(groups, datasets, draws)
-    spec = _batch_spec(data, datasets, groups, tuple(modes))
-    return Mixture(
-        settings=data,
-        seed=settings.seed,
-        datasets=tuple(datasets),
-        draws=tuple(draws),
-        groups=tuple(groups),
-        stats={},
-        pipelines=(),
-        spec=spec,
-    )
+    groups = with_shares(mixture.groups, datasets, draws)
+    return dataclasses.replace(mixture, draws=tuple(draws), groups=tuple(groups))
 
 
 def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline, ...]:
@@ -123,9 +121,7 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
             log.warning("%s: left out, their rows not being there: episodes %s", where, ranges(numbers))
         sides = dataset.train.without(numbers), dataset.validation.without(numbers)
         datasets.append(dataclasses.replace(dataset, train=sides[0], validation=sides[1]))
-    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = with_shares(mixture.groups, datasets, draws)
-    return dataclasses.replace(mixture, datasets=tuple(datasets), draws=tuple(draws), groups=tuple(groups))
+    return _drawn(dataclasses.replace(mixture, datasets=tuple(datasets)))
 
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
@@ -161,23 +157,10 @@ def _open_dataset(
     source = open_source(name, chosen)
     table = source.episodes
     held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
-    blocks = source.get_shuffle_blocks()
-    rows = chunk_rows(chunk_length, row_step(source.fps, chosen.fps))
-    made_of = _made_of(source, chosen)
-    sides = [
-        make_blocks(
-            name,
-            table,
-            blocks,
-            keep,
-            rows=rows,
-            drop_tail=data.drop_tail,
-            shuffle=chosen.iterable_shuffle,
-            stride=stride,
-            made_of=made_of,
-        )
-        for keep in (~held_out & (chosen.weight != 0), held_out)
-    ]
+    rows, made_of = chunk_rows(chunk_length, row_step(source.fps, chosen.fps)), _made_of(source, chosen)
+    cut = partial(make_blocks, name, table, source.get_shuffle_blocks(), rows=rows, stride=stride, made_of=made_of)
+    parts = ~held_out & (chosen.weight != 0), held_out
+    sides = [cut(keep, drop_tail=data.drop_tail, shuffle=chosen.iterable_shuffle) for keep in parts]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
     if must_be_whole(settings.validation):
         _check_held_out(source, chosen, held_out)
@@ -257,28 +240,23 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
         )
 
 
-def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group], modes: tuple[str, ...]) -> BatchSpec:
+def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
     state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
     action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
     cameras = tuple(sorted({c for d in datasets for c in d.source.cameras}))
-    spec = BatchSpec(
-        cameras=cameras,
-        image_size=data.image_size,
-        history=data.history,
-        state_dim=state_dim,
-        action_dim=action_dim,
-        chunk_length=max(d.chunk_length for d in datasets),
-        norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
-        modes=modes,
-        future=data.future.num_frames,
-        future_cameras=_future_cameras(data, datasets, cameras) if data.future.num_frames else (),
-    )
+    heads = tuple(dict.fromkeys(g.norm_head for g in groups))
+    modes = tuple(dict.fromkeys(mode for d in datasets for mode in d.settings.modes))
+    shape = data.image_size, data.history, state_dim, action_dim, max(d.chunk_length for d in datasets)
+    future = data.future.num_frames, data.future.stride, _future_cameras(data, datasets, cameras)
+    spec = BatchSpec(cameras, *shape, heads, modes, *future)
     return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
 
 
 def _future_cameras(data: DataSettings, datasets: list[Dataset], cameras: tuple[str, ...]) -> tuple[str, ...]:
     """Those that `data.future` chooses. Raises `UserError` for one that isn't there, and for a dataset that has none of
     them and a mode that learns with future frames."""
+    if not data.future.num_frames:
+        return ()
     where, chosen = "data.future.cameras", cameras if data.future.cameras is None else data.future.cameras
     for camera in set(chosen) - set(cameras):
         near = did_you_mean(camera, cameras)
