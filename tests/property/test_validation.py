@@ -268,6 +268,7 @@ def test_frozen_weights_give_the_same_bits_again_and_after_a_restart(tmp_path):
     assert validation(again[4]) == validation(rows[4])
 
 
+@pytest.mark.slow
 def test_more_noise_draws_change_the_mse_and_nothing_else(tmp_path):
     one = metrics(train_here(FROZEN, tmp_path / "one"))[2]
     four = metrics(train_here([*FROZEN, "validation.num_noise_draws=4"], tmp_path / "four"))[2]
@@ -277,6 +278,7 @@ def test_more_noise_draws_change_the_mse_and_nothing_else(tmp_path):
     assert one["Validation/main/default/MSE/N"] == four["Validation/main/default/MSE/N"]
 
 
+@pytest.mark.slow
 def test_a_source_for_validation_only_is_seen_in_no_batch_and_moves_no_aggregate(tmp_path):
     only = [
         f"data.sources.zoo.root={DATA / 'lerobot_v21'}",
@@ -313,6 +315,7 @@ def test_resuming_on_another_split_is_an_error_that_names_the_episodes(change, n
         train_here([*FROZEN, "trainer.steps=3", "resume=auto", change], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resumed(tmp_path):
     run = [*TOY, "trainer.steps=12", "validation.every=3", "checkpoint.every=2", "checkpoint.keep_last=1"]
     run += ["validation.best_margin=0.5", "validation.max_samples_per_group=16"]

@@ -83,6 +83,7 @@ def test_memory_is_what_the_run_says_and_what_shards_and_samples_make_of_it(tmp_
     assert quarter == pytest.approx(whole / 4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_what_trains_and_of_its_numbers(tmp_path, capsys):
     full, adapters, half = (
         {part: float(rows[1][part].split()[0]) for part in ("parameters", "gradients", "moments")}
@@ -97,6 +98,7 @@ def test_memory_is_that_of_what_trains_and_of_its_numbers(tmp_path, capsys):
     assert half["moments"] == pytest.approx(adapters["moments"] / 2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_too_small_a_device_is_told_of_with_arguments_that_take_less(tmp_path, capsys):
     assert "warning    --ranks" not in report(tmp_path, capsys, "--device-memory=1")
     text = report(tmp_path, capsys, "--device-memory=0.005", "model.depth=3")
