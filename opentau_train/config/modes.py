@@ -25,9 +25,8 @@ _NO_MORE = {"flow": "model.ce_weight=0", "tokens": "model.mse_weight=0"}
 def _known(path: str, mode: str) -> None:
     """Raises `UserError` for no mode."""
     if mode not in (*MODES, "joint"):
-        any_of = f"set it to one of {', '.join(MODES)}, joint"
-        remedy = f"set {path}=policy and {_NO_MORE[mode]}" if mode in _NO_MORE else any_of
-        raise UserError(f"there is no {path}={mode}{did_you_mean(mode, MODES)}", remedy=remedy)
+        other = f"set {path}=policy and {_NO_MORE[mode]}" if mode in _NO_MORE else f"{', '.join(MODES)} or joint"
+        raise UserError(f"there is no {path}={mode}{did_you_mean(mode, MODES)}", remedy=other)
 
 
 Mode = Annotated[str, _known]
