@@ -296,6 +296,8 @@ def test_command_validates_another_mixture_and_names_episodes_that_were_trained_
         (["data.chunk_length=40"], "chunk_length 16, the data 40"),
         (["data.sources.main.robot_type=other"], "no statistics for norm head other::default"),
         (["data.sources.main.val_split_ratio=0", "data.sources.old.val_split_ratio=0"], "holds nothing out"),
+        (["data.future.num_frames=2"], "has future.num_frames 0, the data 2"),
+        (["data.future.num_frames=2", "data.sources.main.mode=wam"], "FlowPolicy has no mode 'wam'"),
         (["validation.metric=[action]"], "unknown key 'validation.metric'"),
     ],
 )
