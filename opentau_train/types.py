@@ -1,7 +1,7 @@
 """What travels between the modules. All frozen; axes and dtypes stand in the docstrings.
 
-Axes: E episodes, B samples, T action-chunk steps, A action dims, S state dims, h history, H/W pixels, G groups,
-K loss terms.
+Axes: E episodes, B samples, T action-chunk steps, A action dims, S state dims, h history, F future frames, H/W pixels,
+G groups, K loss terms.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class EpisodeTable:
 
     def select(self, keep: NDArray) -> EpisodeTable:
         """The episodes at the positions (or under the mask) `keep`, in that order."""
-        return EpisodeTable(
-            episode_index=self.episode_index[keep],
-            length=self.length[keep],
-            control_mode=self.control_mode[keep],
-            control_modes=self.control_modes,
-            lacking=None if self.lacking is None else self.lacking[keep],
-        )
+        names = ("episode_index", "length", "control_mode", *(("lacking",) if self.lacking is not None else ()))
+        return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
 @dataclass(frozen=True)
 class WindowSpec:
     """What one training window holds: `chunk_length` T actions from its frame on, and the frame's image with
     `history` h earlier ones, both at `fps` steps a second (None: the dataset's own rate). `image_size` is (H, W)
-    of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size."""
+    of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
+    Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
+    after one another."""
 
     chunk_length: int
     history: int = 0
     image_size: tuple[int, int] | None = None
     fps: float | None = None
+    future: int = 0
+    future_stride: int = 1
+    future_cameras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class RawWindow:
     the episode's start repeat its first); `state` [S] f32; `actions` [T, A] f32 in the dataset's units, steps
     past the episode's end repeating its last row and marked in `is_pad` [T] bool; `prompts`, the texts to choose
     from (may be empty); `extra` {name: value}, what else the source reads, for transforms.
+
+    Where the window's future was asked for, the cameras that have one give [h+1+F, H', W', 3], later frames after the
+    frame's own, and `extra["future_is_pad"]` [F] bool marks those past the episode's end, which repeat its last.
     """
 
     images: dict[str, NDArray[np.uint8]]
@@ -77,12 +80,13 @@ class RawWindow:
 
 class Address(NamedTuple):
     """Which window: the dataset's place in the mixture, the episode's place in its table, the window's frame, and how
-    often the dataset has been gone through before."""
+    often the dataset has been gone through before; and which of the dataset's modes its sample has, -1: a drawn one."""
 
     dataset: int
     episode: int
     frame: int
     pass_index: int
+    mode: int = -1
 
 
 LossTerms = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -94,7 +98,8 @@ class BatchSpec:
     """The shape of what a mixture yields: what a policy needs to build itself.
 
     `cameras` in a fixed order, `image_size` (H, W), `history` h, `state_dim` S, `action_dim` A, `chunk_length` T;
-    `norm_heads` and `modes` that samples have; `fields`, which the transforms add to `batch.FIELDS`.
+    `norm_heads` and `modes` that samples have; `future` F later frames of `future_cameras`, `future_stride` steps after
+    one another; `fields`, which the transforms add to `batch.FIELDS`.
     """
 
     cameras: tuple[str, ...]
@@ -105,12 +110,16 @@ class BatchSpec:
     chunk_length: int
     norm_heads: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    future: int = 0
+    future_stride: int = 1
+    future_cameras: tuple[str, ...] = ()
     fields: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that fields name their axes by."""
-        return {"S": self.state_dim, "A": self.action_dim, "T": self.chunk_length}
+        vectors = {"S": self.state_dim, "A": self.action_dim, "T": self.chunk_length}
+        return vectors | {"h+1": self.history + 1, "F": self.future}
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON data, without `fields`, which follow from the transforms."""
@@ -124,15 +133,22 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the breakdown: the dataset's name, its control mode, the head its statistics belong to, and its `share`
-    of the mixture: the dataset's weight times the group's part of its training windows. Shares have no common scale;
-    0 is a group that isn't trained on."""
+    """A row of the breakdown: the dataset's name, its control mode, the head its statistics belong to, its `share` of
+    the mixture, and the `mode` of its samples, "" where all of the mixture have the same. The share is the dataset's
+    weight times the group's part of its training samples. Shares have no common scale; 0 is a group that isn't trained
+    on."""
 
     dataset: str
     control_mode: str
     norm_head: str
     share: float
+    mode: str = ""
 
     @property
     def tag(self) -> str:
-        return f"{self.dataset}/{self.control_mode}"
+        return f"{self.dataset}/{self.control_mode}{self.mode and '/'}{self.mode}"
+
+    @property
+    def head_tag(self) -> str:
+        """The tag of the norm head's groups of this mode."""
+        return f"{self.norm_head}{self.mode and '/'}{self.mode}"

@@ -38,7 +38,7 @@ from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.job import mesh_of
 from opentau_train.log import log_to
 from opentau_train.models.average import Ema
-from opentau_train.models.policy import Policy
+from opentau_train.models.policy import Policy, bind_model, check_modes
 from opentau_train.sinks.console import read_scores, table
 from opentau_train.types import BatchSpec
 from opentau_train.validation.evaluator import Picture
@@ -91,6 +91,7 @@ def validate_checkpoint(
     `UserError` on all ranks alike.
     """
     trainer, evaluators = settings.trainer, open_evaluators(settings.validation)
+    check_modes(bind_model(settings.model)[0], settings.data)
     set_numerics(deterministic=trainer.deterministic, matmul_precision=trainer.matmul_precision)
     with (
         launch(
@@ -156,9 +157,10 @@ def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:
             raise _refuse(
                 f"knows the cameras {', '.join(saved.cameras) or 'none'}, not '{camera}'{near}", "data.sources"
             )
-    for name in ("image_size", "history"):
+    keys = {"image_size": "image_size", "history": "history", "future": "future.num_frames"}
+    for name, key in (keys | {"future_stride": "future.stride"}).items():
         if getattr(saved, name) != getattr(spec, name):
-            raise _refuse(f"has {name} {getattr(saved, name)}, the data {getattr(spec, name)}", f"data.{name}")
+            raise _refuse(f"has {key} {getattr(saved, name)}, the data {getattr(spec, name)}", f"data.{key}")
     for name in ("state_dim", "action_dim", "chunk_length"):
         if getattr(saved, name) < getattr(spec, name):
             raise _refuse(f"has {name} {getattr(saved, name)}, the data {getattr(spec, name)}", f"data.{name}")

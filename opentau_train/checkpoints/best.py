@@ -35,13 +35,15 @@ def paired_difference(
     group_of: NDArray[np.int64],
     groups: Sequence[Group],
     weights: Sequence[float],
+    episode_of: NDArray[np.int64],
 ) -> tuple[float, float]:
     """(`Validation/Loss` of `new` minus that of `old`, its standard error) from sums [E, K, 2] of the same windows.
 
     The loss is linear in the episodes' sums, so its difference is a weighted sum of the groups' ratio means of
-    differences; their errors are those of `metrics.sums.group_means`, the terms of an episode taken together. Groups of
-    a single episode form one stratum together (collapsed strata, Cochran 5A.12), which can only overstate the error;
-    one such group alone counts its whole change as error. Needs `MIN_EPISODES` episodes.
+    differences; their errors are those of `metrics.sums.group_means`, the terms of an episode taken together, as are
+    its rows of several modes: `episode_of` [E] numbers the rows' episodes. Groups of a single episode form one stratum
+    together (collapsed strata, Cochran 5A.12), which can only overstate the error; one such group alone counts its
+    whole change as error. Needs `MIN_EPISODES` episodes.
     """
     assert len(new) >= MIN_EPISODES
     counts = new[..., 1]
@@ -53,12 +55,15 @@ def paired_difference(
         per_element = np.where(means.count > 0, factor / means.count, 0.0)[group_of]
     mean = np.where(means.count > 0, means.mean, 0.0)
     delta = float((factor * mean).sum())
-    residual = (per_element * (change[..., 0] - mean[group_of] * counts)).sum(1)
+    parts = per_element * (change[..., 0] - mean[group_of] * counts), per_element * change[..., 0]
+    _, first, row_of = np.unique(episode_of, return_index=True, return_inverse=True)
+    residual, alone = (np.bincount(row_of, part.sum(1)) for part in parts)
+    group_of = group_of[first]
     num = np.bincount(group_of, minlength=len(groups))
     single = num[group_of] == 1
     correction = np.where(single, 0.0, num[group_of] / np.maximum(num[group_of] - 1, 1))
     variance = float((correction * np.square(residual)).sum())
-    alone = (per_element * change[..., 0]).sum(1)[single]
+    alone = alone[single]
     if len(alone) > 1:
         variance += float(len(alone) / (len(alone) - 1) * np.square(alone - alone.mean()).sum())
     elif len(alone) == 1:
@@ -146,7 +151,8 @@ class Best:
             log.warning("the pass at step %d has too few windows in common with step %s's to compare", step, self.step)
             return False
         plan = self.plan
-        delta, error = paired_difference(new[both], old[both], plan.group_of[both], plan.mixture.groups, self.weights)
+        columns = new[both], old[both], plan.group_of[both], plan.mixture.groups, self.weights, plan.episode_of[both]
+        delta, error = paired_difference(*columns)
         improved = -delta > self.margin * error
         verdict = "is the best so far" if improved else f"leaves step {self.step} the best"
         log.info("validation: %+.5f ± %.5f against step %s: step %d %s", delta, error, self.step, step, verdict)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from opentau_train.config.modes import WITH_FUTURE, FutureSettings, Mode, ModeSettings
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
-from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive
+from opentau_train.config.typed import TARGET, Count, Positive, at_least, bind, fraction, within
 from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError
 
@@ -26,6 +27,7 @@ def _declared_otherwise(old: Any, new: Any, now: Mapping[str, Any]) -> Meaning:
     return CONVERTED[ON_RESUME] if wanted else Meaning("safe")
 
 
+MODE_ON_RESUME = warned("other losses supervise the source from here on")
 HELD_OUT = warned("the held-out episodes themselves are compared")  # by data/mixture/split
 
 
@@ -47,7 +49,7 @@ class SourceSettings:
     held-out episodes are validated, the others left out."""
     failure_weight: float = 0.0
     """Weight of `failure/`, where the directory holds LeRobot datasets `success/` and `failure/`."""
-    val_split_ratio: float = field(default=0.1, metadata=HELD_OUT)
+    val_split_ratio: Annotated[float, within(0.0, 1.0)] = field(default=0.1, metadata=HELD_OUT)
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
     val_episodes: tuple[int, ...] | None = field(default=None, metadata=HELD_OUT)
     """The held-out episode numbers themselves, in place of `val_split_ratio`."""
@@ -55,12 +57,12 @@ class SourceSettings:
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
     robot_type: str | None = None
-    mode: str = field(default="policy", metadata=warned("other losses supervise the source from here on"))
-    """What the policy learns from the source. Of the built-in one: `policy` both its heads, `flow` only the flow head
-    (mse), `tokens` only the binned head (ce)."""
-    chunk_length: int | None = None
-    sample_stride: int | None = None
-    fps: float | None = None
+    mode: Mode = field(default="policy", metadata=MODE_ON_RESUME)
+    """What the policy learns from the source's samples: one of `modes.MODES`, or `joint`, which draws one for each."""
+    mode_probabilities: ModeSettings = field(default_factory=ModeSettings, metadata=MODE_ON_RESUME)
+    chunk_length: Count | None = None
+    sample_stride: Count | None = None
+    fps: Positive | None = None
     """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
     use_filter_dict: bool = False
     filter_dict_path: str | None = field(default=None, metadata=SAFE)  # its content is compared by itself
@@ -68,7 +70,7 @@ class SourceSettings:
     """An episode's key in the filter file, over its metadata. Where all keys of the file are whole numbers and no key
     that this makes is one, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
-    filter_min_match: float = field(default=0.5, metadata=SAFE)
+    filter_min_match: Annotated[float, within(0.0, 1.0)] = field(default=0.5, metadata=SAFE)
     """Least fraction of the episodes that must be in the filter file."""
     filter_trim_tail: int | None = None
     """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
@@ -96,6 +98,11 @@ class SourceSettings:
         return self.val_split_ratio == 1.0 and self.val_episodes is None
 
     @property
+    def modes(self) -> dict[str, float]:
+        """{mode: the share of the source's samples that have it}, in the order of `MODES`."""
+        return self.mode_probabilities.of(self.mode)
+
+    @property
     def trains(self) -> bool:
         """Whether episodes that aren't held out are trained on."""
         return not self.validates_only and self.weight != 0
@@ -105,22 +112,14 @@ class SourceSettings:
         bind(self.arguments, path, (), mixture)
         for name in ("weight", "failure_weight"):
             at_least(f"{path}.{name}", getattr(self, name), 0.0)
-        if not 0.0 <= self.val_split_ratio <= 1.0:
-            raise UserError(
-                f"{path}.val_split_ratio must be in [0, 1], got {self.val_split_ratio}",
-                remedy=f"set {path}.val_split_ratio to a fraction such as 0.1, or 1.0 for validation only",
-            )
+        self.mode_probabilities.check_for(self.mode, path)
         if self.validates_only and self.weight:
             raise UserError(
                 f"{path} is for validation only (val_split_ratio=1.0) and has a weight, {self.weight:g}, to train with",
                 where=f"{path}.weight",
                 remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
             )
-        for name in ("chunk_length", "sample_stride", "fps"):
-            positive(f"{path}.{name}", getattr(self, name))
         at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
-        if not 0.0 <= self.filter_min_match <= 1.0:
-            raise UserError(f"{path}.filter_min_match must be in [0, 1], got {self.filter_min_match}")
         if self.use_filter_dict and not self.filter_dict_path:
             raise UserError(
                 f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
@@ -169,7 +168,7 @@ class CorrelationSettings:
 
     episode: float = 0.1
     neighbours: float = 0.4
-    frames: float = 8.0
+    frames: Positive = 8.0
 
     def check(self, path: str) -> None:
         for name in ("episode", "neighbours"):
@@ -179,7 +178,6 @@ class CorrelationSettings:
                 f"{path}.episode + {path}.neighbours must be below 1, got {self.episode + self.neighbours:g}",
                 remedy=f"lower one: a window's gradient has a part of its own; {path}.episode=0.1 is a cautious choice",
             )
-        positive(f"{path}.frames", self.frames)
 
 
 @dataclass(frozen=True)
@@ -190,14 +188,15 @@ class DataSettings:
     builtin_sample: Literal["droid"] | None = field(default=None, metadata=NEW_PLAN)
     """The sample that stands in when no source has a root or repo_id."""
     image_size: tuple[int, int] = (96, 96)
-    chunk_length: int = 16
+    chunk_length: Count = 16
     history: int = 0
-    sample_stride: int = field(default=1, metadata=NEW_PLAN)
+    future: FutureSettings = field(default_factory=FutureSettings)
+    sample_stride: Count = field(default=1, metadata=NEW_PLAN)
     """Windows start every so many frames."""
     drop_tail: bool = field(default=False, metadata=NEW_PLAN)
     """true = only windows whose chunk lies wholly inside the episode."""
-    state_dim: int | None = None
-    action_dim: int | None = None
+    state_dim: Count | None = None
+    action_dim: Count | None = None
     normalization: Literal["mean_std", "min_max", "quantiles"] = field(
         default="mean_std", metadata=refused("the policy was trained on inputs normalised otherwise")
     )
@@ -211,14 +210,16 @@ class DataSettings:
     convention: Convention = field(default_factory=Convention, metadata=CONVERTED)
     """What the policy is trained in: each source is converted to it from what it declares."""
     num_workers: int = field(default=2, metadata=SAFE)
-    prefetch_factor: int = field(default=2, metadata=SAFE)
-    max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
+    prefetch_factor: Count = field(default=2, metadata=SAFE)
+    max_samples_per_batch: Count | None = field(default=None, metadata=SAFE)
     max_num_tokens_after_packing: int = field(default=-1, metadata=SAFE)
     """Most tokens in a rank's micro-batch, with model.packing=true; -1 = any number."""
-    cache_gb: float = field(default=100.0, metadata=SAFE)
+    cache_gb: Positive = field(default=100.0, metadata=SAFE)
     """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
-    lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
-    phase_rows: int = field(default=1024, metadata=NEW_PLAN)
+    lanes_per_sample: Count = field(default=4, metadata=NEW_PLAN)
+    phase_rows: Count = field(default=1024, metadata=NEW_PLAN)
+    expect_mode: str | None = field(default=None, metadata=SAFE)
+    """The mode that all sources must have: what a recipe that is named for one says."""
     blank_images: bool = field(default=False, metadata=warned())
     """true = every image black: the ablation that shows what the images are worth."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
@@ -228,13 +229,20 @@ class DataSettings:
     correlation: CorrelationSettings = field(default_factory=CorrelationSettings, metadata=SAFE)
 
     def check(self, path: str) -> None:
-        for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):
-            positive(f"{path}.{name}", getattr(self, name))
-        for name in ("prefetch_factor", "max_samples_per_batch", "cache_gb"):
-            positive(f"{path}.{name}", getattr(self, name))
         for name in ("history", "num_workers"):
             at_least(f"{path}.{name}", getattr(self, name), 0)
         if self.max_num_tokens_after_packing != -1:
             at_least(f"{path}.max_num_tokens_after_packing", self.max_num_tokens_after_packing, 1)
         for size in self.image_size:
             at_least(f"{path}.image_size", size, 8)
+        for name, source in self.sources.items():
+            key = f"{path}.sources.{name}.mode"
+            if self.expect_mode not in (None, source.mode):
+                raise UserError(
+                    f"{key}={source.mode} in a recipe that is named for the mode {self.expect_mode}: under that name "
+                    "samples of another mode would be trained on, and dilute its losses",
+                    remedy=f"set {key}={self.expect_mode}, or choose another recipe; {path}.expect_mode=null trains it",
+                )
+            if not self.future.num_frames and set(source.modes) & set(WITH_FUTURE):
+                what, remedy = f"and {path}.future.num_frames is 0", f"set {path}.future.num_frames=4"
+                raise UserError(f"{key}={source.mode} learns with future frames, {what}", remedy=remedy)

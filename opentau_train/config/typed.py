@@ -265,6 +265,7 @@ def positive(path: str, value: float | None) -> None:
 
 
 Count = Annotated[int, positive]
+Positive = Annotated[float, positive]
 
 
 def at_least(path: str, value: float | None, low: float) -> None:

@@ -107,8 +107,12 @@ class TokenCounts(Field):
         return value
 
 
+@dataclass(frozen=True)
 class _PerCamera(Field):
-    """{camera: [B, *dims]} for every camera of the mixture. In a sample, absent cameras are left out."""
+    """{camera: [B, *dims]} for every camera of the mixture, or of the `BatchSpec`'s list `cameras`. In a sample, absent
+    cameras are left out."""
+
+    cameras: str = "cameras"
 
     def blank(self, spec: BatchSpec) -> dict[str, NDArray]:
         return {}
@@ -128,20 +132,21 @@ class _PerCamera(Field):
 
 @dataclass(frozen=True)
 class PictureField(_PerCamera):
-    """{camera: [B, frames, 3, H, W] uint8}. In a sample [frames, H', W', 3], at most as large as the batch's: smaller
-    ones stand in the middle of black, absent ones are black.
+    """{camera: [B, frames, 3, H, W] uint8}; `dims` name the number of frames. In a sample [frames, H', W', 3], at most
+    as large as the batch's: smaller ones stand in the middle of black, absent ones are black.
 
     Channels stay last in memory: to move them costs more than to copy the picture, and the device does it faster.
     """
 
+    dims: tuple[str | int, ...] = ("h+1",)
     dtype: type = np.uint8
 
     def shape(self, spec: BatchSpec) -> tuple[int, ...]:
-        return (spec.history + 1, *spec.image_size, 3)
+        return (*super().shape(spec), *spec.image_size, 3)
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
         values = self.of(samples, spec)
-        return {camera: self._stack([value.get(camera) for value in values], spec) for camera in spec.cameras}
+        return {c: self._stack([value.get(c) for value in values], spec) for c in getattr(spec, self.cameras)}
 
     def _stack(self, pictures: Sequence[NDArray | None], spec: BatchSpec) -> Tensor:
         stacked = np.zeros((len(pictures), *self.shape(spec)), np.uint8)
@@ -173,7 +178,8 @@ class PresenceField(_PerCamera):
     pictures: str = "images"
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in spec.cameras}
+        cameras = getattr(spec, self.cameras)
+        return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in cameras}
 
 
 FIELDS: tuple[Field, ...] = (
@@ -191,7 +197,7 @@ FIELDS: tuple[Field, ...] = (
     Field("key", (), np.uint64),  # the sample's random key, its bits as int64
     Field("weight"),  # of the sample in the training loss; 0 = it counts nowhere, as a filler that keeps ranks in step
     # Where it comes from: never dropped, never shown to the policy's `forward`.
-    Field("group", (), np.int64),  # id of (dataset, control_mode)
+    Field("group", (), np.int64),  # id of (dataset, control_mode), and the mode where there are several
     Field("dataset_index", (), np.int64),  # the dataset's place in the mixture
     TextField("dataset_repo_id"),  # its deduplicated name there
     TextField("norm_head"),  # robot_type::control_mode
@@ -203,9 +209,17 @@ FIELDS: tuple[Field, ...] = (
 `BatchSpec.fields`."""
 
 
+FUTURE: tuple[Field, ...] = (
+    PictureField("future", ("F",), cameras="future_cameras"),
+    PresenceField("future_mask", cameras="future_cameras", pictures="future"),
+    Field("future_is_pad", ("F",), np.bool_, True),  # past the episode's end, or of a sample without
+)
+"""The fields of batches with future frames, of the samples whose modes have them."""
+
+
 def fields_of(spec: BatchSpec) -> tuple[Field, ...]:
     """All fields of a mixture's batches."""
-    return FIELDS + spec.fields
+    return FIELDS + (FUTURE if spec.future else ()) + spec.fields
 
 
 class Batch:

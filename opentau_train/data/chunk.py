@@ -89,3 +89,9 @@ def history_rows(
         place = np.interp(seconds[frame] - steps / fps, seconds[: frame + 1], np.arange(frame + 1))
         place = np.minimum(np.floor(place + 0.5 + SNAP_ROWS), frame)
     return np.maximum(place, 0).astype(np.int64)
+
+
+def future_rows(place: NDArray[np.float64], num: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(rows [F] of the images at the places [F] (`chunk_places`) of an episode of `num` rows: the nearest, the later
+    one in the middle of two; is_pad [F]). Places after the last row take it and are marked."""
+    return np.minimum(np.floor(place + 0.5 + SNAP_ROWS), num - 1).astype(np.int64), place > num - 1

@@ -23,9 +23,10 @@ UNKNOWN_ROBOT = "unknown"
 class Cursor(Protocol):
     """One reader that moves forward: each lane has its own. Reading backwards or jumping works and costs a seek."""
 
-    def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
+    def read(self, episode: int, frame: int, ahead: int = 0, *, future: bool = False) -> RawWindow:
         """The window at `frame` of the episode at position `episode` of the table. The `ahead` frames after it will be
-        asked for next, one by one; a cursor may decode them at once, or ignore the hint.
+        asked for next, one by one; a cursor may decode them at once, or ignore the hint. `future`: with the window's
+        future frames, which is asked only of a source with cameras.
 
         Raises `BadSample` where the file can't give it.
         """

@@ -42,7 +42,8 @@ class Meter:
 
     def _begin(self) -> None:
         """Begin an interval."""
-        self.sums = Sums(len(self.mixture.groups), self.terms, self.world.device)
+        samples = ("samples",) if len(self.mixture.spec.modes) > 1 else ()
+        self.sums = Sums(len(self.mixture.groups), self.terms + samples, self.world.device)
         self.stamps: list[tuple[Stamp, Stamp, Stamp]] = []
         self.wait = self.save = 0.0
         self.num_tokens = 0
@@ -51,7 +52,8 @@ class Meter:
     def add(self, taken: StepTaken, num_tokens: int = 0) -> None:
         """Add a step of a global batch of `num_tokens`; nothing is read from the device."""
         for group, terms in taken.losses:
-            self.sums.add(group, terms)
+            one = torch.ones(len(group), device=group.device)
+            self.sums.add(group, {**terms, "samples": (one, one)})
         self.stamps.append(taken.stamps)
         self.num_tokens += num_tokens
         self.last = taken

@@ -82,20 +82,24 @@ def group_means(episodes: NDArray, group_of: NDArray[np.int64], windows: NDArray
 
 
 def training_row(sums: NDArray, groups: Sequence[Group], terms: Sequence[str], weights: dict[str, float]) -> dict:
-    """Tags of reduced training sums [G, K, 2]: `Training/{TERM}`, `Training/Loss`, `Training/{group}/{TERM}`.
+    """Tags of reduced training sums [G, K, 2]: `Training/{TERM}`, `Training/Loss`, `Training/{group}/{TERM}`. Where
+    samples have several modes, the sums [G, K + 1, 2] end in the counts of samples, and there are `Training/{mode}/`
+    with the mode's terms, `Samples` and `Share`.
 
     The loss is what was optimised: each term's mean over the samples seen, weighted; absent terms are left out.
     """
+    modes = list(dict.fromkeys(group.mode for group in groups if group.mode))
+    of_modes = [sums[[group.mode == mode for group in groups]].sum(0) for mode in modes]
     row: dict[str, float] = {"Training/Loss": 0.0}
-    for k, name in enumerate(terms):
-        total, count = sums[:, k].sum(0)
-        if count > 0:
-            row[f"Training/{name.upper()}"] = float(total / count)
-            row["Training/Loss"] += weights[name] * float(total / count)
-    for g, group in enumerate(groups):
-        for k, name in enumerate(terms):
-            if sums[g, k, 1] > 0:
-                row[f"Training/{group.tag}/{name.upper()}"] = float(sums[g, k, 0] / sums[g, k, 1])
+    for name, of in zip(["", *modes, *(group.tag for group in groups)], [sums.sum(0), *of_modes, *sums], strict=True):
+        for term, (total, count) in zip(terms, of, strict=False):
+            if count > 0:
+                row[f"Training/{name}{name and '/'}{term.upper()}"] = float(total / count)
+    for term in terms:
+        row["Training/Loss"] += weights[term] * row.get(f"Training/{term.upper()}", 0.0)
+    for mode, of in zip(modes, of_modes, strict=True):
+        row[f"Training/{mode}/Samples"] = float(of[-1, 1])
+        row[f"Training/{mode}/Share"] = float(of[-1, 1] / sums[:, -1, 1].sum())
     return row
 
 
@@ -111,12 +115,12 @@ def validation_row(
     """Tags of a reduced validation pass.
 
     `episodes` [E, K, 2] sums and counts, `group_of` [E] the episodes' groups, `windows` [E] windows seen. For each
-    group, each norm head (its groups' episodes pooled) and each term that has any supervision there: the mean, `/N`
-    (windows) and `/StdErr` (clustered by episode, absent with fewer than two). `{prefix}/{TERM}` weights the groups
-    that have the term by their share of the mixture; `{prefix}/Loss` weights the terms as training does.
+    group, each norm head (its groups' episodes of one mode pooled) and each term that has any supervision there: the
+    mean, `/N` (windows) and `/StdErr` (clustered by episode, absent with fewer than two). `{prefix}/{TERM}` weights the
+    groups that have the term by their share of the mixture; `{prefix}/Loss` weights the terms as training does.
     """
-    heads = sorted({group.norm_head for group in groups})
-    head_of = np.array([heads.index(group.norm_head) for group in groups], np.int64)
+    heads = sorted({group.head_tag for group in groups})
+    head_of = np.array([heads.index(group.head_tag) for group in groups], np.int64)
     means = group_means(episodes, group_of, windows, len(groups))
     row = _rows([group.tag for group in groups], terms, means, prefix)
     row |= _rows(heads, terms, group_means(episodes, head_of[group_of], windows, len(heads)), prefix)

@@ -140,7 +140,7 @@ class FlowPolicy(Policy):
             transforms["tokenize"] = TokenizeBytes(self.max_prompt_bytes)
         elif self.num_prompt_tokens:
             transforms["tokenize"] = TokenizePrompt("plain", self.num_prompt_tokens, self.text_encoder)
-        return Wants(transforms, modes=tuple(SUPERVISES))
+        return Wants(transforms)
 
     @classmethod
     def check(cls, options: Mapping[str, Any], data: DataSettings) -> None:

@@ -16,8 +16,13 @@ from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.types import BatchSpec
 
 PAD_BYTE = 256
-SUPERVISES = {"policy": ("mse", "ce"), "flow": ("mse",), "tokens": ("ce",)}
-"""{a sample's mode: the terms it supervises}, of policies with a flow head and a head of tokens or bins."""
+SUPERVISES = {
+    "policy": ("mse", "ce"),
+    "wam": ("mse", "ce", "vision_mse"),
+    "forward_dynamics": ("vision_mse",),
+    "inverse_dynamics": ("mse",),
+}
+"""{a sample's mode: the terms it supervises}: flow matching of actions, their tokens or bins, that of future frames."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ class Policy(nn.Module, ABC):
     modules inside sets. The policy is then sharded before it has memory. False: each process builds the whole on its
     CPU and moves it to the device block by block."""
 
+    modes: ClassVar[tuple[str, ...]] = ("policy",)
+    """The modes of samples that it knows (`config.modes`): what each means to it is in the batch's `mode`."""
+
     encoders: ClassVar[Mapping[str, WeightMap]] = {}
     """{option that names the weights of an encoder inside, or None: how its files name the policy's tensors}."""
 
@@ -63,8 +66,7 @@ class Policy(nn.Module, ABC):
         """Set the parameters and buffers anew, in place, by draws from torch's global generator (`meta_init`)."""
 
     def wants(self) -> Wants:
-        """What the policy needs of the data: transforms that make its own fields (tokens, masks), modes, a size of
-        pictures.
+        """What the policy needs of the data: transforms that make its own fields (tokens, masks), a size of pictures.
 
         `forward` gets tensors only: text is turned into them in the loader's workers, by these transforms.
         """
@@ -156,12 +158,23 @@ def check_model(model: Mapping[str, Any], data: DataSettings) -> None:
     """What can be said of the settings `model` before data are opened. Raises `UserError`, also for weights of a part
     that the class hasn't."""
     target, options = bind_model(model)
+    check_modes(target, data)
     if isinstance(target, type) and issubclass(target, Policy):
         target.check(options, data)
     for key in weight_settings(model).paths:
         method = WEIGHT_MAPS[key]
         if key != "pretrained_path" and getattr(target, method, None) is getattr(Policy, method):
             raise not_read(key, target)
+
+
+def check_modes(target: Any, data: DataSettings) -> None:
+    """Raises `UserError` for a source with a mode that the class `target` doesn't know."""
+    known = target.modes if isinstance(target, type) and issubclass(target, Policy) else Policy.modes
+    for name, mode in [(n, mode) for n, source in data.sources.items() for mode in source.modes if mode not in known]:
+        key = f"data.sources.{name}.mode"
+        where = f"{key}_probabilities.{mode}=0" if data.sources[name].mode == "joint" else f"{key}={known[0]}"
+        what = f"{target.__name__} has no mode '{mode}', it knows {', '.join(known)}"
+        raise UserError(what, where=key, remedy=f"set {where}, or choose a model that has it (docs/models.md)")
 
 
 def not_read(key: str, policy: type) -> UserError:

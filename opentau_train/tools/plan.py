@@ -22,21 +22,20 @@ import torch
 from opentau_train import cli
 from opentau_train.checkpoints.start import new_policy
 from opentau_train.config.data import CorrelationSettings
-from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.settings import Settings
 from opentau_train.config.typed import at_least, positive
-from opentau_train.data.decode.video import OpenDecoders, reader_bytes
+from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.table import align, weight_cell
+from opentau_train.data.mixture.table import align, modes_table, weight_cell
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
-from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
 from opentau_train.distributed.rehearsal import Rehearsal, rehearse
 from opentau_train.errors import EXIT_OK
-from opentau_train.models.packing.limits import check_cap, check_packing, prompts_of, sketched
+from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
 
 EPOCH_WARNING = 100
@@ -79,10 +78,8 @@ def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoder
     and any rank may have the largest ones; lanes that read in order are in one dataset at a time, here the
     costliest."""
     lanes = lanes_a_rank(mixture, tape, num_ranks)
-    sizes = [list(d.source.frame_sizes.values()) for d in mixture.datasets]
-    read_at = [Pipeline(d.transforms).picture_size(mixture.spec.image_size) for d in mixture.datasets]
-    decoders = np.array([len(cameras) for cameras in sizes])
-    num_bytes = np.array([sum(reader_bytes(size, at) for size in of) for of, at in zip(sizes, read_at, strict=True)])
+    held = [d.decoders(d.window(mixture.spec)) for d in mixture.datasets]
+    decoders, num_bytes = np.array([h.num for h in held]), np.array([h.num_bytes for h in held])
     share = tape.draws / tape.draws.sum()
     if tape.in_order:
         return OpenDecoders(lanes * int(decoders.max()), lanes * int(num_bytes.max()))
@@ -100,6 +97,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
     return "\n".join(
         [
             *align(_sources(mixture, tape, epochs)),
+            *modes_table(mixture),
             "",
             f"training   {trainer.steps} steps x {tape.batch_size} = {samples} samples, {epochs:.2f} epochs of "
             f"{tape.epoch_size} windows, {tape.num_phases} phase{'s' * (tape.num_phases > 1)} each",
@@ -231,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at_least("--ranks", min(options.ranks), 1)
         at_least("--batches", options.batches, 1)
         positive("--device-memory", options.device_memory)
-        settings = load_settings(cli.compose(composed))
-        check_packing(settings)
+        settings = cli.checked(cli.compose(composed))
         for ranks in options.ranks:
             check_batch(settings.trainer.global_batch_size, ranks)
         device_bytes = None if options.device_memory is None else int(options.device_memory * 2**30)

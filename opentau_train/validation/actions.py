@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.config.modes import PREDICT_ACTIONS
 from opentau_train.config.settings import ValidationSettings
 from opentau_train.config.typed import at_least, positive
 from opentau_train.data.batch import Batch
@@ -99,7 +100,7 @@ class ActionEvaluator(Evaluator):
 
     def plan(self, mixture: Mixture, settings: ValidationSettings, batch_size: int, num_ranks: int) -> ValidationPlan:
         limit = min(self.max_samples_per_group, settings.max_samples_per_group or self.max_samples_per_group)
-        return plan_validation(mixture, limit, batch_size=batch_size, num_ranks=num_ranks)
+        return plan_validation(mixture, limit, batch_size=batch_size, num_ranks=num_ranks, modes=PREDICT_ACTIONS)
 
     def run(self, context: Context) -> Evaluation:
         """Sample a chunk for every window of the plan. One all-reduce; raises as `Context.measure`."""

@@ -159,7 +159,8 @@ class Context:
             raise Stopped(2 if interrupted else 1)
         if not num_left_out:
             return ()
-        return tuple(bad for windows in self.world.gather(progress.left_out) for bad in windows)
+        gathered = (bad for windows in self.world.gather(progress.left_out) for bad in windows)
+        return tuple({(bad.dataset, bad.episode, bad.frame): bad for bad in gathered}.values())  # once for all modes
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -71,10 +72,8 @@ def check_conservation(
     `values` [E, K, 2] the forwards' sums and counts, `expected` [E, K] counts by `term_counts`, `windows` [E] seen.
     Raises RuntimeError naming the first group that differs.
     """
-    planned = plan.num_windows.astype(float)
-    row_of = {name: row for row, name in enumerate(plan.episodes)}
-    for bad in left_out:
-        planned[row_of[bad.dataset, bad.episode]] -= 1
+    lacking = Counter((bad.dataset, bad.episode) for bad in left_out)
+    planned = plan.num_windows - np.array([lacking[name] for name in plan.episodes], float)
     pairs = [("windows", windows, planned)]
     pairs += [("loss elements", values[:, k, 1], expected[:, k]) for k in range(expected.shape[1])]
     for what, counted, wanted in pairs:

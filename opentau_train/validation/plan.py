@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.config.modes import MODES
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Windows, frames_ahead
@@ -66,21 +67,23 @@ class ValidationPlan:
     """What a pass reads, the same on every rank.
 
     `windows`: N windows in reading order, `t` being the place in the list; what is read `ahead` is known only for each
-    worker (`for_worker`). `item` [N] i64: each window's episode, as a row of the sums; `group_of` [E] i64: the rows'
-    groups; `episodes`: the rows' (dataset name, episode number); `bounds` [R+1] i64: the ranks' contiguous spans.
+    worker (`for_worker`). A window of several modes comes once for each. `item` [N] i64: each window's episode and
+    mode, as a row of the sums; `group_of` [E] i64: the rows' groups; `episode_of` [E] i64 numbers the rows' episodes;
+    `episodes`: their (dataset name, episode number); `bounds` [R+1] i64: the ranks' contiguous spans.
     """
 
     mixture: Mixture
     windows: Windows
     item: NDArray[np.int64]
     group_of: NDArray[np.int64]
+    episode_of: NDArray[np.int64]
     episodes: tuple[tuple[str, int], ...]
     bounds: NDArray[np.int64]
     batch_size: int
 
     @property
     def num_windows(self) -> NDArray[np.int64]:
-        """[E] i64: how many windows each episode has."""
+        """[E] i64: how many windows each row of the sums has."""
         return np.bincount(self.item, minlength=len(self.group_of))
 
     @property
@@ -104,9 +107,15 @@ class ValidationPlan:
 
 
 def plan_validation(
-    mixture: Mixture, max_samples_per_group: int | None, *, batch_size: int, num_ranks: int
+    mixture: Mixture,
+    max_samples_per_group: int | None,
+    *,
+    batch_size: int,
+    num_ranks: int,
+    modes: Sequence[str] = MODES,
 ) -> ValidationPlan:
-    """List the held-out windows and cut the list into spans of equal decode cost."""
+    """List the held-out windows, each in all of `modes` that its dataset has, and cut the list into spans of equal
+    decode cost."""
     datasets = mixture.datasets
     dataset, episode, frame = validation_windows(
         [d.validation for d in datasets], [d.group_of for d in datasets], max_samples_per_group
@@ -114,14 +123,16 @@ def plan_validation(
     first = np.ones(len(dataset), bool)
     first[1:] = (dataset[1:] != dataset[:-1]) | (episode[1:] != episode[:-1])
     gap = np.where(first, MAX_DECODE_GAP, np.minimum(np.diff(frame, prepend=0), MAX_DECODE_GAP))
-    rows = [(datasets[d], e) for d, e in zip(dataset[first], episode[first], strict=True)]
-    zeros = np.zeros(len(dataset), np.int64)
-    return ValidationPlan(
-        mixture=mixture,
-        windows=Windows(np.arange(len(dataset)), zeros, dataset, zeros, episode, frame, ahead=zeros),
-        item=np.cumsum(first) - 1,
-        group_of=np.array([d.group_of[e] for d, e in rows], np.int64),
-        episodes=tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e in rows),
-        bounds=equal_spans(1.0 + FRAME_COST * gap, num_ranks),
-        batch_size=batch_size,
-    )
+    chosen = [[place for place, mode in enumerate(d.settings.modes) if mode in modes] for d in datasets]
+    pairs = [(window, place) for window, d in enumerate(dataset.tolist()) for place in chosen[d]]
+    again, mode = np.array(pairs, np.int64).reshape(-1, 2).T  # [N] which window, which of its dataset's modes
+    cost = 1.0 + FRAME_COST * np.where(np.diff(again, prepend=-1) > 0, gap[again], 0)
+    dataset, episode, frame, number = (column[again] for column in (dataset, episode, frame, np.cumsum(first)))
+    _, rows, item = np.unique(number * len(MODES) + mode, return_index=True, return_inverse=True)
+    of_rows = [(datasets[d], e, m) for d, e, m in zip(dataset[rows], episode[rows], mode[rows], strict=True)]
+    group_of = np.array([d.group_of[e] + m for d, e, m in of_rows], np.int64)
+    episodes = tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e, _ in of_rows)
+    zeros = np.zeros(len(again), np.int64)
+    windows = Windows(np.arange(len(again)), zeros, dataset, zeros, episode, frame, ahead=zeros, mode=mode)
+    bounds = equal_spans(cost, num_ranks)
+    return ValidationPlan(mixture, windows, item, group_of, number[rows], episodes, bounds, batch_size)

@@ -54,14 +54,14 @@ class OpenDecoders:
         return OpenDecoders(self.num - other.num, self.num_bytes - other.num_bytes)
 
 
-def reader_bytes(frame: tuple[int, int], image: tuple[int, int]) -> int:
+def reader_bytes(frame: tuple[int, int], image: tuple[int, int], later: int = 0) -> int:
     """About what a lane holds to read one camera, (H, W) in the file and of the batch's images: a decoder (a fixed part
     and some seven pictures: a straight line through what h264 without and with B-frames and AV1 took at 192x320 to
-    720x1280, 40 % off at most) and the pictures of a burst."""
+    720x1280, 40 % off at most) and the pictures of a burst, and of `later` rows that a window's future reaches over."""
     if 0 in frame:  # the dataset doesn't say
         frame = image
     height, width = fit(*frame, image)
-    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + BURST * height * width * 3
+    return _DECODER_BYTES + _DECODER_BYTES_A_PIXEL * frame[0] * frame[1] + (BURST + later) * height * width * 3
 
 
 class TimeError(VideoError):

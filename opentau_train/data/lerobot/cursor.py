@@ -11,7 +11,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.chunk import chunk_places, history_rows, next_rows, row_step, rows_at
+from opentau_train.data.chunk import chunk_places, future_rows, history_rows, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.opening import Opener
 from opentau_train.data.decode.parquet import RowError
@@ -58,13 +58,14 @@ class LeRobotCursorFactory:
 
 
 class LeRobotCursor:
-    """Reads one window at a time. Keeps the episode's rows and, of each camera, the images that the next window's
-    history may need and the few that were decoded ahead."""
+    """Reads one window at a time. Keeps the episode's rows and, of each camera, the images that the next windows may be
+    made of, and the few that were decoded ahead."""
 
     def __init__(self, factory: LeRobotCursorFactory):
         self._factory, self._reading, self._window = factory, factory.reading, factory.window
         self._videos: dict[str, FrameCursor] = {camera: factory.pool.cursor() for camera in self._reading.stored.videos}
-        # {camera: {frame of the episode: its picture}}: what the next history needs, and what a burst read ahead.
+        # {camera: {frame of the episode: its picture}}: what the next history needs, and what was read ahead, for a
+        # future or in a burst.
         self._rings: dict[str, dict[int, NDArray[np.uint8]]] = {c: {} for c in self._reading.cameras}
         self._episode = -1
         self._rows: EpisodeRows | None = None
@@ -72,7 +73,7 @@ class LeRobotCursor:
         self._due: dict[str, int] = {}  # {camera: the frame after the last decoded one}
         self._number = factory.num_cursors
 
-    def read(self, episode: int, frame: int, ahead: int = 0) -> RawWindow:
+    def read(self, episode: int, frame: int, ahead: int = 0, *, future: bool = False) -> RawWindow:
         """See `opentau_train.data.source.Cursor`. The arrays belong to the caller."""
         length = int(self._reading.episodes.length[episode])
         if not 0 <= frame < length:
@@ -82,11 +83,15 @@ class LeRobotCursor:
             actions, is_pad = self._actions(rows, frame)
             if not rows.finite:
                 check_finite(self._reading, rows.state[frame], actions)
-            images = {camera: self._images(camera, frame, ahead) for camera in self._reading.cameras}
+            now, (later, later_is_pad) = self._earlier(rows, frame), self._later(rows, frame) if future else ([], None)
+            of_all = {camera: now + later * (camera in self._window.future_cameras) for camera in self._reading.cameras}
+            images = {camera: self._images(camera, wanted, ahead) for camera, wanted in of_all.items()}
         except (RowError, VideoError, ImageError) as error:
             number = int(self._reading.episodes.episode_index[episode])
             raise BadSample(self._reading.dataset, number, frame, str(error), self._remedy(error)) from error
-        extra = {} if rows.weights is None else {"weight": float(rows.weights[frame])}
+        extra: dict[str, Any] = {} if rows.weights is None else {"weight": float(rows.weights[frame])}
+        if future:
+            extra["future_is_pad"] = later_is_pad
         prompts = rows.prompts[rows.prompt_code[frame]]
         return RawWindow(images, rows.state[frame].copy(), actions, is_pad, prompts, extra)
 
@@ -183,24 +188,35 @@ class LeRobotCursor:
                 worst[camera] = 0.0
         return worst
 
-    def _images(self, camera: str, frame: int, ahead: int) -> NDArray[np.uint8]:
-        """[h+1, H', W', 3] uint8 of the window at `frame` of the present episode; the caller's own.
+    def _earlier(self, rows: EpisodeRows, frame: int) -> list[int]:
+        """The h+1 frames of the window at `frame` up to its own."""
+        if self._window.history == 0:
+            return [frame]
+        return history_rows(frame, self._window.history, self._factory.step, rows.seconds, self._window.fps).tolist()
 
-        Where the history steps over frames they are kept too: the next window's history is made of them, and asking
-        the decoder for them then would take it back.
+    def _later(self, rows: EpisodeRows, frame: int) -> tuple[list[int], NDArray[np.bool_]]:
+        """The F frames of its future, and which of them [F] lie past the episode's end."""
+        stride, seconds = self._window.future_stride, rows.seconds
+        steps = self._window.future * stride + 1
+        places = chunk_places(frame, steps, self._factory.step, seconds, self._window.fps)[stride::stride]
+        wanted, is_pad = future_rows(places, len(rows.state))
+        return wanted.tolist(), is_pad
+
+    def _images(self, camera: str, wanted: list[int], ahead: int) -> NDArray[np.uint8]:
+        """[N, H', W', 3] uint8 of the frames `wanted` [N] of the present episode, of which the next `ahead` windows
+        want the following ones; the caller's own.
+
+        Where they step over frames these are kept too: the next windows are made of them, and asking the decoder for
+        them then would take it back.
         """
-        ring, history = self._rings[camera], self._window.history
-        if history == 0:
-            self._fill(camera, frame, ahead)
-            return ring.pop(frame)[None]  # handed over, not copied
-        rows = self._rows
-        assert rows is not None, "an image belongs to the episode entered before"
-        wanted = history_rows(frame, history, self._factory.step, rows.seconds, self._window.fps).tolist()
-        for f in range(wanted[0], frame + 1):
-            self._fill(camera, f, ahead + frame - f)
+        ring, last = self._rings[camera], wanted[-1]
         for old in [f for f in ring if f < wanted[0]]:
             del ring[old]
-        return np.stack([ring[f] for f in wanted])
+        for f in range(wanted[0], last + 1):
+            if f not in ring:
+                self._fill(camera, f, ahead + last - f)
+        # Nobody writes into it: one picture is not copied, and may be asked for again.
+        return ring[last][None] if len(wanted) == 1 else np.stack([ring[f] for f in wanted])
 
     def _fill(self, camera: str, frame: int, ahead: int) -> None:
         """Bring `frame` into the camera's ring, and where reading goes on up to `ahead` of the next ones.
@@ -209,10 +225,6 @@ class LeRobotCursor:
         leaves it between two frames, which costs up to half of their decoding again.
         """
         ring = self._rings[camera]
-        if frame in ring:
-            return
-        if self._window.history == 0:
-            ring.clear()  # of what was skipped
         if frame != self._due.get(camera):
             for later in [f for f in ring if f > frame]:
                 del ring[later]

@@ -99,7 +99,8 @@ class ShardDataset(IterableDataset[Shard]):
 
     def _build(self, builder: SampleBuilder, windows: Windows) -> Shard:
         samples, substituted, left_out = [], 0, {}
-        columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
+        mode = np.full(len(windows), -1) if windows.mode is None else windows.mode
+        columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index, mode
         for i, (lane, ahead, *numbers) in enumerate(zip(*(c.tolist() for c in columns))):
             address = Address(*numbers)
             try:
@@ -150,15 +151,7 @@ class ShardDataset(IterableDataset[Shard]):
     def _record(self, error: BadSample, pass_index: int) -> None:
         if self.quarantine is None:
             return
-        row = {
-            "time": time.time(),
-            "dataset": error.dataset,
-            "episode": error.episode,
-            "frame": error.frame,
-            "pass": pass_index,
-            "cause": error.cause,
-            "remedy": error.remedy,
-        }
+        row = {"time": time.time(), **vars(error), "pass": pass_index}
         # One write of one line in append mode: lines of several workers and ranks don't mix.
         with open(self.quarantine, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -181,14 +174,7 @@ class TrainPlan:
 
 
 def training_batches(
-    mixture: Mixture,
-    tape: Tape,
-    *,
-    rank: int,
-    size: int,
-    first_step: int,
-    last_step: int,
-    quarantine: Path,
+    mixture: Mixture, tape: Tape, *, rank: int, size: int, first_step: int, last_step: int, quarantine: Path
 ) -> Generator[RankBatch]:
     """This rank's `B / R` samples of steps `first_step` .. `last_step` - 1, in slot order.
 

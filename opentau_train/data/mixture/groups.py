@@ -1,9 +1,9 @@
-"""The groups of a mixture: a dataset's episodes of one control mode, and what each weighs in aggregates."""
+"""The groups of a mixture: a dataset's samples of one control mode and mode, and what each weighs in aggregates."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,15 +12,16 @@ from opentau_train.data.source import Source
 from opentau_train.types import Group
 
 
-def groups_of(source: Source) -> list[Group]:
-    """A group for each control mode that an episode of the source has, by rising code; shares are not known yet."""
+def groups_of(source: Source, modes: Iterable[str]) -> list[Group]:
+    """A group for each control mode that an episode of the source has, by rising code, and each of the `modes` of its
+    samples; shares are not known yet."""
     table = source.episodes
-    modes = [table.control_modes[code] for code in np.unique(table.control_mode)]
-    return [Group(source.name, mode, f"{source.robot_type}::{mode}", share=0.0) for mode in modes]
+    kinds = [table.control_modes[code] for code in np.unique(table.control_mode)]
+    return [Group(source.name, kind, f"{source.robot_type}::{kind}", 0.0, mode) for kind in kinds for mode in modes]
 
 
 def with_shares(groups: Sequence[Group], datasets: Sequence[Dataset], draws: Sequence[int]) -> list[Group]:
-    """Groups with their weight in aggregates: the dataset's, split by the group's training windows.
+    """Groups with their weight in aggregates: the dataset's, split by the group's training samples.
 
     The dataset's weight is what no other dataset changes, its windows or its configured weight, wherever either is
     set throughout: normalised shares would round another way each time that a dataset joins. A group without training
@@ -31,9 +32,9 @@ def with_shares(groups: Sequence[Group], datasets: Sequence[Dataset], draws: Seq
     weighted = all(d.settings.weight is not None for d in trained)
     share = np.zeros(len(groups))
     for dataset, drawn in zip(datasets, draws, strict=True):
-        windows_of = np.bincount(
-            dataset.group_of[dataset.train.episode], weights=dataset.train.length, minlength=len(groups)
-        )
+        windows_of, group_of = np.zeros(len(groups)), dataset.group_of[dataset.train.episode]
+        for place, part in enumerate(dataset.settings.modes.values()):
+            windows_of += np.bincount(group_of + place, weights=part * dataset.train.length, minlength=len(groups))
         if drawn and natural:
             share += windows_of
         elif drawn:

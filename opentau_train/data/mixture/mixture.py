@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import DataSettings, SourceSettings
-from opentau_train.data.chunk import chunk_places, chunks_reaching, row_step, rows_at
+from opentau_train.config.modes import WITH_FUTURE
+from opentau_train.data.chunk import chunk_places, chunk_rows, chunks_reaching, row_step, rows_at
 from opentau_train.data.convention import Part
 from opentau_train.data.conventions.steps import Conversions
+from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
 from opentau_train.data.order.tape import Tape
@@ -20,7 +22,7 @@ from opentau_train.data.source import PromptedSource, Source
 from opentau_train.data.transforms.base import Transforms, Wants
 from opentau_train.data.transforms.pipeline import Pipeline, meet
 from opentau_train.data.transforms.shape import Pad
-from opentau_train.types import BatchSpec, Group
+from opentau_train.types import BatchSpec, Group, WindowSpec
 
 _WINDOWS_AT_ONCE = 1024
 """Windows of an episode that are transformed together for the statistics: some megabytes."""
@@ -31,7 +33,8 @@ class Dataset:
     """One dataset of the mixture: its source, its settings, its split, and its blocks for training and for validation.
 
     `repo_id` is its name in batches, different from all others'; `held_out` [E] says which episodes are for validation;
-    `group_of` [E] i64 the group of each episode of its table.
+    `group_of` [E] i64 the group of each episode of its table, in the dataset's first mode; those of its other modes
+    follow it.
     `transforms` are its `conversions` and those that the configuration names, after which the dimensions have the names
     `state_names` and `action_names`.
     """
@@ -77,6 +80,22 @@ class Dataset:
         """[A'] what the source declares of each dimension of its actions; None = nothing."""
         return self.conversions.robot_parts or (None,) * len(self.conversions.robot_names)
 
+    def window(self, spec: BatchSpec) -> WindowSpec:
+        """What is read of each window, for the mixture's batches."""
+        size = Pipeline(self.transforms).picture_size(spec.image_size)
+        some = set(self.settings.modes) & set(WITH_FUTURE)
+        cameras = tuple(c for c in spec.future_cameras if some and c in self.source.cameras)
+        future = spec.future if cameras else 0, spec.future_stride, cameras
+        return WindowSpec(self.chunk_length, spec.history, size, self.settings.fps, *future)
+
+    def decoders(self, window: WindowSpec) -> OpenDecoders:
+        """The decoders that one cursor keeps open to read such windows."""
+        assert window.image_size is not None, "a batch has a size of pictures"
+        rows = chunk_rows(window.future * window.future_stride + 1, row_step(self.source.fps, window.fps)) - 1
+        sizes = self.source.frame_sizes.items()
+        held = [reader_bytes(size, window.image_size, rows * (c in window.future_cameras)) for c, size in sizes]
+        return OpenDecoders(len(held), sum(held))
+
     @property
     def chunk_offsets(self) -> NDArray[np.float64]:
         """[T] the rows from a chunk's start to each of its steps, at the dataset's nominal rate."""
@@ -87,7 +106,8 @@ class Dataset:
 class Mixture:
     """All datasets, sorted by name, so that permuting a configuration changes nothing.
 
-    `draws` are the windows n_d that an epoch takes of each dataset; `groups` are the pairs (dataset, control mode);
+    `draws` are the windows n_d that an epoch takes of each dataset; `groups` are the pairs (dataset, control mode), and
+    where samples have several modes, triples with the mode;
     `stats` {norm head: statistics}; `pipelines` are each dataset's transforms (none where no statistics were computed).
     """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
+from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.config.settings import Settings
 from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
@@ -28,7 +30,7 @@ from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
 from opentau_train.data.transforms.shape import ChoosePrompt, Pad
-from opentau_train.errors import UserError
+from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import BatchSpec, Group
 
 log = logging.getLogger(__name__)
@@ -53,25 +55,23 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     data = settings.data
     datasets: list[Dataset] = []
     groups: list[Group] = []
+    several = len({mode for source in sources.values() for mode in source.modes}) > 1
     for name in sources:
         dataset = _open_dataset(len(datasets), name, sources, settings, first_group=len(groups))
         datasets.append(dataset)
-        groups += groups_of(dataset.source)
+        groups += groups_of(dataset.source, dataset.settings.modes if several else ("",))
     check_parts(data.convention, [d.conversions for d in datasets])
     _warn_of_rates(datasets)
-    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = with_shares(groups, datasets, draws)
     spec = _batch_spec(data, datasets, groups)
-    return Mixture(
-        settings=data,
-        seed=settings.seed,
-        datasets=tuple(datasets),
-        draws=tuple(draws),
-        groups=tuple(groups),
-        stats={},
-        pipelines=(),
-        spec=spec,
-    )
+    return _drawn(Mixture(data, settings.seed, tuple(datasets), (), tuple(groups), {}, (), spec))
+
+
+def _drawn(mixture: Mixture) -> Mixture:
+    """The mixture with its datasets' draws, and the shares of its groups."""
+    datasets = mixture.datasets
+    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
+    groups = with_shares(mixture.groups, datasets, draws)
+    return dataclasses.replace(mixture, draws=tuple(draws), groups=tuple(groups))
 
 
 def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline, ...]:
@@ -101,11 +101,10 @@ def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
     mixture = _without(mixture, {episode for known in stats.values() for episode in known.left_out})
     for head, known in stats.items():
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)
-        if flat:
-            log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
         rare = normalize.rare_dimensions(known, mixture.settings.normalization)
-        if rare:
-            log.warning("norm head %s: by min and max, since q01 is q99: %s", head, ", ".join(rare))
+        for names, what in ((flat, "constant, left at zero"), (rare, "by min and max, since q01 is q99")):
+            if names:
+                log.warning("norm head %s: %s: %s", head, what, ", ".join(names))
     return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
 
 
@@ -121,9 +120,7 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
             log.warning("%s: left out, their rows not being there: episodes %s", where, ranges(numbers))
         sides = dataset.train.without(numbers), dataset.validation.without(numbers)
         datasets.append(dataclasses.replace(dataset, train=sides[0], validation=sides[1]))
-    draws = draws_per_epoch([d.train.num_windows for d in datasets], [d.settings.weight for d in datasets])
-    groups = with_shares(mixture.groups, datasets, draws)
-    return dataclasses.replace(mixture, datasets=tuple(datasets), draws=tuple(draws), groups=tuple(groups))
+    return _drawn(dataclasses.replace(mixture, datasets=tuple(datasets)))
 
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
@@ -159,23 +156,10 @@ def _open_dataset(
     source = open_source(name, chosen)
     table = source.episodes
     held_out = validation_split(name, table.episode_index, chosen.val_split_ratio, settings.seed, chosen.val_episodes)
-    blocks = source.get_shuffle_blocks()
-    rows = chunk_rows(chunk_length, row_step(source.fps, chosen.fps))
-    made_of = _made_of(source, chosen)
-    sides = [
-        make_blocks(
-            name,
-            table,
-            blocks,
-            keep,
-            rows=rows,
-            drop_tail=data.drop_tail,
-            shuffle=chosen.iterable_shuffle,
-            stride=stride,
-            made_of=made_of,
-        )
-        for keep in (~held_out & (chosen.weight != 0), held_out)
-    ]
+    rows, made_of = chunk_rows(chunk_length, row_step(source.fps, chosen.fps)), _made_of(source, chosen)
+    cut = partial(make_blocks, name, table, source.get_shuffle_blocks(), rows=rows, stride=stride, made_of=made_of)
+    parts = ~held_out & (chosen.weight != 0), held_out
+    sides = [cut(keep, drop_tail=data.drop_tail, shuffle=chosen.iterable_shuffle) for keep in parts]
     _check_usable(source, chosen, sides[0].num_windows, held_out, data.drop_tail)
     if must_be_whole(settings.validation):
         _check_held_out(source, chosen, held_out)
@@ -195,7 +179,7 @@ def _open_dataset(
         held_out=held_out,
         train=sides[0],
         validation=sides[1],
-        group_of=first_group + np.unique(table.control_mode, return_inverse=True)[1],
+        group_of=first_group + len(chosen.modes) * np.unique(table.control_mode, return_inverse=True)[1],
         conversions=converted,
         transforms=transforms,
         state_names=state_names,
@@ -258,17 +242,31 @@ def _warn_of_rates(datasets: list[Dataset]) -> None:
 def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]) -> BatchSpec:
     state_dim = _padded_dim("state_dim", data.state_dim, [(d.name, len(d.state_names)) for d in datasets])
     action_dim = _padded_dim("action_dim", data.action_dim, [(d.name, len(d.action_names)) for d in datasets])
-    spec = BatchSpec(
-        cameras=tuple(sorted({c for d in datasets for c in d.source.cameras})),
-        image_size=data.image_size,
-        history=data.history,
-        state_dim=state_dim,
-        action_dim=action_dim,
-        chunk_length=max(d.chunk_length for d in datasets),
-        norm_heads=tuple(dict.fromkeys(g.norm_head for g in groups)),
-        modes=tuple(dict.fromkeys(d.settings.mode for d in datasets)),
-    )
+    cameras = tuple(sorted({c for d in datasets for c in d.source.cameras}))
+    heads = tuple(dict.fromkeys(g.norm_head for g in groups))
+    modes = tuple(dict.fromkeys(mode for d in datasets for mode in d.settings.modes))
+    shape = data.image_size, data.history, state_dim, action_dim, max(d.chunk_length for d in datasets)
+    seen = _future_cameras(data, datasets, cameras) if data.future.num_frames else ()
+    future = data.future.num_frames, data.future.stride, seen
+    spec = BatchSpec(cameras, *shape, heads, modes, *future)
     return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
+
+
+def _future_cameras(data: DataSettings, datasets: list[Dataset], cameras: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that `data.future` chooses. Raises `UserError` for one that isn't there, and for a dataset that has none of
+    them and a mode that learns with future frames."""
+    where, chosen = "data.future.cameras", cameras if data.future.cameras is None else data.future.cameras
+    for camera in set(chosen) - set(cameras):
+        near = did_you_mean(camera, cameras)
+        raise UserError(f"no source has the camera '{camera}'{near}", where=where, remedy=f"set {where}=null")
+    for d in datasets:
+        if set(d.settings.modes) & set(WITH_FUTURE) and not set(chosen) & set(d.source.cameras):
+            raise UserError(
+                f"dataset '{d.name}' has a mode with future frames, and no camera for them",
+                where=where,
+                remedy=f"set {where}=null" if d.source.cameras else f"set data.sources.{d.name}.mode=policy",
+            )
+    return tuple(camera for camera in cameras if camera in chosen)
 
 
 def _padded_dim(key: str, wanted: int | None, dims: list[tuple[str, int]]) -> int:

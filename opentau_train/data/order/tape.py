@@ -33,7 +33,7 @@ RESOLVED = ("dataset", "pass_index", "episode", "frame", "ahead")
 class Windows:
     """Samples of the tape, as columns of one length: `t`, `slot` (t mod V; 0 when reading in order), `dataset` i64,
     `pass_index` i64, `episode` (position in the dataset's table), `frame` i64; `ahead` i64, how many of the frames that
-    follow the slot is going to read next, one by one."""
+    follow the slot is going to read next, one by one; `mode` i64, which of the dataset's modes (None: it is drawn)."""
 
     t: I64
     slot: I64
@@ -42,6 +42,7 @@ class Windows:
     episode: I64
     frame: I64
     ahead: I64
+    mode: I64 | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -53,15 +54,16 @@ class Windows:
 
     def select(self, keep: NDArray | slice) -> Windows:
         """Only the windows at the places (or under the mask) `keep`."""
-        return Windows(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
+        return Windows(**{name: column[keep] for name, column in vars(self).items() if column is not None})
 
 
 def frames_ahead(dataset: I64, episode: I64, frame: I64) -> I64:
-    """[N] i64: for windows that one reader takes in this order, how many follow each frame by frame."""
-    goes_on = (np.diff(dataset) == 0) & (np.diff(episode) == 0) & (np.diff(frame) == 1)
+    """[N] i64: for windows that one reader takes in this order, how many follow each frame by frame (those that come
+    several times, once for each mode, count once)."""
+    step = np.diff(frame)
+    goes_on = (np.diff(dataset) == 0) & (np.diff(episode) == 0) & ((step == 1) | (step == 0))
     ends = np.append(np.flatnonzero(~goes_on), len(frame) - 1)
-    places = np.arange(len(frame))
-    return ends[np.searchsorted(ends, places)] - places
+    return frame[ends[np.searchsorted(ends, np.arange(len(frame)))]] - frame
 
 
 class Tape:

@@ -16,7 +16,9 @@ Record = dict[str, Any]
 
 It begins with `images` {camera: [h+1, H, W, 3] uint8 RGB}, `state` [S] f32, `prompts` (texts to choose from),
 `norm_head` and, for a window of a dataset, `actions` [T, A] f32, `action_is_pad` [T] bool, `mode`, where it comes from
-(dataset, episode, frame, pass), and whatever else its source reads (`RawWindow.extra`).
+(dataset, episode, frame, pass), and whatever else its source reads (`RawWindow.extra`). A sample whose mode has future
+frames has them behind the others, [h+1+F, H, W, 3], so that what is done to a camera's pictures is done to all of them,
+and `future_is_pad` [F] bool.
 """
 
 
@@ -104,9 +106,8 @@ Transforms = Mapping[str, Transform]
 
 @dataclass(frozen=True)
 class Wants:
-    """What a policy needs of the data: its own transforms, made in the loader's workers after all others; the modes of
-    samples that it knows (empty: it looks at none); (H, W) of pictures, where it can take no other."""
+    """What a policy needs of the data: its own transforms, made in the loader's workers after all others; (H, W) of
+    pictures, where it can take no other."""
 
     transforms: Transforms = field(default_factory=dict)
-    modes: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None

@@ -127,13 +127,6 @@ def meet(spec: BatchSpec, wants: Wants) -> BatchSpec:
             where="data.image_size",
             remedy=f"set data.image_size=[{height},{width}]",
         )
-    for mode in spec.modes:
-        if wants.modes and mode not in wants.modes:
-            raise UserError(
-                f"the policy has no mode '{mode}'{did_you_mean(mode, wants.modes)}",
-                where="data.sources.NAME.mode",
-                remedy=f"set it to one of {', '.join(wants.modes)}",
-            )
     return with_fields(spec, wants.transforms.values())
 
 

@@ -150,7 +150,7 @@ class PiPolicy(Policy):
 
     def wants(self) -> Wants:
         made = {"supervise": Supervise(tuple(self.loss_weights), SUPERVISES), **self._transforms}
-        return Wants(made, modes=tuple(SUPERVISES), image_size=(self.image_size, self.image_size))
+        return Wants(made, image_size=(self.image_size, self.image_size))
 
     def vlm_weight_map(self) -> WeightMap | None:
         return names.for_words(names.vlm_only(), self.prompt.tokenizer)

@@ -10,6 +10,7 @@ import pytest
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.tools import plan
+from tests.modal import MODAL
 from tests.program import DATA, TOY, metrics, train_here
 
 
@@ -73,6 +74,17 @@ def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     assert int(one[2]) == 16 and int(two[2]) == 8
     assert int(one[1]) == pytest.approx(2 * int(two[1]), abs=1)
     assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
+
+
+def test_modes_are_told_and_what_lanes_hold_of_the_future(tmp_path, capsys):
+    """128 frames ahead at 32x32: some 390 kB a camera and lane of the source that reads them."""
+    joint = ["data.sources.main.mode=joint", "data.sources.main.mode_probabilities={policy:3,wam:1}"]
+    plain, text = (report(tmp_path, capsys, *MODAL, "data.future.stride=64", *words) for words in ([], joint))
+    assert "modes of main: policy 75%, wam 25%; old: policy 100%; 2 future frames of front, wrist" in text
+    assert "modes of main: policy 100%; old: policy 100%; 2 future frames of front, wrist" in plain
+    assert "future" not in report(tmp_path, capsys)
+    held = [int(re.search(r"about (\d+) MB", report_of)[1]) for report_of in (plain, text)]
+    assert 2 <= held[1] - held[0] <= 16 * 2 * 0.4
 
 
 def memory_rows(text: str) -> dict[int, dict[str, str]]:

@@ -175,9 +175,7 @@ def test_two_transforms_of_one_name_are_refused():
 def test_what_a_policy_needs_and_the_mixture_lacks_is_an_error_at_start():
     with pytest.raises(UserError, match=r"takes pictures of 224x224.*\n.*\n.*data.image_size=\[224,224\]"):
         meet(SPEC, Wants(image_size=(224, 224)))
-    with pytest.raises(UserError, match=r"no mode 'policy'.*did you mean 'policies'"):
-        meet(SPEC, Wants(modes=("policies",)))
-    assert meet(SPEC, Wants(image_size=(8, 8), modes=("policy", "x"))) == SPEC
+    assert meet(SPEC, Wants(image_size=(8, 8))) == SPEC
 
 
 def test_a_field_declared_twice_must_be_the_same_one():
