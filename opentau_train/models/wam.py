@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
 from opentau_train.config.modes import MODES
@@ -88,6 +88,13 @@ class WamPolicy(FlowPolicy):
             self.loss_weights["vision_mse"] = vision_mse_weight
             self.future = Future(spec, self.start_embed.numel(), None if future_encoder else future_patch_size)
             self.init_weights()
+
+    def init_weights(self) -> None:
+        """As `FlowPolicy`; and at the beginning, nothing moves."""
+        super().init_weights()
+        for name, parameter in self.named_parameters():
+            if name == "future.out.weight":
+                nn.init.zeros_(parameter)
 
     def wants(self) -> Wants:
         transforms: dict[str, Transform] = {**super().wants().transforms}

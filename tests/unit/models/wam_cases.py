@@ -24,7 +24,10 @@ NUM_VALUES = 2 * 3 * (3 * 8 * 8)  # of a frame: 2 x 3 patches of 8 x 8 pixels in
 def make_policy(spec=SPEC, seed: int = 0, **changes) -> WamPolicy:
     torch.manual_seed(seed)
     options = dict(width=32, depth=2, heads=2, patch_size=8, stem_channels=8, max_prompt_bytes=32, future_patch_size=8)
-    return WamPolicy(spec, **{**options, **changes}).eval()
+    policy = WamPolicy(spec, **{**options, **changes}).eval()
+    if spec.future:
+        torch.nn.init.normal_(policy.future.out.weight, std=0.1)  # as if trained: it begins at 0
+    return policy
 
 
 def make_batch(modes=MODES, seed: int = 0, spec=SPEC, **changes) -> Batch:
