@@ -58,7 +58,7 @@ test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, res
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
@@ -80,7 +80,8 @@ $(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
 test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
 	$(LEROBOT)/bin/python -m pytest -m lerobot tests/side_by_side $(ARGS)
 
-test-nightly: setup ## The property tests with 2,000 examples each
+test-nightly: setup $(WEIGHTS) ## The property tests with 2,000 examples each, random kills, what pictures are worth
+	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
 test-all: setup $(WEIGHTS) test-lerobot ## Every test

@@ -118,8 +118,8 @@ class BatchSpec:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that fields name their axes by."""
-        frames = {"h+1": self.history + 1, "F": self.future}
-        return {"S": self.state_dim, "A": self.action_dim, "T": self.chunk_length, **frames}
+        vectors = {"S": self.state_dim, "A": self.action_dim, "T": self.chunk_length}
+        return vectors | {"h+1": self.history + 1, "F": self.future}
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON data, without `fields`, which follow from the transforms."""

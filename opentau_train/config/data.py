@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from opentau_train.config.modes import WITH_FUTURE, FutureSettings, Mode, ModeSettings
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
-from opentau_train.config.typed import TARGET, at_least, bind, fraction, positive, within
+from opentau_train.config.typed import TARGET, Count, Positive, at_least, bind, fraction, within
 from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError
 
@@ -60,9 +60,9 @@ class SourceSettings:
     mode: Mode = field(default="policy", metadata=MODE_ON_RESUME)
     """What the policy learns from the source's samples: one of `modes.MODES`, or `joint`, which draws one for each."""
     mode_probabilities: ModeSettings = field(default_factory=ModeSettings, metadata=MODE_ON_RESUME)
-    chunk_length: int | None = None
-    sample_stride: int | None = None
-    fps: float | None = None
+    chunk_length: Count | None = None
+    sample_stride: Count | None = None
+    fps: Positive | None = None
     """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
     use_filter_dict: bool = False
     filter_dict_path: str | None = field(default=None, metadata=SAFE)  # its content is compared by itself
@@ -119,8 +119,6 @@ class SourceSettings:
                 where=f"{path}.weight",
                 remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
             )
-        for name in ("chunk_length", "sample_stride", "fps"):
-            positive(f"{path}.{name}", getattr(self, name))
         at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
         if self.use_filter_dict and not self.filter_dict_path:
             raise UserError(
@@ -170,7 +168,7 @@ class CorrelationSettings:
 
     episode: float = 0.1
     neighbours: float = 0.4
-    frames: float = 8.0
+    frames: Positive = 8.0
 
     def check(self, path: str) -> None:
         for name in ("episode", "neighbours"):
@@ -180,7 +178,6 @@ class CorrelationSettings:
                 f"{path}.episode + {path}.neighbours must be below 1, got {self.episode + self.neighbours:g}",
                 remedy=f"lower one: a window's gradient has a part of its own; {path}.episode=0.1 is a cautious choice",
             )
-        positive(f"{path}.frames", self.frames)
 
 
 @dataclass(frozen=True)
@@ -191,15 +188,15 @@ class DataSettings:
     builtin_sample: Literal["droid"] | None = field(default=None, metadata=NEW_PLAN)
     """The sample that stands in when no source has a root or repo_id."""
     image_size: tuple[int, int] = (96, 96)
-    chunk_length: int = 16
+    chunk_length: Count = 16
     history: int = 0
     future: FutureSettings = field(default_factory=FutureSettings)
-    sample_stride: int = field(default=1, metadata=NEW_PLAN)
+    sample_stride: Count = field(default=1, metadata=NEW_PLAN)
     """Windows start every so many frames."""
     drop_tail: bool = field(default=False, metadata=NEW_PLAN)
     """true = only windows whose chunk lies wholly inside the episode."""
-    state_dim: int | None = None
-    action_dim: int | None = None
+    state_dim: Count | None = None
+    action_dim: Count | None = None
     normalization: Literal["mean_std", "min_max", "quantiles"] = field(
         default="mean_std", metadata=refused("the policy was trained on inputs normalised otherwise")
     )
@@ -213,12 +210,12 @@ class DataSettings:
     convention: Convention = field(default_factory=Convention, metadata=CONVERTED)
     """What the policy is trained in: each source is converted to it from what it declares."""
     num_workers: int = field(default=2, metadata=SAFE)
-    prefetch_factor: int = field(default=2, metadata=SAFE)
-    max_samples_per_batch: int | None = field(default=None, metadata=SAFE)
-    cache_gb: float = field(default=100.0, metadata=SAFE)
+    prefetch_factor: Count = field(default=2, metadata=SAFE)
+    max_samples_per_batch: Count | None = field(default=None, metadata=SAFE)
+    cache_gb: Positive = field(default=100.0, metadata=SAFE)
     """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
-    lanes_per_sample: int = field(default=4, metadata=NEW_PLAN)
-    phase_rows: int = field(default=1024, metadata=NEW_PLAN)
+    lanes_per_sample: Count = field(default=4, metadata=NEW_PLAN)
+    phase_rows: Count = field(default=1024, metadata=NEW_PLAN)
     expect_mode: str | None = field(default=None, metadata=SAFE)
     """The mode that all sources must have: what a recipe that is named for one says."""
     blank_images: bool = field(default=False, metadata=warned())
@@ -230,10 +227,6 @@ class DataSettings:
     correlation: CorrelationSettings = field(default_factory=CorrelationSettings, metadata=SAFE)
 
     def check(self, path: str) -> None:
-        for name in ("chunk_length", "sample_stride", "state_dim", "action_dim", "lanes_per_sample", "phase_rows"):
-            positive(f"{path}.{name}", getattr(self, name))
-        for name in ("prefetch_factor", "max_samples_per_batch", "cache_gb"):
-            positive(f"{path}.{name}", getattr(self, name))
         for name in ("history", "num_workers"):
             at_least(f"{path}.{name}", getattr(self, name), 0)
         for size in self.image_size:

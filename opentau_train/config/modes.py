@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from opentau_train.config.typed import Count, at_least
+from opentau_train.config.typed import Count, at_least, within
 from opentau_train.errors import UserError, did_you_mean
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
@@ -31,7 +31,7 @@ def _known(path: str, mode: str) -> None:
 
 
 Mode = Annotated[str, _known]
-Often = Annotated[float, lambda path, value: at_least(path, value, 0.0)]
+Often = Annotated[float, within(0.0, 1e9)]
 
 
 @dataclass(frozen=True)

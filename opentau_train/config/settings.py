@@ -17,30 +17,30 @@ from opentau_train.config.data import DataSettings
 from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.config.optimizer import OptimizerSettings
 from opentau_train.config.resuming import NEW_PLAN, SAFE, Meaning, judged, longer, other_average, refused, warned
-from opentau_train.config.typed import at_least, build, convert, fraction, positive
+from opentau_train.config.typed import Count, Positive, at_least, build, convert, fraction
 from opentau_train.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    steps: int = field(metadata=judged(longer))
-    global_batch_size: int = field(metadata=NEW_PLAN)
-    grad_clip: float | None = 1.0
-    log_every: int = field(default=10, metadata=SAFE)
-    step_timeout: float = field(default=1800.0, metadata=SAFE)
+    steps: Count = field(metadata=judged(longer))
+    global_batch_size: Count = field(metadata=NEW_PLAN)
+    grad_clip: Positive | None = 1.0
+    log_every: Count = field(default=10, metadata=SAFE)
+    step_timeout: Positive = field(default=1800.0, metadata=SAFE)
     """Seconds without progress (a step, a validation batch, a save) before the job ends with every rank's stack."""
     precision: Literal["no", "bf16", "bf16_params"] = "no"
     compile: bool = field(default=False, metadata=SAFE)
     """torch.compile, block by block."""
     compile_backend: str = field(default="inductor", metadata=SAFE)
-    stop_after: int | None = field(default=None, metadata=SAFE)
+    stop_after: Count | None = field(default=None, metadata=SAFE)
     """Stop after so many steps of this process, as when preempted: saved, exit code 75. The schedule doesn't change."""
     ema_decay: float | None = field(default=None, metadata=judged(other_average))
     ema_sigma_rel: float | None = field(default=None, metadata=judged(other_average))
     """Instead of a constant decay: the average's width, as a share of the steps so far (see `Ema`)."""
-    reference_samples: int | None = field(default=None, metadata=SAFE)
+    reference_samples: Count | None = field(default=None, metadata=SAFE)
     """Samples of the training that a recipe follows: the start says at which step this run has seen as many."""
-    max_skipped_steps: int = field(default=20, metadata=SAFE)
+    max_skipped_steps: Count = field(default=20, metadata=SAFE)
     """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
     device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
     deterministic: bool = False
@@ -58,10 +58,6 @@ class TrainerSettings:
         return self.ema_decay is not None or self.ema_sigma_rel is not None
 
     def check(self, path: str) -> None:
-        for name in ("steps", "global_batch_size", "grad_clip", "log_every", "step_timeout", "max_skipped_steps"):
-            positive(f"{path}.{name}", getattr(self, name))
-        positive(f"{path}.stop_after", self.stop_after)
-        positive(f"{path}.reference_samples", self.reference_samples)
         at_least(f"{path}.profile_steps", self.profile_steps, 0)
         if self.ema_decay is not None:
             fraction(f"{path}.ema_decay", self.ema_decay)
@@ -105,9 +101,9 @@ EVALUATORS = {
 class ValidationSettings:
     every: int = field(default=500, metadata=SAFE)
     """Steps between passes; 0 = never. The last step always validates when this is not 0."""
-    batch_size: int | None = field(default=None, metadata=SAFE)
-    max_samples_per_group: int | None = None
-    num_noise_draws: int = 1
+    batch_size: Count | None = field(default=None, metadata=SAFE)
+    max_samples_per_group: Count | None = None
+    num_noise_draws: Count = 1
     evaluators: tuple[str, ...] = ("loss",)
     """What a pass measures, in this order: names of `evaluator`."""
     evaluator: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(EVALUATORS))
@@ -121,8 +117,6 @@ class ValidationSettings:
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
-        for name in ("batch_size", "max_samples_per_group", "num_noise_draws"):
-            positive(f"{path}.{name}", getattr(self, name))
         at_least(f"{path}.best_margin", self.best_margin, 0)
         for name in self.evaluators:
             if name not in self.evaluator:
@@ -149,15 +143,13 @@ class CheckpointSettings:
     """Steps between checkpoints; 0 = only the last one."""
     asynchronous: bool = field(default=False, metadata={"key": "async"})
     """true = training stops only for a copy in memory and goes on while a thread writes it."""
-    keep_last: int | None = 3
+    keep_last: Count | None = 3
     """The newest ones to keep; null = all."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Keep those of every so many steps too, for ever."""
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
-        positive(f"{path}.keep_last", self.keep_last)
-        positive(f"{path}.keep_every", self.keep_every)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Union
 
 from opentau_train.config.pointers import pointers
@@ -122,7 +124,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     right = isinstance(value, typing.get_origin(hint) or hint) and not (hint is int and isinstance(value, bool))
-    if not right or value != value:  # NaN is the one float that differs from itself
+    if not right or (isinstance(value, float) and not math.isfinite(value)):
         raise _wrong(path, _name(hint), value)
     return value
 
@@ -272,12 +274,17 @@ def positive(path: str, value: float | None) -> None:
 
 
 Count = Annotated[int, positive]
+Positive = Annotated[float, positive]
 
 
 def at_least(path: str, value: float | None, low: float) -> None:
     """Raises `UserError` unless `value` is `low` or more, or None (not set)."""
     if value is not None and value < low:
         raise UserError(f"{path} must be at least {low}, got {value}", remedy=f"set {path} to {low} or more")
+
+
+LossWeight = Annotated[float, partial(at_least, low=0)]
+"""Of a term in the total loss; 0: it trains nothing."""
 
 
 def fraction(path: str, value: float) -> None:

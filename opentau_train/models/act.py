@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentau_train.config.typed import Count, fraction
+from opentau_train.config.typed import Count, LossWeight, fraction
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
 from opentau_train.models.layers import sinusoids, sinusoids_2d
-from opentau_train.models.lerobot import LerobotExport
+from opentau_train.models.lerobot import LerobotExport, check_inputs
 from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, MEAN, NORMS, STD, STRIDE, ResNet18
 from opentau_train.models.weight_map import WeightMap
@@ -55,8 +55,8 @@ class ActPolicy(Policy):
         decoder_depth: Count = 1,
         latent_dim: Count = 32,
         dropout: Annotated[float, fraction] = 0.1,
-        l1_weight: float = 1.0,
-        kl_weight: float = 10.0,
+        l1_weight: LossWeight = 1.0,
+        kl_weight: LossWeight = 10.0,
         backbone_norm: Literal["group", "frozen_batch"] = "group",
     ):
         super().__init__()
@@ -116,6 +116,7 @@ class ActPolicy(Policy):
                 where="format",
                 remedy="set format=safetensors, or train with model.backbone_norm=frozen_batch",
             )
+        check_inputs("ACT", self.spec, needs_state=False)
         layer, chunk = self.encoder.layers[0], self.spec.chunk_length
         assert isinstance(layer, EncoderLayer)
         config = {

@@ -13,20 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import positive
+from opentau_train.config.typed import Count, positive
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models import prompts
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
-from opentau_train.models.lerobot import LerobotExport
+from opentau_train.models.lerobot import LerobotExport, check_inputs
 from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, MEAN, STD, STRIDE, ResNet18
 from opentau_train.models.unet import Unet, UnetSizes
@@ -105,7 +105,7 @@ class DiffusionPolicy(Policy):
         *,
         unet: UnetSizes,
         noise: NoiseSchedule,
-        num_keypoints: Annotated[int, positive] = 32,
+        num_keypoints: Count = 32,
         shared_encoder: bool = True,
     ):
         super().__init__()
@@ -146,12 +146,7 @@ class DiffusionPolicy(Policy):
 
     def lerobot_export(self) -> LerobotExport:
         spec, sizes, noise = self.spec, self.sizes, self.noise
-        if not spec.cameras or not spec.state_dim:
-            raise UserError(
-                "LeRobot's diffusion policy needs a camera and a state",
-                where="format",
-                remedy="set format=safetensors",
-            )
+        check_inputs("diffusion policy", spec)
         config = {
             "type": "diffusion",
             "n_obs_steps": 1,

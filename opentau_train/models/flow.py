@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import Count, positive
+from opentau_train.config.typed import Count, LossWeight, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
@@ -69,8 +69,8 @@ class FlowPolicy(Policy):
         num_flow_steps: Count = 10,
         num_bins: Count = 256,
         bin_range: tuple[float, float] = (-3.0, 3.0),
-        mse_weight: float = 1.0,
-        ce_weight: float = 0.1,
+        mse_weight: LossWeight = 1.0,
+        ce_weight: LossWeight = 0.1,
         text_encoder: str | None = None,
         text_config: dict[str, Any] | None = None,
         vision_encoder: str | None = None,

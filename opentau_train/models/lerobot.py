@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from opentau_train.errors import UserError
+from opentau_train.types import BatchSpec
+
 NORMALIZER = "normalizer_processor"
 Step = tuple[str, dict[str, Any]]
 STEPS: tuple[Step, ...] = (
@@ -27,3 +30,13 @@ class LerobotExport:
     weights: dict[str, Tensor]
     image: tuple[tuple[float, ...], tuple[float, ...]] | None
     steps: tuple[Step, ...] = STEPS
+
+
+def check_inputs(name: str, spec: BatchSpec, *, needs_state: bool = True) -> None:
+    """Raises `UserError` for a policy that lacks an input which LeRobot's class `name` can't do without."""
+    if not spec.cameras or (needs_state and not spec.state_dim):
+        raise UserError(
+            f"LeRobot's {name} needs a camera" + (" and a state" if needs_state else ""),
+            where="format",
+            remedy="set format=safetensors",
+        )

@@ -138,7 +138,11 @@ def bind_model(model: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def build_policy(model: Mapping[str, Any], spec: BatchSpec) -> Policy:
     """The policy of the settings `model`, untrained. Raises `UserError`."""
     target, options = bind_model(model)
-    return target(spec=spec, **options)
+    policy: Policy = target(spec=spec, **options)
+    if not any(policy.loss_weights.values()):
+        keys = " or ".join(f"model.{term}_weight" for term in policy.loss_weights)
+        raise UserError("all loss terms have weight 0: nothing would train", where="model", remedy=f"set {keys} to 1.0")
+    return policy
 
 
 def check_model(model: Mapping[str, Any], data: DataSettings) -> None:

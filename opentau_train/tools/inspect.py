@@ -3,8 +3,8 @@
     python -m opentau_train.tools.inspect +recipe=droid_policy data/augment=droid_cosmos [--out FILE.png] [--samples 4]
 
 Takes the arguments of `python -m opentau_train`. Writes one picture: a block for each sample, a row for each camera; on
-the left the frames of its window as validation sees them, oldest first, on the right as training does. Reads metadata
-and the frames that it shows.
+the left the frames of its window as validation sees them, oldest first and the future's last, on the right as training
+does. Reads metadata and the frames that it shows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -69,8 +70,8 @@ def samples(mixture: Mixture, batch_size: int, num: int) -> Iterator[tuple[str, 
                 continue
             name = mixture.datasets[address.dataset].name
             where = f"{name}, episode {both[0]['episode_index']}, frame {address.frame}"
-            shown = ("images", "prompt", "weight")
-            yield where, stack([{key: sample[key] for key in shown} for sample in both], mixture.spec)
+            shown = ("images", "future", "prompt", "mode", "weight")
+            yield where, stack([{k: sample[k] for k in shown if k in sample} for sample in both], mixture.spec)
 
 
 def sheet(settings: Settings, num: int) -> Image.Image:
@@ -88,8 +89,11 @@ def sheet(settings: Settings, num: int) -> Image.Image:
 def block(where: str, both: Batch) -> NDArray[np.uint8]:
     """[H, W, 3]: the rows of a sample's cameras under their captions."""
     rows = []
+    future = both.values.get("future", {})
+    none = next(iter(future.values()), both.weight)
     for camera, frames in both.images.items():
-        pixels = frames.movedim(2, -1).numpy()  # [2, h+1, H, W, 3]
+        later = [future.get(camera, torch.zeros_like(none))] if future else []
+        pixels = torch.cat([frames, *later], dim=1).movedim(2, -1).numpy()  # [2, h+1+F, H, W, 3]
         zoom = -(-WIDTH // pixels.shape[3])
         sides = [np.concatenate(list(side), axis=1).repeat(zoom, 0).repeat(zoom, 1) for side in pixels]
         gap = np.full((sides[0].shape[0], GAP, 3), 96, np.uint8)
@@ -98,7 +102,10 @@ def block(where: str, both: Batch) -> NDArray[np.uint8]:
         row = np.concatenate([sides[0], gap, sides[1]], axis=1)
         rows += [caption(row.shape[1], {0: texts[0], sides[0].shape[1] + GAP: texts[1]}), row]
     prompts = [f'"{prompt}"' if prompt else "no prompt" for prompt in both.prompt]
-    lines = [where, prompts[0] if prompts[0] == prompts[1] else f"{prompts[0]}; in training {prompts[1]}"]
+    lines = [
+        f"{where}, mode {both.mode[0]}" if future else where,
+        prompts[0] if prompts[0] == prompts[1] else f"{prompts[0]}; in training {prompts[1]}",
+    ]
     return np.concatenate([*rows, *(caption(rows[0].shape[1], {0: line}) for line in lines), rows[0][:GAP] * 0])
 
 

@@ -27,7 +27,7 @@ from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.mixture.table import align, weight_cell
+from opentau_train.data.mixture.table import align, modes_table, weight_cell
 from opentau_train.data.order import quality
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed import memory
@@ -92,6 +92,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
     return "\n".join(
         [
             *align(_sources(mixture, tape, epochs)),
+            *modes_table(mixture),
             "",
             f"training   {trainer.steps} steps x {tape.batch_size} = {samples} samples, {epochs:.2f} epochs of "
             f"{tape.epoch_size} windows, {tape.num_phases} phase{'s' * (tape.num_phases > 1)} each",

@@ -130,16 +130,15 @@ def plan_validation(
     first[1:] = (dataset[1:] != dataset[:-1]) | (episode[1:] != episode[:-1])
     gap = np.where(first, MAX_DECODE_GAP, np.minimum(np.diff(frame, prepend=0), MAX_DECODE_GAP))
     chosen = [[place for place, mode in enumerate(d.settings.modes) if mode in modes] for d in datasets]
-    entered = list(zip(dataset[first].tolist(), episode[first].tolist(), strict=True))
-    rows = [(i, datasets[d], e, m) for i, (d, e) in enumerate(entered) for m in chosen[d]]
-    episode_of, mode = np.array([(i, m) for i, _, _, m in rows], np.int64).reshape(-1, 2).T
-    num = np.array([len(places) for places in chosen], np.int64)[dataset]  # of rows that a window has
-    again = np.repeat(np.arange(len(dataset)), num)  # [N] which window
-    turn = np.arange(len(again)) - np.searchsorted(again, again)  # [N] which of its modes
-    item = np.searchsorted(episode_of, np.cumsum(first)[again] - 1) + turn
-    dataset, episode, frame, zeros = dataset[again], episode[again], frame[again], np.zeros(len(again), np.int64)
-    windows = Windows(np.arange(len(again)), zeros, dataset, zeros, episode, frame, ahead=zeros, mode=mode[item])
-    group_of = np.array([d.group_of[e] + m for _, d, e, m in rows], np.int64)
-    episodes = tuple((d.name, int(d.source.episodes.episode_index[e])) for _, d, e, _ in rows)
-    bounds = equal_spans(1.0 + FRAME_COST * np.where(turn == 0, gap[again], 0), num_ranks)
-    return ValidationPlan(mixture, windows, item, group_of, episode_of, episodes, bounds, batch_size)
+    pairs = [(window, place) for window, d in enumerate(dataset.tolist()) for place in chosen[d]]
+    again, mode = np.array(pairs, np.int64).reshape(-1, 2).T  # [N] which window, which of its dataset's modes
+    cost = 1.0 + FRAME_COST * np.where(np.diff(again, prepend=-1) > 0, gap[again], 0)
+    dataset, episode, frame, number = (column[again] for column in (dataset, episode, frame, np.cumsum(first)))
+    _, rows, item = np.unique(number * len(MODES) + mode, return_index=True, return_inverse=True)
+    of_rows = [(datasets[d], e, m) for d, e, m in zip(dataset[rows], episode[rows], mode[rows], strict=True)]
+    group_of = np.array([d.group_of[e] + m for d, e, m in of_rows], np.int64)
+    episodes = tuple((d.name, int(d.source.episodes.episode_index[e])) for d, e, _ in of_rows)
+    zeros = np.zeros(len(again), np.int64)
+    windows = Windows(np.arange(len(again)), zeros, dataset, zeros, episode, frame, ahead=zeros, mode=mode)
+    bounds = equal_spans(cost, num_ranks)
+    return ValidationPlan(mixture, windows, item, group_of, number[rows], episodes, bounds, batch_size)

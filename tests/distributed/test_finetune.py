@@ -78,6 +78,7 @@ def test_adapters_and_frozen_layers_train_alike_in_every_layout(tmp_path):
 
 @NEEDS_COMPILER
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_train_alike_compiled_by_inductor(tmp_path):
     train_all(of_adapters("flow", ["alone", "inductor"], tmp_path))
     assert_alike(tmp_path / "flow", ["inductor"])

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.kill_campaign import VARIANTS, campaign
 from tests.program import REPO
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timed]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timed]
 
 
 @pytest.mark.parametrize(("variant", "kills"), [("1 rank, async", 4), ("2 ranks", 3)])

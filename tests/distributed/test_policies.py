@@ -81,8 +81,10 @@ def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", [pytest.param(name, marks=() if name == "pi0" else pytest.mark.nightly) for name in POLICIES]
+)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
-    """Most of the time goes into the C++ compiler. A robot alone, unvalidated, has one shape of batches to compile for:
-    aot_eager is tried with several."""
+    """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,
+    has one shape of batches to compile for: aot_eager is tried with several."""
     trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")

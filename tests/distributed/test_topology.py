@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.modal import MODAL
 from tests.program import TOY, assert_close, metrics, run, train_all, train_here
 
 pytestmark = pytest.mark.distributed
@@ -60,9 +61,10 @@ def test_indivisible_global_batch_names_the_nearest_ones(tmp_path):
 
 def test_a_head_that_nothing_supervises_trains_alike_on_any_number_of_ranks(tmp_path):
     """DDP waits for the gradient of every parameter, and a source may supervise one head alone."""
-    flow_only = [*TOY, "data.sources.main.mode=flow", "data.sources.old.mode=flow", "trainer.steps=3"]
-    alone = metrics(train_here(flow_only, tmp_path / "one"))
-    done = run([*flow_only, f"paths.run_dir={tmp_path / 'two'}"], 2)
+    modes = ["data.sources.main.mode=inverse_dynamics", "data.sources.old.mode=forward_dynamics"]
+    some = [*TOY, *MODAL, *modes, "trainer.steps=3"]
+    alone = metrics(train_here(some, tmp_path / "one"))
+    done = run([*some, f"paths.run_dir={tmp_path / 'two'}"], 2)
     assert done.returncode == 0, done.stderr
     assert "Training/CE" not in alone[3]
     assert_close(metrics(tmp_path / "two"), alone, training=1e-4, validation=1e-4)

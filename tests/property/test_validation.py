@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opentau_train.checkpoints.saver import Saver
+from opentau_train.config.modes import MODES
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.order.tape import Tape
@@ -21,6 +22,7 @@ from opentau_train.metrics.sums import Sums, validation_row
 from opentau_train.types import EpisodeTable
 from opentau_train.validation.passes import Validation
 from opentau_train.validation.plan import equal_spans, plan_validation, validation_windows
+from tests.modal import MODAL
 from tests.program import DATA, TOY, metrics, train_here
 
 # -- the split, over random mixtures -----------------------------------------------------------------------------------
@@ -111,30 +113,56 @@ def test_spans_are_contiguous_cover_all_and_are_even(cost, parts):
         assert abs(cost[low:high].sum() - cost.sum() / parts) <= cost.max(initial=0) + 1e-9
 
 
-@given(sources, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
-def test_workers_together_read_every_window_once_and_ahead_only_in_their_own_run(found, batch_size, ranks, workers):
+def windows_of(blocks, dataset):
+    """(dataset, episode, frame) of every window, in the order of a plan."""
+    order = np.lexsort((blocks.start, blocks.number))
+    return [
+        (dataset, int(blocks.episode[b]), int(frame))
+        for b in order
+        for frame in blocks.frames(np.full(blocks.length[b], b), np.arange(blocks.length[b]))
+    ]
+
+
+@given(sources, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 15))
+def test_workers_together_read_every_window_once_a_mode_and_ahead_only_in_their_own_run(
+    found, batch_size, ranks, workers, which
+):
+    """`which` modes the datasets have, a bit each; the second one has the others, too. One of them isn't asked for."""
     opened = open_sources(found, 0, 1, False)
+    has = [[m for i, m in enumerate(MODES) if d == 1 or which & 1 << i] for d in range(len(opened))]
     datasets = [
         SimpleNamespace(
             name=f"d{i}",
             validation=held_out,
             group_of=np.zeros(len(table), int),
+            settings=SimpleNamespace(modes=dict.fromkeys(has[i], 1.0)),
             source=SimpleNamespace(episodes=table),
         )
         for i, (table, _, _, held_out) in enumerate(opened)
     ]
-    plan = plan_validation(SimpleNamespace(datasets=datasets), None, batch_size=batch_size, num_ranks=ranks)
+    shape = {"batch_size": batch_size, "num_ranks": ranks, "modes": MODES[:3]}
+    plan = plan_validation(SimpleNamespace(datasets=datasets), None, **shape)
     seen = []
     for rank, worker in itertools.product(range(ranks), range(workers)):
         batches = list(plan.for_worker(rank, worker, workers))
         rows = [row for b in batches for row in zip(b.dataset, b.episode, b.frame, b.ahead, b.t, strict=True)]
-        places = [row[:3] for row in rows]
+        places = list(dict.fromkeys(row[:3] for row in rows))
         assert all(len(b) == batch_size for b in batches[:-1])
-        for place, (dataset, episode, frame, ahead, t) in enumerate(rows):
+        for dataset, episode, frame, ahead, t in rows:
+            place = places.index((dataset, episode, frame))
             going_on = ((dataset, episode, frame + k) == at for k, at in enumerate(places[place + 1 :], start=1))
             assert ahead == sum(itertools.takewhile(bool, going_on))
             seen.append(t)
     assert seen == list(range(len(plan.windows)))
+    windows, item = plan.windows, plan.item
+    read = list(zip(windows.dataset, windows.episode, windows.frame, windows.mode, strict=True))
+    once = [w for d, of in enumerate(opened) for w in windows_of(of[3], d)]
+    assert read == [(d, e, f, m) for d, e, f in once for m, mode in enumerate(has[d]) if mode in MODES[:3]]
+    assert plan.group_of[item].tolist() == windows.mode.tolist()
+    addresses = {(d, e): i for i, (d, e) in enumerate(dict.fromkeys((d, e) for d, e, _, _ in read))}
+    assert plan.episode_of.tolist() == sorted(plan.episode_of.tolist())
+    whose = dict(zip(addresses.values(), dict.fromkeys(plan.episode_of.tolist()), strict=True))
+    assert plan.episode_of[item].tolist() == [whose[addresses[d, e]] for d, e, _, _ in read]
 
 
 # -- grouping ----------------------------------------------------------------------------------------------------------
@@ -170,19 +198,20 @@ def training(rows):
 
 
 def test_a_source_without_actions_leaves_the_robots_mse_unchanged_bit_for_bit(tmp_path):
-    """It supervises only the bins; placed before the robots, so that it moves every batch and every span."""
+    """It supervises only the future's pictures; placed before the robots, so it moves every batch and every span."""
     added = [
         f"data.sources.aaa.root={DATA / 'lerobot_v21'}",
         "data.sources.aaa.val_split_ratio=0.6",
-        "data.sources.aaa.mode=tokens",
+        "data.sources.aaa.mode=forward_dynamics",
         "data.sources.aaa.robot_type=speaker",
     ]
-    alone = metrics(train_here(FROZEN, tmp_path / "alone"))[2]
-    joined = metrics(train_here([*FROZEN, *added], tmp_path / "joined"))[2]
+    alone = metrics(train_here([*FROZEN, *MODAL], tmp_path / "alone"))[2]
+    joined = metrics(train_here([*FROZEN, *MODAL, *added], tmp_path / "joined"))[2]
     mse = {t: v for t, v in validation(alone).items() if "/MSE" in t}
-    assert len(mse) > 8 and mse == {t: v for t, v in validation(joined).items() if "/MSE" in t}
-    assert "Validation/aaa/default/CE" in joined and "Validation/speaker::default/CE" in joined
-    assert joined["Validation/CE"] != alone["Validation/CE"]
+    with_modes = {t.replace("/policy/", "/"): v for t, v in validation(joined).items() if "/MSE" in t}
+    assert len(mse) > 8 and mse == with_modes
+    assert "Validation/aaa/default/forward_dynamics/VISION_MSE" in joined and "Validation/VISION_MSE" not in alone
+    assert "Validation/speaker::default/forward_dynamics/VISION_MSE" in joined
 
 
 def test_permuting_the_config_changes_no_key_and_no_value(tmp_path):
@@ -239,6 +268,7 @@ def test_frozen_weights_give_the_same_bits_again_and_after_a_restart(tmp_path):
     assert validation(again[4]) == validation(rows[4])
 
 
+@pytest.mark.slow
 def test_more_noise_draws_change_the_mse_and_nothing_else(tmp_path):
     one = metrics(train_here(FROZEN, tmp_path / "one"))[2]
     four = metrics(train_here([*FROZEN, "validation.num_noise_draws=4"], tmp_path / "four"))[2]
@@ -248,6 +278,7 @@ def test_more_noise_draws_change_the_mse_and_nothing_else(tmp_path):
     assert one["Validation/main/default/MSE/N"] == four["Validation/main/default/MSE/N"]
 
 
+@pytest.mark.slow
 def test_a_source_for_validation_only_is_seen_in_no_batch_and_moves_no_aggregate(tmp_path):
     only = [
         f"data.sources.zoo.root={DATA / 'lerobot_v21'}",
@@ -284,6 +315,7 @@ def test_resuming_on_another_split_is_an_error_that_names_the_episodes(change, n
         train_here([*FROZEN, "trainer.steps=3", "resume=auto", change], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resumed(tmp_path):
     run = [*TOY, "trainer.steps=12", "validation.every=3", "checkpoint.every=2", "checkpoint.keep_last=1"]
     run += ["validation.best_margin=0.5", "validation.max_samples_per_group=16"]

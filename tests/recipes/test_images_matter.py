@@ -5,7 +5,7 @@ import pytest
 from tests import warm
 from tests.program import command, environment, metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.long]
 
 
 @pytest.mark.timeout(1500)

@@ -55,11 +55,8 @@ SMALL += ["validation.every=4", "validation.max_samples_per_group=4", "data.sour
 ROWS = {"aloha": 14, "so101": 6, "libero": 7}
 
 
-def slow(name: str):
-    return pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("recipe", [slow("aloha"), "so101", slow("libero")])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", POLICIES)
 def test_a_recipe_works_on_its_schema(recipe, tmp_path):
     root = write(tmp_path / "set", SCHEMAS[recipe])
     words = [f"+recipe={recipe}", f"data.sources.main.root={root}", *POLICIES[recipe], *SMALL]
@@ -91,7 +88,8 @@ def droid_root(tmp_path_factory):
     return ensure_droid_sample(tmp_path_factory.mktemp("cache"), spec)["joint"]
 
 
-@pytest.mark.parametrize("scale", [slow("laptop"), slow("node"), "cluster"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["laptop", "node", "cluster"])
 def test_droid_policy_takes_two_steps_at_each_scale(scale, droid_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(droid_root))
     run = train_here(["+recipe=droid_policy", f"scale={scale}", *TINY], tmp_path / "run")

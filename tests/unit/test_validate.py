@@ -76,11 +76,29 @@ def sums_of(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.stack([means * counts, counts], axis=-1)[:, None]
 
 
+def difference(new, old, counts, group_of, groups):
+    """Of one term, in rows of one episode each."""
+    return paired_difference(
+        sums_of(new, counts), sums_of(old, counts), group_of, groups, [1.0], np.arange(len(group_of))
+    )
+
+
+def test_rows_of_an_episode_in_several_modes_are_one_in_the_error():
+    """The same change in both modes says nothing that it doesn't say in one."""
+    rng = np.random.default_rng(5)
+    old, change, counts = rng.normal(5, 3, 10), rng.normal(-0.1, 0.05, 10), np.full(10, 8.0)
+    one = difference(old + change, old, counts, np.zeros(10, int), GROUPS[:1])
+    new, same, twice = np.repeat(old + change, 2), np.repeat(old, 2), np.full(20, 8.0)
+    modes, episode_of = np.tile([0, 1], 10), np.repeat(np.arange(10), 2)
+    both = paired_difference(sums_of(new, twice), sums_of(same, twice), modes, GROUPS[:2], [1.0], episode_of)
+    assert both == pytest.approx(one)
+
+
 def test_paired_difference_of_one_group_is_the_paired_t_tests():
     rng = np.random.default_rng(1)
     old, change = rng.normal(5, 3, 12), rng.normal(-0.1, 0.05, 12)
     counts, group_of = np.full(12, 8.0), np.zeros(12, int)
-    delta, error = paired_difference(sums_of(old + change, counts), sums_of(old, counts), group_of, GROUPS[:1], [1.0])
+    delta, error = difference(old + change, old, counts, group_of, GROUPS[:1])
     assert delta == pytest.approx(change.mean())
     assert error == pytest.approx(change.std(ddof=1) / np.sqrt(12))
 
@@ -93,7 +111,7 @@ def test_paired_difference_is_the_difference_of_the_aggregates_and_its_error_is_
     found = []
     for _ in range(400):
         new = old + rng.normal(-0.2, 0.3, 30)
-        found.append(paired_difference(sums_of(new, counts), sums_of(old, counts), group_of, GROUPS[:2], [1.0]))
+        found.append(difference(new, old, counts, group_of, GROUPS[:2]))
         means = [np.average(v[group_of == g], weights=counts[group_of == g]) for v in (new, old) for g in (0, 1)]
         assert found[-1][0] == pytest.approx(0.75 * (means[0] - means[2]) + 0.25 * (means[1] - means[3]))
     deltas, errors = np.array(found).T
@@ -106,7 +124,7 @@ def test_noise_alone_rarely_beats_two_standard_errors_and_a_real_gain_does():
 
     def beats(gain):
         new = old + rng.normal(-gain, 0.3, 30)
-        delta, error = paired_difference(sums_of(new, counts), sums_of(old, counts), group_of, GROUPS[:2], [1.0])
+        delta, error = difference(new, old, counts, group_of, GROUPS[:2])
         return -delta > 2 * error
 
     assert np.mean([beats(0.0) for _ in range(300)]) < 0.06
@@ -116,16 +134,11 @@ def test_noise_alone_rarely_beats_two_standard_errors_and_a_real_gain_does():
 def test_groups_of_one_episode_make_the_noise_larger_never_zero():
     counts, old = np.full(2, 5.0), np.array([3.0, 4.0])
     new = old - np.array([1.0, 0.1])
-    _, error = paired_difference(sums_of(new, counts), sums_of(old, counts), np.array([0, 1]), GROUPS[:2], [1.0])
+    _, error = difference(new, old, counts, np.array([0, 1]), GROUPS[:2])
     assert error > 0
     three = np.array([3.0, 3.5, 4.0])
-    _, error = paired_difference(
-        sums_of(three - np.array([0.1, 0.1, 1.0]), np.full(3, 5.0)),
-        sums_of(three, np.full(3, 5.0)),
-        np.array([0, 0, 1]),
-        GROUPS[:2],
-        [1.0],
-    )
+    changed = three - np.array([0.1, 0.1, 1.0])
+    _, error = difference(changed, three, np.full(3, 5.0), np.array([0, 0, 1]), GROUPS[:2])
     assert error == pytest.approx(0.25)  # the lone group's whole change, at its share
 
 
@@ -133,6 +146,7 @@ def best_of(tmp_path, num_episodes=6):
     plan = SimpleNamespace(
         episodes=tuple(("a", n) for n in range(num_episodes)),
         group_of=np.zeros(num_episodes, int),
+        episode_of=np.arange(num_episodes),
         mixture=SimpleNamespace(groups=tuple(GROUPS[:1])),
     )
     return Best(tmp_path, plan, {"mse": 1.0}, 2.0)

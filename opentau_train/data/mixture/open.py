@@ -101,11 +101,10 @@ def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
     mixture = _without(mixture, {episode for known in stats.values() for episode in known.left_out})
     for head, known in stats.items():
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)
-        if flat:
-            log.warning("norm head %s: constant, left at zero: %s", head, ", ".join(flat))
         rare = normalize.rare_dimensions(known, mixture.settings.normalization)
-        if rare:
-            log.warning("norm head %s: by min and max, since q01 is q99: %s", head, ", ".join(rare))
+        for names, what in ((flat, "constant, left at zero"), (rare, "by min and max, since q01 is q99")):
+            if names:
+                log.warning("norm head %s: %s: %s", head, what, ", ".join(names))
     return dataclasses.replace(mixture, stats=stats, pipelines=_pipelines(mixture, stats))
 
 

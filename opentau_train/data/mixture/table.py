@@ -33,12 +33,20 @@ def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters:
     return "\n".join(
         [
             *align(rows),
+            *modes_table(mixture),
             *([f"transforms of {'; '.join(made)}"] if made else []),
             f"batch: state {spec.state_dim}, actions {spec.chunk_length} x {spec.action_dim}, "
             f"{len(spec.cameras)} cameras {spec.image_size[0]}x{spec.image_size[1]}, history {spec.history}; "
             f"validation: {num_validation_windows} windows; policy: {num_parameters / 1e6:.2f} M parameters",
         ]
     )
+
+
+def modes_table(mixture: Mixture) -> list[str]:
+    """A line on each source's modes and the future frames, none where there are no such frames."""
+    shares = [f"{d.name}: " + ", ".join(f"{m} {p:.0%}" for m, p in d.settings.modes.items()) for d in mixture.datasets]
+    future = f"{mixture.spec.future} future frames of {', '.join(mixture.spec.future_cameras)}"
+    return [f"modes of {'; '.join(shares)}; {future}"] if mixture.spec.future else []
 
 
 def weight_cell(dataset: Dataset, drawn: int) -> str:

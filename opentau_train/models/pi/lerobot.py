@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opentau_train.errors import UserError
-from opentau_train.models.lerobot import NORMALIZER, STEPS, LerobotExport, Step
+from opentau_train.models.lerobot import NORMALIZER, STEPS, LerobotExport, Step, check_inputs
 from opentau_train.models.pi.parts import MAX_PERIOD, MIN_PERIOD
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
 
@@ -55,7 +55,8 @@ def weights(policy: PiPolicy) -> dict[str, Tensor]:
 
 
 def export(policy: PiPolicy) -> LerobotExport:
-    """Raises `UserError` for sizes that LeRobot's configuration can't say."""
+    """Raises `UserError` for sizes that LeRobot's configuration can't say, and inputs that its class needs."""
+    check_inputs(policy.form, policy.spec)
     if policy.sizes != PUBLISHED:
         raise UserError(
             f"LeRobot's {policy.form} has the published sizes only",

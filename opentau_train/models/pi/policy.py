@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import Count
+from opentau_train.config.typed import Count, LossWeight
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.models import prompts
@@ -86,8 +86,8 @@ class PiPolicy(Policy):
         insulate: bool = False,
         time: FlowTime = "beta",
         num_flow_steps: Count = 10,
-        mse_weight: float = 1.0,
-        ce_weight: float = 1.0,
+        mse_weight: LossWeight = 1.0,
+        ce_weight: LossWeight = 1.0,
     ):
         super().__init__()
         limits = dict(zip(LIMITS, (max_state_dim, max_action_dim, max_chunk_length), strict=True))

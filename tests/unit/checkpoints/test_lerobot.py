@@ -91,6 +91,7 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
         (make_act(loaded.spec), pipeline, "LeRobot's ACT has frozen_batch only"),
         (make_act(wide, backbone_norm="frozen_batch"), pipeline, "have 7 dimensions, the policy 9"),
         (make_diffusion(blind), pipeline, "LeRobot's diffusion policy needs a camera and a state"),
+        (make_act(blind, backbone_norm="frozen_batch"), pipeline, "LeRobot's ACT needs a camera"),
         (loaded.policy, scaled, "the transform 'units' changes state or actions"),
         (loaded.policy, cropped, "the transform 'crop' changes state or actions, or crops pictures"),
     ):

@@ -137,6 +137,7 @@ def test_sizes_that_make_no_policy_are_refused_before_data_are_opened(option):
         bind_model({"_target_": "opentau_train.models.act.ActPolicy", **option})
 
 
+@pytest.mark.slow
 def test_any_dataset_trains_it_by_one_word(tmp_path):
     words = ["+recipe=lerobot", f"data.sources.main.root={DATA / 'lerobot_v30'}", "model=act_tiny", "+debug=smoke"]
     small = ["data.image_size=[32,32]", "trainer.global_batch_size=4", "data.num_workers=0", "logger=none"]

@@ -183,6 +183,7 @@ def test_a_policy_without_inputs_is_refused():
         make_diffusion(dataclasses.replace(SPEC, cameras=(), state_dim=0))
 
 
+@pytest.mark.slow
 def test_any_dataset_trains_it_by_one_word(tmp_path):
     words = [
         "+recipe=lerobot",

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from opentau_train.data.transforms.pipeline import meet
 from opentau_train.errors import UserError
 from tests.unit.models.flow_cases import SPEC, Noise, make_batch, make_noise, make_policy, total
 
@@ -70,11 +69,12 @@ def test_network_sees_the_interpolation_between_noise_and_actions(policy):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_equal_term_counts_and_the_real_entries(policy, seed):
-    batch = make_batch(seed=seed, mode=["policy", "flow", "tokens", "policy"], weight=torch.tensor([1.0, 1, 1, 0]))
+    modes = ["policy", "inverse_dynamics", "forward_dynamics", "policy"]
+    batch = make_batch(seed=seed, mode=modes, weight=torch.tensor([1.0, 1, 1, 0]))
     counts = policy.term_counts(batch)
     terms = policy(batch, make_noise(batch))
     assert list(terms) == list(counts) == list(policy.loss_weights)
-    assert {t: c.tolist() for t, c in counts.items()} == {"mse": [24, 24, 0, 0], "ce": [24, 0, 12, 0]}
+    assert {t: c.tolist() for t, c in counts.items()} == {"mse": [24, 24, 0, 0], "ce": [24, 0, 0, 0]}
     for term, (sums, count) in terms.items():
         assert torch.equal(count, counts[term]) and sums.dtype == count.dtype == torch.float32
         assert torch.equal(sums == 0, count == 0)
@@ -125,8 +125,8 @@ def test_sample_loses_the_same_alone_and_in_any_batch(policy, seed):
     ("changes", "silent"),
     [
         ({"weight": torch.zeros(4)}, ("mse", "ce")),
-        ({"mode": ["flow"] * 4}, ("ce",)),
-        ({"mode": ["tokens"] * 4}, ("mse",)),
+        ({"mode": ["inverse_dynamics"] * 4}, ("ce",)),
+        ({"mode": ["forward_dynamics"] * 4}, ("mse", "ce")),
         ({"action_is_pad": torch.ones(4, 6, dtype=torch.bool)}, ("mse", "ce")),
     ],
 )
@@ -210,7 +210,7 @@ def test_every_parameter_gets_a_finite_gradient(spec):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("mode", ["policy", "flow", "tokens"])
+@pytest.mark.parametrize("mode", ["policy", "inverse_dynamics", "forward_dynamics"])
 def test_every_parameter_is_in_the_graph_of_every_batch(policy, mode):
     absent = torch.zeros(2, dtype=torch.bool)
     batch = make_batch(
@@ -249,11 +249,6 @@ def test_same_seed_builds_the_same_policy():
     a, b, c = make_policy(seed=1), make_policy(seed=1), make_policy(seed=2)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.velocity_out.weight, c.velocity_out.weight)
-
-
-def test_unknown_mode_names_the_nearest(policy):
-    with pytest.raises(UserError, match="did you mean 'tokens'"):
-        meet(dataclasses.replace(SPEC, modes=("policy", "token")), policy.wants())
 
 
 @pytest.mark.parametrize(

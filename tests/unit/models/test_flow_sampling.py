@@ -80,7 +80,7 @@ def test_compiled_forward_gives_the_same_losses_for_new_prompts_without_recompil
     counters = torch._dynamo.utils.counters
     for seed in range(3):
         prompts = [f"task {seed} {i}" * (seed + 1) for i in range(4)]
-        modes = [["policy", "flow", "tokens"][(i + seed) % 3] for i in range(4)]
+        modes = [["policy", "inverse_dynamics", "forward_dynamics"][(i + seed) % 3] for i in range(4)]
         batch = make_batch(seed=seed, prompt=prompts, mode=modes)
         noise = make_noise(batch, seed)
         for term, (sums, counts) in compiled(batch, noise).items():

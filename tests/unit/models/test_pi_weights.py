@@ -124,6 +124,9 @@ def test_the_published_sizes_are_exported_with_lerobots_settings():
     with torch.device("meta"):
         policy = build_policy(tree, spec)
         made = policy.lerobot_export()
+        for lacking in ({"cameras": ()}, {"state_dim": 0}):
+            with pytest.raises(UserError, match="LeRobot's pi05 needs a camera and a state"):
+                build_policy(tree, dataclasses.replace(spec, **lacking)).lerobot_export()
     assert round(sum(p.numel() for p in policy.parameters()) / 1e9, 1) == 3.4
     assert made.config["type"] == "pi05" and made.config["chunk_size"] == 50
     assert [name for name, _ in made.steps][2:5] == [

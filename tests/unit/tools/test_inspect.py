@@ -13,6 +13,7 @@ from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.tools import inspect
 from opentau_train.types import Address
+from tests.modal import MODAL
 from tests.program import DATA, TOY
 from tests.unit.data.load.test_real_stream import mixture
 
@@ -45,6 +46,25 @@ def test_shows_each_camera_and_frame_as_validation_and_training_see_it(tmp_path,
     assert dropped
     captions = sheet[block - 2 * inspect.LINE - inspect.GAP : block - inspect.GAP]
     assert captions[: inspect.LINE].any() and captions[inspect.LINE :].any()
+
+
+def test_shows_the_future_of_samples_that_have_one_behind_their_frames(tmp_path, capsys):
+    out, words = tmp_path / "sheet.png", [*MODAL, "data.sources.main.mode=wam", "data.future.cameras=[wrist]"]
+    assert inspect.main([*TOY, *words, "--out", str(out), "--samples", "6"]) == EXIT_OK
+    sheet, opened = np.asarray(Image.open(out)), mixture(tmp_path, *words)
+    windows, height = opened.tape(4).windows(np.arange(6)), 2 * (inspect.LINE + 192) + 2 * inspect.LINE + inspect.GAP
+    assert sheet.shape == (6 * height, 2 * 3 * 192 + inspect.GAP, 3)
+    builder = SampleBuilder(opened, training=False)
+    for row in range(6):
+        where = (int(c[row]) for c in (windows.dataset, windows.episode, windows.frame, windows.pass_index))
+        sample = builder.build(0, Address(*where))
+        future = stack([sample], opened.spec).future["wrist"][0].movedim(1, -1).numpy()
+        for camera, wanted in (("front", np.zeros_like(future)), ("wrist", future)):
+            top = row * height + inspect.LINE + (camera == "wrist") * (inspect.LINE + 192)
+            shown = sheet[top : top + 192, 192 : 3 * 192][3::6, 3::6]
+            assert np.array_equal(shown, np.concatenate(list(wanted), axis=1))
+        assert future.any() == (sample["mode"] == "wam")
+    builder.close()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.tools import plan
+from tests.modal import MODAL
 from tests.program import DATA, TOY, metrics, train_here
 
 
@@ -61,6 +62,17 @@ def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
 
 
+def test_modes_are_told_and_what_lanes_hold_of_the_future(tmp_path, capsys):
+    """128 frames ahead at 32x32: some 390 kB a camera and lane of the source that reads them."""
+    joint = ["data.sources.main.mode=joint", "data.sources.main.mode_probabilities={policy:3,wam:1}"]
+    plain, text = (report(tmp_path, capsys, *MODAL, "data.future.stride=64", *words) for words in ([], joint))
+    assert "modes of main: policy 75%, wam 25%; old: policy 100%; 2 future frames of front, wrist" in text
+    assert "modes of main: policy 100%; old: policy 100%; 2 future frames of front, wrist" in plain
+    assert "future" not in report(tmp_path, capsys)
+    held = [int(re.search(r"about (\d+) MB", report_of)[1]) for report_of in (plain, text)]
+    assert 2 <= held[1] - held[0] <= 16 * 2 * 0.4
+
+
 def memory_rows(text: str) -> dict[int, dict[str, str]]:
     """{ranks: {column: cell}} of the memory's table."""
     lines = [re.split(r"  +", line) for line in text[text.index("\nmemory ") + 1 :].splitlines()]
@@ -83,6 +95,7 @@ def test_memory_is_what_the_run_says_and_what_shards_and_samples_make_of_it(tmp_
     assert quarter == pytest.approx(whole / 4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_what_trains_and_of_its_numbers(tmp_path, capsys):
     full, adapters, half = (
         {part: float(rows[1][part].split()[0]) for part in ("parameters", "gradients", "moments")}
@@ -97,6 +110,7 @@ def test_memory_is_that_of_what_trains_and_of_its_numbers(tmp_path, capsys):
     assert half["moments"] == pytest.approx(adapters["moments"] / 2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_too_small_a_device_is_told_of_with_arguments_that_take_less(tmp_path, capsys):
     assert "warning    --ranks" not in report(tmp_path, capsys, "--device-memory=1")
     text = report(tmp_path, capsys, "--device-memory=0.005", "model.depth=3")

@@ -86,6 +86,7 @@ def test_another_list_of_evaluators_is_a_warning_of_a_resume():
     assert (change.key, change.kind) == ("validation.evaluators", "warned")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_is_validated_and_goes_on_by_its_old_command(tmp_path):
     run = [*TOY, "trainer.steps=2", "validation.every=2"]
     train_here([*run, *NEW], tmp_path / "run")
