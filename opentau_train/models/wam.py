@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from opentau_train.config.data import DataSettings
 from opentau_train.config.modes import MODES
-from opentau_train.config.typed import Count, positive
+from opentau_train.config.typed import Count, LossWeight, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError
@@ -78,7 +78,7 @@ class WamPolicy(FlowPolicy):
         future_time: FlowTime = "uniform",
         future_time_shift: Annotated[float, positive] = 1.0,
         shared_time: bool = True,
-        vision_mse_weight: float = 1.0,
+        vision_mse_weight: LossWeight = 1.0,
         **flow: Annotated[Any, FlowPolicy],
     ):
         super().__init__(spec, **flow)
