@@ -3,10 +3,10 @@
     python benchmarks/modes.py [--steps 400] [--seeds 0 1 2]
 
 `model=wam_tiny`, narrower, is trained by the command line once in each mode, with equal steps, samples and seeds, three
-cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out windows
-after each third of the run: of the modes that predict actions the mean absolute error of sampled chunks, of those that
-predict the future the PSNR of sampled frames beside that of the copied present one; means over seeds with the standard
-deviation, and in how many seeds a mode is better than *policy*, or than the copy.
+cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out
+windows after each third of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
+those that predict the future the PSNR of sampled frames beside that of the copied present one; means over seeds with
+the standard deviation, and in how many seeds a mode is better than *policy*, or than the copy.
 """
 
 from __future__ import annotations
