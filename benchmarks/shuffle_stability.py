@@ -195,7 +195,8 @@ def describe(
 def momentum(order: Order, step: int, rho, rho_0: float, horizon: int = 44) -> float:
     steps = range(max(0, step + 1 - horizon), step + 1)
     parts = [order(s) for s in steps]
-    joined = Windows(*(np.concatenate([getattr(p, n) for p in parts]) for n in Windows.__dataclass_fields__))
+    columns = [name for name in Windows.__dataclass_fields__ if getattr(parts[0], name) is not None]
+    joined = Windows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns})
     weight = np.repeat(quality.MOMENTUM ** (step - np.array(steps, np.float64)), BATCH)
     return quality.inflation(joined, rho, weight, rho_0)
 

@@ -240,5 +240,5 @@ class DataSettings:
                     remedy=f"set {key}={self.expect_mode}, or choose another recipe; {path}.expect_mode=null trains it",
                 )
             if not self.future.num_frames and set(source.modes) & set(WITH_FUTURE):
-                what = f"{key}={source.mode} learns with future frames, and {path}.future.num_frames is 0"
-                raise UserError(what, remedy=f"set {path}.future.num_frames=4, or leave the mode out")
+                what, remedy = f"and {path}.future.num_frames is 0", f"set {path}.future.num_frames=4"
+                raise UserError(f"{key}={source.mode} learns with future frames, {what}", remedy=remedy)

@@ -54,9 +54,9 @@ class ModeSettings:
     def check_for(self, mode: str, path: str) -> None:
         """Raises `UserError` where the source at `path` has another `mode` than `joint`, or none of these."""
         if (mode == "joint") != any(vars(self).values()):
-            lacks = f"set '{path}.mode_probabilities={{policy:0.5,wam:0.5}}'"
-            remedy = lacks if mode == "joint" else f"set {path}.mode=joint, or leave them out"
-            are = "not set" if mode == "joint" else "set"
+            are, remedy = "set", f"set {path}.mode=joint, or leave them out"
+            if mode == "joint":
+                are, remedy = "not set", f"set '{path}.mode_probabilities={{policy:0.5,wam:0.5}}'"
             raise UserError(f"{path}.mode={mode}, and {path}.mode_probabilities are {are}", remedy=remedy)
 
 

@@ -163,8 +163,8 @@ class PresenceField(_PerCamera):
     pictures: str = "images"
 
     def stack(self, samples: Sequence[Sample], spec: BatchSpec) -> dict[str, Tensor]:
-        present = [sample.get(self.pictures, {}) for sample in samples]
-        return {c: torch.tensor([c in pictures for pictures in present]) for c in getattr(spec, self.cameras)}
+        cameras = getattr(spec, self.cameras)
+        return {c: torch.tensor([c in s.get(self.pictures, {}) for s in samples]) for c in cameras}
 
 
 FIELDS: tuple[Field, ...] = (

@@ -212,7 +212,6 @@ class LeRobotCursor:
         ring, last = self._rings[camera], wanted[-1]
         for old in [f for f in ring if f < wanted[0]]:
             del ring[old]
-        ahead = min(ahead, int(self._reading.episodes.length[self._episode]) - 1 - last)
         for f in range(wanted[0], last + 1):
             if f not in ring:
                 self._fill(camera, f, ahead + last - f)

@@ -85,10 +85,9 @@ class SampleBuilder:
 
     def _place(self, address: Address, key: int) -> int:
         """Which of the dataset's modes the sample has."""
-        bounds = self._bounds[address.dataset]
-        if address.mode >= 0 or not bounds:
+        if address.mode >= 0 or not self._bounds[address.dataset]:
             return max(address.mode, 0)
-        return bisect_right(bounds, SampleDraws(key, "mode").uniform())
+        return bisect_right(self._bounds[address.dataset], SampleDraws(key, "mode").uniform())
 
     def _cursor(self, lane: int, dataset: int) -> Cursor:
         held = self._lanes.get(lane)

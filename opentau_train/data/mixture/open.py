@@ -246,7 +246,8 @@ def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]
     heads = tuple(dict.fromkeys(g.norm_head for g in groups))
     modes = tuple(dict.fromkeys(mode for d in datasets for mode in d.settings.modes))
     shape = data.image_size, data.history, state_dim, action_dim, max(d.chunk_length for d in datasets)
-    future = data.future.num_frames, data.future.stride, _future_cameras(data, datasets, cameras)
+    seen = _future_cameras(data, datasets, cameras) if data.future.num_frames else ()
+    future = data.future.num_frames, data.future.stride, seen
     spec = BatchSpec(cameras, *shape, heads, modes, *future)
     return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
 
@@ -254,8 +255,6 @@ def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]
 def _future_cameras(data: DataSettings, datasets: list[Dataset], cameras: tuple[str, ...]) -> tuple[str, ...]:
     """Those that `data.future` chooses. Raises `UserError` for one that isn't there, and for a dataset that has none of
     them and a mode that learns with future frames."""
-    if not data.future.num_frames:
-        return ()
     where, chosen = "data.future.cameras", cameras if data.future.cameras is None else data.future.cameras
     for camera in set(chosen) - set(cameras):
         near = did_you_mean(camera, cameras)

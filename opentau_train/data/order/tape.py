@@ -54,8 +54,7 @@ class Windows:
 
     def select(self, keep: NDArray | slice) -> Windows:
         """Only the windows at the places (or under the mask) `keep`."""
-        columns = {n: getattr(self, n) for n in self.__dataclass_fields__}
-        return Windows(**{n: column[keep] for n, column in columns.items() if column is not None})
+        return Windows(**{name: column[keep] for name, column in vars(self).items() if column is not None})
 
 
 def frames_ahead(dataset: I64, episode: I64, frame: I64) -> I64:

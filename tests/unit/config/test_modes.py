@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from opentau_train import cli
+from opentau_train.config.drift import compare
 from opentau_train.config.modes import MODES, ModeSettings
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import UserError
@@ -95,6 +97,26 @@ def test_a_policy_without_the_mode_refuses_it_before_data_are_opened(model):
         base[-1] = "data.image_size=[32,32]"
     error = refused("data.future.num_frames=2", f"{MAIN}.mode=inverse_dynamics", base=base)
     assert "has no mode 'inverse_dynamics', it knows policy" in error.what and error.where == f"{MAIN}.mode"
+
+
+def test_a_resume_may_change_modes_with_a_warning_and_no_future():
+    before = tree([*TOY, *MODAL])
+    for words, kind in (
+        ([f"{MAIN}.mode=wam"], {f"{MAIN}.mode": "warned"}),
+        (["data.future.num_frames=3"], {"data.future.num_frames": "refused"}),
+        (["data.future.stride=2"], {"data.future.stride": "refused"}),
+        (["data.future.cameras=[wrist]"], {"data.future.cameras": "refused"}),
+        (["data.expect_mode=policy"], {"data.expect_mode": "safe"}),
+    ):
+        assert {change.key: change.kind for change in compare(before, tree([*TOY, *MODAL, *words]))} == kind
+    joint = [f"{MAIN}.mode=joint", f"{MAIN}.mode_probabilities.wam=1"]
+    changes = compare(before, tree([*TOY, *MODAL, *joint]))
+    assert [c.kind for c in changes] == ["warned", "warned"]
+    old = copy.deepcopy(before)  # of a version that had neither
+    for source in old["data"]["sources"].values():
+        source.pop("mode_probabilities", None)
+    del old["data"]["future"], old["data"]["expect_mode"]
+    assert compare(old, tree([*TOY, *MODAL, "data.future.num_frames=0"])) == []
 
 
 def test_a_recipe_that_is_named_for_the_policy_trains_it_alone():

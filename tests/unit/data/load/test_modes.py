@@ -76,6 +76,54 @@ def test_a_policy_s_sample_is_the_same_in_a_joint_run_and_holds_no_future(tmp_pa
     assert [g.tag for g in groups] == [f"{alone.groups[g].tag}/policy" for g in other.group.tolist()]
 
 
+def test_a_group_s_share_is_its_dataset_s_times_how_often_its_mode_is_drawn(tmp_path):
+    joint, alone = mixture(tmp_path, *JOINT), mixture(tmp_path)
+    of = {g.tag: g.share for g in alone.groups}
+    often = {"policy": 0.5, "wam": 0.25, "inverse_dynamics": 0.25}
+    assert {g.tag: g.share for g in joint.groups} == {
+        **{f"main/default/{mode}": part * of["main/default"] for mode, part in often.items()},
+        "old/default/policy": of["old/default"],
+    }
+
+
+def test_a_robot_s_observation_has_no_future(tmp_path):
+    opened = mixture(tmp_path, *WAM)
+    observation = {"images": {"wrist": np.full((32, 32, 3), 9, np.uint8)}, "state": np.zeros(7, np.float32)}
+    batch = opened.pipelines[0].observe([observation], opened.groups[0].norm_head, opened.spec)
+    assert batch.mode == ["policy"] and batch.images["wrist"].any() and batch.future_is_pad.all()
+    assert not any(present.any() for present in batch.future_mask.values())
+
+
+def test_a_window_is_validated_in_each_mode_with_that_mode_s_fields_alone(tmp_path):
+    opened, places = mixture(tmp_path, *JOINT), range(3)
+    with closing(SampleBuilder(opened, training=False)) as builder:
+        samples = [builder.build(0, Address(0, 0, 2, 0, place)) for place in places]
+        decoded = next(iter(builder._factories.values())).frames_decoded
+        builder.build(0, Address(0, 0, 2, 0, 1))
+        assert next(iter(builder._factories.values())).frames_decoded == decoded
+    batch = stack(samples, opened.spec)
+    assert batch.mode == ["policy", "wam", "inverse_dynamics"]
+    assert [opened.groups[g].mode for g in batch.group.tolist()] == batch.mode
+    assert batch.future_is_pad.all(1).tolist() == [True, False, False]
+    for camera, frames in batch.future.items():
+        assert batch.future_mask[camera].tolist() == [False, True, True] and not frames[0].any()
+        assert torch.equal(frames[1], frames[2]) and frames[1].any()
+    assert len(set(batch.key.tolist())) == 1  # the same noise in all
+
+
+def test_a_policy_s_sample_of_a_joint_source_decodes_no_future(tmp_path):
+    opened = mixture(tmp_path, *JOINT)
+    decoded = {}
+    for pass_index in range(12):
+        with closing(SampleBuilder(opened, training=True)) as builder:
+            sample = builder.build(0, Address(0, 0, 2, pass_index))
+            decoded[sample["mode"]] = next(iter(builder._factories.values())).frames_decoded
+    alone = mixture(tmp_path)
+    with closing(SampleBuilder(alone, training=True)) as builder:
+        builder.build(0, Address(0, 0, 2, 0))
+        assert next(iter(builder._factories.values())).frames_decoded == decoded["policy"] < decoded["wam"]
+
+
 def test_a_batch_has_the_chosen_cameras_frames_and_says_which_are_there(tmp_path):
     opened = mixture(tmp_path, *WAM, "data.future.cameras=[wrist]", "data.history=1")
     last = int(opened.datasets[0].source.episodes.length[0]) - 1
