@@ -36,8 +36,6 @@ def drawn(folder: Path) -> list[str]:
     import tokenizers
     from transformers import BertConfig, BertModel
 
-    from opentau_train.models.encoders import VisionEncoder
-
     text = folder / "bert"
     text.mkdir()
     words = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "pick": 2, "the": 3}, unk_token="[UNK]")
@@ -49,8 +47,15 @@ def drawn(folder: Path) -> list[str]:
     (text / "config.json").write_text(json.dumps(config.to_dict()))
     torch.manual_seed(0)
     save_file(BertModel(config).state_dict(), text / "model.safetensors")
+    return [f"model.text_encoder={text}", f"model.vision_encoder={drawn_features(folder)}"]
+
+
+def drawn_features(folder: Path) -> Path:
+    """A file of MobileNetV2's weights in `folder`, all numbers drawn."""
+    from opentau_train.models.encoders import VisionEncoder
+
     features = VisionEncoder((32, 32), 8, frozen=False).features
     for parameter in features.parameters():
         torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
     save_file({f"features.{k}": v for k, v in features.state_dict().items()}, folder / "vision.safetensors")
-    return [f"model.text_encoder={text}", f"model.vision_encoder={folder / 'vision.safetensors'}"]
+    return folder / "vision.safetensors"

@@ -214,8 +214,7 @@ def bind(
             f"{path} has no {TARGET}", remedy=f"choose a file of conf/{path.replace('.', '/')}/, or name a class"
         )
     target = locate(tree[TARGET], path)
-    signature = inspect.signature(target)
-    by_name = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_name, hints, takes_any = _arguments(target, path)
     known = {n: p for n, p in by_name.items() if n not in given}
     taken = next((n for n in known if n in others), None)
     if taken is not None:
@@ -225,13 +224,11 @@ def bind(
             remedy="give the argument another name",
         )
     options = {k: v for k, v in tree.items() if k != TARGET and k not in others}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     checked = {k: v for k, v in options.items() if k in given or not takes_any}
     _refuse_unknown(checked, [*known, *others], path)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
         raise UserError(f"{path}.{missing[0]} is required but not set", remedy=f"add {path}.{missing[0]}=VALUE")
-    hints = _hints(target, path)
     values = {}
     for name, value in options.items():
         unset = value is None and name in known and known[name].default is None  # `size: int = None`
@@ -247,8 +244,20 @@ def defaults(target: Any) -> dict[str, tuple[Any, Mapping[str, Any]]]:
     except UserError:
         return {}
     metadata = {f.name: f.metadata for f in dataclasses.fields(located)} if dataclasses.is_dataclass(located) else {}
-    parameters = inspect.signature(located).parameters.items()
+    parameters = _arguments(located, TARGET)[0].items()
     return {n: (p.default, metadata.get(n, {})) for n, p in parameters if p.default is not p.empty}
+
+
+def _arguments(target: Any, path: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """The arguments that have names, all types, and whether it takes any others. `**options: Annotated[Any, CLASS]`
+    are what CLASS takes, which they are passed on to."""
+    parameters, hints = inspect.signature(target).parameters.values(), _hints(target, path)
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    rest = next((hints.get(p.name, Any) for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    if typing.get_origin(rest) is not Annotated:
+        return named, hints, rest is not None
+    passed_on, their_hints, takes_any = _arguments(typing.get_args(rest)[1], path)
+    return passed_on | named, their_hints | hints, takes_any
 
 
 def _hints(target: Any, path: str) -> dict[str, Any]:

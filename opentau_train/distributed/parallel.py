@@ -145,7 +145,8 @@ def spread(
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
     if allocate is not None:
         allocate(world.device)
-    register_fsdp_forward_method(policy, "sample_actions")
+    for name in policy.samplers:
+        register_fsdp_forward_method(policy, name)
     return Replicas(policy, sharded=True, gather_once=execution.gather_once)
 
 

@@ -91,18 +91,22 @@ class Draws:
         return (low - ((low >> 31) << 32)).to(torch.int32), (key >> 32).to(torch.int32)
 
 
-FlowTime = Literal["uniform", "beta", "logit_normal"]
+FlowTime = Literal["uniform", "beta", "logit_normal", "heavy_tailed"]
+_HEAVY_TAILS = 1.29
 
 
-def flow_time(draws: Draws, distribution: FlowTime) -> Tensor:
-    """[B] float32, the share of noise at which a flow is trained, in (0, 1).
+def flow_time(draws: Draws, distribution: FlowTime, name: str = "time") -> Tensor:
+    """[B] float32, the share of noise at which a flow is trained, in (0, 1), drawn as `name`.
 
     `beta`: Beta(1.5, 1) scaled to 0.001 + 0.999 x, more often near the noise, as pi0's (Black et al. 2024, appendix B,
-    where 1 - t has this density); `logit_normal`: the sigmoid of a standard normal number (Esser et al. 2024).
+    where 1 - t has this density). Of Esser et al. 2024: `logit_normal`, the sigmoid of a standard normal number, and
+    `heavy_tailed`, more often in the middle, with both ends kept: their mode sampling, of scale 1.29.
     """
     if distribution == "logit_normal":
-        return torch.sigmoid(draws.normal("time"))
-    time = draws.uniform("time")
+        return torch.sigmoid(draws.normal(name))
+    time = draws.uniform(name)
+    if distribution == "heavy_tailed":
+        return 1.0 - time - _HEAVY_TAILS * (torch.cos(0.5 * math.pi * time).square() - 1.0 + time)
     return time if distribution == "uniform" else 0.999 * time ** (2 / 3) + 0.001
 
 

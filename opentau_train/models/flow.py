@@ -258,8 +258,11 @@ class FlowPolicy(Policy):
         return cache
 
     def _action_tokens(self, noised: Tensor, time: Tensor) -> Tensor:
-        embedded = self.time_out(F.silu(self.time_in(time_features(time, self.time_in.in_features))))
-        return self.action_in(noised) + embedded[:, None] + self.action_embed
+        return self.action_in(noised) + self._time_embed(time) + self.action_embed
+
+    def _time_embed(self, time: Tensor) -> Tensor:
+        """[B, 1, D] of flow times [B]."""
+        return self.time_out(F.silu(self.time_in(time_features(time, self.time_in.in_features))))[:, None]
 
     def _velocity(self, tokens: Tensor) -> Tensor:
         return self.velocity_out(self.norm_actions(tokens)).float()
@@ -274,7 +277,7 @@ class FlowPolicy(Policy):
     def _supervised(self, batch: Batch) -> dict[str, Tensor]:
         """{term: [B, T, A] bool}, the elements that count."""
         real = real_actions(batch)
-        return {term: real & batch.supervised[:, k, None, None] for k, term in enumerate(self.loss_weights)}
+        return {term: real & batch.supervised[:, k, None, None] for k, term in enumerate(("mse", "ce"))}
 
 
 def _check(

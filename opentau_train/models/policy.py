@@ -46,6 +46,9 @@ class Policy(nn.Module, ABC):
     modes: ClassVar[tuple[str, ...]] = ("policy",)
     """The modes of samples that it knows (`config.modes`): what each means to it is in the batch's `mode`."""
 
+    samplers: ClassVar[tuple[str, ...]] = ("sample_actions",)
+    """Its methods that use parameters outside of `forward`: where it is sharded, they gather them as `forward` does."""
+
     encoders: ClassVar[Mapping[str, WeightMap]] = {}
     """{option that names the weights of an encoder inside, or None: how its files name the policy's tensors}."""
 

@@ -138,7 +138,9 @@ def describe_tokens(mixture: Mixture, policy: Policy, tape: Tape, steps: int) ->
         episode, frame = (column[chosen[0] == dataset.index] for column in chosen[1:])
         last = dataset.source.episodes.length[episode] - 1
         real = (frame[:, None] + dataset.chunk_offsets <= last[:, None]).sum(1).tolist()
-        windows = list(zip(itertools.cycle(prompts_of(dataset)), real, strict=False))
+        shares = dataset.settings.modes
+        modes = [mode for mode, share in shares.items() for _ in range(max(1, round(100 * share)))]
+        windows = list(zip(itertools.cycle(prompts_of(dataset)), real, itertools.cycle(modes), strict=False))
         if windows:
             total += int(policy.num_tokens(sketched(policy, dataset, mixture.spec, windows)).sum())
     mean = total / len(chosen[0])

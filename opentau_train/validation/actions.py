@@ -187,10 +187,7 @@ def _draw(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) ->
     """The plotted windows' `chunks` [P, 3, T, A], a row each; None where there are none."""
     rows: list[Sequence[Panel]] = []
     for t, (true, predicted, valid) in zip(errors.plotted, chunks, strict=True):
-        item = int(plan.item[t])
-        number = int(plan.group_of[item])
-        group = plan.mixture.groups[number]
-        place = f"{group.tag} episode {plan.episodes[item][1]} frame {int(plan.windows.frame[t])}"
+        number, place = int(plan.group_of[plan.item[t]]), plan.place(int(t))
         steps = int(valid[:, 0].sum())
         rows.append(
             [

@@ -86,6 +86,12 @@ class ValidationPlan:
         """[E] i64: how many windows each row of the sums has."""
         return np.bincount(self.item, minlength=len(self.group_of))
 
+    def place(self, t: int) -> str:
+        """Where window number `t` is, as text."""
+        item = int(self.item[t])
+        tag = self.mixture.groups[int(self.group_of[item])].tag
+        return f"{tag} episode {self.episodes[item][1]} frame {int(self.windows.frame[t])}"
+
     @property
     def num_batches(self) -> int:
         """How many batches the busiest rank reads."""

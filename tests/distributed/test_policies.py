@@ -15,6 +15,7 @@ LAYOUTS = {
     "ddp_2": (2, []),
     "fsdp_2": (2, ["parallelism=fsdp"]),
     "fsdp_2_checkpointed": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true"]),
+    "four_micro_batches": (1, ["data.max_samples_per_batch=1"]),
 }
 AOT_EAGER = ["trainer.compile=true", "trainer.compile_backend=aot_eager"]
 MORE_LAYOUTS = {
@@ -25,14 +26,29 @@ MORE_LAYOUTS = {
 INDUCTOR = {"inductor": (1, ["trainer.compile=true"])}
 SIZES = [word for word in TOY if not word.startswith("model.")]
 SMALL_PICTURES = ["model.vision.image_size=32", "model.vision.patch_size=8"]
+EVEN = "{policy:1,wam:1,forward_dynamics:1,inverse_dynamics:1}"
+JOINT = [
+    word
+    for name in ("main", "old")
+    for word in (f"data.sources.{name}.mode=joint", f"data.sources.{name}.mode_probabilities={EVEN}")
+]
 POLICIES = {
     "act": ["model=act_tiny", "model.dropout=0.0"],
     "diffusion": ["model=diffusion_tiny"],
     "pi0": ["model=pi0_tiny", *SMALL_PICTURES],
+    "wam": [
+        "model=wam_tiny",
+        *TINY_POLICY,
+        *JOINT,
+        "model.num_flow_steps=2",
+        "data.future.num_frames=2",
+        "validation.evaluators=[loss,action,video]",
+    ],
     "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
 }
 ALONE = {"alone": (1, [])}
 TRAINING = ("Training/Loss", "Training/GradNorm")
+SAMPLED = ("Validation-Action", "Validation-Video")
 
 
 def trained_alike(policies: dict[str, list[str]], layouts: dict[str, tuple[int, list[str]]], root: Path, *more) -> None:
@@ -50,7 +66,7 @@ def trained_alike(policies: dict[str, list[str]], layouts: dict[str, tuple[int, 
         alone, rows = metrics(run.parent / "alone"), metrics(run)
         assert list(rows) == [1, 2, 3, 4] and set(TRAINING) <= rows[4].keys()
         for step, row in alone.items():
-            for tag in {*TRAINING, "Validation/Loss"} & row.keys():
+            for tag in (t for t in row if t in (*TRAINING, "Validation/Loss") or t.startswith(SAMPLED)):
                 assert rows[step][tag] == pytest.approx(row[tag], rel=1e-5), (run, step, tag)
 
 

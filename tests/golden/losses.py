@@ -48,6 +48,16 @@ STACKS = {
     ],
 }
 
+MODES = ["model=wam_tiny", "data.future.num_frames=2"]  # a recipe's TINY_POLICY sets the sizes
+_MODE = "data.sources.main.mode"
+STACKS |= {mode: [*MODES, f"{_MODE}={mode}"] for mode in ("policy", "wam", "forward_dynamics", "inverse_dynamics")} | {
+    "joint": [
+        *MODES,
+        f"{_MODE}=joint",
+        f"{_MODE}_probabilities={{policy:1,wam:1,forward_dynamics:1,inverse_dynamics:1}}",
+    ]
+}
+
 
 def make(folder: Path) -> dict[str, list[float]]:
     """{stack: the losses of the second and the fourth step, and the held-out loss}: what the golden file holds."""

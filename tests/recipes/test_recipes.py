@@ -117,6 +117,28 @@ def test_the_droid_recipe_without_droid_root_trains_on_the_sample_and_says_so(
     assert [len(d.action_names) for d in plan.datasets] == [8, 10]
 
 
+def test_the_wam_recipe_trains_validates_resumes_and_is_exported(small_sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("DROID_ROOT", str(small_sample["joint"]))
+    words = ["+recipe=droid_wam", "+debug=smoke", *TINY_POLICY, "model.num_flow_steps=2"]
+    run = train_here(words, tmp_path / "run")
+    train_here([*words, "trainer.steps=3", "resume=auto"], run)
+    rows = metrics(run)
+    measured = {"Validation/droid/joint/VISION_MSE", "Validation-Action/droid/joint/MAE_rad"}
+    measured |= {"Validation-Video/droid/joint/PSNR", "Validation-Video/droid/joint/Copy/PSNR"}
+    assert measured <= rows[2].keys() and 3 in rows and (run / "plots" / "video_00000002.png").is_file()
+    assert export.main([f"checkpoint={run}", f"out={tmp_path / 'policy.safetensors'}"]) == 0
+
+
+def test_the_wam_recipe_has_the_published_weights_and_times_at_every_scale():
+    for words in ([], ["scale=node", "model=wam_small"], ["scale=cluster", "model=wam_base"]):
+        settings = composed("+recipe=droid_wam", *words)
+        check_model(settings.model, settings.data)
+        given = {key: settings.model[key] for key in ("mse_weight", "vision_mse_weight", "future_time_shift")}
+        assert given == {"mse_weight": 10.0, "vision_mse_weight": 10.0, "future_time_shift": 3.0}
+        assert (settings.model["future_time"], settings.model["shared_time"]) == ("heavy_tailed", True)
+        assert settings.data.sources["droid"].mode == "wam" and settings.data.future.num_frames == 4
+
+
 def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp_path):
     sources = ["data=droid", f"data.sources.droid.root={small_sample['joint']}"]
     sources += ["+data/source@data.sources.droid_ee=droid_ee", f"data.sources.droid_ee.root={small_sample['ee']}"]

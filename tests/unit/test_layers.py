@@ -116,11 +116,12 @@ FORMATS = (
     "models/lerobot",
 )
 POLICIES = (
-    *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/packing/", "models/pi/"),
-    *("models/resnet", "models/unet"),
+    *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/future", "models/packing/"),
+    *("models/pi/", "models/resnet", "models/unet", "models/wam"),
 )
+MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
-EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "sinks/", "tools/")
+EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

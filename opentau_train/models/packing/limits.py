@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Protocol
 
 import numpy as np
 
+from opentau_train.config.data import SourceSettings
+from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.config.settings import Settings
 from opentau_train.data.batch import Batch, PictureField, fields_of
 from opentau_train.data.source import PromptedSource, Source
@@ -17,6 +20,9 @@ from opentau_train.models.packing.cut import CAP
 from opentau_train.models.policy import Policy
 from opentau_train.types import BatchSpec
 
+Window = tuple[str | None, int, str]
+"""A window's prompt (None: it isn't known), its number of real steps, and its mode."""
+
 
 class Described(Protocol):
     """A dataset of the mixture (`data.mixture.mixture.Dataset`), as far as its windows' tokens depend on it."""
@@ -25,6 +31,8 @@ class Described(Protocol):
     def name(self) -> str: ...
     @property
     def source(self) -> Source: ...
+    @property
+    def settings(self) -> SourceSettings: ...
     @property
     def chunk_length(self) -> int: ...
     @property
@@ -59,7 +67,8 @@ def check_cap(policy: Policy, datasets: Iterable[Described], spec: BatchSpec, ca
         return
     most = {}
     for dataset in datasets:
-        windows = [(prompt, dataset.chunk_length) for prompt in prompts_of(dataset)]
+        each = product(prompts_of(dataset), dataset.settings.modes)
+        windows = [(prompt, dataset.chunk_length, mode) for prompt, mode in each]
         most[dataset.name] = int(policy.num_tokens(sketched(policy, dataset, spec, windows)).sum(1).max())
     name, num = max(most.items(), key=lambda item: item[1])
     if num > cap:
@@ -77,17 +86,20 @@ def prompts_of(dataset: Described) -> list[str | None]:
     return [*sorted(set(dataset.source.prompts(np.arange(len(dataset.source.episodes)))))] or [""]
 
 
-def sketched(policy: Policy, dataset: Described, spec: BatchSpec, windows: Iterable[tuple[str | None, int]]) -> Batch:
-    """Windows of the dataset, each with a prompt and a number of real steps, as far as metadata tell of them, without
-    pictures: all cameras are there, and what the policy's transforms write is as long as it may be. `spec` is that of
-    the mixture."""
+def sketched(policy: Policy, dataset: Described, spec: BatchSpec, windows: Iterable[Window]) -> Batch:
+    """Windows of the dataset as far as metadata tell of them, without pictures: all cameras and future frames are
+    there, and what the policy's transforms write is as long as it may be. `spec` is that of the mixture."""
     wants = policy.wants()
     spec = meet(spec, wants)
     samples = []
-    for prompt, steps in windows:
+    for prompt, steps, mode in windows:
+        foreseen = [camera for camera in spec.future_cameras if camera in dataset.source.cameras]
         record: Record = {
             "images": dict.fromkeys(dataset.source.cameras),
+            "future": dict.fromkeys(foreseen if mode in WITH_FUTURE else ()),
+            "future_is_pad": np.full(spec.future, mode not in WITH_FUTURE),
             "prompt": prompt,
+            "mode": mode,
             "state_dim_mask": np.arange(spec.state_dim) < len(dataset.state_names),
             "action_is_pad": np.arange(spec.chunk_length) >= steps,
             "action_dim_mask": np.arange(spec.action_dim) < len(dataset.action_names),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from opentau_train import cli
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import at_least, build, convert, instantiate, locate, positive
+from opentau_train.config.typed import at_least, build, convert, defaults, instantiate, locate, positive
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import UserError
 
@@ -420,3 +420,32 @@ def test_a_source_without_a_file_of_conf_has_the_defaults_that_the_file_shows():
     main, other = (load_settings(cli.compose(overrides)).data.sources[name] for name in ("main", "other"))
     assert dataclasses.replace(main, options={}) == other == SourceSettings(root="/a")
     assert instantiate(main.arguments, "data.sources.main") == LeRobotSource()
+
+
+class Base:
+    def __init__(self, spec: Any, *, size: int, ratio: Annotated[float, positive] = 1.0, label: str = "base"):
+        self.size, self.ratio, self.label = size, ratio, label
+
+
+class PassesOn(Base):
+    def __init__(self, spec: Any, *, depth: int = 2, label: str = "own", **others: Annotated[Any, Base]):
+        super().__init__(spec, label=label, **others)
+        self.depth = depth
+
+
+def test_options_that_a_class_passes_on_are_checked_as_the_other_class_s_own():
+    tree = {"_target_": f"{HERE}.PassesOn", "size": 3, "ratio": 2}
+    made = instantiate(tree, "model", spec=None)
+    assert (made.size, made.ratio, made.label, made.depth) == (3, 2.0, "own", 2) and type(made.ratio) is float
+    refused(
+        lambda: instantiate({**tree, "sice": 3}, "model", spec=None), "unknown key 'model.sice'", "did you mean 'size'"
+    )
+    refused(lambda: instantiate({**tree, "ratio": -1.0}, "model", spec=None), "model.ratio must be greater than 0")
+    refused(
+        lambda: instantiate({"_target_": tree["_target_"]}, "model", spec=None), "model.size is required but not set"
+    )
+    assert {name: default for name, (default, _) in defaults(tree["_target_"]).items()} == {
+        "depth": 2,
+        "label": "own",
+        "ratio": 1.0,
+    }

@@ -18,10 +18,23 @@ from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
 
 STEP = 1e-5
+
+
+def heavy_tailed(t: float) -> float:
+    """The share of u in [0, 1] for which 1 - u - 1.29 (cos(pi u / 2)^2 - 1 + u), which falls, is below t."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        u = (low + high) / 2
+        above = 1 - u - 1.29 * (math.cos(math.pi * u / 2) ** 2 - 1 + u) > t
+        low, high = (u, high) if above else (low, u)
+    return 1 - low
+
+
 CDF = {
     "uniform": lambda t: t,
     "beta": lambda t: max(0.0, (t - 0.001) / 0.999) ** 1.5,
     "logit_normal": lambda t: NormalDist().cdf(math.log(t / (1 - t))),
+    "heavy_tailed": heavy_tailed,
 }
 
 
@@ -77,7 +90,7 @@ def test_a_policy_is_trained_at_the_times_that_it_names(tmp_path):
     for time in CDF:
         run = train_here([*words, f"model.time={time}"], tmp_path / time)
         losses[time] = metrics(run)[1]["Training/MSE"]
-    assert len(set(losses.values())) == 3
+    assert len(set(losses.values())) == len(CDF)
     assert metrics(train_here(words, tmp_path / "default"))[1]["Training/MSE"] == losses["uniform"]
     with pytest.raises(UserError, match=r"model\.time"):
         train_here([*words, "model.time=normal"], tmp_path / "wrong")
