@@ -24,16 +24,18 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.transforms.pipeline import meet
 from opentau_train.distributed.rehearsal import BlankDraws
 from opentau_train.errors import UserError
+from opentau_train.models.draws import Draws
 from opentau_train.models.packing.attention import Packing
 from opentau_train.models.packing.cut import first_fit, micro_batches
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
 from tests.program import TOY, metrics, train_here
-from tests.unit.models import flow_cases, pi_cases
+from tests.unit.models import flow_cases, pi_cases, wam_cases
 
 CPU = torch.device("cpu")
 SMALL_PICTURES = ["model.vision.image_size=32", "model.vision.patch_size=8"]
 PI = [*[word for word in TOY if not word.startswith("model.")], *SMALL_PICTURES]
+WAM = [*TOY, "model=wam_tiny", "data.future.num_frames=2"]
 INSULATED = {**pi_cases.TOKENS, "insulate": True}
 
 
@@ -47,8 +49,14 @@ def pi(make: Callable[..., Any], **changes: Any) -> tuple[Policy, Batch, Any]:
     return policy, pi_cases.make_batch(policy), pi_cases.Given(policy, 4)
 
 
+def wam(**changes: Any) -> tuple[Policy, Batch, Any]:
+    policy, batch = wam_cases.make_policy(**changes), wam_cases.make_batch()
+    return policy, batch, Draws(batch.key)
+
+
 CASES = {
     "flow": flow,
+    "wam": wam,
     "flow_without_cameras": lambda **more: flow_of(dataclasses.replace(flow_cases.SPEC, cameras=()), **more),
     "pi0": functools.partial(pi, pi_cases.make_pi0),
     "pi0_tokens": functools.partial(pi, pi_cases.make_pi0, **pi_cases.TOKENS),
@@ -110,18 +118,18 @@ def first_tensors(args: tuple) -> list[torch.Tensor]:
     return [args[0]] if isinstance(args[0], torch.Tensor) else [args[0].x, args[1].x]
 
 
-@pytest.mark.parametrize("case", ["flow", "pi0_tokens", "pi05", "pi05_insulated"])
+@pytest.mark.parametrize("case", ["flow", "wam", "pi0_tokens", "pi05", "pi05_insulated"])
 def test_a_sample_of_which_nothing_exists_gives_every_parameter_a_gradient(case):
     """DDP waits for all of them."""
     policy, _, _ = CASES[case](packing=True)
     blank = blank_batch(meet(policy.spec, policy.wants()))
-    draws = flow_cases.make_noise(blank) if case == "flow" else pi_cases.Given(policy, 1)
+    draws = pi_cases.Given(policy, 1) if case.startswith("pi") else Draws(blank.key)
     terms, gradients = lost(policy, packed(policy, blank), draws)
     assert gradients.keys() == {name for name, p in policy.named_parameters() if p.requires_grad}
     assert all(float(s) == 0.0 for s, _ in terms.values()) and not any(g.any() for g in gradients.values())
 
 
-@pytest.mark.parametrize("case", ["flow", "pi0_tokens", "pi05"])
+@pytest.mark.parametrize("case", ["flow", "wam", "pi0_tokens", "pi05"])
 def test_sampling_is_untouched(case):
     chunks = []
     for packing in (False, True):
@@ -130,7 +138,7 @@ def test_sampling_is_untouched(case):
     assert torch.equal(*chunks)
 
 
-@pytest.mark.parametrize("case", ["flow", "pi0_tokens", "pi05"])
+@pytest.mark.parametrize("case", ["flow", "wam", "pi0_tokens", "pi05"])
 def test_a_packed_forward_asks_the_device_for_nothing(case):
     """With tensors that have no numbers: all that it must know, the counts on the host tell."""
     policy, batch, _ = CASES[case](packing=True)
@@ -273,6 +281,7 @@ def test_a_window_above_the_cap_that_metadata_did_not_tell_of_ends_all_ranks():
     "words",
     [
         [*TOY, "model.max_prompt_bytes=64", "data.history=1"],
+        [*WAM, "data.sources.main.mode=joint", "data.sources.main.mode_probabilities={policy:1,inverse_dynamics:3}"],
         [*PI, "model=pi0_tiny", "model.action_tokens=binned"],
         [*PI, "model=pi05_tiny", "model.max_prompt_tokens=150"],
     ],
@@ -290,7 +299,8 @@ def test_metadata_tell_the_most_tokens_of_a_window(words, tmp_path):
     tape = mixture.tape(32)
     (shard,) = ShardDataset(mixture, TrainPlan(tape, 0, 1, 0, 1), train=True)
     for dataset in plan.datasets:
-        windows = [(prompt, dataset.chunk_length) for prompt in prompts_of(dataset)]
+        modes = dataset.settings.modes
+        windows = [(prompt, dataset.chunk_length, mode) for prompt in prompts_of(dataset) for mode in modes]
         most = policy.num_tokens(sketched(policy, dataset, plan.spec, windows)).max(0).values
         real = policy.num_tokens(shard.batch.rows(shard.batch.dataset_index == dataset.index)).max(0).values
         assert (real <= most).all() and (real - most).abs().max() <= (6 if "model=pi05_tiny" in words else 0)
