@@ -3,7 +3,7 @@
     python benchmarks/linter.py [--sources 200] [--only NAME]
 
 Each row of the table is a source as it is declared rightly, or one thing about it planted wrongly; its columns are the
-answers on that thing, and how many sources had any contradiction that wasn't planted.
+answers on that thing, and how many sources had any contradiction, and any doubt, that wasn't planted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from support.spoilt import (
     one_in_degrees,
     real_part_positive,
     resting,
+    rolled,
     swapped_cameras,
 )
 
@@ -38,6 +39,7 @@ from opentau_train.data.lint.sample import EpisodeSample
 from opentau_train.data.mixture.table import align
 
 WHERE = "data.sources.main"
+ANSWERS = ("contradiction", "doubt", "agree", "found", "unknown")
 _FAMILIES = (("polarity", "gripper direction"), ("rotation", "quaternion order"), ("unit",))
 """Findings that one and the same mistake contradicts."""
 
@@ -82,9 +84,10 @@ class Case:
     def read(self, judged: Judged) -> str:
         """The answer on what is asked: the first that says something."""
         known = [v for v in judged.verdicts if v.answer != "unknown" and self.is_about(v)]
-        worst = sorted(known, key=lambda v: v.answer != "contradiction")
+        worst = sorted(known, key=lambda v: v.answer not in ("contradiction", "doubt"))
         if self.told is not None:
-            return "found" if any(v.finding.value == self.told for v in known) else "unknown"
+            told = [v.finding.is_usual for v in known if v.finding.value == self.told]
+            return ("doubt" if all(told) else "found") if told else "unknown"
         return worst[0].answer if worst else "unknown"
 
 
@@ -107,6 +110,19 @@ def declare(convention: Convention, changes: dict[str, Any]) -> Convention:
 POSE: dict[str, Any] = {"space": "pose"}
 CLOSED: dict[str, Any] = {"open_is_high": False, "state_range": (0.0, 0.08), "action_range": (-1.0, 1.0)}
 HANDS = "gripper between sources"
+HELD, NEVER = {"meets": 0.7}, "nothing held"
+FORWARD = {"forward": True, "down": False}
+IN_BASE = {"reference": "command_delta", "frame": "base"}
+IN_TOOL = {"reference": "command_delta", "frame": "tool"}
+EULER = {
+    "hand down": {},
+    "hand forward": FORWARD,
+    "with steps of the tool": IN_TOOL,
+    "with steps of the base": IN_BASE,
+    "beside quaternions": {"action_rotation": "xyzw"},
+}
+STILL = {"up, still": {"turn": 0.05}}
+ORDER: dict[str, Any] = {"asked": "state[1].rotation"}
 CASES = (
     Case("clean: joints, commands"),
     Case("clean: joints, next states", {"reference": "next"}),
@@ -118,7 +134,12 @@ CASES = (
     Case("clean: poses, quaternions w x y z, upright", {**POSE, "rotation": "wxyz", "down": False}),
     Case("clean: poses, Euler angles", {**POSE, "rotation": "euler"}),
     Case("clean: poses, axis and angle", {**POSE, "rotation": "axis_angle"}),
+    Case("clean: poses, Euler angles z y x, hand forward", {**POSE, "rotation": "euler_zyx", **FORWARD}),
     Case("clean: poses, rot6d, differences", {**POSE, "rotation": "rot6d", "reference": "command_delta"}),
+    Case("clean: poses, steps in the base's axes", {**POSE, **IN_BASE}),
+    Case("clean: poses, steps in the tool's axes", {**POSE, **IN_TOOL, "rotation": "euler_zyx"}),
+    Case("clean: nothing held, hands begin closed", {"meets": 0.0, "begins_closed": True}),
+    Case("clean: a hand that turns about the base's x axis", POSE, change=rolled),
     Case("absolute, declared a delta", {}, {"actions[0].reference": "delta_step"}, asked="actions[0].reference"),
     Case(
         "next states, declared a delta",
@@ -154,17 +175,15 @@ CASES = (
         asked="actions[0].unit",
     ),
     Case("metres, declared millimetres", POSE, {"state[0].unit": "mm"}, asked="state[0].unit"),
-    Case(
-        "gripper inverted",
-        {},
-        {"state[1].polarity": "closed", "actions[1].polarity": "closed"},
-        asked="state[1].polarity",
-    ),
-    Case(
-        "gripper inverted, closed at 1",
-        CLOSED,
-        {"state[1].polarity": "open", "actions[1].polarity": "open"},
-        asked="state[1].polarity",
+    *(
+        Case(
+            f"gripper inverted{where}, {held}",
+            {**arm, **({"meets": 0.0} if held == NEVER else HELD)},
+            {"state[1].polarity": wrong, "actions[1].polarity": wrong},
+            asked="state[1].polarity",
+        )
+        for where, arm, wrong in (("", {}, "closed"), (", closed at 1", CLOSED, "open"))
+        for held in ("objects held", NEVER)
     ),
     Case(
         "gripper's command inverted",
@@ -192,6 +211,15 @@ CASES = (
         asked="state[1].rotation",
     ),
     Case("xyzw of the state, wxyz of the actions", POSE, {}, moved_real_part, asked="quaternion order"),
+    *(
+        Case(
+            f"{found}, declared {told}, hand {way}, with steps",
+            {**POSE, "rotation": found, "down": way == "down", **IN_BASE},
+            {"state[1].rotation": f"quat_{told}"},
+            **ORDER,
+        )
+        for found, told, way in (("xyzw", "wxyz", "down"), ("wxyz", "xyzw", "up"))
+    ),
     Case("no quaternions, declared so", POSE, {}, no_rotations, asked="state[1].rotation"),
     Case(
         "axis and angle, declared Euler angles",
@@ -205,6 +233,27 @@ CASES = (
         {"state[1].rotation": "axis_angle"},
         asked="state[1].rotation",
     ),
+    *(
+        Case(
+            f"Euler angles {found}, declared {told}, {how}",
+            {**POSE, "rotation": f"euler{form}", **arm},
+            {"state[1].rotation": f"euler_{told}"},
+            **ORDER,
+        )
+        for how, arm in EULER.items()
+        for found, told, form in (("xyz", "zyx", ""), ("zyx", "xyz", "_zyx"))
+    ),
+    *(
+        Case(
+            f"{vector}' axes: {found}, declared {told}, hand {way}",
+            {**POSE, "reference": "command_delta", "frame": found, "down": way == "down", **STILL.get(way, {})},
+            {"actions[0].frame": told, "actions[1].frame": told},
+            asked=f"actions[{place}].frame",
+        )
+        for place, vector in enumerate(("positions", "turns"))
+        for found, told in (("base", "tool"), ("tool", "base"))
+        for way in ("down", "up", "up, still")
+    ),
     Case("rows 10 % faster than the rate", {"clock": 1 / 1.1}, asked="rate"),
     Case("rows 4 % slower than the rate", {"clock": 1.04}, asked="rate"),
     Case("cameras swapped in some episodes", {}, {}, swapped_cameras, asked="cameras left, right"),
@@ -212,7 +261,17 @@ CASES = (
     Case("2 % of the actions' span cut off at each end", {"limit": 0.02}, asked="limits", told="clipped"),
     Case("three seconds of rest in each episode", {}, {}, resting, asked="motion", told="idle"),
     Case("an episode twice", {}, {}, copied, asked="duplicates", told="copies"),
-    Case("two sources, gripper inverted in one", told="inverted", beside=CLOSED, asked=HANDS, is_silent=True),
+    *(
+        Case(
+            f"two sources, gripper inverted in one, {held}",
+            {"meets": 0.0} if held == NEVER else HELD,
+            told="inverted",
+            beside={**CLOSED, **({"meets": 0.0} if held == NEVER else HELD)},
+            asked=HANDS,
+            is_silent=True,
+        )
+        for held in ("objects held", NEVER)
+    ),
     Case("two sources, alike", told="inverted", beside={"reference": "next"}, asked=HANDS, is_silent=True),
     Case(
         "two sources, xyzw and wxyz, declared alike",
@@ -229,16 +288,17 @@ CASES = (
 
 def table(num_sources: int, only: str = "") -> Iterator[tuple[str, ...]]:
     """The rows of the table: shares of the sources."""
-    yield ("source", "contradiction", "agree", "found", "unknown", "others wrong")
+    yield ("source", *ANSWERS, "others wrong", "others doubted")
     chosen = [case for case in CASES if only in case.name]
-    answers, wrong = {case.name: Counter[str]() for case in chosen}, Counter[str]()
+    answers, others = {case.name: Counter[str]() for case in chosen}, Counter[tuple[str, str]]()
     for seed, case in product(range(num_sources), chosen):  # a seed's sources are generated once for all cases
         judged = case.judged(seed)
         answers[case.name][case.read(judged)] += 1
-        wrong[case.name] += any(v.answer == "contradiction" and not case.is_planted(v) for v in judged.verdicts)
+        others.update((case.name, a) for a in {v.answer for v in judged.verdicts if not case.is_planted(v)})
     for case in chosen:
-        shares = [f"{answers[case.name][a] / num_sources:.1%}" for a in ("contradiction", "agree", "found", "unknown")]
-        yield (case.name, *(shares if case.asked else ("", "", "", "")), f"{wrong[case.name] / num_sources:.1%}")
+        counts = [answers[case.name][a] if case.asked else None for a in ANSWERS]
+        counts += [others[case.name, a] for a in ("contradiction", "doubt")]
+        yield (case.name, *("" if num is None else f"{num / num_sources:.1%}" for num in counts))
 
 
 def main() -> int:
