@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from support.arms import Arm, declared, generate
@@ -40,7 +40,7 @@ from opentau_train.data.mixture.table import align
 
 WHERE = "data.sources.main"
 ANSWERS = ("contradiction", "doubt", "agree", "found", "unknown")
-_FAMILIES = (("polarity", "gripper direction"), ("rotation", "quaternion order"), ("unit",))
+_FAMILIES = (("polarity", "gripper direction"), ("rotation", "quaternion order"), ("unit",), ("frame",))
 """Findings that one and the same mistake contradicts."""
 
 
@@ -49,7 +49,8 @@ class Case:
     """One kind of source: `arm` {key: value} as the data are, `wrong` {key of the convention: value} as they are
     falsely declared, `change` of the sample, and the key or finding that is `asked` about (None: of none, it is clean).
     `told`: the value to be found where nothing is declared of it. `beside`: the arm of a second source of the robot,
-    and the question is between the two; `is_silent`: neither declares anything."""
+    and the question is between the two; `is_silent`: neither declares anything. `best`: the answer that its data allow
+    (None: `found`, or a contradiction)."""
 
     name: str
     arm: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +60,12 @@ class Case:
     told: str | None = None
     beside: dict[str, Any] | None = None
     is_silent: bool = False
+    best: Literal["doubt", "agree", "unknown"] | None = None
+
+    @property
+    def allowed(self) -> str:
+        """The answer that the data allow."""
+        return self.best or ("found" if self.told else "contradiction")
 
     def judged(self, seed: int) -> Judged:
         """What is judged of a source of this kind."""
@@ -121,6 +128,12 @@ EULER = {
     "with steps of the base": IN_BASE,
     "beside quaternions": {"action_rotation": "xyzw"},
 }
+LIKE_NUMBERS = {
+    "xyz": ("hand down", "hand forward", "with steps of the base"),
+    "zyx": ("hand down",),
+}
+"""Where the angles' own course, and the steps, are as good in the other order: of a hand that turns about the base's x
+axis, whose steps are differences of its angles."""
 STILL = {"up, still": {"turn": 0.05}}
 ORDER: dict[str, Any] = {"asked": "state[1].rotation"}
 CASES = (
@@ -181,6 +194,7 @@ CASES = (
             {**arm, **({"meets": 0.0} if held == NEVER else HELD)},
             {"state[1].polarity": wrong, "actions[1].polarity": wrong},
             asked="state[1].polarity",
+            best="doubt" if held == NEVER else None,
         )
         for where, arm, wrong in (("", {}, "closed"), (", closed at 1", CLOSED, "open"))
         for held in ("objects held", NEVER)
@@ -199,6 +213,7 @@ CASES = (
             {**POSE, "rotation": found, "down": down},
             {"state[1].rotation": f"quat_{told}", "actions[1].rotation": f"quat_{told}"},
             asked="state[1].rotation",
+            best="doubt" if down == (found == "xyzw") else None,  # turning about the base's x axis, in the other order
         )
         for found, told in (("xyzw", "wxyz"), ("wxyz", "xyzw"))
         for down in (True, False)
@@ -239,6 +254,7 @@ CASES = (
             {**POSE, "rotation": f"euler{form}", **arm},
             {"state[1].rotation": f"euler_{told}"},
             **ORDER,
+            best="doubt" if how in LIKE_NUMBERS[found] else None,
         )
         for how, arm in EULER.items()
         for found, told, form in (("xyz", "zyx", ""), ("zyx", "xyz", "_zyx"))
@@ -249,6 +265,9 @@ CASES = (
             {**POSE, "reference": "command_delta", "frame": found, "down": way == "down", **STILL.get(way, {})},
             {"actions[0].frame": told, "actions[1].frame": told},
             asked=f"actions[{place}].frame",
+            best="unknown"
+            if way == "up, still" or (place == 1 and way == "up")
+            else None,  # the axes are nearly the same
         )
         for place, vector in enumerate(("positions", "turns"))
         for found, told in (("base", "tool"), ("tool", "base"))
@@ -269,10 +288,13 @@ CASES = (
             beside={**CLOSED, **({"meets": 0.0} if held == NEVER else HELD)},
             asked=HANDS,
             is_silent=True,
+            best="doubt" if held == NEVER else None,
         )
         for held in ("objects held", NEVER)
     ),
-    Case("two sources, alike", told="inverted", beside={"reference": "next"}, asked=HANDS, is_silent=True),
+    Case(
+        "two sources, alike", told="inverted", beside={"reference": "next"}, asked=HANDS, is_silent=True, best="unknown"
+    ),
     Case(
         "two sources, xyzw and wxyz, declared alike",
         POSE,
@@ -280,7 +302,7 @@ CASES = (
         beside={**POSE, "rotation": "wxyz"},
         asked="quaternion order",
     ),
-    Case("two sources, xyzw, declared so", POSE, beside=POSE, asked="quaternion order"),
+    Case("two sources, xyzw, declared so", POSE, beside=POSE, asked="quaternion order", best="agree"),
     Case("actions 2 frames early", {"reference": "next", "shift": -2}, asked="lag", told="3"),
     Case("actions 2 frames late", {"reference": "next", "shift": 2}, asked="lag", told="-1"),
 )
@@ -288,7 +310,7 @@ CASES = (
 
 def table(num_sources: int, only: str = "") -> Iterator[tuple[str, ...]]:
     """The rows of the table: shares of the sources."""
-    yield ("source", *ANSWERS, "others wrong", "others doubted")
+    yield ("source", "data allow", *ANSWERS, "others wrong", "others doubted")
     chosen = [case for case in CASES if only in case.name]
     answers, others = {case.name: Counter[str]() for case in chosen}, Counter[tuple[str, str]]()
     for seed, case in product(range(num_sources), chosen):  # a seed's sources are generated once for all cases
@@ -298,7 +320,11 @@ def table(num_sources: int, only: str = "") -> Iterator[tuple[str, ...]]:
     for case in chosen:
         counts = [answers[case.name][a] if case.asked else None for a in ANSWERS]
         counts += [others[case.name, a] for a in ("contradiction", "doubt")]
-        yield (case.name, *("" if num is None else f"{num / num_sources:.1%}" for num in counts))
+        yield (
+            case.name,
+            case.allowed if case.asked else "",
+            *("" if num is None else f"{num / num_sources:.1%}" for num in counts),
+        )
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ def usual_polarity(dims: tuple[str, ...], state: Sequence[F64]) -> Finding:
     low, high = ends(np.concatenate(state))
     share = [(s[:, 0] - low) / (high - low) for s in state]
     starts = np.array([s[0] for s in share if np.ptp(s) > 0.5])
-    at_low, at_high = (starts < 0.2).sum(), (starts > 0.8).sum()
+    at_low, at_high = (starts < 0.35).sum(), (starts > 0.65).sum()
     evidence = f"of {len(starts)} episodes in which it moves {at_low} begin at the low end, {at_high} at the high end"
     clear = len(starts) >= 5 and max(at_low, at_high) >= 0.9 * len(starts)
     return Finding("polarity", dims, (OPEN if at_high else CLOSED) if clear else UNKNOWN, evidence, LIKELY)

@@ -86,7 +86,7 @@ def _products(x: F64, y: F64, lags: NDArray[np.int64]) -> F64:
     for k, lag in enumerate(lags.tolist()):
         num = max(len(y) - abs(lag), 0)
         u, v = x[max(-lag, 0) :][:num], y[max(lag, 0) :][:num]
-        sums[k] = (u * u).sum(0), (v * v).sum(0), (u * v).sum(0)
+        sums[k] = [np.einsum("ij,ij->j", one, other) for one, other in ((u, u), (v, v), (u, v))]
     return sums
 
 

@@ -20,8 +20,13 @@ from opentau_train.errors import UserError
 
 SEED = 5
 """A source whose gripper meets objects, and whose cameras' views differ."""
-CANT_BE_TOLD = {"xyzw, declared wxyz, hand down", "wxyz, declared xyzw, hand up", "two sources, alike"}
-"""Two of the four components are small, which the other order could have as well; and there is nothing to find."""
+
+
+DOUBTED = {
+    "clean: nothing held, hands begin closed": {"polarity"},
+    "clean: a hand that turns about the base's x axis": {"rotation"},
+}
+"""What is usual and not so here."""
 
 
 def named(name: str) -> Case:
@@ -29,10 +34,9 @@ def named(name: str) -> Case:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.asked], ids=lambda c: c.name)
-def test_what_is_planted_is_found_or_unknown_and_nothing_else_is(case):
+def test_what_is_planted_is_found_as_far_as_the_data_allow_and_nothing_else_is(case):
     judged = case.judged(SEED)
-    right = "agree" if case.name == "two sources, xyzw, declared so" else "found" if case.told else "contradiction"
-    assert case.read(judged) == ("unknown" if case.name in CANT_BE_TOLD else right)
+    assert case.read(judged) == case.allowed
     assert [v for v in judged.verdicts if v.answer == "contradiction" and not case.is_planted(v)] == []
 
 
@@ -40,6 +44,8 @@ def test_what_is_planted_is_found_or_unknown_and_nothing_else_is(case):
 def test_a_source_that_is_declared_rightly_is_contradicted_in_nothing(case):
     judged = case.judged(SEED)
     assert [v for v in judged.verdicts if v.answer == "contradiction"] == []
+    doubted = {v.finding.name for v in judged.verdicts if v.answer == "doubt"}
+    assert doubted == DOUBTED.get(case.name, set())
     agreed = {v.finding.name for v in judged.verdicts if v.answer == "agree"}
     assert {"rate", "reference", "range"} <= agreed
     told = {v.finding.name: v.finding.value for v in judged.verdicts}
@@ -47,7 +53,9 @@ def test_a_source_that_is_declared_rightly_is_contradicted_in_nothing(case):
     assert "clipped" not in [v.finding.value for v in judged.verdicts]
 
 
-@pytest.mark.parametrize("name", ["radians, declared degrees", "absolute, declared a delta", "gripper inverted"])
+@pytest.mark.parametrize(
+    "name", ["radians, declared degrees", "absolute, declared a delta", "gripper inverted, objects held"]
+)
 def test_a_contradiction_names_the_key_and_what_to_write_there(name):
     case = named(name)
     (wrong,) = [v for v in case.judged(SEED).verdicts if v.answer == "contradiction" and v.where.endswith(case.asked)]
