@@ -7,7 +7,7 @@ K loss terms.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,12 +49,14 @@ class EpisodeTable:
 class WindowSpec:
     """What one training window holds: `chunk_length` T actions from its frame on, and the frame's image with
     `history` h earlier ones, both at `fps` steps a second (None: the dataset's own rate). `image_size` is (H, W)
-    of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size."""
+    of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
+    `between`: of actions at another rate, what of them isn't on a straight line from row to row (`chunk.rows_at`)."""
 
     chunk_length: int
     history: int = 0
     image_size: tuple[int, int] | None = None
     fps: float | None = None
+    between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
 
 
 @dataclass(frozen=True)

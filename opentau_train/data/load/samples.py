@@ -83,7 +83,7 @@ class SampleBuilder:
         if dataset not in self._factories:
             chosen = self.mixture.datasets[dataset]
             history, size = self.mixture.spec.history, self._picture_size(dataset)
-            window = WindowSpec(chosen.chunk_length, history, size, chosen.settings.fps)
+            window = WindowSpec(chosen.chunk_length, history, size, chosen.settings.fps, chosen.between)
             self._factories[dataset] = chosen.source.cursors(window)
         cursor = self._factories[dataset].cursor()
         self._lanes[lane] = dataset, cursor

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from opentau_train.config.data import DataSettings, SourceSettings
 from opentau_train.data.chunk import chunk_places, chunks_reaching, row_step, rows_at
 from opentau_train.data.convention import Part
+from opentau_train.data.conventions.between import RotationsBetween, rotations_between
 from opentau_train.data.conventions.steps import Conversions
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
@@ -66,7 +67,7 @@ class Dataset:
             made = []
             for start in range(0, len(state), _WINDOWS_AT_ONCE):
                 frames = np.arange(start, min(start + _WINDOWS_AT_ONCE, len(state)))
-                rows, _ = rows_at(actions, (frames[:, None] + offsets).ravel())
+                rows, _ = rows_at(actions, (frames[:, None] + offsets).ravel(), between=self.between)
                 made.append(pipeline.rows(state[frames], rows.reshape(len(frames), len(offsets), -1)))
             states, chunks = (np.concatenate(values) for values in zip(*made, strict=True))
             whole = chunks_reaching(len(state), offsets)
@@ -76,6 +77,11 @@ class Dataset:
     def robot_parts(self) -> tuple[Part | None, ...]:
         """[A'] what the source declares of each dimension of its actions; None = nothing."""
         return self.conversions.robot_parts or (None,) * len(self.conversions.robot_names)
+
+    @property
+    def between(self) -> RotationsBetween | None:
+        """What of its actions isn't on a straight line from row to row, as far as the source declares it."""
+        return rotations_between(self.conversions.declared, self.source.action_names)
 
     @property
     def chunk_offsets(self) -> NDArray[np.float64]:
