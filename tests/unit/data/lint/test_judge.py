@@ -72,6 +72,41 @@ def test_dimensions_of_another_unit_are_named_for_a_part_of_their_own():
         assert verdict.remedy == f"give {verdict.finding.dims[0]} a part of their own, with unit: deg"
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("degrees' differences, declared radians", 14),  # steps of 6.3 degrees are no turns
+        ("gripper in [0, 1], declared [0, 100]", 10),  # every grasp meets an object
+        ("2 % of the actions' span cut off at each end", 13),  # at 10 Hz no dimension arrives three times
+        ("cameras swapped in some episodes", 6),  # the views are alike
+        ("gripper inverted, nothing held", 1),  # no episode begins at the very end
+    ],
+)
+def test_what_shows_little_is_found(name, seed):
+    assert named(name).read(named(name).judged(seed)) == named(name).allowed
+
+
+def test_steps_in_the_tools_axes_are_proposed_as_such():
+    judged = judge(generated(Arm(SEED, space="pose", reference="command_delta", frame="tool")), Convention(), WHERE)
+    proposed = judged.declare.partition("actions:")[2]
+    for kind in ("position", "rotation"):
+        assert f"{{kind:{kind},dims:3,frame:tool,reference:delta_step}}" in proposed
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_differences_of_angles_say_nothing_of_their_order_nor_of_axes(down):
+    sample = generated(Arm(SEED, space="pose", rotation="euler_zyx", down=down))
+    turns = motion.turns_of(sample.state)
+    steps = [np.diff(motion.unwrapped(s, turns), axis=0, append=s[-1:]) for s in sample.state]
+    steps = [np.concatenate([d[:-1], 0 * d[-1:]]) for d in steps]
+    actions = [np.column_stack([d[:, :6], a[:, 6:]]) for d, a in zip(steps, sample.actions, strict=True)]
+    moved = {"reference": "delta_step"}
+    convention = declared(Arm(SEED, space="pose", rotation="euler_zyx", down=down))
+    parts = [replace(p, **moved) if p.kind != "gripper" else p for p in convention.actions or ()]
+    judged = judge(replace(sample, actions=actions), replace(convention, actions=tuple(parts)), WHERE)
+    assert [v for v in judged.verdicts if v.answer in ("contradiction", "doubt")] == []
+
+
 def noise(seed: int, rows: int = 300) -> EpisodeSample:
     """Eight dimensions of state and of actions that have nothing to do with one another."""
     rng = np.random.default_rng(seed)
