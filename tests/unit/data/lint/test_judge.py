@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.linter import CASES, WHERE, Case, generated
 from benchmarks.support.arms import Arm, declared
+from benchmarks.support.case import WHERE, Case, generated
+from benchmarks.support.cases import CASES
 from opentau_train.data.builtin import droid
 from opentau_train.data.convention import Convention, Part
 from opentau_train.data.lint import episodes, motion, units
