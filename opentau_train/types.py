@@ -7,7 +7,7 @@ G groups, K loss terms.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,7 +46,8 @@ class WindowSpec:
     `history` h earlier ones, both at `fps` steps a second (None: the dataset's own rate). `image_size` is (H, W)
     of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
     Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
-    after one another."""
+    after one another. `between`: of actions at another rate, what of them isn't on a straight line from row to row
+    (`chunk.rows_at`)."""
 
     chunk_length: int
     history: int = 0
@@ -55,6 +56,7 @@ class WindowSpec:
     future: int = 0
     future_stride: int = 1
     future_cameras: tuple[str, ...] = ()
+    between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ gripper's command is on or off or continuous, what share of grasps meets an obje
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
-from opentau_train.data.convention import Convention, Format, Part
+from opentau_train.data.convention import ANGLES, Convention, Format, Part
 from opentau_train.data.lint.sample import EpisodeSample
 
 F64 = NDArray[np.float64]
@@ -25,15 +26,25 @@ RATES = (10, 15, 20, 30, 50)
 @dataclass(frozen=True)
 class Arm:
     """How a source writes down what the arm does. `space` joint: seven angles; pose: x, y, z and `rotation`, the hand
-    pointing `down` or up. `reference` of the actions: the command, the next state, the command's or the state's
-    difference, or that scaled to [-1, 1]. `shift` moves the actions against the state by frames."""
+    pointing `down` or up, or `forward`, and turning up to `turn` rad to both sides. `reference` of the actions: the
+    command, the next state, the command's or the state's difference, or that scaled to [-1, 1]; a pose's difference is
+    that of its numbers, or, with a `frame`, a way and a turn in these axes. `shift` moves the actions against the state
+    by frames."""
 
     seed: int
     space: Literal["joint", "pose"] = "joint"
     reference: Literal["command", "next", "command_delta", "state_delta", "scaled_delta"] = "command"
     unit: Literal["rad", "deg"] = "rad"
-    rotation: Literal["euler", "axis_angle", "xyzw", "wxyz", "rot6d"] = "xyzw"
+    rotation: Literal["euler", "euler_zyx", "axis_angle", "xyzw", "wxyz", "rot6d"] = "xyzw"
+    action_rotation: Literal["euler", "euler_zyx", "axis_angle", "xyzw", "wxyz", "rot6d"] | None = None
+    """None: as the state's."""
+    frame: Literal["base", "tool"] | None = None
     down: bool = True
+    forward: bool = False
+    turn: float = 1.2
+    meets: float | None = None
+    """The share of grasps that meet an object; None: drawn."""
+    begins_closed: bool = False
     open_is_high: bool = True
     """Of the state."""
     command_is_inverted: bool = False
@@ -53,13 +64,15 @@ def generate(arm: Arm) -> EpisodeSample:
     tau, latency = rng.uniform(0.02, 0.25), int(rng.integers(0, 4))
     follow, noise = 1 - np.exp(-1 / (fps * tau)), rng.uniform(0.0003, 0.005)
     hand = _Hand.draw(rng, fps)
+    hand = hand if arm.meets is None else replace(hand, meets=arm.meets)
     state, actions, seconds = [], [], []
     for _ in range(int(rng.integers(12, 25))):
         seconds_long = rng.uniform(5, 12)
         command, grasp = _course(rng, arm, fps, seconds_long)
         measured = _follow(command, follow, latency) + noise * rng.normal(size=command.shape)
         told, width = hand.course(rng, grasp)
-        s, a = _written(arm, command, measured), _written(arm, *_action_paths(arm, command, measured))
+        as_actions = replace(arm, rotation=arm.action_rotation or arm.rotation)
+        s, a = _written(arm, measured), _written(as_actions, _action_path(arm, command, measured))
         if "delta" in arm.reference:
             a = _difference(arm, command, measured)
         s = np.column_stack([s, _scaled(width if arm.open_is_high else 1 - width, arm.state_range)])
@@ -99,9 +112,13 @@ def declared(arm: Arm) -> Convention:
         if arm.space == "joint":
             vectors.append((Part("joint", dims=7, **unit, **reference), hand))
             continue
-        written = "euler" if vector == "actions" and is_delta else arm.rotation
+        written: str = (arm.action_rotation if vector == "actions" else None) or arm.rotation
+        if vector == "actions" and is_delta:
+            written, reference = (
+                ("axis_angle", {**reference, "frame": arm.frame}) if arm.frame else ("euler", reference)
+            )
         name = cast(Format, {"euler": "euler_xyz", "xyzw": "quat_xyzw", "wxyz": "quat_wxyz"}.get(written, written))
-        angle = unit if name in ("euler_xyz", "axis_angle") else {}
+        angle = unit if name in ANGLES else {}
         metres = {"unit": "m"} if unit else {}
         rotation = Part("rotation", rotation=name, **angle, **reference)
         vectors.append((Part("position", **metres, **reference), rotation, hand))
@@ -124,19 +141,24 @@ def _course(rng: np.random.Generator, arm: Arm, fps: float, long: float) -> tupl
     if arm.space == "joint":
         centre, reach = _HOME, np.array([0.7, 0.6, 0.5, 0.6, 0.5, 0.6, 0.9])
     else:
-        centre = np.array([0.5, 0.0, 0.2, np.pi if arm.down else 0.0, 0.0, 0.0])
-        reach = np.array([0.2, 0.3, 0.15, _TILT, _TILT, 1.2])
-    points, holds, at = [centre + 0.02 * reach * rng.normal(size=len(centre))], [0.0], points_at(rng, long)
-    path, grasp = [points[0][None]], [np.zeros(1)]
+        pitch = np.pi / 2 if arm.forward else 0.0
+        centre = np.array([0.5, 0.0, 0.2, np.pi if arm.down else 0.0, pitch, 0.0])
+        reach = np.array([0.2, 0.3, 0.15, _TILT, _TILT, arm.turn])
+    points, holds, at = (
+        [centre + 0.02 * reach * rng.normal(size=len(centre))],
+        [float(arm.begins_closed)],
+        points_at(rng, long),
+    )
+    path, grasp = [points[0][None]], [np.array(holds)]
     for number, (move, dwell) in enumerate(at):
         goal = centre + reach * rng.uniform(-1, 1, len(centre))
         s = np.arange(1, max(2, round(move * fps)) + 1)[:, None] / max(2, round(move * fps))
         way = points[-1] + (10 * s**3 - 15 * s**4 + 6 * s**5) * (goal - points[-1])
         rest = np.repeat(goal[None], max(1, round(dwell * fps)), axis=0)
         path += [way, rest]
-        grasp += [np.full(len(way), holds[-1]), np.full(len(rest), float(number % 2 == 0))]
+        grasp += [np.full(len(way), holds[-1]), np.full(len(rest), float((number % 2 == 0) != arm.begins_closed))]
         points.append(goal)
-        holds.append(float(number % 2 == 0))
+        holds.append(float((number % 2 == 0) != arm.begins_closed))
     command = np.concatenate(path)
     tremor = np.cumsum(rng.normal(0, 1, command.shape), axis=0)
     window = max(3, round(0.3 * fps))
@@ -187,27 +209,33 @@ class _Hand:
     def course(self, rng: np.random.Generator, grasp: F64) -> tuple[F64, F64]:
         """(command [L], measured width [L])."""
         told, width = np.empty(len(grasp)), np.empty(len(grasp))
-        now, goal, stop = 1.0, 1.0, 0.0
+        now, goal, stop = 1.0 - grasp[0], 1.0 - grasp[0], 0.0
         for t, holds in enumerate(grasp):
             if t == 0 or holds != grasp[t - 1]:
                 stop = rng.uniform(0.1, 0.6) if holds and rng.random() < self.meets else 0.0
                 goal = 1.0 - holds if self.is_binary else (rng.uniform(0.0, 0.05) if holds else rng.uniform(0.8, 1.0))
-            before = told[t - 1] if t else 1.0
+            before = told[t - 1] if t else now
             told[t] = goal if self.is_binary else before + np.clip(goal - before, -2 * self.speed, 2 * self.speed)
             now += float(np.clip(max(told[t], stop if holds else 0.0) - now, -self.speed, self.speed))
             width[t] = now
         return told, np.clip(self.offset + (self.gain - self.offset) * width + rng.normal(0, 0.002, len(grasp)), 0, 1)
 
 
-def _action_paths(arm: Arm, command: F64, measured: F64) -> tuple[F64, F64]:
-    path = command if arm.reference == "command" else np.roll(measured, -1, axis=0)
-    return path, path
+def _action_path(arm: Arm, command: F64, measured: F64) -> F64:
+    return command if arm.reference == "command" else np.roll(measured, -1, axis=0)
 
 
 def _difference(arm: Arm, command: F64, measured: F64) -> F64:
-    """[L, D] what the actions are where they are differences: of angles as they are, rotations as Euler angles."""
+    """[L, D] what the actions are where they are differences: of angles as they are, rotations as Euler angles or, with
+    a frame, as vectors along their axes."""
     path = command if arm.reference == "command_delta" else measured
     step = np.diff(path, axis=0, append=path[-1:])
+    if arm.frame is not None:
+        turned = Rotation.from_euler("xyz", path[:, 3:])
+        after = turned[[*range(1, len(path)), -1]]
+        turn = turned.inv() * after if arm.frame == "tool" else after * turned.inv()
+        way = turned.inv().apply(step[:, :3]) if arm.frame == "tool" else step[:, :3]
+        step = np.column_stack([way, turn.as_rotvec()])
     if arm.reference == "scaled_delta":
         step = step / (3 * step.std(axis=0).clip(1e-6))
     if arm.unit == "deg":
@@ -215,15 +243,15 @@ def _difference(arm: Arm, command: F64, measured: F64) -> F64:
     return step
 
 
-def _written(arm: Arm, path: F64, measured: F64) -> F64:
+def _written(arm: Arm, measured: F64) -> F64:
     """[L, D] the `measured` path in the source's unit and rotation format."""
     if arm.space == "joint":
         return np.degrees(measured) if arm.unit == "deg" else measured
     quaternion = _quaternion(measured[:, 3:])
     if arm.rotation in ("xyzw", "wxyz"):
         turned = quaternion if arm.rotation == "xyzw" else np.roll(quaternion, 1, axis=1)
-    elif arm.rotation == "euler":
-        turned = (measured[:, 3:] + np.pi) % (2 * np.pi) - np.pi
+    elif arm.rotation in ("euler", "euler_zyx"):
+        turned = Rotation.from_quat(quaternion).as_euler("zyx" if arm.rotation == "euler_zyx" else "xyz")
         turned = np.degrees(turned) if arm.unit == "deg" else turned
     elif arm.rotation == "axis_angle":
         w = quaternion * np.where(quaternion[:, 3:] < 0, -1, 1)

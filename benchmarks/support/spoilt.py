@@ -37,8 +37,16 @@ def real_part_positive(sample: EpisodeSample, rng: np.random.Generator) -> Episo
 
 def moved_real_part(sample: EpisodeSample, rng: np.random.Generator) -> EpisodeSample:
     """The actions' quaternions with their real part at the other end."""
-    actions = [np.concatenate([a[:, :3], np.roll(a[:, 3:7], 1, axis=1), a[:, 7:]], axis=1) for a in sample.actions]
-    return replace(sample, actions=actions)
+    return replace(sample, actions=[_moved(a, 1) for a in sample.actions])
+
+
+def rolled(sample: EpisodeSample, rng: np.random.Generator) -> EpisodeSample:
+    """Of a hand that points down and turns about the vertical, one that turns about the base's x axis."""
+    return replace(sample, state=[_moved(s, -1) for s in sample.state], actions=[_moved(a, -1) for a in sample.actions])
+
+
+def _moved(values: np.ndarray, by: int) -> np.ndarray:
+    return np.concatenate([values[:, :3], np.roll(values[:, 3:7], by, axis=1), values[:, 7:]], axis=1)
 
 
 def no_rotations(sample: EpisodeSample, rng: np.random.Generator) -> EpisodeSample:

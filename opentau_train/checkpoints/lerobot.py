@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,15 @@ def published_stats(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     return stats
 
 
-def write_lerobot(folder: Path, policy: Policy, pipeline: Pipeline, norm_head: str) -> None:
-    """Write `policy` for the robots of `norm_head`, whose `pipeline` says how it normalises. Raises `UserError` for
-    what LeRobot's format can't say."""
+def write_lerobot(folder: Path, policy: Policy, pipelines: Iterable[Pipeline], norm_head: str) -> None:
+    """Write `policy` for the robots of `norm_head`, whose datasets' `pipelines` say how it normalises. Raises
+    `UserError` for what LeRobot's format can't say."""
     made, spec = policy.lerobot_export(), policy.spec
     if made is None:
         raise UserError(
             f"{type(policy).__name__} has no counterpart in LeRobot", where="format", remedy="set format=safetensors"
         )
-    norms = _norms(pipeline, norm_head, spec)
+    norms, *_ = [_norms(pipeline, norm_head, spec) for pipeline in pipelines]
     stats = _stats(norms, made, spec)
     inputs = {f"{IMAGES}{camera}": _feature("VISUAL", 3, *spec.image_size) for camera in spec.cameras}
     inputs |= {STATE: _feature("STATE", spec.state_dim)} if spec.state_dim else {}

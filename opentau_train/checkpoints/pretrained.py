@@ -56,34 +56,43 @@ class Pretrained:
 @dataclass(frozen=True)
 class Loaded:
     """`policy` in eval mode; `stats` {norm head: statistics}; `meta`: the convention (`actions`, `normalization`,
-    `norm_heads`, `fps`, ...) and the run's settings under `config`; `pipelines` {norm head: the transforms of its
-    dataset's windows}; `spec`, the shape of a batch for the policy."""
+    `norm_heads`, `fps`, ...) and the run's settings under `config`; `datasets` {norm head: {dataset: the transforms of
+    its windows}}; `spec`, the shape of a batch for the policy.
+
+    Datasets that share a norm head may have had other units, references or columns before they were converted: where
+    they differ, `observe` and `units` must be told which of them the robot speaks as. They raise `UserError` else.
+    """
 
     policy: Policy
     stats: dict[str, HeadStats]
     meta: dict[str, Any]
-    pipelines: dict[str, Pipeline]
+    datasets: dict[str, dict[str, Pipeline]]
     spec: BatchSpec
 
-    def observe(self, observations: Sequence[Mapping[str, Any]], norm_head: str) -> Batch:
-        """A batch of what robots of one kind see, as the training made its samples: see `Pipeline.observe`."""
-        return self._pipeline(norm_head).observe(observations, norm_head, self.spec)
+    @property
+    def pipelines(self) -> dict[str, Pipeline]:
+        """{norm head: the transforms of the first of its datasets}."""
+        return {head: next(iter(of_head.values())) for head, of_head in self.datasets.items()}
 
-    def units(self, actions: torch.Tensor, batch: Batch) -> NDArray[np.float32]:
+    def observe(self, observations: Sequence[Mapping[str, Any]], norm_head: str, dataset: str | None = None) -> Batch:
+        """A batch of what robots of one kind see, as the training made its samples: see `Pipeline.observe`."""
+        return self._pipeline(norm_head, dataset).observe(observations, norm_head, self.spec)
+
+    def units(self, actions: torch.Tensor, batch: Batch, dataset: str | None = None) -> NDArray[np.float32]:
         """Predicted chunks [B, T, A] of a batch of one norm head -> [B, T, A'] in the robot's units and dimensions."""
         (norm_head,) = set(batch.norm_head)
-        pipeline, chunks = self._pipeline(norm_head), actions.float().cpu().numpy()
+        pipeline, chunks = self._pipeline(norm_head, dataset), actions.float().cpu().numpy()
         states = batch.state.cpu().numpy()
         return np.stack([pipeline.units(c, norm_head, state=s) for c, s in zip(chunks, states, strict=True)])
 
-    def _pipeline(self, norm_head: str) -> Pipeline:
-        if norm_head not in self.pipelines:
+    def _pipeline(self, norm_head: str, dataset: str | None) -> Pipeline:
+        if norm_head not in self.datasets:
             raise UserError(
-                f"the policy has no norm head '{norm_head}'{did_you_mean(norm_head, self.pipelines)}",
+                f"the policy has no norm head '{norm_head}'{did_you_mean(norm_head, self.datasets)}",
                 where="norm_head",
-                remedy=f"it knows {', '.join(self.pipelines) or 'none: it was saved by an older version'}",
+                remedy=f"it knows {', '.join(self.datasets) or 'none: it was saved by an older version'}",
             )
-        return self.pipelines[norm_head]
+        return of_dataset(norm_head, self.datasets[norm_head], dataset)
 
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
@@ -149,21 +158,49 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
         raise _unreadable(file, error) from error
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
-    pipelines = pipelines_of(card)
-    transforms = [t for p in pipelines.values() for t in p.transforms.values()]
+    datasets = datasets_of(card)
+    transforms = [t for of_head in datasets.values() for p in of_head.values() for t in p.transforms.values()]
     spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
-    return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
+    return Loaded(policy.to(device).eval(), stats, meta, datasets, spec)
 
 
-def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:
-    """{norm head: the transforms of the first dataset that has it}; none where an older version wrote the card."""
-    made: dict[str, Pipeline] = {}
+def datasets_of(card: Pretrained) -> dict[str, dict[str, Pipeline]]:
+    """{norm head: {dataset that has it: its transforms}}; none where an older version wrote the card."""
+    made: dict[str, dict[str, Pipeline]] = {}
     transforms = assets.unpack(card.policy.get("transforms", {}), card.policy.get(assets.KEY, {}))
     for name, tree in transforms.items():
         pipeline = Pipeline.from_json(tree)
         for head in card.policy["datasets"][name]:
-            made.setdefault(head, pipeline)
+            made.setdefault(head, {})[name] = pipeline
     return made
+
+
+def of_dataset(norm_head: str, pipelines: Mapping[str, Pipeline], dataset: str | None) -> Pipeline:
+    """The transforms of a `dataset` of the norm head {dataset: transforms}; None: of any, where all have the same.
+    Raises `UserError` where they haven't, or there is none of that name."""
+    first = next(iter(pipelines))
+    known = ", ".join(pipelines)
+    if dataset is not None and dataset not in pipelines:
+        raise UserError(
+            f"norm head '{norm_head}' has no dataset '{dataset}'{did_you_mean(dataset, pipelines)}",
+            where="dataset",
+            remedy=f"it was trained on {known}",
+        )
+    own = {name: _own_transforms(pipeline) for name, pipeline in pipelines.items()}
+    other = next((name for name in pipelines if own[name] != own[first]), None)
+    if dataset is None and other is not None:
+        raise UserError(
+            f"datasets '{first}' and '{other}' share norm head '{norm_head}', and aren't converted alike: they differ "
+            "in the robot's units or dimensions",
+            where="dataset",
+            remedy=f"say which one the robot speaks as, dataset='{first}' or another of {known}",
+        )
+    return pipelines[dataset or first]
+
+
+def _own_transforms(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """What one dataset has and another may not have: statistics are of the norm head, and padding of the batch."""
+    return [tree for tree in pipeline.to_json() if tree["name"] not in ("normalize", "pad")]
 
 
 def carried_tokenizer(path: Path) -> str | None:

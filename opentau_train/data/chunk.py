@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
+Between = Callable[[NDArray, NDArray, NDArray, NDArray], None]
+"""Writes into the last [T, A] what lies the third [T] of the way from the first to the second [T, A], where that isn't
+on a straight line."""
 
 SNAP_ROWS = 1e-2
 """A step this near to a row is that row: float32 timestamps and rates such as 29.97 don't meet rows exactly."""
@@ -45,12 +50,15 @@ def chunks_reaching(length: int | NDArray, offsets: NDArray[np.float64]) -> NDAr
 
 
 def rows_at(
-    values: NDArray[np.float32], place: NDArray[np.float64], held: NDArray[np.bool_] | None = None
+    values: NDArray[np.float32],
+    place: NDArray[np.float64],
+    held: NDArray[np.bool_] | None = None,
+    between: Between | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """(values [T, A] f32 at the places [T] between the rows of `values` [L, A], is_pad [T]).
 
-    Linear between two rows; the dimensions under `held` [A] (flags, counts) keep the earlier row's. Places after the
-    last row take it and are marked.
+    Linear between two rows, but for what is `between` them; the dimensions under `held` [A] (flags, counts) keep the
+    earlier row's. Places after the last row take it and are marked.
     """
     last = len(values) - 1
     is_pad = place > last
@@ -59,9 +67,13 @@ def rows_at(
     share = (place - low).astype(np.float32)[:, None]
     if not share.any():
         return values[low], is_pad
+    high, part = values[np.minimum(low + 1, last)], share[:, 0]
     if held is not None:
         share = np.where(held, np.float32(0), share)
-    return values[low] * (1 - share) + values[np.minimum(low + 1, last)] * share, is_pad
+    out = values[low] * (1 - share) + high * share
+    if between is not None:
+        between(values[low], high, part, out)
+    return out, is_pad
 
 
 def next_rows(values: NDArray[np.float32], row: int, num: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -114,9 +114,9 @@ def _write_lerobot(out: Path, policy: Any, card: Any, norm_head: str | None) -> 
     from opentau_train.checkpoints import lerobot, pretrained
     from opentau_train.checkpoints.weights import load_pretrained
 
-    pipelines = pretrained.pipelines_of(card)
-    head = _head(norm_head, sorted(pipelines))
-    lerobot.write_lerobot(out, policy, pipelines[head], head)
+    datasets = pretrained.datasets_of(card)
+    head = _head(norm_head, sorted(datasets))
+    lerobot.write_lerobot(out, policy, datasets[head].values(), head)
     again = pretrained.build(pretrained.whole(card)).eval()
     load_pretrained(again, out, policy.weight_map())
     return again

@@ -43,7 +43,7 @@ def locate(parts: Sequence[Part], names: Sequence[str], path: str) -> tuple[Loca
         raise UserError(
             f"dimensions are in no part, or in two: {', '.join(wrong)}",
             where=path,
-            remedy="list each once; a part with kind: other says nothing of its dimensions",
+            remedy=f"list each once; kind: other says nothing of its dimensions, {path}=null nothing of any",
         )
     return tuple(made)
 

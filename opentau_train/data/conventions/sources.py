@@ -72,6 +72,16 @@ def check_agreement(head: str, one: Conversions, other: Conversions, rates: tupl
             where=where,
             remedy=f"convert to reference: delta_start, or {apart}",
         )
+    if rates[0] != rates[1]:
+        log.warning(
+            "%s share norm head %s, and steps of their chunks are %g and %g to a second: set %s.fps=%g, or %s",
+            both,
+            head,
+            *rates,
+            where,
+            rates[0],
+            apart.removeprefix("set "),
+        )
 
 
 def record(sources: Sequence[Conversions]) -> dict[str, Any]:

@@ -100,9 +100,8 @@ class LeRobotCursor:
         num, fps = self._window.chunk_length, self._window.fps
         if fps is None:  # the rows themselves: nothing to place between them
             return next_rows(rows.actions, frame, num)
-        return rows_at(
-            rows.actions, chunk_places(frame, num, self._factory.step, rows.seconds, fps), self._factory.held
-        )
+        places = chunk_places(frame, num, self._factory.step, rows.seconds, fps)
+        return rows_at(rows.actions, places, self._factory.held, self._window.between)
 
     def close(self) -> None:
         for cursor in self._videos.values():

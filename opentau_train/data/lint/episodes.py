@@ -1,19 +1,16 @@
-"""Finders about whole episodes: their rate, copies of one another, and cameras that changed places."""
+"""Finders about whole episodes: their rate, and copies of one another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opentau_train.data.lint.finding import UNKNOWN, Finding
-from opentau_train.data.lint.sample import F64, EpisodeSample
+from opentau_train.data.lint.sample import EpisodeSample
 
 _RATE_OFF = 0.02
 _SHARED_ROWS, _NEAR = 0.5, 0.005
-_APART = 2.0
 
 
 def rate(sample: EpisodeSample) -> Finding:
@@ -56,48 +53,3 @@ def copies(sample: EpisodeSample) -> Finding:
     return Finding(
         "duplicates", tuple(str(n) for n in sorted({b for _, b in same})), value, f"episodes {shown or '(none)'}"
     )
-
-
-def swapped(numbers: Sequence[int], histograms: dict[str, F64]) -> list[Finding]:
-    """Episodes in which two cameras stand in each other's columns: the pictures of each resemble the other one's in the
-    other episodes. Unknown where a camera's own pictures differ between episodes nearly as much as two cameras'."""
-    findings = []
-    for one, other in combinations(histograms, 2):
-        a, b = histograms[one], histograms[other]
-        good = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
-        a, b, which = a[good], b[good], np.array(numbers)[good]
-        if len(a) < 4:
-            continue
-        crossed = _distances(a, b)
-        straight = _distances(a, a) + _distances(b, b), crossed + crossed.T
-        # Side +1 or -1 of each episode: two on the same side are near straight, two on different sides crossed.
-        differ = straight[1] - straight[0]
-        np.fill_diagonal(differ, 0.0)
-        side = np.sign(np.linalg.eigh(differ)[1][:, -1])
-        side[side == 0] = 1
-        side *= np.sign(side.sum()) or 1
-        agree = side[:, None] * side[None, :] > 0
-        np.fill_diagonal(agree, False)
-        off = ~agree & ~np.eye(len(a), dtype=bool)
-        near = np.concatenate([straight[0][agree], straight[1][off]])
-        far = np.concatenate([straight[1][agree], straight[0][off]])
-        clear = np.median(far) > _APART * np.median(near) and np.percentile(near, 90) < np.percentile(far, 10)
-        lost = tuple(str(n) for n in which[side < 0])
-        value = UNKNOWN if not clear or len(lost) == len(a) / 2 else "swapped" if lost else "steady"
-        evidence = (
-            f"distance {np.median(near) / 2:.2f} to its own pictures, {np.median(far) / 2:.2f} to the other camera's"
-        )
-        findings.append(Finding(f"cameras {one}, {other}", lost if value == "swapped" else (), value, evidence))
-    return findings
-
-
-def histogram(picture: NDArray[np.uint8]) -> F64:
-    """[64] the share of the pixels of a picture [H, W, 3] that have each of 4 x 4 x 4 colours."""
-    codes = (picture.reshape(-1, 3) // 64).astype(np.int64) @ [16, 4, 1]
-    return np.bincount(codes, minlength=64) / len(codes)
-
-
-def _distances(one: F64, other: F64) -> F64:
-    """[E, F] Hellinger distances, in [0, 1]."""
-    overlap = np.sqrt(one) @ np.sqrt(other).T
-    return np.sqrt(np.clip(1 - overlap, 0, 1))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 UNKNOWN = "unknown"
 """The value of a finding where the data don't tell."""
 
+LIKELY = 0.5
+"""The confidence of what is only usual: it contradicts no declaration, but casts doubt on it."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -18,6 +21,10 @@ class Finding:
     value: str
     evidence: str
     confidence: float = 1.0
+
+    @property
+    def is_usual(self) -> bool:
+        return self.confidence <= LIKELY
 
     @property
     def is_known(self) -> bool:

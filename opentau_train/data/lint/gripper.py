@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from opentau_train.data.lint.finding import UNKNOWN, Finding
+from opentau_train.data.lint.finding import LIKELY, UNKNOWN, Finding
 from opentau_train.data.lint.sample import F64
 from opentau_train.data.lint.units import gripper_range
 
@@ -49,6 +49,19 @@ def polarity(dims: tuple[str, ...], state: Sequence[F64], command: Sequence[F64]
         f"{np.mean(above):+.2f} (sd {np.std(above):.2f}) at its high end"
     )
     return Finding("polarity", dims, value, evidence)
+
+
+def usual_polarity(dims: tuple[str, ...], state: Sequence[F64]) -> Finding:
+    """Which end of a gripper's `state` [L, 1] is open, where it is as usual: episodes begin with an open hand, which
+    then closes. Where nothing is ever held, closing and opening are mirror images, and this is all that there is: no
+    more than likely, as a task may begin with a closed hand."""
+    low, high = ends(np.concatenate(state))
+    share = [(s[:, 0] - low) / (high - low) for s in state]
+    starts = np.array([s[0] for s in share if np.ptp(s) > 0.5])
+    at_low, at_high = (starts < 0.35).sum(), (starts > 0.65).sum()
+    evidence = f"of {len(starts)} episodes in which it moves {at_low} begin at the low end, {at_high} at the high end"
+    clear = len(starts) >= 5 and max(at_low, at_high) >= 0.9 * len(starts)
+    return Finding("polarity", dims, (OPEN if at_high else CLOSED) if clear else UNKNOWN, evidence, LIKELY)
 
 
 def other_end(value: str) -> str:

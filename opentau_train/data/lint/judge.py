@@ -4,43 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from opentau_train.data.convention import Convention
-from opentau_train.data.conventions.places import Located, locate
-from opentau_train.data.lint import episodes, gripper, motion, rotations, units
+from opentau_train.data.conventions.places import Located
+from opentau_train.data.lint import cameras, episodes, gripper, motion, rotations, units
 from opentau_train.data.lint.finding import UNKNOWN, Finding
 from opentau_train.data.lint.motion import ABSOLUTE, DELTA, Following
-from opentau_train.data.lint.parts import declaration, guess
+from opentau_train.data.lint.parts import declaration
+from opentau_train.data.lint.poses import poses
 from opentau_train.data.lint.sample import F64, EpisodeSample
+from opentau_train.data.lint.vector import Vector, Verdict, hold, vector_of
 
 LEAST_ROWS = 200
 """Of fewer nothing is said."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A finding and what it means: it agrees with what is `declared`, contradicts it, is unknown, or is a note where
-    nothing is declared. `where` is the key of the configuration that it is about, `remedy` what to write there."""
-
-    finding: Finding
-    answer: Literal["agree", "contradiction", "unknown", "note"]
-    where: str
-    declared: Any = None
-    remedy: str = ""
-
-
-def hold(finding: Finding, declared: Any, where: str, agrees: bool | None = None, remedy: str | None = None) -> Verdict:
-    """The verdict on a finding; `agrees` where that isn't whether it is what is declared."""
-    if not finding.is_known:
-        return Verdict(finding, "unknown", where, declared)
-    if declared is None:
-        return Verdict(finding, "note", where)
-    if finding.value == declared if agrees is None else agrees:
-        return Verdict(finding, "agree", where, declared)
-    return Verdict(finding, "contradiction", where, declared, remedy or f"set {where}: {finding.value}")
 
 
 @dataclass(frozen=True)
@@ -55,42 +34,14 @@ class Judged:
     quaternions: Mapping[str, tuple[Sequence[F64], Verdict]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Vector:
-    """The state or the actions: the key and the parts of its convention, its dimensions and its episodes."""
-
-    name: Literal["state", "actions"]
-    where: str
-    is_declared: bool
-    names: tuple[str, ...]
-    parts: tuple[Located, ...]
-    episodes: Sequence[F64]
-
-    def rows(self, part: Located) -> list[F64]:
-        return [values[:, list(part.places)] for values in self.episodes]
-
-    def dims(self, part: Located) -> tuple[str, ...]:
-        return tuple(self.names[place] for place in part.places)
-
-    def key(self, part: Located, facet: str) -> str:
-        return f"{self.where}[{self.parts.index(part)}].{facet}"
-
-    def hold(self, part: Located, finding: Finding, agrees: bool | None = None, remedy: str | None = None) -> Verdict:
-        """The verdict on the part's own key that the finding is called by."""
-        if len(finding.dims) < len(part.places):
-            remedy = f"give {', '.join(finding.dims)} a part of their own, with {finding.name}: {finding.value}"
-        declared = getattr(part.part, finding.name)
-        return hold(finding, declared, self.key(part, finding.name), agrees, remedy)
-
-
 def judge(sample: EpisodeSample, convention: Convention, where: str, *, by_time: bool = False) -> Judged:
     """What the sample says of the source `where`, beside its `convention`; `by_time`: its chunks follow the rows'
     times, not their rate. Raises `UserError` where the convention doesn't fit the dimensions."""
     if sample.num_rows < LEAST_ROWS:
         return Judged()
     follow = motion.following(sample)
-    state = _vector("state", convention.state, sample.state_names, sample.state, where)
-    actions = _vector("actions", convention.actions, sample.action_names, sample.actions, where)
+    state = vector_of("state", convention.state, sample.state_names, sample.state, where)
+    actions = vector_of("actions", convention.actions, sample.action_names, sample.actions, where)
     verdicts = [v for part in state.parts for v in _part(state, part, ABSOLUTE)]
     unit_of = {dim: v.finding.value for v in verdicts if v.finding.name == "unit" for dim in v.finding.dims}
     for part in actions.parts:
@@ -104,6 +55,9 @@ def judge(sample: EpisodeSample, convention: Convention, where: str, *, by_time:
             deltas = [p for p in pairs if follow.kind[p] == DELTA]
             of_state = {unit_of.get(sample.state_names[s], UNKNOWN) for s in sample.pairs[deltas, 0]}
             verdicts.append(actions.hold(part, units.of_deltas(known[DELTA], follow.slope[deltas], of_state)))
+    better = list(poses(state, actions, sample, verdicts))
+    keys = {(v.where, v.finding.name) for v in better}
+    verdicts = [v for v in verdicts if (v.where, v.finding.name) not in keys] + better
     grippers = [v for part in actions.parts for v in _gripper(state, actions, part, sample, follow)]
     verdicts += [*grippers, *_whole(sample, follow, where, by_time)]
     turned = dict(_quaternions(state, verdicts)) | dict(_quaternions(actions, verdicts))
@@ -124,18 +78,11 @@ def between(one: Judged, other: Judged) -> Iterator[Verdict]:
         a, b = one.polarities[dim], other.polarities[dim]
         if a.finding.value != b.finding.value and None in (a.declared, b.declared):  # else each is judged by itself
             evidence = f"{a.finding.value} in {a.where}, {b.finding.value} in {b.where}"
-            yield hold(Finding("gripper between sources", (dim,), "inverted", evidence), None, b.where)
+            sure = min(a.finding.confidence, b.finding.confidence)
+            yield hold(Finding("gripper between sources", (dim,), "inverted", evidence, sure), None, b.where)
 
 
-def _vector(
-    name: Literal["state", "actions"], declared: Any, names: tuple[str, ...], rows: Sequence[F64], where: str
-) -> _Vector:
-    key = f"{where}.convention.{name}"
-    parts = locate(declared, names, key) if declared else guess(names, np.concatenate(rows))
-    return _Vector(name, key, bool(declared), names, parts, rows)
-
-
-def _part(vector: _Vector, part: Located, reference: str) -> Iterator[Verdict]:
+def _part(vector: Vector, part: Located, reference: str) -> Iterator[Verdict]:
     """What a part's own numbers say. Absolute ones have a unit that shows."""
     rows, dims, kind = vector.rows(part), vector.dims(part), part.part.kind
     every, quantity = np.concatenate(rows), "length" if kind == "position" or part.part.unit in ("m", "mm") else "angle"
@@ -158,7 +105,7 @@ def _part(vector: _Vector, part: Located, reference: str) -> Iterator[Verdict]:
 
 
 def _gripper(
-    state: _Vector, actions: _Vector, part: Located, sample: EpisodeSample, follow: Following
+    state: Vector, actions: Vector, part: Located, sample: EpisodeSample, follow: Following
 ) -> Iterator[Verdict]:
     """Which end of a gripper is open, in the state and in the actions, and whether the two run the same way."""
     pair = next((p for p, (_, a) in enumerate(sample.pairs) if (a,) == part.places), None)
@@ -169,6 +116,9 @@ def _gripper(
         return
     sign = float(np.sign(follow.slope[pair]))
     found = gripper.polarity(state.dims(own), state.rows(own), actions.rows(part), sign, sample.frames(0.3))
+    if not found.is_known:
+        usual = gripper.usual_polarity(state.dims(own), state.rows(own))
+        found = replace(usual, evidence=f"{found.evidence}; {usual.evidence}")
     yield state.hold(own, found)
     told = found.value if sign > 0 else gripper.other_end(found.value)
     yield actions.hold(part, replace(found, dims=actions.dims(part), value=told))
@@ -189,11 +139,11 @@ def _whole(sample: EpisodeSample, follow: Following, where: str, by_time: bool) 
     copies = episodes.copies(sample)
     leave_out = f"leave episodes out: {where}.exclude_episodes=[%s]"
     yield replace(hold(copies, None, where), remedy=leave_out % ",".join(copies.dims) if copies.dims else "")
-    for cameras in episodes.swapped(sample.numbers, sample.histograms):
-        yield hold(cameras, "steady", f"{where}.cameras", remedy=leave_out % ",".join(cameras.dims))
+    for pair in cameras.swapped(sample.numbers, sample.histograms):
+        yield hold(pair, "steady", f"{where}.cameras", remedy=leave_out % ",".join(pair.dims))
 
 
-def _quaternions(vector: _Vector, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, tuple[Sequence[F64], Verdict]]]:
+def _quaternions(vector: Vector, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, tuple[Sequence[F64], Verdict]]]:
     """(`state rotation`, (rows, verdict on its format)) of each part of absolute quaternions."""
     found = {v.where for v in verdicts if v.finding.value == ABSOLUTE}
     for part in vector.parts:
@@ -215,13 +165,13 @@ def _same_order(one: tuple[Sequence[F64], Verdict], other: tuple[Sequence[F64], 
     return hold(finding, told if is_declared else None, b.where, remedy=remedy)
 
 
-def _facets(vector: _Vector, verdicts: Sequence[Verdict]) -> dict[int, dict[str, Any]]:
+def _facets(vector: Vector, verdicts: Sequence[Verdict]) -> dict[int, dict[str, Any]]:
     """{part's place: {key: value}} of what was found of whole parts, as a convention says it."""
     out: dict[int, dict[str, Any]] = {}
     for i, part in enumerate(vector.parts):
         for v in verdicts:
             value, facet = v.finding.value, v.finding.name
             whole = v.answer == "note" and v.finding.dims == vector.dims(part) and v.where == vector.key(part, facet)
-            if whole and value not in (rotations.EULER, rotations.NONE):
+            if whole and not v.finding.is_usual and value not in (rotations.EULER, rotations.NONE):
                 out.setdefault(i, {})[facet] = value
     return out

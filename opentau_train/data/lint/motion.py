@@ -36,19 +36,15 @@ class Following:
 def following(sample: EpisodeSample) -> Following:
     """Compares the state's way over some frames with the change of the actions over as many (they are absolute), and
     with their sum (they are differences), at every lag."""
-    span = sample.frames(_SPAN_S)
-    lags = np.arange(min(-2, round(_LAGS_S[0] * sample.fps)), max(5, round(_LAGS_S[1] * sample.fps)) + 1)
+    span, lags = sample.frames(_SPAN_S), lags_of(sample)
     pairs = sample.pairs
     sums = np.zeros((2, len(lags), 3, len(pairs)))  # of x x, y y and x y
+    turns = [turns_of(episodes)[pairs[:, i]] for i, episodes in enumerate((sample.state, sample.actions))]
     for state, actions in zip(sample.state, sample.actions, strict=True):
-        way = _ways(unwrapped(state[:, pairs[:, 0]]), span)
-        own = unwrapped(actions[:, pairs[:, 1]])
+        way = ways(unwrapped(state[:, pairs[:, 0]], turns[0]), span)
+        own = unwrapped(actions[:, pairs[:, 1]], turns[1])
         for kind, series in enumerate((own, np.cumsum(own, axis=0) - own)):
-            x = _ways(series, span)
-            for k, lag in enumerate(lags.tolist()):
-                num = max(len(way) - abs(lag), 0)
-                u, v = x[max(-lag, 0) :][:num], way[max(lag, 0) :][:num]
-                sums[kind, k] += [(u * u).sum(0), (v * v).sum(0), (u * v).sum(0)]
+            sums[kind] += _products(ways(series, span), way, lags)
     xx, yy, xy = np.moveaxis(sums, 2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         r2, slope = np.nan_to_num(xy * xy / (xx * yy)), np.nan_to_num(xy / xx)  # [2, K, P]
@@ -65,6 +61,33 @@ def following(sample: EpisodeSample) -> Following:
         lag=np.where(peaked, lags[at] + winner, np.nan),
         slope=slope[winner, at, p],
     )
+
+
+def lags_of(sample: EpisodeSample) -> NDArray[np.int64]:
+    """The lags in frames, of the state behind the actions, that are compared."""
+    return np.arange(min(-2, round(_LAGS_S[0] * sample.fps)), max(5, round(_LAGS_S[1] * sample.fps)) + 1)
+
+
+def agreement(sample: EpisodeSample, paths: Sequence[F64], steps: Sequence[F64]) -> float:
+    """r2, at the best lag, of the ways of the `paths` [L, 3] as one multiple of the sums of the `steps` [L, 3]; 0
+    where they go against them."""
+    span, lags = sample.frames(_SPAN_S), lags_of(sample)
+    sums = np.zeros((len(lags), 3, 3))
+    for path, step in zip(paths, steps, strict=True):
+        sums += _products(ways(np.cumsum(step, axis=0) - step, span), ways(path, span), lags)
+    xx, yy, xy = np.moveaxis(sums.sum(axis=2), 1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.nan_to_num(np.maximum(xy, 0) ** 2 / (xx * yy)).max())
+
+
+def _products(x: F64, y: F64, lags: NDArray[np.int64]) -> F64:
+    """[K, 3, P] the sums of x x, y y and x y at each lag of y [L, P] behind x [L, P]."""
+    sums = np.zeros((len(lags), 3, x.shape[1]))
+    for k, lag in enumerate(lags.tolist()):
+        num = max(len(y) - abs(lag), 0)
+        u, v = x[max(-lag, 0) :][:num], y[max(lag, 0) :][:num]
+        sums[k] = [np.einsum("ij,ij->j", one, other) for one, other in ((u, u), (v, v), (u, v))]
+    return sums
 
 
 def references(sample: EpisodeSample, follow: Following, pairs: Sequence[int]) -> list[Finding]:
@@ -90,11 +113,13 @@ def lags(sample: EpisodeSample, follow: Following) -> list[Finding]:
 
 
 def clipped(names: tuple[str, ...], episodes: Sequence[F64]) -> Finding:
-    """The dimensions that run into a limit: they arrive at their extreme moving, and stand there exactly."""
+    """The dimensions that run into a limit: they arrive at their extreme moving, and stand there exactly; three times,
+    or twice where several dimensions do."""
     rows = np.concatenate(episodes)
-    share = np.zeros(len(names))
-    for extreme in (rows.min(axis=0), rows.max(axis=0)):
-        often = sum(_arrivals(x, x == extreme) for x in episodes) >= _LEAST_ARRIVALS
+    share, extremes = np.zeros(len(names)), (rows.min(axis=0), rows.max(axis=0))
+    arrivals = np.array([sum(_arrivals(x, x == extreme) for x in episodes) for extreme in extremes])
+    least = _LEAST_ARRIVALS - (arrivals[arrivals >= _LEAST_ARRIVALS - 1].sum() >= 2 * _LEAST_ARRIVALS)
+    for extreme, often in zip(extremes, arrivals >= least, strict=True):
         share += np.where(often, (rows == extreme).mean(axis=0), 0.0)
     which = [i for i in np.flatnonzero(share >= _LEAST_SHARE) if len(np.unique(rows[:, i])) >= _LEAST_VALUES]
     evidence = f"up to {share.max():.1%} of the rows at an extreme that is entered in full motion"
@@ -119,12 +144,13 @@ def idle(sample: EpisodeSample, follow: Following) -> Finding:
     span = sample.frames(0.5)
     delta = np.zeros(len(sample.action_names), bool)
     delta[sample.pairs[:, 1]] = [kind == DELTA for kind in follow.kind]
-    paths = [np.where(delta, np.cumsum(a, axis=0), unwrapped(a)) for a in sample.actions]
+    turns = turns_of(sample.actions)
+    paths = [np.where(delta, np.cumsum(a, axis=0), unwrapped(a, turns)) for a in sample.actions]
     low, high = np.percentile(np.concatenate(paths), [1, 99], axis=0)
     longest, num = 0, 0
     for path in paths:
         still = np.ones(len(path), bool)
-        moves = (np.abs(_ways(path, span)) > 0.01 * np.maximum(high - low, 1e-9)).any(axis=1)
+        moves = (np.abs(ways(path, span)) > 0.01 * np.maximum(high - low, 1e-9)).any(axis=1)
         for start in np.flatnonzero(moves):
             still[start + 1 : start + span + 1] = False
         num += int(still.sum())
@@ -135,15 +161,23 @@ def idle(sample: EpisodeSample, follow: Following) -> Finding:
     return Finding("motion", (), value, f"{share:.0%} of the frames at rest, up to {longest}, {seconds:.1f} s, at once")
 
 
-def unwrapped(angles: F64) -> F64:
-    """[L, P] without the jumps of a whole turn, in radians or degrees, of angles kept within one turn."""
-    step = np.diff(angles, axis=0)
-    turns = np.zeros_like(step)
+def turns_of(episodes: Sequence[F64]) -> F64:
+    """[D] a whole turn in the unit of each dimension of the episodes [L, D], where it may be an angle kept within one:
+    its values go through one, of 2 pi or of 360; infinite elsewhere."""
+    ranges = np.ptp(np.concatenate(episodes), axis=0)
+    turns = np.full(len(ranges), np.inf)
     for size in (2 * np.pi, 360.0):
-        turns += np.where(np.abs(np.abs(step) - size) < 0.06 * size, np.sign(step) * size, 0.0)
-    return angles - np.vstack([np.zeros_like(angles[:1]), np.cumsum(turns, axis=0)])
+        turns[np.abs(ranges - size) < 0.06 * size] = size
+    return turns
 
 
-def _ways(series: F64, span: int) -> F64:
+def unwrapped(angles: F64, turns: F64) -> F64:
+    """[L, P] without the jumps of a whole one of the `turns` [P]."""
+    step = np.diff(angles, axis=0)
+    jumps = np.where(np.abs(np.abs(step) - turns) < 0.06 * turns, np.sign(step), 0.0)
+    return angles - np.where(np.isfinite(turns), turns, 0.0) * np.vstack([np.zeros_like(angles[:1]), jumps.cumsum(0)])
+
+
+def ways(series: F64, span: int) -> F64:
     """[L - span, P] how far each goes in `span` frames; no row where there are fewer."""
     return series[span:] - series[: max(len(series) - span, 0)]

@@ -8,15 +8,15 @@ import pyarrow as pa
 from opentau_train.data.decode.parquet import numbers
 from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.source import LeRobotDataset
-from opentau_train.data.lint.episodes import histogram
+from opentau_train.data.lint.cameras import histogram
 from opentau_train.data.lint.sample import F64, EpisodeSample
 from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.data.source import Source
 from opentau_train.errors import BadSample
 from opentau_train.types import WindowSpec
 
-NUM_PICTURED = 12
-"""Episodes of which a picture of each camera is decoded."""
+NUM_PICTURED = 24
+"""Episodes at most of which a picture of each camera is decoded."""
 
 
 def read_sample(source: Source, num: int) -> EpisodeSample:
@@ -52,7 +52,7 @@ def _seconds(source: LeRobotDataset, places: list[int]) -> list[F64]:
 
 def _histograms(source: Source, places: list[int]) -> dict[str, F64]:
     """{camera: [E, K]} of each episode's first picture; NaN where it isn't read."""
-    out = {camera: np.full((len(places), 64), np.nan) for camera in source.cameras}
+    out = {camera: np.full((len(places), 256), np.nan) for camera in source.cameras}
     factory = source.cursors(WindowSpec(chunk_length=1, image_size=(64, 64)))
     cursor = factory.cursor()
     try:

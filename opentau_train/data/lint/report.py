@@ -30,9 +30,10 @@ def lint(datasets: Sequence[Dataset], groups: Sequence[Group], num: int) -> dict
 
 
 def report(name: str, judged: Judged) -> list[str]:
-    """Lines on one source: what contradicts its declaration, what agrees, what is noted, what can't be told."""
+    """Lines on one source: what contradicts its declaration, what casts doubt on it, what agrees, what is noted, what
+    can't be told."""
     lines = []
-    for answer in ("contradiction", "agree", "note"):
+    for answer in ("contradiction", "doubt", "agree", "note"):
         for verdict in judged.verdicts:
             if verdict.answer == answer and verdict.finding.value not in _QUIET:
                 lines.append(f"  {answer}: {_told(verdict)} ({verdict.finding.evidence})")
@@ -53,7 +54,7 @@ def contradiction(judged: dict[str, Judged]) -> UserError | None:
 
 
 def _told(verdict: Verdict) -> str:
-    against = f", declared {verdict.declared}" if verdict.answer == "contradiction" else ""
+    against = f", declared {verdict.declared}" if verdict.answer in ("contradiction", "doubt") else ""
     likely = "likely " * (verdict.finding.confidence < 1)
     return f"{verdict.finding.name}{_of(verdict.finding.dims)} is {likely}{verdict.finding.value}{against}"
 

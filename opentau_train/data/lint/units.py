@@ -45,27 +45,28 @@ def of_deltas(dims: tuple[str, ...], slopes: F64, of_states: set[str]) -> Findin
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0), (-100.0, 100.0), (0.0, 0.04), (0.0, 0.08), (0.0, 0.085), (0.0, 255.0))
 
 
-def gripper_range(rows: F64) -> tuple[float, float] | None:
+def gripper_range(rows: F64, short: float = 0.15) -> tuple[float, float] | None:
     """The usual range that a gripper's values [N] fill: none goes beyond it by 5 %, and the outermost ones come within
-    15 % of both its ends. None where there is no such range."""
+    a share `short` of both its ends. None where there is no such range."""
     low, high = np.percentile(rows, [0.5, 99.5])
     for start, end in RANGES:
-        beyond, short = 0.05 * (end - start), 0.15 * (end - start)
-        if start - beyond <= low <= start + short and end - short <= high <= end + beyond:
+        beyond, inside = 0.05 * (end - start), short * (end - start)
+        if start - beyond <= low <= start + inside and end - inside <= high <= end + beyond:
             return start, end
     return None
 
 
 def fills(dims: tuple[str, ...], rows: F64, declared: tuple[float, float] | None) -> tuple[Finding, bool]:
     """(the usual range that a gripper's values [N] fill, whether that fits the one that is declared). A range is wrong
-    where values lie beyond it by 10 % of its span, or fill a usual one that is 7 times smaller."""
-    usual, (low, high) = gripper_range(rows), np.percentile(rows, [0.5, 99.5]).tolist()
-    value, agrees = usual and f"[{usual[0]:g},{usual[1]:g}]", True
+    where values lie beyond it by 10 % of its span, or fill a usual one that is 7 times smaller, up to the third of it
+    that stays free where every grasp meets an object."""
+    shown, (low, high), agrees = gripper_range(rows), np.percentile(rows, [0.5, 99.5]).tolist(), True
     if declared is not None:
         span = declared[1] - declared[0]
+        smaller = shown or gripper_range(rows, 0.33)
         beyond = max(declared[0] - low, high - declared[1]) > 0.1 * span
-        agrees = not beyond and not (usual and usual[1] - usual[0] < 0.15 * span)
+        agrees = not beyond and not (smaller and smaller[1] - smaller[0] < 0.15 * span)
         near = max(low - declared[0], declared[1] - high) < 0.15 * span
-        value = (value or f"[{low:.3g},{high:.3g}]") if not agrees else value if near else None
-    evidence = f"values from {low:.3g} to {high:.3g}"
-    return Finding("range", dims, value or UNKNOWN, evidence), agrees
+        shown = (shown or (low, high)) if beyond else smaller if not agrees else shown if near else None
+    value = f"[{shown[0]:.3g},{shown[1]:.3g}]" if shown else UNKNOWN
+    return Finding("range", dims, value, f"values from {low:.3g} to {high:.3g}"), agrees

@@ -13,6 +13,7 @@ from opentau_train.config.data import DataSettings, SourceSettings
 from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.data.chunk import chunk_places, chunk_rows, chunks_reaching, row_step, rows_at
 from opentau_train.data.convention import Part
+from opentau_train.data.conventions.between import RotationsBetween, rotations_between
 from opentau_train.data.conventions.steps import Conversions
 from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.normalize import HeadStats
@@ -69,7 +70,7 @@ class Dataset:
             made = []
             for start in range(0, len(state), _WINDOWS_AT_ONCE):
                 frames = np.arange(start, min(start + _WINDOWS_AT_ONCE, len(state)))
-                rows, _ = rows_at(actions, (frames[:, None] + offsets).ravel())
+                rows, _ = rows_at(actions, (frames[:, None] + offsets).ravel(), between=self.between)
                 made.append(pipeline.rows(state[frames], rows.reshape(len(frames), len(offsets), -1)))
             states, chunks = (np.concatenate(values) for values in zip(*made, strict=True))
             whole = chunks_reaching(len(state), offsets)
@@ -86,7 +87,7 @@ class Dataset:
         some = set(self.settings.modes) & set(WITH_FUTURE)
         cameras = tuple(c for c in spec.future_cameras if some and c in self.source.cameras)
         future = spec.future if cameras else 0, spec.future_stride, cameras
-        return WindowSpec(self.chunk_length, spec.history, size, self.settings.fps, *future)
+        return WindowSpec(self.chunk_length, spec.history, size, self.settings.fps, *future, between=self.between)
 
     def decoders(self, window: WindowSpec) -> OpenDecoders:
         """The decoders that one cursor keeps open to read such windows."""
@@ -95,6 +96,11 @@ class Dataset:
         sizes = self.source.frame_sizes.items()
         held = [reader_bytes(size, window.image_size, rows * (c in window.future_cameras)) for c, size in sizes]
         return OpenDecoders(len(held), sum(held))
+
+    @property
+    def between(self) -> RotationsBetween | None:
+        """What of its actions isn't on a straight line from row to row, as far as the source declares it."""
+        return rotations_between(self.conversions.declared, self.source.action_names)
 
     @property
     def chunk_offsets(self) -> NDArray[np.float64]:

@@ -73,6 +73,8 @@ def _of_head(
             identity.append(json.dumps(Pipeline(d.transforms).to_json()))
         if by_chunks:
             identity.append(json.dumps([d.chunk_offsets.tolist(), per_timestep]))
+            if d.between is not None and (d.chunk_offsets % 1).any():
+                identity.append(repr(d.between))
 
     left_out: list[tuple[str, int]] = []
 

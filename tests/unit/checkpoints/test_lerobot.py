@@ -96,14 +96,14 @@ def test_what_lerobots_format_cannot_say_is_refused(run_dir, tmp_path, capsys):
         (loaded.policy, cropped, "the transform 'crop' changes state or actions, or crops pictures"),
     ):
         with pytest.raises(UserError, match=words):
-            write_lerobot(tmp_path / "b", policy, transforms, head)
+            write_lerobot(tmp_path / "b", policy, [pipeline, transforms], head)
     with pytest.raises(UserError, match="several norm heads") as caught:
         export._head(None, ["arm::ee", "arm::joint"])
     assert "arm::ee, arm::joint" in caught.value.remedy
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     whole = Augment((32, 32), crop=(0.5, 0.5), centre=1.0)  # what is for training only isn't LeRobot's to know
     write_lerobot(
-        tmp_path / "b", loaded.policy, Pipeline({**pipeline.transforms, "a": whole, "b": DropInputs(state=0.5)}), head
+        tmp_path / "b", loaded.policy, [Pipeline({**pipeline.transforms, "a": whole, "b": DropInputs(state=0.5)})], head
     )
     assert (tmp_path / "b" / "config.json").exists()
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.linter import CASES, WHERE, Case, generated
 from benchmarks.support.arms import Arm, declared
+from benchmarks.support.case import WHERE, Case, generated
+from benchmarks.support.cases import CASES
 from opentau_train.data.builtin import droid
 from opentau_train.data.convention import Convention, Part
 from opentau_train.data.lint import episodes, motion, units
@@ -20,8 +21,13 @@ from opentau_train.errors import UserError
 
 SEED = 5
 """A source whose gripper meets objects, and whose cameras' views differ."""
-CANT_BE_TOLD = {"xyzw, declared wxyz, hand down", "wxyz, declared xyzw, hand up", "two sources, alike"}
-"""Two of the four components are small, which the other order could have as well; and there is nothing to find."""
+
+
+DOUBTED = {
+    "clean: nothing held, hands begin closed": {"polarity"},
+    "clean: a hand that turns about the base's x axis": {"rotation"},
+}
+"""What is usual and not so here."""
 
 
 def named(name: str) -> Case:
@@ -29,10 +35,9 @@ def named(name: str) -> Case:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.asked], ids=lambda c: c.name)
-def test_what_is_planted_is_found_or_unknown_and_nothing_else_is(case):
+def test_what_is_planted_is_found_as_far_as_the_data_allow_and_nothing_else_is(case):
     judged = case.judged(SEED)
-    right = "agree" if case.name == "two sources, xyzw, declared so" else "found" if case.told else "contradiction"
-    assert case.read(judged) == ("unknown" if case.name in CANT_BE_TOLD else right)
+    assert case.read(judged) == case.allowed
     assert [v for v in judged.verdicts if v.answer == "contradiction" and not case.is_planted(v)] == []
 
 
@@ -40,6 +45,8 @@ def test_what_is_planted_is_found_or_unknown_and_nothing_else_is(case):
 def test_a_source_that_is_declared_rightly_is_contradicted_in_nothing(case):
     judged = case.judged(SEED)
     assert [v for v in judged.verdicts if v.answer == "contradiction"] == []
+    doubted = {v.finding.name for v in judged.verdicts if v.answer == "doubt"}
+    assert doubted == DOUBTED.get(case.name, set())
     agreed = {v.finding.name for v in judged.verdicts if v.answer == "agree"}
     assert {"rate", "reference", "range"} <= agreed
     told = {v.finding.name: v.finding.value for v in judged.verdicts}
@@ -47,7 +54,9 @@ def test_a_source_that_is_declared_rightly_is_contradicted_in_nothing(case):
     assert "clipped" not in [v.finding.value for v in judged.verdicts]
 
 
-@pytest.mark.parametrize("name", ["radians, declared degrees", "absolute, declared a delta", "gripper inverted"])
+@pytest.mark.parametrize(
+    "name", ["radians, declared degrees", "absolute, declared a delta", "gripper inverted, objects held"]
+)
 def test_a_contradiction_names_the_key_and_what_to_write_there(name):
     case = named(name)
     (wrong,) = [v for v in case.judged(SEED).verdicts if v.answer == "contradiction" and v.where.endswith(case.asked)]
@@ -62,6 +71,41 @@ def test_dimensions_of_another_unit_are_named_for_a_part_of_their_own():
     assert {v.where.rpartition(".")[0] for v in wrong} == {f"{WHERE}.convention.{v}[0]" for v in ("state", "actions")}
     for verdict in wrong:
         assert verdict.remedy == f"give {verdict.finding.dims[0]} a part of their own, with unit: deg"
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("degrees' differences, declared radians", 14),  # steps of 6.3 degrees are no turns
+        ("gripper in [0, 1], declared [0, 100]", 10),  # every grasp meets an object
+        ("2 % of the actions' span cut off at each end", 13),  # at 10 Hz no dimension arrives three times
+        ("cameras swapped in some episodes", 6),  # the views are alike
+        ("gripper inverted, nothing held", 1),  # no episode begins at the very end
+    ],
+)
+def test_what_shows_little_is_found(name, seed):
+    assert named(name).read(named(name).judged(seed)) == named(name).allowed
+
+
+def test_steps_in_the_tools_axes_are_proposed_as_such():
+    judged = judge(generated(Arm(SEED, space="pose", reference="command_delta", frame="tool")), Convention(), WHERE)
+    proposed = judged.declare.partition("actions:")[2]
+    for kind in ("position", "rotation"):
+        assert f"{{kind:{kind},dims:3,frame:tool,reference:delta_step}}" in proposed
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_differences_of_angles_say_nothing_of_their_order_nor_of_axes(down):
+    sample = generated(Arm(SEED, space="pose", rotation="euler_zyx", down=down))
+    turns = motion.turns_of(sample.state)
+    steps = [np.diff(motion.unwrapped(s, turns), axis=0, append=s[-1:]) for s in sample.state]
+    steps = [np.concatenate([d[:-1], 0 * d[-1:]]) for d in steps]
+    actions = [np.column_stack([d[:, :6], a[:, 6:]]) for d, a in zip(steps, sample.actions, strict=True)]
+    moved = {"reference": "delta_step"}
+    convention = declared(Arm(SEED, space="pose", rotation="euler_zyx", down=down))
+    parts = [replace(p, **moved) if p.kind != "gripper" else p for p in convention.actions or ()]
+    judged = judge(replace(sample, actions=actions), replace(convention, actions=tuple(parts)), WHERE)
+    assert [v for v in judged.verdicts if v.answer in ("contradiction", "doubt")] == []
 
 
 def noise(seed: int, rows: int = 300) -> EpisodeSample:

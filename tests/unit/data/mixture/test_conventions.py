@@ -12,7 +12,10 @@ import torch
 import yaml
 
 from opentau_train.checkpoints.pretrained import load_policy, read_card
-from opentau_train.data.conventions.sources import record, recorded_difference
+from opentau_train.config import typed
+from opentau_train.data.convention import Convention
+from opentau_train.data.conventions.sources import check_agreement, record, recorded_difference
+from opentau_train.data.conventions.steps import conversions
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.errors import UserError
@@ -34,6 +37,7 @@ HAND = [
     {"kind": "rotation", "rotation": "euler_xyz", "unit": "rad", "reference": "absolute"},
     {"kind": "gripper", "polarity": "closed", "range": [0, 1], "reference": "absolute"},
 ]
+FROM_RAD = np.array([180 / np.pi, 180 / np.pi, 1.0], np.float32)
 DELTA_JOINTS = [{"kind": "joint", "reference": "delta_start"}, {"kind": "gripper"}]
 DELTA_HAND = [
     {"kind": "position", "reference": "delta_start"},
@@ -249,6 +253,59 @@ def test_sources_of_a_norm_head_must_mean_the_same(tmp_path):
     assert len(unknown.stats) == 2
 
 
+@pytest.mark.parametrize(
+    ("facet", "one", "other"),
+    [
+        ("kind", {"kind": "joint", "dims": 3}, {"kind": "position"}),
+        ("unit", {"kind": "joint", "dims": 3, "unit": "m"}, {"kind": "joint", "dims": 3, "unit": "rad"}),
+        ("rotation", *({"kind": "rotation", "rotation": r} for r in ("euler_xyz", "euler_zyx"))),
+        ("reference", *({"kind": "joint", "dims": 3, "reference": r} for r in ("absolute", "delta_step"))),
+        ("frame", *({"kind": "position", "reference": "delta_step", "frame": f} for f in ("base", "tool"))),
+        ("polarity", *({"kind": "gripper", "dims": 3, "polarity": p} for p in ("open", "closed"))),
+        ("range", *({"kind": "gripper", "dims": 3, "range": r} for r in ((0, 1), (0, 100)))),
+    ],
+)
+def test_sources_of_a_norm_head_agree_in_each_part_of_their_conventions(facet, one, other):
+    names = tuple(f"action[{i}]" for i in range(3))
+    made = [
+        conversions(typed.build(Convention, {"actions": [part]}, name), Convention(), (), names, name)
+        for part, name in ((one, "a"), (other, "b"))
+    ]
+    check_agreement("arm::default", made[0], made[0], (30, 30))
+    with pytest.raises(UserError, match=rf"'a' and 'b' share norm head arm::default.* {facet} of dimension 0"):
+        check_agreement("arm::default", *made, (30, 30))
+
+
+def test_chunks_of_two_rates_in_one_norm_head_are_told(tmp_path, caplog):
+    two(tmp_path, ARM, ARM, fps=10)
+    assert "steps of their chunks are 30 and 10 to a second: set data.sources.b.fps=30, or" in caplog.text
+
+
+def test_a_policy_of_two_conventions_is_told_which_one_the_robot_speaks(tmp_path):
+    wanted = [{"kind": "joint", "unit": "rad"}, {"kind": "gripper"}]
+    roots = [stored(tmp_path / "a", arm(0)), stored(tmp_path / "b", arm(2, 180 / np.pi))]
+    given = [f"data.sources.{name}.root={root}" for name, root in zip("ab", roots, strict=True)]
+    given += [*declare("a", ARM), *declare("b", DEGREES)]
+    given += [said(f"data.convention.{vector}", wanted) for vector in ("actions", "state")]
+    small = ["data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=1", "scheduler.warmup_steps=0"]
+    loaded = load_policy(train_here(["+recipe=lerobot", *given, *TWO, *TINY_POLICY, *small], tmp_path / "run"))
+    head, state = "arm::default", np.full(3, 0.5, np.float32)
+    with pytest.raises(
+        UserError, match="'a' and 'b' share norm head 'arm::default', and aren't converted alike"
+    ) as error:
+        loaded.observe([{"state": state}], head)
+    assert "dataset='a'" in error.value.remedy
+    a, b = (loaded.observe([{"state": s}], head, dataset=d) for s, d in ((state, "a"), (state * FROM_RAD, "b")))
+    torch.testing.assert_close(a.state, b.state)
+    chunk = torch.zeros(1, CHUNK, loaded.spec.action_dim)
+    with pytest.raises(UserError, match="aren't converted alike"):
+        loaded.units(chunk, a)
+    with pytest.raises(UserError, match="has no dataset 'c'"):
+        loaded.units(chunk, a, dataset="c")
+    radians, degrees = (loaded.units(chunk, a, dataset=name) for name in ("a", "b"))
+    np.testing.assert_allclose(radians * FROM_RAD, degrees, rtol=1e-5)
+
+
 def test_deltas_step_by_step_at_two_rates_are_not_the_same(tmp_path):
     steps = [{"kind": "joint", "reference": "delta_step"}, {"kind": "gripper"}]
     with pytest.raises(UserError, match="deltas at different rates: 30 and 10 fps") as caught:
@@ -327,3 +384,22 @@ def test_a_run_goes_on_in_its_own_convention_only(trained):
         train_here([*arguments, "data.normalization_per_timestep=false"], run)
     train_here(arguments, run)
     assert read_card(run / "checkpoints" / "last" / "pretrained_model").policy["conventions"]["main"]["converted"]
+
+
+def test_rotations_of_another_rate_are_turned_where_they_are_declared(opened):
+    rows = hand(3)
+    unknown = [{"kind": "other", "dims": 7}]
+    chunk, of_rows = {}, rows["action"][2]
+    for name, parts in (("known", HAND), ("unknown", unknown)):
+        made = opened(rows, parts, "data.sources.main.fps=20")
+        sample = make(made, 2, 4)
+        chunk[name] = made.pipelines[0].units(sample["actions"], "arm::default", state=sample["state"])
+    places = np.minimum(4 + np.arange(CHUNK) * 1.5, LENGTHS[2] - 1)
+    low, high = of_rows[np.floor(places).astype(int)], of_rows[np.ceil(places).astype(int)]
+    np.testing.assert_allclose(chunk["unknown"], (low + high) / 2, atol=1e-5)
+    np.testing.assert_allclose(chunk["known"][:, [0, 1, 2, 6]], chunk["unknown"][:, [0, 1, 2, 6]], atol=1e-6)
+    a, b, half = (matrices(x[:, 3:6], "euler_xyz") for x in (low, high, chunk["known"]))
+    whole = angle_between(a, b)
+    np.testing.assert_allclose(angle_between(a, half), whole / 2, atol=1e-4)
+    np.testing.assert_allclose(angle_between(half, b), whole / 2, atol=1e-4)
+    assert whole.max() > 1
