@@ -41,9 +41,10 @@ class TrainedRange:
 class Robot:
     """One kind of robot: that of the first dataset with its norm head (robot_type::control_mode).
 
-    `cameras`, and which of them the dataset stores as `videos`; the names of the state's S' and the actions' A' dimensions in the robot's own order and units; `fps`,
-    steps of a chunk a second; `chunk_length` T; `convention`, what state and actions are, as far as the dataset
-    declares it. `columns` {the dataset's name of a camera: the policy's}; `prompt_columns`, the dataset's.
+    `cameras`, and which of them the dataset stores as `videos`; the names of the state's S' and the actions' A'
+    dimensions in the robot's own order and units; `fps`, steps of a chunk a second; `chunk_length` T; `convention`,
+    what state and actions are, as far as the dataset declares it. `columns` {the dataset's name of a camera: the
+    policy's}; `prompt_columns`, the dataset's.
     """
 
     norm_head: str

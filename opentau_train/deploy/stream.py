@@ -143,7 +143,8 @@ class Stream:
         """The observation with the frames of the steps before; the first picture of a camera stands for those before
         it, and the last one for steps that it missed."""
         read = self.policy.readers[self.robot.norm_head].read(observation)
-        self._frames.append({camera: frames[-1] for camera, frames in read["images"].items()})
+        before = self._frames[-1] if self._frames else {}
+        self._frames.append({**before, **{camera: frames[-1] for camera, frames in read["images"].items()}})
         images = {}
         for camera in read["images"]:
             seen = [frames[camera] for frames in self._frames if camera in frames]
