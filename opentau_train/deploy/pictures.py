@@ -3,7 +3,7 @@
 Pictures of that size, as those of cameras that the training didn't scale, are left as they are. The reader scales
 others with libswscale, which needs a library for videos; here Pillow does, with the same filter, a triangle as wide as
 a pixel of the result. What libswscale makes of a video has its colours in half of the columns, and so has it here. On
-pictures as cameras take them the two differ by less than 1 of 255 levels on average, and 99 of 100 values by 4 at most.
+pictures as cameras take them the two differ by about 1 of 255 levels on average, and 99 of 100 values by 4 at most.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_scaled_pictures_are_nearly_the_readers(size, halved):
     own = frames_of(frame.to_ndarray(format="rgb24"), "eye", size, halved=halved)[0]
     assert own.shape == read.shape
     errors = np.abs(own - read)
-    assert errors.mean() < 1.0 and np.percentile(errors, 99) <= 4
+    assert errors.mean() < 1.3 and np.percentile(errors, 99) <= 4
     # Each treated as the other is further off, but for odd widths, whose colours libswscale keeps.
     other = np.abs(frames_of(frame.to_ndarray(format="rgb24"), "eye", size, halved=not halved)[0] - read)
     assert other.mean() > errors.mean() or size[1] % 2

@@ -24,6 +24,7 @@ def real(run, policy):
     return graph.Signature.of(policy.loaded.policy, batch), batch
 
 
+@pytest.mark.slow
 def test_a_pt2_file_gives_the_policys_actions_for_a_real_window(own_run, policy, tmp_path, capsys):
     out = tmp_path / "policy.pt2"
     assert export.main([f"checkpoint={own_run}", f"out={out}", "format=pt2"]) == 0

@@ -11,8 +11,6 @@ import opentau_train
 from opentau_train.errors import UserError
 from tests.program import REPO, environment
 
-TRAINING = ("av", "cv2", "pyarrow", "hydra", "omegaconf", "accelerate", "scipy", "yaml", "fsspec", "huggingface_hub")
-OTHERS = ("tensorboard", "tqdm", "transformers", "tokenizers", "peft", "diffusers", "matplotlib", "onnx", "onnxruntime")
 NOT_NEEDED = ["av", "cv2", "pyarrow", "hydra", "omegaconf", "accelerate", "scipy", "yaml", "fsspec", "huggingface_hub"]
 NOT_NEEDED += ["tensorboard", "tqdm", "transformers", "tokenizers", "peft", "diffusers", "matplotlib", "onnxruntime"]
 

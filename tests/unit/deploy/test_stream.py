@@ -1,5 +1,7 @@
 """Chunks become actions one at a time: in parts, averaged, or computed while the robot moves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from opentau_train.deploy.limits import Limits, UnsafeActions
 from opentau_train.deploy.realtime import Reach, Tail, tail_of
 from opentau_train.errors import UserError
 from opentau_train.models.act import TemporalEnsemble
-from tests.program import TINY_POLICY, TOY, train_here
+from opentau_train.models.policy import Policy
+from tests.program import TINY_POLICY, train_here
 from tests.unit.data.mixture.test_conventions import DELTA_HAND, HAND, declare, hand, said, stored
 
 
@@ -176,19 +179,35 @@ def test_what_does_not_go_together_is_refused(policy, options, words, remedy):
     assert words in caught.value.what and remedy in caught.value.remedy
 
 
-def test_a_policy_without_flow_says_why_it_has_no_real_time(tmp_path):
-    words = [word for word in TOY if not word.startswith("model.")]
-    run = train_here(
-        [*words, "model=act_tiny", "model.width=16", "trainer.steps=1", "validation.every=0"], tmp_path / "run"
-    )
-    policy = load_policy(run, norm_head="toy::default")
-    for options, what in (
-        ({"realtime": 1}, "ActPolicy has no flow"),
-        ({"steps": 3}, "ActPolicy doesn't sample in steps"),
-    ):
-        with pytest.raises(UserError, match=what):
-            policy.stream(**options).step({"state": np.zeros(7)})
-    latency = policy.benchmark(repeats=1)
+class Still(Policy):
+    """A policy that makes its chunk at once."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec, self.loss_weights = spec, {"mse": 1.0}
+
+    def blocks(self):
+        return []
+
+    def term_counts(self, batch):
+        raise NotImplementedError
+
+    def forward(self, batch, draws):
+        raise NotImplementedError
+
+    def sample_actions(self, batch, draws):
+        return torch.zeros(len(batch), self.spec.chunk_length, self.spec.action_dim)
+
+
+def test_a_policy_without_flow_says_why_it_has_no_real_time(policy, observations):
+    still = replace(policy, loaded=replace(policy.loaded, policy=Still(policy.loaded.spec)))
+    with pytest.raises(UserError, match="Still has no flow"):
+        still.stream(realtime=1)
+    with pytest.raises(UserError, match="Still doesn't sample in steps") as caught:
+        still.stream(steps=3).step(observations[0])
+    assert caught.value.remedy == "leave steps out"
+    assert still.stream(horizon=2).step(observations[0]).shape == (3,)
+    latency = still.benchmark(repeats=1)
     assert latency.num_steps == 0 and latency.steps == 0.0 < latency.prefix
 
 
