@@ -83,6 +83,7 @@ def write_lerobot(folder: Path, policy: Policy, pipelines: Iterable[Pipeline], n
 
 def _norms(pipeline: Pipeline, norm_head: str, spec: BatchSpec) -> dict[str, Affine]:
     """How state and actions of the head are normalised. Raises `UserError` where more is done to them."""
+
     norms: dict[str, Affine] = {}
     for name, transform in pipeline.transforms.items():
         if isinstance(transform, Normalize):

@@ -156,12 +156,17 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
         policy.load_state_dict({n: v for n, v in policy.state_dict().items() if n in policy.borrowed} | weights)
     except RuntimeError as error:
         raise _unreadable(file, error) from error
+    return loaded_as(card, policy.to(device).eval())
+
+
+def loaded_as(card: Pretrained, policy: Policy) -> Loaded:
+    """`policy` with what its `card` says of it."""
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
     datasets = datasets_of(card)
     transforms = [t for of_head in datasets.values() for p in of_head.values() for t in p.transforms.values()]
     spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
-    return Loaded(policy.to(device).eval(), stats, meta, datasets, spec)
+    return Loaded(policy, stats, meta, datasets, spec)
 
 
 def datasets_of(card: Pretrained) -> dict[str, dict[str, Pipeline]]:

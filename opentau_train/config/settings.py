@@ -93,6 +93,11 @@ class ParallelismSettings:
 EVALUATORS = {
     "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
     "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
+    "video": {
+        "_target_": "opentau_train.validation.video.VideoEvaluator",
+        "max_samples_per_group": 32,
+        "num_strips": 2,
+    },
 }
 """The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""
 

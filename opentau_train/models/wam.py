@@ -21,7 +21,7 @@ a token can't hold, the noise, needn't pass through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.future import EncodeMode, Future, exist
 from opentau_train.models.inputs import real_actions
 from opentau_train.models.packing.attention import lengths_of, see
+from opentau_train.models.sampling import Velocity
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
@@ -181,17 +182,26 @@ class WamPolicy(FlowPolicy):
     def _future_tokens(self, noised: Tensor, time: Tensor) -> Tensor:
         return self.future.tokens(noised) + self._time_embed(time)
 
-    def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
-        """As `FlowPolicy`, and the future with them: of `wam` samples it is sampled too, of `inverse_dynamics` it is
-        the batch's own. A robot's batch is of the first mode among policy and wam that the policy was trained on."""
+    def denoise(
+        self, batch: Batch, context: Any, draws: Draws, steps: int, lead: Callable[[Velocity], Velocity] | None = None
+    ) -> Tensor:
+        """As `FlowPolicy`, and the future with the actions: of `wam` samples it is sampled too, of `inverse_dynamics`
+        it is the batch's own. A robot's batch is of the first mode among policy and wam that the policy was trained on.
+        Raises `UserError` where a chunk whose future is sampled with it is to be led."""
         if not self.spec.future or not (batch.mode_code != POLICY).any():
-            return super().sample_actions(batch, draws)  # nothing sees the future
-        return self._sample(batch, draws)[0]
+            return super().denoise(batch, context, draws, steps, lead)  # nothing sees the future
+        if lead is not None:
+            raise UserError(
+                "actions that are sampled together with the future can't be led on from a chunk before",
+                where="realtime",
+                remedy="stream without it, or train the policy with samples of the mode `policy`, too",
+            )
+        return self._sample(batch, context, draws, steps)[0]
 
     def sample_future(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{camera: [B, F, ...]} in the form of `future_form`, of the samples whose mode predicts it: in
         `forward_dynamics` from the batch's actions, in `wam` together with sampled ones."""
-        frames = self.future.shown(self._sample(batch, draws)[1])
+        frames = self.future.shown(self._sample(batch, self.context(batch), draws, self.num_steps)[1])
         return dict(zip(self.spec.future_cameras, frames.unbind(1), strict=True))
 
     @property
@@ -206,11 +216,10 @@ class WamPolicy(FlowPolicy):
         return self.future.shown(self.future.encode(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3]))
 
     @torch.no_grad()
-    def _sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The chunk [B, T, A] and the future [B, C, F, P, V], integrated together in `num_flow_steps` Euler steps;
-        what the sample's mode shows stays as it is."""
-        prefix, valid = self._prefix(batch)
-        past, roles = self._cache(prefix, valid), Roles.of(batch)
+    def _sample(self, batch: Batch, context: Any, draws: Draws, steps: int) -> tuple[Tensor, Tensor]:
+        """The chunk [B, T, A] and the future [B, C, F, P, V], integrated together in `steps` Euler steps; what the
+        sample's mode shows stays as it is."""
+        (past, valid), roles = context, Roles.of(batch)
         acts, foresees = roles.noised_actions[:, None, None], roles.noised_future.view(-1, 1, 1, 1, 1)
         dims, (present, future) = acts & batch.action_dim_mask[:, None, :], self.future.read(batch)
         chunk = torch.where(real_actions(batch), batch.actions, 0.0) * ~acts
@@ -218,10 +227,10 @@ class WamPolicy(FlowPolicy):
         future = torch.where(foresees, draws.normal("future", future.shape[1:]), future)
         seen = torch.stack([batch.camera_mask[c] for c in self.spec.future_cameras], dim=1)[..., None]
         there = torch.where(foresees[..., 0, 0], seen, exist(batch)) & roles.has_future[:, None, None]
-        steps = acts[..., 0] | ~batch.action_is_pad
-        mask = torch.cat([valid, self.future.of_tokens(there), steps], dim=1)[:, None, None, :]
-        for step in range(self.num_flow_steps):
-            time = 1.0 - step / self.num_flow_steps
+        taken = acts[..., 0] | ~batch.action_is_pad
+        mask = torch.cat([valid, self.future.of_tokens(there), taken], dim=1)[:, None, None, :]
+        for step in range(steps):
+            time = 1.0 - step / steps
             both = (
                 self._future_tokens(future, time * roles.noised_future),
                 self._action_tokens(chunk, time * roles.noised_actions),
@@ -230,9 +239,9 @@ class WamPolicy(FlowPolicy):
             for layer, keys_values in zip(self.layers, past, strict=True):
                 tokens, _ = layer(tokens, mask, keys_values)
             futures, velocities = tokens.split([both[0].shape[1], chunk.shape[1]], dim=1)
-            way = (future - self.future.clean(futures, present)) / (time * self.num_flow_steps)
+            way = (future - self.future.clean(futures, present)) / (time * steps)
             future = torch.where(foresees, future - way, future)
-            chunk = torch.where(dims, chunk - self._velocity(velocities) / self.num_flow_steps, chunk)
+            chunk = torch.where(dims, chunk - self._velocity(velocities) / steps, chunk)
         return chunk, future
 
 

@@ -18,6 +18,7 @@ LAYERS = (
     {"cli"},
     {"train"},
     {"job"},
+    {"deploy/"},
     {"checkpoints/"},
     {"validation/"},
     {"metrics/"},
@@ -117,11 +118,11 @@ FORMATS = (
 )
 POLICIES = (
     *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/future", "models/packing/"),
-    *("models/layers", "models/pi/", "models/resnet", "models/unet", "models/wam"),
+    *("models/layers", "models/pi/", "models/resnet", "models/sampling", "models/unet", "models/wam"),
 )
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
-EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "sinks/", "tools/")
+EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "deploy/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 
