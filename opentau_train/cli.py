@@ -233,8 +233,8 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
 
 def compose(arguments: Sequence[str], primary: str | None = "train") -> dict[str, Any]:
     """The tree of a run with these arguments: `KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`; with another `primary`
-    than a run's, of what the arguments themselves choose. Raises `UserError` for
-    an argument of another form, and the errors of Hydra that `answer` explains."""
+    than a run's, of what the arguments themselves choose. Raises `UserError` for an argument of another form, and the
+    errors of Hydra that `answer` explains."""
     overrides, folder, rest = [], None, iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -251,8 +251,8 @@ def compose(arguments: Sequence[str], primary: str | None = "train") -> dict[str
 
 
 def _tree(overrides: Sequence[str], folder: str | None, primary: str | None) -> dict[str, Any]:
-    """The tree of these overrides over the file `primary`, with the user's configuration directory `folder`. (`hydra.main` would compose it
-    twice, once to learn whether it sweeps.)"""
+    """The tree of these overrides over the file `primary`, with the user's configuration directory `folder`.
+    (`hydra.main` would compose it twice, once to learn whether it sweeps.)"""
     search = []
     if folder is not None:
         if not os.path.isdir(folder):

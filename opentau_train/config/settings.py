@@ -94,9 +94,10 @@ class ParallelismSettings:
                 raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
 
 
-EVALUATORS = {
+EVALUATORS: dict[str, dict[str, Any]] = {
     "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
     "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
+    "rollout": {"_target_": "opentau_train.simulation.evaluator.RolloutEvaluator", "environments": {}},
 }
 """The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""
 
@@ -115,9 +116,16 @@ class ValidationSettings:
     evaluators."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A window that can't be read: end the run with its name, or leave it out, count and name it."""
+    best: Literal["loss", "rollout/success"] = "loss"
+    """What `checkpoints/best` is the best in: the loss, or the success rate in simulators."""
     best_margin: float | None = 2.0
     """Standard errors of the paired difference by which a pass must beat the best one to become
     `checkpoints/best`; null = no best checkpoint."""
+
+    @property
+    def chooses_best(self) -> str:
+        """The evaluator whose scores choose it."""
+        return self.best.partition("/")[0]
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
@@ -131,6 +139,11 @@ class ValidationSettings:
                     where=f"{path}.evaluators",
                     remedy=f"choose of {', '.join(self.evaluator)}, or define it with {path}.evaluator.{name}._target_",
                 )
+        if self.best != "loss" and self.chooses_best not in self.evaluators:
+            raise UserError(
+                f"{path}.best={self.best}, and {path}.evaluators has no '{self.chooses_best}'",
+                remedy=f"set {path}.evaluators=[{','.join([*self.evaluators, self.chooses_best])}]",
+            )
         if len(set(self.evaluators)) < len(self.evaluators):
             raise UserError(
                 f"{path}.evaluators names one twice: {', '.join(self.evaluators)}",

@@ -46,8 +46,8 @@ def attempt_seed(seed: int, number: int) -> int:
 
 
 def demonstrate(tree: Mapping[str, Any], wanted: Wanted, num_processes: int, timeout: float) -> Iterator[Demonstration]:
-    """The demonstrations, one after the other. Raises `UserError` where the environment can't be made, has no expert,
-    or too many attempts in a row fail; `Fault` where its simulator keeps crashing."""
+    """The demonstrations, one by one. Raises `UserError` where the environment can't be made, has no expert, or too many attempts
+    in a row fail; `Fault` where its simulator keeps crashing."""
     num_made = num_failed = number = 0
     with closing(Pool(dict(tree), num_processes, timeout)) as pool:
         while num_made < wanted.num_episodes:

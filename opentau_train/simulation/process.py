@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -71,10 +72,8 @@ class SimulatorProcess:
         self._words.close()
 
     def _send(self, message: Any) -> None:
-        try:
+        with suppress(OSError):  # it is gone: `_receive` says how
             self._connection.send(message)
-        except OSError:
-            pass  # it is gone: `_receive` says how
 
     def _receive(self, timeout: float) -> Any:
         try:

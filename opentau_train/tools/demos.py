@@ -1,7 +1,7 @@
 """Demonstrations of a task by its simulator's scripted expert, as a LeRobot dataset (v3.0).
 
     python -m opentau_train.tools.demos env=metaworld task=reach-v3 out=DIR [episodes=100] [seed=0] [hold=8]
-        [processes=2] [timeout=60] [env.KEY=VALUE ...] [--config-dir DIR]
+        [processes=2] [timeout=300] [env.KEY=VALUE ...] [--config-dir DIR]
 
 Noise is put on what the expert does (`env.expert_noise`), not on what is written, so that the data show how errors are
 mended. An attempt that misses the goal is left out; one that reaches it goes on for `hold` steps. The same seed gives
@@ -36,7 +36,7 @@ class Options:
     seed: int = 0
     hold: Count = 8
     processes: Count = 2
-    timeout: Annotated[float, positive] = 60.0
+    timeout: Annotated[float, positive] = 300.0
 
     def check(self, path: str) -> None:
         """Each value is checked by itself."""
