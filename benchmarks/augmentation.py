@@ -32,7 +32,7 @@ from support.program import machine, mixture_of, settings_of
 from torch.nn import functional
 
 from opentau_train.config.typed import instantiate
-from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.fit import fit
 from opentau_train.data.transforms.augment.pictures import Augment, Drawn
 from opentau_train.data.transforms.base import SampleDraws
 

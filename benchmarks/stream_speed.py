@@ -33,7 +33,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from support.datasets import AV1, H264, Repeated, write_dataset
 from support.program import machine, mixture_of, with_episodes
 
-from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.fit import fit
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.stream import ShardDataset, TrainPlan
 from opentau_train.data.mixture.mixture import Mixture

@@ -226,6 +226,7 @@ def convention_of(mixture: Mixture) -> dict[str, Any]:
         "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
         "fps": {d.name: d.source.fps for d in mixture.datasets},
         "action_names": {d.name: list(d.action_names) for d in mixture.datasets},
+        "robots": {d.name: d.robot() for d in mixture.datasets},
         "held_out": held_out_episodes(mixture),
     }
 

@@ -47,6 +47,8 @@ UNITS = {
 }
 """The units that each kind may have. A gripper's numbers are what its `range` says."""
 
+_MEANING = ("kind", "unit", "rotation", "reference", "frame", "polarity", "range")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -189,3 +191,13 @@ def named(parts: Sequence[Part]) -> tuple[Part, ...]:
         number = f"_{seen[part.kind]}" if seen[part.kind] > 1 else ""
         made.append(part if part.name is not None else replace(part, name=f"{part.kind}{number}"))
     return tuple(made)
+
+
+def difference(one: Sequence[Part], other: Sequence[Part]) -> str | None:
+    """The first contradiction between the parts of two vectors' dimensions, in words."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):  # what isn't declared has none
+        for key in _MEANING:
+            values = getattr(a, key), getattr(b, key)
+            if None not in values and values[0] != values[1]:
+                return f"{key} of dimension {i} is {values[0]} and {values[1]}"
+    return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,8 +27,8 @@ from opentau_train.models import prompts
 from opentau_train.models.draws import Draws
 from opentau_train.models.inputs import real_actions, real_state
 from opentau_train.models.lerobot import LerobotExport, check_inputs
-from opentau_train.models.policy import Policy
 from opentau_train.models.resnet import CHANNELS, MEAN, STD, STRIDE, ResNet18
+from opentau_train.models.sampling import SteppedPolicy
 from opentau_train.models.unet import Unet, UnetSizes
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
@@ -90,7 +90,7 @@ class NoiseSchedule:
         return made
 
 
-class DiffusionPolicy(Policy):
+class DiffusionPolicy(SteppedPolicy):
     """The policy that the module's docstring describes; `Policy` has the contract.
 
     `unet` and `noise` are the sizes of the U-Net and the noise schedule; `num_keypoints` of each picture; with
@@ -199,16 +199,22 @@ class DiffusionPolicy(Policy):
         error = (predicted - (noise if self.noise.predicts == "epsilon" else actions)).square()
         return {"mse": (torch.where(real, error, 0.0).sum((1, 2)), self.term_counts(batch)["mse"])}
 
-    @torch.no_grad()
-    def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
-        """Denoises the sample's own noise in the schedule's sampling steps. Padded dims are 0. A robot doesn't know
-        where its episode ends, so that `batch.action_is_pad` isn't looked at."""
-        condition, dims = self._condition(batch), batch.action_dim_mask[:, None, :]
-        shape = self.spec.chunk_length, self.spec.action_dim
-        scheduler, stochastic = self.noise.scheduler(), self.noise.sampler == "ddpm"
+    @property
+    def num_steps(self) -> int:
+        return self.noise.inference_steps or self.noise.train_steps
+
+    def context(self, batch: Batch) -> Tensor:
+        return self._condition(batch)
+
+    def denoise(self, batch: Batch, context: Tensor, draws: Draws, steps: int) -> Tensor:
+        """From the sample's own noise, in steps of the schedule."""
+        dims, shape = batch.action_dim_mask[:, None, :], (self.spec.chunk_length, self.spec.action_dim)
+        noise = replace(self.noise, inference_steps=steps)
+        noise.check("steps")
+        scheduler, stochastic = noise.scheduler(), noise.sampler == "ddpm"
         x = torch.where(dims, draws.normal("actions", shape), 0.0)
         for step in scheduler.timesteps.tolist():
-            predicted = self.unet(x, torch.full_like(batch.key, step), condition).float()
+            predicted = self.unet(x, torch.full_like(batch.key, step), context).float()
             made = scheduler.step(
                 predicted,
                 step,

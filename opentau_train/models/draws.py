@@ -35,6 +35,8 @@ BITS = 24
 """Random bits of a uniform number: as many as a float32's mantissa holds."""
 OCTAVE = 256
 """Points of the normal table for each octave of the tail's probability."""
+ACTION_DRAW = 1 << 20
+"""The index of the draws for sampling actions, which no draw of the loss has."""
 _FRACTION = 23 - OCTAVE.bit_length() + 1  # bits of a float32's mantissa below the table's points
 _FIRST_CELL = (127 - BITS) * OCTAVE  # the upper bits of the smallest probability, 2^-BITS, as a float32
 _WORD = 2**32 - 1

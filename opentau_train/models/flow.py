@@ -30,14 +30,14 @@ from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
 from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
-from opentau_train.models.policy import Policy
 from opentau_train.models.prompts import NO_TOKEN, TokenizePrompt
+from opentau_train.models.sampling import FlowSampler
 from opentau_train.types import BatchSpec, LossTerms
 
 BYTES_PER_TOKEN = 4
 
 
-class FlowPolicy(Policy):
+class FlowPolicy(FlowSampler):
     """The policy that the module's docstring describes; `Policy` has the contract.
 
     `patch_size` (a power of 2) pixels a side make one image token; `stem_channels` the width of the stem's first
@@ -184,22 +184,23 @@ class FlowPolicy(Policy):
             for term, mask in self._supervised(batch).items()
         }
 
-    @torch.no_grad()
-    def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
-        """Integrates from t = 1 to 0 in `num_flow_steps` Euler steps. Padded dims are 0. A robot doesn't know where
-        its episode ends, so that `batch.action_is_pad` isn't looked at."""
+    def context(self, batch: Batch) -> tuple[list[KeysValues], Tensor]:
+        """Keys and values of the prefix, and which of its tokens exist [B, P]."""
         prefix, valid = self._prefix(batch)
-        past = self._cache(prefix, valid)
-        dims = batch.action_dim_mask[:, None, :]
-        exist = torch.ones(len(batch), self.spec.chunk_length, dtype=torch.bool, device=valid.device)
+        return self._cache(prefix, valid), valid
+
+    def noise(self, batch: Batch, draws: Draws) -> Tensor:
+        shape = self.spec.chunk_length, self.spec.action_dim
+        return torch.where(batch.action_dim_mask[:, None, :], draws.normal("actions", shape), 0.0)
+
+    def velocity(self, batch: Batch, context: tuple[list[KeysValues], Tensor], x: Tensor, time: Tensor) -> Tensor:
+        past, valid = context
+        exist = torch.ones(x.shape[:2], dtype=torch.bool, device=valid.device)
         mask = torch.cat([valid, exist], dim=1)[:, None, None, :]
-        x = torch.where(dims, draws.normal("actions", (self.spec.chunk_length, self.spec.action_dim)), 0.0)
-        for step in range(self.num_flow_steps):
-            tokens = self._action_tokens(x, torch.full_like(x[:, 0, 0], 1.0 - step / self.num_flow_steps))
-            for layer, keys_values in zip(self.layers, past, strict=True):
-                tokens, _ = layer(tokens, mask, keys_values)
-            x = torch.where(dims, x - self._velocity(tokens) / self.num_flow_steps, 0.0)
-        return x
+        tokens = self._action_tokens(x, time)
+        for layer, keys_values in zip(self.layers, past, strict=True):
+            tokens, _ = layer(tokens, mask, keys_values)
+        return torch.where(batch.action_dim_mask[:, None, :], self._velocity(tokens), 0.0)
 
     def _prefix(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The context's tokens `[B, P, D]` and which of them exist `[B, P]` bool. The first one always does, so that

@@ -22,15 +22,13 @@ from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.convention import Part
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.transforms.base import Record
-from opentau_train.models.draws import Draws
+from opentau_train.models.draws import ACTION_DRAW, Draws
 from opentau_train.types import Group
 from opentau_train.validation.evaluator import Context, Evaluation, Evaluator, Picture
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.plots import Panel, draw_panels
 
 PREFIX = "Validation-Action"
-ACTION_DRAW = 1 << 20
-"""The index of the draws for sampling (`Draws`), which no draw of the loss has."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ LAYERS = (
     {"cli"},
     {"train"},
     {"job"},
+    {"deploy/"},
     {"checkpoints/"},
     {"validation/"},
     {"metrics/"},
@@ -117,7 +118,7 @@ FORMATS = (
 )
 POLICIES = ("models/act", "models/diffusion", "models/encoders", "models/pi/", "models/resnet", "models/unet")
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
-EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "sinks/", "tools/")
+EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "deploy/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

@@ -10,21 +10,19 @@ from typing import Any
 from opentau_train.config import typed
 from opentau_train.config.data import SourceSettings
 from opentau_train.data.chunk import row_step
-from opentau_train.data.convention import Convention, Part, by_dimension, named
+from opentau_train.data.convention import Convention, by_dimension, difference, named
 from opentau_train.data.conventions.steps import Conversions, conversions
 from opentau_train.data.source import Source
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_MEANING = ("kind", "unit", "rotation", "reference", "frame", "polarity", "range")
-
 
 def convert(source: Source, settings: SourceSettings, wanted: Convention) -> Conversions:
     """From what the source declares to what is `wanted`; the log says what that is. Raises `UserError`."""
     where = f"data.sources.{source.name}"
     made = conversions(settings.convention, wanted, source.state_names, source.action_names, source.name)
-    stepwise = any(part.reference == "delta_step" for part in made.robot_parts)
+    stepwise = any(part.reference == "delta_step" for part in made.robot_parts["actions"])
     if stepwise and row_step(source.fps, settings.fps) != 1.0:
         raise UserError(
             f"its actions go on from row to row, {source.fps:g} times a second, and can't be taken at {settings.fps:g}",
@@ -102,14 +100,4 @@ def recorded_difference(made: Conversions, recorded: Mapping[str, Any] | None) -
         differs = difference(parts, made.parts[vector])
         if differs is not None:
             return f"has {vector} that mean something else: {differs}"
-    return None
-
-
-def difference(one: Sequence[Part], other: Sequence[Part]) -> str | None:
-    """The first contradiction between the parts of two vectors' dimensions, in words."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):  # what isn't declared has none
-        for key in _MEANING:
-            values = getattr(a, key), getattr(b, key)
-            if None not in values and values[0] != values[1]:
-                return f"{key} of dimension {i} is {values[0]} and {values[1]}"
     return None

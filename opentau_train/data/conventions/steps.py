@@ -33,8 +33,8 @@ class Conversions:
     """Of the `source`: what it has `declared`; `transforms` by name; the names of the dimensions after them, and those
     of the actions as the inverses give them back, in the dataset's order.
 
-    `parts` {"state", "actions"}: the part of each dimension after them; `robot_parts`, of those that are given back.
-    Both are empty where nothing is declared.
+    `parts` {"state", "actions"}: the part of each dimension after them; `robot_parts`, of the robot's: its state, and
+    the actions that are given back. Both are empty where nothing is declared.
     """
 
     source: str
@@ -44,12 +44,18 @@ class Conversions:
     action_names: Names
     robot_names: Names
     parts: dict[str, tuple[Part, ...]]
-    robot_parts: tuple[Part, ...]
+    robot_parts: dict[str, tuple[Part, ...]]
 
     @property
     def convention(self) -> Convention:
         """What actions and state are after the transforms."""
         return Convention(runs(self.parts["actions"]) or None, runs(self.parts["state"]) or None)
+
+    @property
+    def robot_convention(self) -> Convention:
+        """What they are on the robot, without the parts' names: the dimensions of one may lie apart."""
+        nameless = {vector: [replace(part, name=None) for part in parts] for vector, parts in self.robot_parts.items()}
+        return Convention(runs(nameless["actions"]) or None, runs(nameless["state"]) or None)
 
 
 def conversions(
@@ -60,10 +66,9 @@ def conversions(
     state = _pairs("state", declared.state, wanted.state, state_names, source)
     actions = _pairs("actions", declared.actions, wanted.actions, action_names, source)
     own = {"state": _in_dataset(state), "actions": _in_dataset(actions)}
-    robot_parts = tuple(own["actions"].values())
+    robot_parts = {vector: tuple(of.values()) for vector, of in own.items()}
     if wanted == Convention():
-        parts = {vector: tuple(of.values()) for vector, of in own.items()}
-        return Conversions(source, declared, {}, state_names, action_names, action_names, parts, robot_parts)
+        return Conversions(source, declared, {}, state_names, action_names, action_names, robot_parts, robot_parts)
     robot_names = tuple(action_names[place] for place in own["actions"]) or action_names
     transforms: dict[str, Transform] = {}
     for name, transform in _steps(state, actions, wanted, (len(state_names), len(action_names)), source):

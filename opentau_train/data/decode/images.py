@@ -12,6 +12,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from opentau_train.data.decode.fit import fit
+
 
 class ImageError(Exception):
     """A still image can't be decoded; the text says why."""
@@ -19,13 +21,6 @@ class ImageError(Exception):
 
 class DepthError(ImageError):
     """An image's values are no colours: depth in 16 bits or in floating point numbers, of which 8 bits tell nothing."""
-
-
-def fit(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the largest picture of the same aspect ratio inside `size` (H, W), at least one pixel each
-    way."""
-    scale = min(size[0] / height, size[1] / width)
-    return min(size[0], max(1, round(height * scale))), min(size[1], max(1, round(width * scale)))
 
 
 class Resizer:

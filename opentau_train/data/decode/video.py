@@ -21,7 +21,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.fit import fit
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,18 @@ class Dataset:
     @property
     def robot_parts(self) -> tuple[Part | None, ...]:
         """[A'] what the source declares of each dimension of its actions; None = nothing."""
-        return self.conversions.robot_parts or (None,) * len(self.conversions.robot_names)
+        return self.conversions.robot_parts["actions"] or (None,) * len(self.conversions.robot_names)
+
+    def robot(self) -> dict[str, Any]:
+        """What the dataset's robot sees, is and is told, in its own dimensions, for a checkpoint."""
+        return {
+            "cameras": list(self.source.cameras),
+            "state_names": list(self.source.state_names),
+            "action_names": list(self.conversions.robot_names),
+            "convention": self.conversions.robot_convention.to_json(),
+            "fps": self.settings.fps or self.source.fps,
+            "chunk_length": self.chunk_length,
+        }
 
     @property
     def chunk_offsets(self) -> NDArray[np.float64]:

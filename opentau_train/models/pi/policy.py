@@ -38,8 +38,8 @@ from opentau_train.models.pi import lerobot, names
 from opentau_train.models.pi.limits import LIMITS, check_insulation, check_limits, check_pictures
 from opentau_train.models.pi.parts import Tokens, context_mask, expert_mask, normed, present_only, rotations
 from opentau_train.models.pi.sizes import ExpertSizes, GemmaSizes, VisionSizes
-from opentau_train.models.policy import Policy
 from opentau_train.models.prompts import NO_TOKEN, Overflow, TokenizePrompt
+from opentau_train.models.sampling import FlowSampler
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.types import BatchSpec, LossTerms
 
@@ -47,7 +47,7 @@ READS_BYTES = "prompts are read as bytes, which these weights have never seen: s
 ActionTokens = Literal["none", "binned", "fast"]
 
 
-class PiPolicy(Policy):
+class PiPolicy(FlowSampler):
     """What pi0 and pi0.5 have in common; `Policy` has the contract.
 
     `vlm`, `expert` and `vision` are the sizes of the parts; state and actions are filled up to `max_state_dim` and
@@ -220,26 +220,28 @@ class PiPolicy(Policy):
             terms[term] = kept.flatten(1).sum(1), mask.flatten(1).sum(1, dtype=torch.float32)
         return terms
 
-    @torch.no_grad()
-    def sample_actions(self, batch: Batch, draws: Draws) -> Tensor:
-        """Integrates from t = 1 to 0 in `num_flow_steps` Euler steps, the prefix computed once. Padded dims are 0. A
-        robot doesn't know where its episode ends, so that `batch.action_is_pad` isn't looked at."""
+    def context(self, batch: Batch) -> tuple[list[KeysValues], Tensor]:
+        """Keys and values of the prefix, and which of its tokens exist [B, P]."""
         x, valid = self._prefix(batch)
-        prefix, num = self._context(x, valid, None), x.shape[1]
-        past: list[KeysValues] = []
+        prefix, past = self._context(x, valid, None), list[KeysValues]()
         for pair in self.layers:
-            x, _, keys_values = pair(prefix, None, num)
-            prefix = prefix._replace(x=x)
+            made, _, keys_values = pair(prefix, None, valid.shape[1])
+            prefix = prefix._replace(x=made)
             past.append(keys_values)
-        chunk = draws.normal("actions", (self.spec.chunk_length, self.max_action_dim))
-        exist = torch.ones(chunk.shape[:2], dtype=torch.bool, device=chunk.device)
-        for step in range(self.num_flow_steps):
-            time = torch.full_like(chunk[:, 0, 0], 1.0 - step / self.num_flow_steps)
-            suffix = self._suffix(batch, chunk, time, valid, exist)
-            for pair, keys_values in zip(self.layers, past, strict=True):
-                suffix = suffix._replace(x=pair(None, suffix, num, keys_values)[1])
-            chunk = chunk - self._velocity(suffix) / self.num_flow_steps
-        return torch.where(batch.action_dim_mask[:, None], chunk[..., : self.spec.action_dim], 0.0)
+        return past, valid
+
+    def noise(self, batch: Batch, draws: Draws) -> Tensor:
+        return draws.normal("actions", (self.spec.chunk_length, self.max_action_dim))
+
+    def velocity(self, batch: Batch, context: tuple[list[KeysValues], Tensor], x: Tensor, time: Tensor) -> Tensor:
+        past, valid = context
+        suffix = self._suffix(batch, x, time, valid, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        for pair, keys_values in zip(self.layers, past, strict=True):
+            suffix = suffix._replace(x=pair(None, suffix, valid.shape[1], keys_values)[1])
+        return self._velocity(suffix)
+
+    def actions(self, batch: Batch, x: Tensor) -> Tensor:
+        return torch.where(batch.action_dim_mask[:, None], x[..., : self.spec.action_dim], 0.0)
 
     def _prefix(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The tokens of cameras and prompt [B, P, D], and which of them exist [B, P] bool."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.typed import at_least, within
-from opentau_train.data.decode.images import fit
+from opentau_train.data.decode.fit import fit
 from opentau_train.data.names import fits
 from opentau_train.data.transforms.augment.pixels import OPERATIONS, Box, Picture, cut_out, place
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform

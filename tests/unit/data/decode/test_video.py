@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opentau_train.data.decode import video_file
-from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image, fit
+from opentau_train.data.decode.fit import fit
+from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
