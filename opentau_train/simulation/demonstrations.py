@@ -41,13 +41,13 @@ class Wanted:
 
 
 def attempt_seed(seed: int, number: int) -> int:
-    """Of the start of attempt `number`: [0, 2^31), never one of an evaluation's (`rollout.start_seed`) but by chance."""
+    """Of the start of attempt `number`: [0, 2^31), which no evaluation has (`rollout.start_seed`) but by chance."""
     return rng.key(seed, "demonstration", number) >> 33
 
 
 def demonstrate(tree: Mapping[str, Any], wanted: Wanted, num_processes: int, timeout: float) -> Iterator[Demonstration]:
-    """The demonstrations, one by one. Raises `UserError` where the environment can't be made, has no expert, or too many attempts
-    in a row fail; `Fault` where its simulator keeps crashing."""
+    """The demonstrations, one by one. Raises `UserError` where the environment can't be made, has no expert, or fails
+    in too many attempts in a row; `Fault` where its simulator keeps crashing."""
     num_made = num_failed = number = 0
     with closing(Pool(dict(tree), num_processes, timeout)) as pool:
         while num_made < wanted.num_episodes:

@@ -16,8 +16,8 @@ from opentau_train.data.builtin.video import X264, Camera, write_video
 
 HEIGHT = 128
 """Pixels that pictures are enlarged to, at least, by a whole number."""
-MOMENTS = 8
-"""Pictures of a strip."""
+MOMENTS, WIDTH = 8, 160
+"""Of a strip: columns, and the pixels of their width."""
 GIF_RATE = 20
 """Frames a second that a GIF has at most: viewers show faster ones slowly."""
 
@@ -38,7 +38,7 @@ def film(episode: int, moments: Sequence[Mapping[str, NDArray[np.uint8]]], fps: 
         return None
     frames = [_beside(moment) for moment in moments]
     chosen = np.unique(np.linspace(0, len(frames) - 1, MOMENTS).round().astype(int))
-    strip = np.concatenate([frames[i] for i in chosen], axis=1)
+    strip = np.concatenate([_column(moments[i]) for i in chosen], axis=1)
     every = max(1, round(fps / GIF_RATE))
     gif, pictures = io.BytesIO(), [Image.fromarray(frame) for frame in (*frames[::every], frames[-1])]
     pictures[0].save(gif, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 * every / fps), loop=0)
@@ -46,6 +46,14 @@ def film(episode: int, moments: Sequence[Mapping[str, NDArray[np.uint8]]], fps: 
         path = Path(folder) / "film.mp4"
         write_video(path, Camera("libx264", frames[0].shape[:2], options=X264), round(fps), enumerate(frames))
         return Film(episode, path.read_bytes(), gif.getvalue(), strip)
+
+
+def _column(moment: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The cameras' pictures below each other."""
+    sizes = [(WIDTH, max(1, round(WIDTH * p.shape[0] / p.shape[1]))) for p in moment.values()]
+    return np.concatenate(
+        [np.asarray(Image.fromarray(p).resize(size)) for p, size in zip(moment.values(), sizes, strict=True)]
+    )
 
 
 def _beside(moment: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:

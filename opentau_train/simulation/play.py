@@ -89,6 +89,8 @@ def play(
     """The episodes of the environment `name` that `tree` declares. Collective; raises on all ranks alike `UserError`
     and `Fault` as `Running`, and `Stopped` where any rank was asked to stop."""
     world, environment, error = session.world, declared(tree, name), None
+    cameras = {c: place for c, place in environment.cameras.items() if c in robot.cameras}  # drawing costs most
+    tree = {**tree, "cameras": cameras}
     running = world.agree(lambda: Running(name, tree, rollouts, world.data_rank, world.data_size))
     halted = False
     with closing(running):
@@ -136,4 +138,4 @@ def _advance(
 
 def _observation(seen: Seen, environment: Environment, robot: Robot) -> dict[str, Any]:
     state = {"state": seen.state} if robot.state_names else {}
-    return {**{c: p for c, p in seen.images.items() if c in robot.cameras}, **state, "task": environment.text}
+    return {**seen.images, **state, "task": environment.text}

@@ -35,10 +35,13 @@ class Rollouts:
     timeout: Annotated[float, positive] = 120.0
     videos: Annotated[int, partial(at_least, low=0)] = 2
 
+    def check(self, path: str) -> None:
+        """Each value is bounded by itself."""
 
-def start_seed(seed: int, environment: str, episode: int) -> int:
-    """Of an episode's start: [0, 2^31), which no demonstration of the same seed has but by chance."""
-    return rng.key(seed, "rollout", environment, episode) >> 33
+
+def start_seed(seed: int, episode: int) -> int:
+    """Of an episode's start: [0, 2^31), which no demonstration has but by chance."""
+    return rng.key(seed, "rollout", episode) >> 33
 
 
 def owned(episodes: int, slots: int, rank: int, size: int) -> list[list[int]]:
@@ -71,7 +74,7 @@ class Running:
     """
 
     def __init__(self, name: str, tree: Mapping[str, Any], rollouts: Rollouts, rank: int, size: int):
-        self.name, self.rollouts, self.environment = name, rollouts, declared(tree, name)
+        self.rollouts, self.environment = rollouts, declared(tree, name)
         self.results = np.zeros((rollouts.episodes, 3))
         self.films: dict[int, list[dict[str, NDArray[np.uint8]]]] = {}
         queues = owned(rollouts.episodes, rollouts.simulators, rank, size)
@@ -95,9 +98,7 @@ class Running:
         seen = [slot.seen for slot in self._slots]
         other = next(s for s in seen if s is not None)
         keys = [
-            rng.fold_one(rng.key(self.rollouts.seed, "policy", self.name, slot.queue[0]), slot.num_steps)
-            if slot.queue
-            else 0
+            rng.fold_one(rng.key(self.rollouts.seed, "policy", slot.queue[0]), slot.num_steps) if slot.queue else 0
             for slot in self._slots
         ]
         return [other if s is None else s for s in seen], keys
@@ -131,7 +132,7 @@ class Running:
     def _begin(self, slots: Sequence[int]) -> None:
         """Begin the slots' first episodes."""
         while slots:
-            calls = {i: ("reset", start_seed(self.rollouts.seed, self.name, self._slots[i].queue[0])) for i in slots}
+            calls = {i: ("reset", start_seed(self.rollouts.seed, self._slots[i].queue[0])) for i in slots}
             answers = self._pool.ask(calls)
             for i, seen in answers.items():
                 slot = self._slots[i]

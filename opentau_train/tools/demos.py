@@ -39,7 +39,7 @@ class Options:
     timeout: Annotated[float, positive] = 300.0
 
     def check(self, path: str) -> None:
-        """Each value is checked by itself."""
+        """Each value is bounded by itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
