@@ -58,6 +58,7 @@ def test_results_and_draws_are_the_same_on_any_ranks(alone):
     assert len({key for one in keys.values() for key in one}) == sum(map(len, keys.values()))
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("fault", "text"), [("crash", "crashed with exit code 7: about to crash"), ("hang", "hung: no answer within 4 s")]
 )
