@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -44,7 +45,7 @@ class SimulatorProcess:
             [sys.executable, "-m", __name__, str(theirs.fileno())],
             env={**egl, **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # held open, for `_end_with_caller`
             stdout=self._words,
             stderr=self._words,
         )
@@ -68,7 +69,7 @@ class SimulatorProcess:
         """End the process."""
         self._connection.close()
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
         self._words.close()
 
     def _send(self, message: Any) -> None:
@@ -113,6 +114,13 @@ def serve(connection: Connection) -> None:
         connection.send(answer)
 
 
+def _end_with_caller() -> None:
+    """Stdin ends with the caller, however it came: a simulator that hangs then would stay for ever."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, whose end ends this process
     serve(Connection(int(sys.argv[1])))

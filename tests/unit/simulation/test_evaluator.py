@@ -13,6 +13,7 @@ from PIL import Image
 from opentau_train import validate
 from opentau_train.checkpoints.best import Best
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
+from opentau_train.simulation import play
 from opentau_train.simulation.demonstrations import Wanted, write
 from opentau_train.tools import rollout
 from opentau_train.types import Group
@@ -51,7 +52,8 @@ def demonstrated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(demonstrated, tmp_path_factory):
-    return train_here(arguments(demonstrated), tmp_path_factory.mktemp("run") / "run")
+    """Its average plays, which is what a checkpoint has for a robot."""
+    return train_here(arguments(demonstrated, "trainer.ema_decay=0.5"), tmp_path_factory.mktemp("run") / "run")
 
 
 def test_the_row_has_the_rate_its_interval_and_what_the_losses_say(run):
@@ -112,6 +114,27 @@ def test_an_evaluator_without_an_environment_says_how_to_name_one(demonstrated, 
     remedy = "+simulation@validation.evaluator.rollout.environments.NAME=reach"
     with pytest.raises(UserError, match="the policy has 1 numbers"):
         train_here([*words, remedy], tmp_path / "run")
+
+
+def test_a_run_that_is_stopped_in_its_episodes_owes_the_pass_and_goes_on(demonstrated, tmp_path, monkeypatch):
+    """The stop comes while the first pass plays; resumed, the run has the numbers of one that went through."""
+    whole = train_here(arguments(demonstrated), tmp_path / "whole")
+    advance, run = play._advance, tmp_path / "run"
+
+    def stopping(*arguments):
+        monkeypatch.setattr(play, "_advance", advance)
+        (run / "PREEMPT").touch()
+        return advance(*arguments)
+
+    monkeypatch.setattr(play, "_advance", stopping)
+    with pytest.raises(AssertionError):
+        train_here(arguments(demonstrated), run)  # its exit code says that it was stopped
+    assert 1 not in {step for step, row in metrics(run).items() if "Rollout/Success" in row}
+    train_here(arguments(demonstrated, "resume=auto"), run)
+    rates = [
+        {s: r["Rollout/line/Length"] for s, r in metrics(r).items() if "Rollout/Success" in r} for r in (whole, run)
+    ]
+    assert rates[0] == rates[1] and sorted(rates[0]) == [1, 2]
 
 
 def test_success_needs_no_held_out_windows_and_chooses_the_best(demonstrated, tmp_path):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from scipy.stats import binomtest
 from opentau_train.errors import Fault, UserError
 from opentau_train.simulation.rollout import Rollouts, Running, owned, start_seed
 from opentau_train.simulation.success import success_row, wilson
+from tests.program import REPO
 from tests.simulators import line
 
 CHUNK = 4
@@ -93,6 +99,24 @@ def test_a_mistake_of_a_declaration_is_told(change, texts):
     with pytest.raises(UserError) as error:
         played({**line(), **change}, Rollouts(episodes=1, simulators=1))
     assert all(text in str(error.value) for text in texts), error.value
+
+
+def test_a_simulator_ends_with_its_caller_even_where_it_hangs(tmp_path):
+    """The caller is killed while it waits for a simulator that sleeps."""
+    code = (
+        "import os, sys; from tests.simulators import line;"
+        "from opentau_train.simulation.process import SimulatorProcess;"
+        f"p = SimulatorProcess(line(folder={str(tmp_path)!r}, hang=1), 60.0); p.ask('reset', 0); p.answer();"
+        "p.ask('act', [[0.0]], False); print(p._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    simulator = Path(f"/proc/{int(done.stdout)}")
+    for _ in range(200):
+        if not simulator.exists() or "\nState:\tZ" in (simulator / "status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(int(simulator.name), 9)
+    pytest.fail("it is still there")
 
 
 def test_evaluations_start_where_no_demonstration_did():
