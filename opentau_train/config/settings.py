@@ -259,14 +259,17 @@ def load_settings(tree: Mapping[str, Any]) -> Settings:
 
 def current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A configuration tree with what older versions called otherwise under its name of now, so that their runs go on:
-    `validation.metrics`, a list beside the losses, and the options of the action errors."""
+    `validation.metrics`, a list beside the losses, and the options of the action errors; and with the evaluators that
+    they hadn't yet."""
     validation = tree.get("validation")
     if not isinstance(validation, Mapping):
         return tree
     values = dict(validation)
     more = values.pop("metrics", ())
     options = {new: values.pop(old) for old, new in _ACTION_OPTIONS.items() if old in values}
-    if values.keys() == validation.keys():
+    if isinstance(values.get("evaluator"), Mapping) and not EVALUATORS.keys() <= values["evaluator"].keys():
+        values["evaluator"] = {**EVALUATORS, **values["evaluator"]}
+    if values == validation:
         return tree
     names, path = tuple[str, ...], "validation.evaluators"
     chosen = [*convert(names, values.get("evaluators", ("loss",)), path), *convert(names, more, "validation.metrics")]
