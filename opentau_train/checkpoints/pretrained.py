@@ -149,12 +149,17 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
         policy.load_state_dict({n: v for n, v in policy.state_dict().items() if n in policy.borrowed} | weights)
     except RuntimeError as error:
         raise _unreadable(file, error) from error
+    return loaded_as(card, policy.to(device).eval())
+
+
+def loaded_as(card: Pretrained, policy: Policy) -> Loaded:
+    """`policy` with what its `card` says of it."""
     stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
     meta = {**card.policy, "config": card.config}
     pipelines = pipelines_of(card)
     transforms = [t for p in pipelines.values() for t in p.transforms.values()]
     spec = with_fields(BatchSpec.from_json(card.policy["spec"]), transforms)
-    return Loaded(policy.to(device).eval(), stats, meta, pipelines, spec)
+    return Loaded(policy, stats, meta, pipelines, spec)
 
 
 def pipelines_of(card: Pretrained) -> dict[str, Pipeline]:

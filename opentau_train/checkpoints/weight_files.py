@@ -68,13 +68,18 @@ def locate(given: str, where: str) -> Path:
     path = local_path(given, where)
     if path is not None:
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
+    try:
+        from huggingface_hub import errors as hub
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        what = f"no file or directory is called '{given}', and names on the Hugging Face Hub need its client: {error}"
+        remedy = "check the path, or pip install huggingface_hub"
+        raise UserError(what, where=where, remedy=remedy) from error
+    refusals = hub.HfHubHTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled
     name, _, revision = given.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (*refusals, OSError) as error:
         check_machine(error)
         raise UserError(
             f"no file or directory is called '{given}', and it can't be downloaded from the Hugging Face Hub: "

@@ -76,7 +76,7 @@ class Reader:
         return camera if camera in self.cameras else None
 
     def _frames(self, camera: str, value: NDArray) -> NDArray[np.uint8]:
-        frames = frames_of(value, camera, self.size)
+        frames = frames_of(value, camera, self.size, halved=camera in self.robot.videos)
         if len(frames) == self.history + 1:
             return frames
         if len(frames) != 1:
@@ -99,6 +99,8 @@ class Reader:
                 raise self._error(
                     f"'{column}' has the shape {list(values.shape)}, the policy reads {len(places)} numbers"
                 )
+        if names and not columns:
+            raise self._error("there is no state")
         if not np.isfinite(state).all():
             wrong = [name for name, value in zip(names, state, strict=True) if not np.isfinite(value)]
             raise self._error(f"of the state there is no finite number for {', '.join(wrong)}")

@@ -23,9 +23,11 @@ from opentau_train.checkpoints.pretrained import Loaded
 from opentau_train.checkpoints.weight_files import locate
 from opentau_train.data.batch import Batch
 from opentau_train.data.convention import Convention
+from opentau_train.deploy.latency import Latency, measure
 from opentau_train.deploy.limits import Limits, check_finite
 from opentau_train.deploy.observations import Observation, Reader
 from opentau_train.deploy.robots import Robot, robots_of
+from opentau_train.deploy.stream import Execution, Stream
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.models.draws import ACTION_DRAW, Draws
 from opentau_train.models.sampling import SteppedPolicy
@@ -157,6 +159,32 @@ class RobotPolicy:
         chunks = self.sample(batch.to(self.device), steps)
         actions = self.in_units(chunks, batch, limits)
         return actions[0] if one else actions
+
+    def stream(
+        self,
+        horizon: int | None = None,
+        *,
+        ensemble: float | None = None,
+        realtime: int | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        limits: Limits | Literal["refuse", "clip"] | None = None,
+    ) -> Stream:
+        """Actions one at a time, for one episode: `stream.step(observation)` is the next action [A'].
+
+        `horizon`: how many actions of a chunk are executed before the next one is computed; None: all of them, half of
+        them with `realtime`, 1 with an `ensemble`. See `Execution`. Raises `UserError` for what doesn't go together.
+        """
+        if horizon is None:
+            length = self.chunk_length if realtime is None else max(realtime, self.chunk_length // 2)
+            horizon = 1 if ensemble is not None else length
+        return Stream(self, Execution(horizon, ensemble, realtime, seed, steps, limits))
+
+    def benchmark(
+        self, observation: Observation | None = None, *, steps: int | None = None, repeats: int = 20
+    ) -> Latency:
+        """How long a chunk of an observation takes, part by part; None: of pictures of 480 x 640."""
+        return measure(self, observation, steps, repeats)
 
     def batch(self, observations: Sequence[Observation], norm_head: str, seed: int | Sequence[int] = 0) -> Batch:
         """What the policy gets of observations of one kind of robot, on the CPU. Raises `UserError`."""

@@ -41,13 +41,15 @@ class TrainedRange:
 class Robot:
     """One kind of robot: that of the first dataset with its norm head (robot_type::control_mode).
 
-    `cameras`; the names of the state's S' and the actions' A' dimensions in the robot's own order and units; `fps`,
-    steps of a chunk a second; `chunk_length` T; `convention`, what state and actions are, as far as the dataset
-    declares it. `columns` {the dataset's name of a camera: the policy's}; `prompt_columns`, the dataset's.
+    `cameras`, and which of them the dataset stores as `videos`; the names of the state's S' and the actions' A'
+    dimensions in the robot's own order and units; `fps`, steps of a chunk a second; `chunk_length` T; `convention`,
+    what state and actions are, as far as the dataset declares it. `columns` {the dataset's name of a camera: the
+    policy's}; `prompt_columns`, the dataset's.
     """
 
     norm_head: str
     cameras: tuple[str, ...]
+    videos: tuple[str, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     fps: float
@@ -104,6 +106,7 @@ def _robot(loaded: Loaded, dataset: str, head: str) -> Robot:
     return Robot(
         norm_head=head,
         cameras=tuple(card["cameras"]),
+        videos=tuple(card["videos"]),
         state_names=tuple(card["state_names"]),
         action_names=tuple(card["action_names"]),
         fps=card["fps"],
@@ -128,6 +131,7 @@ def _card(loaded: Loaded, dataset: str, head: str) -> Mapping[str, Any]:
         )
     return {
         "cameras": loaded.spec.cameras,
+        "videos": (),
         "state_names": stats.state_names,
         "action_names": stats.action_names,
         "convention": {},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -207,13 +208,10 @@ class DiffusionPolicy(SteppedPolicy):
         return self._condition(batch)
 
     def denoise(self, batch: Batch, context: Tensor, draws: Draws, steps: int) -> Tensor:
-        """From the sample's own noise, in steps of the schedule."""
         dims, shape = batch.action_dim_mask[:, None, :], (self.spec.chunk_length, self.spec.action_dim)
-        noise = replace(self.noise, inference_steps=steps)
-        noise.check("steps")
-        scheduler, stochastic = noise.scheduler(), noise.sampler == "ddpm"
+        (scheduler, times), stochastic = _sampling(self.noise, steps), self.noise.sampler == "ddpm"
         x = torch.where(dims, draws.normal("actions", shape), 0.0)
-        for step in scheduler.timesteps.tolist():
+        for step in times:
             predicted = self.unet(x, torch.full_like(batch.key, step), context).float()
             made = scheduler.step(
                 predicted,
@@ -272,6 +270,14 @@ class SpatialSoftmax(nn.Module):
         attention = self.nets(features).flatten(2).float().softmax(dim=-1)
         # Not a matrix product: under autocast its places would have 8 bits.
         return (attention[..., None] * self.pos_grid).sum(dim=2)
+
+
+@lru_cache(16)
+def _sampling(noise: NoiseSchedule, num: int) -> tuple[Any, list[int]]:
+    """A scheduler, whose numbers are constants in a traced graph, and its `num` steps. Raises `UserError`."""
+    (chosen := replace(noise, inference_steps=num)).check("steps")
+    scheduler = chosen.scheduler()
+    return scheduler, scheduler.timesteps.tolist()
 
 
 def _held(actions: Tensor, is_pad: Tensor) -> Tensor:

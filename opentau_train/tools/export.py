@@ -5,6 +5,7 @@
     python -m opentau_train.tools.export checkpoint=runs/act format=lerobot out=act_policy
 
     python -m opentau_train.tools.export checkpoint=runs/droid format=adapter out=adapters
+    python -m opentau_train.tools.export checkpoint=runs/droid format=onnx out=policy.onnx
 
 `checkpoint` is a run or one of its checkpoints, `weights` the trained ones (model) or their moving average (ema). The
 weights are read from the checkpoint's shards, frozen ones that it leaves out where the run read them, or at `base`.
@@ -12,10 +13,12 @@ weights are read from the checkpoint's shards, frozen ones that it leaves out wh
 `format=safetensors` makes one file with all weights. LoRA adapters are added to the weights that they belong to: the
 file's policy is a plain one, whose actions agree with the checkpoint's within 1e-4 of the largest. `format=lerobot`
 makes a folder of the same policy for LeRobot 0.4, with the statistics of one `norm_head`, for policies that it has too.
-`format=adapter` makes a folder with the adapters alone, in peft's files and names.
+`format=adapter` makes a folder with the adapters alone, in peft's files and names. `format=onnx` and `format=pt2` make
+the action sampler alone, a graph for ONNX runtimes or `torch.export.load`; docs/deploy.md has its inputs.
 
 After writing, the files are read back (adapters by peft itself) and must predict the same actions, bit for bit, for a
-golden batch: keyed random inputs with every kind of gap. Else what was written is removed and the exit code is 1.
+golden batch: keyed random inputs with every kind of gap; a graph the same within 1e-5 for an observation of each robot.
+Else what was written is removed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, chec
 class ExportSettings:
     checkpoint: str
     out: str
-    format: Literal["safetensors", "lerobot", "adapter"] = "safetensors"
+    format: Literal["safetensors", "lerobot", "adapter", "onnx", "pt2"] = "safetensors"
     weights: Literal["model", "ema"] = "model"
     norm_head: str | None = None
     """Whose statistics a folder for LeRobot has; None: those of the only one."""
@@ -45,7 +48,7 @@ class ExportSettings:
 
     def check(self, path: str) -> None:
         out = Path(self.out).expanduser()
-        if self.format != "safetensors":
+        if self.format in ("lerobot", "adapter"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"out={self.out} is there already", remedy="name a directory that isn't, or is empty")
         elif out.suffix != f".{self.format}":
@@ -75,10 +78,12 @@ def export(settings: ExportSettings) -> tuple[Path, str]:
         holds = _merge(policy)
         expected = predict(policy)
     out = Path(settings.out).expanduser()
-    write = {"safetensors": _write_file, "lerobot": _write_lerobot, "adapter": _write_adapters}[settings.format]
+    write = {"safetensors": _write_file, "lerobot": _write_lerobot, "adapter": _write_adapters}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        again = write(out, policy, card, settings.norm_head)
+        if settings.format == "onnx" or settings.format == "pt2":
+            return out, _write_graph(out, policy, card, settings.format)
+        again = write[settings.format](out, policy, card, settings.norm_head)
     except (OSError, SafetensorError) as error:
         check_machine(error, out)
         what = f"the policy can't be written: {error}"
@@ -107,6 +112,21 @@ def _write_file(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any
 
     pretrained.write_file(out, dict(policy.state_dict()), pretrained.whole(card))
     return pretrained.load_policy(out).policy
+
+
+def _write_graph(out: Path, policy: Any, card: Any, form: Literal["onnx", "pt2"]) -> str:
+    """Returns what holds of it. Raises as `write_graph` does."""
+    import torch
+
+    from opentau_train.checkpoints import pretrained
+    from opentau_train.deploy import graph, latency, robots
+    from opentau_train.deploy.policy import RobotPolicy
+
+    loaded = pretrained.loaded_as(card, policy)
+    robot = RobotPolicy(loaded, torch.device("cpu"), robots.robots_of(loaded))
+    seen = [robot.batch([latency.noise(robot, one)], head) for head, one in robot.robots.items()]
+    differs = graph.write_graph(out, policy, seen, form)
+    return f"its actions are the checkpoint's within {differs:.0e} of the largest"
 
 
 def _write_lerobot(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any:

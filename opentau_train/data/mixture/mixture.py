@@ -82,6 +82,7 @@ class Dataset:
         """What the dataset's robot sees, is and is told, in its own dimensions, for a checkpoint."""
         return {
             "cameras": list(self.source.cameras),
+            "videos": list(self.source.frame_sizes),
             "state_names": list(self.source.state_names),
             "action_names": list(self.conversions.robot_names),
             "convention": self.conversions.robot_convention.to_json(),
