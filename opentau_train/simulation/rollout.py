@@ -45,9 +45,10 @@ def start_seed(seed: int, episode: int) -> int:
 
 
 def owned(episodes: int, slots: int, rank: int, size: int) -> list[list[int]]:
-    """The episodes of each of a rank's `slots`, in their order: of all ranks' together, each exactly once."""
-    mine = [e for e in range(episodes) if e // slots % size == rank]
-    return [[e for e in mine if e % slots == slot] for slot in range(slots)]
+    """The episodes of each of a rank's `slots`, in their order, of all ranks' together each exactly once: ranks take
+    blocks of `slots` episodes in turn."""
+    blocks = [e for e in range(episodes) if e // slots % size == rank]
+    return [blocks[slot::slots] for slot in range(slots)]
 
 
 @dataclass
