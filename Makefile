@@ -17,10 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 STAMP := .venv/.installed
 LEROBOT := .venv/lerobot
+SIMULATION := .venv/simulation
 WEIGHTS := .venv/.weights
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,14 +46,14 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-cuda test-lerobot test-nightly test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
-	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation" -n $(WORKERS) --dist worksteal $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
 	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda),"
-	@echo "          the comparison with LeRobot itself (make test-lerobot)"
+	@echo "          the comparison with LeRobot itself (make test-lerobot), real simulators (make test-simulation)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
@@ -80,12 +81,24 @@ $(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
 test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
 	$(LEROBOT)/bin/python -m pytest -m lerobot tests/side_by_side $(ARGS)
 
+# Simulators aren't for everybody's environment, and gym-pusht's OpenCV would take the place of the headless one.
+$(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
+	rm -rf $(SIMULATION)
+	$(BIN)/python -m venv $(SIMULATION)
+	$(SIMULATION)/bin/python -m pip install --no-deps -r tests/simulation/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(SIMULATION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
+	touch $@
+
+test-simulation: $(SIMULATION)/.installed ## Demonstrations, training and success rates in Meta-World, gym-pusht, gym-aloha
+	$(SIMULATION)/bin/python -m pytest -m simulation tests/simulation $(ARGS)
+
 test-nightly: setup $(WEIGHTS) ## The property tests with 2,000 examples each, random kills, what pictures are worth
 	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
-test-all: setup $(WEIGHTS) test-lerobot ## Every test
-	$(BIN)/python -m pytest -m "not lerobot" $(ARGS)
+test-all: setup $(WEIGHTS) test-lerobot test-simulation ## Every test
+	$(BIN)/python -m pytest -m "not lerobot and not simulation" $(ARGS)
 
 lint: setup ## Check Python (ruff) and shell (shellcheck)
 	$(BIN)/ruff check .

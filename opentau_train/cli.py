@@ -235,9 +235,10 @@ def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collecti
     return plain(changed)
 
 
-def compose(arguments: Sequence[str]) -> dict[str, Any]:
-    """The tree of a run with these arguments: `KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`. Raises `UserError` for
-    an argument of another form, and the errors of Hydra that `answer` explains."""
+def compose(arguments: Sequence[str], primary: str | None = "train") -> dict[str, Any]:
+    """The tree of a run with these arguments: `KEY=VALUE`, `GROUP=OPTION`, `--config-dir DIR`; with another `primary`
+    than a run's, of what the arguments themselves choose. Raises `UserError` for an argument of another form, and the
+    errors of Hydra that `answer` explains."""
     overrides, folder, rest = [], None, iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -250,12 +251,12 @@ def compose(arguments: Sequence[str]) -> dict[str, Any]:
         else:
             overrides.append(argument)
     _check_overrides(overrides)
-    return _tree(overrides, folder)
+    return _tree(overrides, folder, primary)
 
 
-def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
-    """The tree of these overrides, with the user's configuration directory `folder`. (`hydra.main` would compose it
-    twice, once to learn whether it sweeps.)"""
+def _tree(overrides: Sequence[str], folder: str | None, primary: str | None) -> dict[str, Any]:
+    """The tree of these overrides over the file `primary`, with the user's configuration directory `folder`.
+    (`hydra.main` would compose it twice, once to learn whether it sweeps.)"""
     search = []
     if folder is not None:
         if not os.path.isdir(folder):
@@ -263,7 +264,7 @@ def _tree(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         quoted = os.path.abspath(folder).replace("\\", "\\\\").replace('"', '\\"')
         search = [f'hydra.searchpath=["file://{quoted}"]']
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        composed = hydra.compose("train", [*map(_settable, overrides), *search], return_hydra_config=True)
+        composed = hydra.compose(primary, [*map(_settable, overrides), *search], return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
         with open_dict(composed):
             del composed["hydra"]

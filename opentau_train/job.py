@@ -79,7 +79,7 @@ class Job:
         resumed."""
         every, step = self.settings.validation.every, self.state.step
         due = every > 0 and step > 0 and (step % every == 0 or step == self.settings.trainer.steps)
-        return due and self.validation.num_windows > 0 and self.counters["validated"] < step
+        return due and self.validation.has_work and self.counters["validated"] < step
 
     @property
     def is_best(self) -> bool:
@@ -144,9 +144,9 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     max_samples = min(settings.data.max_samples_per_batch or share, share)
     validation = Validation(mixture, settings.validation, evaluators, world, max_samples)
     margin = settings.validation.best_margin
-    compared = validation.loss_plan
-    best = None if margin is None or compared is None else Best(run_dir, compared, policy.loss_weights, margin)
-    convention = _convention(mixture)
+    compared = validation.compared(policy)
+    best = None if margin is None or compared is None else Best(run_dir, compared, margin)
+    convention = convention_of(mixture)
     convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
     if policy.borrowed:
         convention[base.KEY] = world.agree(lambda: start.record() if world.is_main else None)
@@ -234,7 +234,7 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
     return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
 
 
-def _convention(mixture: Mixture) -> dict[str, Any]:
+def convention_of(mixture: Mixture) -> dict[str, Any]:
     """What a user of the weights must know of inputs and outputs."""
     return {
         "actions": "as the dataset's action columns, after its transforms, normalised by the norm head's statistics",

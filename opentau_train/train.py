@@ -210,6 +210,8 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
         for picture in measured.pictures:
             save_png(job.run_dir / "plots" / f"{picture.file}_{step:08d}.png", picture.pixels)
             sinks.image(step, picture.tag, picture.pixels)
+        for file in measured.files:
+            (job.run_dir / "plots" / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
     if job.best is not None and measured.scores is not None:
         job.best.update(job.world, step, measured.scores)
     return Stop.NONE

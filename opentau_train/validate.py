@@ -112,7 +112,7 @@ def validate_checkpoint(
         share = max(1, trainer.global_batch_size // world.data_size)
         size = min(settings.data.max_samples_per_batch or share, share)
         validation = Validation(mixture, settings.validation, evaluators, world, size)
-        if not validation.num_windows:
+        if not validation.has_work:
             raise UserError(
                 "the mixture holds nothing out",
                 where="data.sources",
@@ -136,6 +136,8 @@ def validate_checkpoint(
                 "metrics": measured.row,
             }
             write(out, result, measured.pictures)
+            for file in measured.files:
+                out.with_name(f"{out.stem}_{file.file}{file.suffix}").write_bytes(file.content)
             log.info("%s\nwritten to %s", table(read_scores(measured.row), {}), out)
 
 

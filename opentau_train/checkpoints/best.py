@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,7 @@ from opentau_train.checkpoints import commit
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import aggregate_shares, group_means
 from opentau_train.types import Group
-from opentau_train.validation.evaluator import Scores
-from opentau_train.validation.plan import ValidationPlan
+from opentau_train.validation.evaluator import Compared, Scores
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +76,8 @@ class Best:
     `margin`: standard errors of the paired difference that an improvement must exceed.
     """
 
-    def __init__(self, run_dir: Path, plan: ValidationPlan, weights: Mapping[str, float], margin: float):
-        self.run_dir, self.plan, self.margin = run_dir, plan, margin
-        self.weights = list(weights.values())
+    def __init__(self, run_dir: Path, compared: Compared, margin: float):
+        self.run_dir, self.compared, self.margin = run_dir, compared, margin
         self.step: int | None = None
         self.sums: NDArray[np.float64] | None = None
 
@@ -97,7 +95,7 @@ class Best:
         record = world.broadcast(record)
         if record is None:
             return
-        if record[1] != self._names() or record[2].shape[1] != len(self.weights):
+        if record[1] != list(self.compared.episodes) or record[2].shape[1] != len(self.compared.weights):
             log.warning("the validation windows are others than at step %d: the best checkpoint starts anew", record[0])
             return
         self.step, _, self.sums = record
@@ -117,7 +115,7 @@ class Best:
             path = self._folder / f"{step:08d}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".tmp"), "wb") as file:
-                np.savez(file, episodes=np.array(self._names()), sums=scores.sums)
+                np.savez(file, episodes=np.array(self.compared.episodes), sums=scores.sums)
             os.replace(path.with_suffix(".tmp"), path)
         return True
 
@@ -150,8 +148,8 @@ class Best:
         if both.sum() < MIN_EPISODES:
             log.warning("the pass at step %d has too few windows in common with step %s's to compare", step, self.step)
             return False
-        plan = self.plan
-        columns = new[both], old[both], plan.group_of[both], plan.mixture.groups, self.weights, plan.episode_of[both]
+        c = self.compared
+        columns = new[both], old[both], c.group_of[both], c.groups, c.weights, c.episode_of[both]
         delta, error = paired_difference(*columns)
         improved = -delta > self.margin * error
         verdict = "is the best so far" if improved else f"leaves step {self.step} the best"
@@ -164,6 +162,3 @@ class Best:
 
     def _records(self) -> dict[int, Path]:
         return {int(p.stem): p for p in self._folder.glob("[0-9]*.npz")}
-
-    def _names(self) -> list[str]:
-        return [f"{dataset}/{number}" for dataset, number in self.plan.episodes]

@@ -90,7 +90,7 @@ class ParallelismSettings:
                 raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
 
 
-EVALUATORS = {
+EVALUATORS: dict[str, dict[str, Any]] = {
     "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
     "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
     "video": {
@@ -98,6 +98,7 @@ EVALUATORS = {
         "max_samples_per_group": 32,
         "num_strips": 2,
     },
+    "rollout": {"_target_": "opentau_train.simulation.evaluator.RolloutEvaluator", "environments": {}},
 }
 """The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""
 
@@ -116,9 +117,16 @@ class ValidationSettings:
     evaluators."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A window that can't be read: end the run with its name, or leave it out, count and name it."""
+    best: Literal["loss", "rollout/success"] = "loss"
+    """What `checkpoints/best` is the best in: the loss, or the success rate in simulators."""
     best_margin: float | None = 2.0
     """Standard errors of the paired difference by which a pass must beat the best one to become
     `checkpoints/best`; null = no best checkpoint."""
+
+    @property
+    def chooses_best(self) -> str:
+        """The evaluator whose scores choose it."""
+        return self.best.partition("/")[0]
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)
@@ -130,6 +138,11 @@ class ValidationSettings:
                     where=f"{path}.evaluators",
                     remedy=f"choose of {', '.join(self.evaluator)}, or define it with {path}.evaluator.{name}._target_",
                 )
+        if self.best != "loss" and self.chooses_best not in self.evaluators:
+            raise UserError(
+                f"{path}.best={self.best}, and {path}.evaluators has no '{self.chooses_best}'",
+                remedy=f"set {path}.evaluators=[{','.join([*self.evaluators, self.chooses_best])}]",
+            )
         if len(set(self.evaluators)) < len(self.evaluators):
             raise UserError(
                 f"{path}.evaluators names one twice: {', '.join(self.evaluators)}",
@@ -245,14 +258,17 @@ def load_settings(tree: Mapping[str, Any]) -> Settings:
 
 def current(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A configuration tree with what older versions called otherwise under its name of now, so that their runs go on:
-    `validation.metrics`, a list beside the losses, and the options of the action errors."""
+    `validation.metrics`, a list beside the losses, and the options of the action errors; and with the evaluators that
+    they hadn't yet."""
     validation = tree.get("validation")
     if not isinstance(validation, Mapping):
         return tree
     values = dict(validation)
     more = values.pop("metrics", ())
     options = {new: values.pop(old) for old, new in _ACTION_OPTIONS.items() if old in values}
-    if values.keys() == validation.keys():
+    if isinstance(values.get("evaluator"), Mapping) and not EVALUATORS.keys() <= values["evaluator"].keys():
+        values["evaluator"] = {**EVALUATORS, **values["evaluator"]}
+    if values == validation:
         return tree
     names, path = tuple[str, ...], "validation.evaluators"
     chosen = [*convert(names, values.get("evaluators", ("loss",)), path), *convert(names, more, "validation.metrics")]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, Explained
 from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
+from opentau_train.types import Group
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.reader import Reader
 
@@ -48,9 +49,31 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Attachment:
+    """`content` of a file that nothing but the run's directory shows: `plots/{file}_{step}{suffix}`."""
+
+    file: str
+    suffix: str
+    content: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What two passes can be compared over: the names of E `episodes`, `group_of` [E] i64 each one's place among
+    `groups`, and the `weights` of the K terms that are summed by episode; `episode_of` [E] i64: those of the same
+    number are one episode, in several modes."""
+
+    episodes: tuple[str, ...]
+    group_of: NDArray[np.int64]
+    groups: tuple[Group, ...]
+    weights: tuple[float, ...]
+    episode_of: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Scores:
     """What decides which checkpoint is best: `loss`, the aggregate over the mixture (NaN where nothing is supervised),
-    and `sums` [E, K, 2] float64 sums and counts of the K loss terms in the plan's E episodes."""
+    and `sums` [E, K, 2] float64 sums and counts of the K terms in the E episodes of the evaluator's `compared`."""
 
     loss: float
     sums: NDArray[np.float64] = field(repr=False)
@@ -59,20 +82,28 @@ class Scores:
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured, equal on all ranks: a `row` of {tag: value}, pictures, the windows that couldn't be read and
-    were left out, and the `scores` of the loss evaluator."""
+    were left out, the `scores` by which checkpoints can be compared, and other `files` for the run's directory."""
 
     row: dict[str, float]
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
     left_out: tuple[BadSample, ...] = ()
     scores: Scores | None = None
+    files: tuple[Attachment, ...] = field(default=(), repr=False)
 
 
 class Evaluator(ABC):
     """Measures one thing of the policy. Built as `Class(**options of its YAML)`, on every rank."""
 
+    reads: ClassVar[bool] = True
+    """Whether it needs held-out windows."""
+
     def plan(self, mixture: Mixture, settings: ValidationSettings, batch_size: int, num_ranks: int) -> ValidationPlan:
         """The windows to read: all that are held out, or the settings' fixed sample of each group."""
         return plan_validation(mixture, settings.max_samples_per_group, batch_size=batch_size, num_ranks=num_ranks)
+
+    def compared(self, plan: ValidationPlan, policy: Policy) -> Compared | None:
+        """What its scores are of; None where it gives none."""
+        return None
 
     @abstractmethod
     def run(self, context: Context) -> Evaluation:

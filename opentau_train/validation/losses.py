@@ -19,13 +19,18 @@ from opentau_train.data.batch import Batch
 from opentau_train.errors import BadSample
 from opentau_train.metrics.sums import Sums, exact, validation_row
 from opentau_train.models.draws import Draws
-from opentau_train.validation.evaluator import Context, Evaluation, Evaluator, Scores
+from opentau_train.models.policy import Policy
+from opentau_train.validation.evaluator import Compared, Context, Evaluation, Evaluator, Scores
 from opentau_train.validation.plan import ValidationPlan
 
 
 class LossEvaluator(Evaluator):
     """`Validation/...`, the losses by group, and with an average of the weights `Validation-EMA/...`, its losses on the
-    same windows with the same noise. Its scores choose the best checkpoint."""
+    same windows with the same noise. Its scores choose the best checkpoint, unless `validation.best` names others'."""
+
+    def compared(self, plan: ValidationPlan, policy: Policy) -> Compared:
+        names = tuple(f"{dataset}/{number}" for dataset, number in plan.episodes)
+        return Compared(names, plan.group_of, plan.mixture.groups, tuple(policy.loss_weights.values()), plan.episode_of)
 
     def run(self, context: Context) -> Evaluation:
         """One pass, and one more for the average. Raises as `Context.measure`, and RuntimeError where windows or loss

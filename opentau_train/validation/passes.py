@@ -16,9 +16,7 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample, UserError
 from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
-from opentau_train.validation.evaluator import Context, Evaluation, Evaluator
-from opentau_train.validation.losses import LossEvaluator
-from opentau_train.validation.plan import ValidationPlan
+from opentau_train.validation.evaluator import Compared, Context, Evaluation, Evaluator, Scores
 from opentau_train.validation.reader import Reader
 
 if TYPE_CHECKING:  # takes 2 s: not where settings are only checked
@@ -65,10 +63,14 @@ class Validation:
         return max((len(plan.windows) for plan in self.plans.values()), default=0)
 
     @property
-    def loss_plan(self) -> ValidationPlan | None:
-        """The plan of the losses that choose the best checkpoint; None where no loss evaluator is named."""
-        names = (name for name, evaluator in self.evaluators.items() if isinstance(evaluator, LossEvaluator))
-        return next((self.plans[name] for name in names), None)
+    def has_work(self) -> bool:
+        """Whether there is anything to measure: held-out windows, or an evaluator that needs none."""
+        return self.num_windows > 0 or not all(evaluator.reads for evaluator in self.evaluators.values())
+
+    def compared(self, policy: Policy) -> Compared | None:
+        """What the scores that choose the best checkpoint are of; None where no evaluator gives them."""
+        name = self.settings.chooses_best
+        return self.evaluators[name].compared(self.plans[name], policy) if name in self.evaluators else None
 
     def run(
         self,
@@ -86,7 +88,9 @@ class Validation:
             context = Context(
                 policy, replicas, ema, self.plans[name], number, self._reader, self.world, self.settings, stop, progress
             )
-            whole = _joined(whole, evaluator.run(context), name)
+            part = evaluator.run(context)
+            scores = part.scores if name == self.settings.chooses_best else whole.scores
+            whole = _joined(whole, part, name, scores)
         if self.world.is_main:
             _warn(whole.left_out)
         return whole
@@ -95,8 +99,8 @@ class Validation:
         self._reader.close()
 
 
-def _joined(whole: Evaluation, part: Evaluation, name: str) -> Evaluation:
-    """Both in one; the first scores are the whole's."""
+def _joined(whole: Evaluation, part: Evaluation, name: str, scores: Scores | None) -> Evaluation:
+    """Both in one."""
     twice = whole.row.keys() & part.row.keys()
     if twice:
         raise UserError(
@@ -105,8 +109,8 @@ def _joined(whole: Evaluation, part: Evaluation, name: str) -> Evaluation:
             remedy=f"leave one of them out, or let {name} use tags of its own",
         )
     windows = {(bad.dataset, bad.episode, bad.frame): bad for bad in (*whole.left_out, *part.left_out)}
-    scores = part.scores if whole.scores is None else whole.scores
-    return Evaluation(whole.row | part.row, whole.pictures + part.pictures, tuple(windows.values()), scores)
+    pictures, files = whole.pictures + part.pictures, whole.files + part.files
+    return Evaluation(whole.row | part.row, pictures, tuple(windows.values()), scores, files)
 
 
 def _warn(left_out: tuple[BadSample, ...]) -> None:

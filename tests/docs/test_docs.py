@@ -31,6 +31,8 @@ RUN_ELSEWHERE = {
     "touch runs/slurm-1234/PREEMPT": "tests/distributed/test_never_hang.py",
     ".venv/bin/tensorboard": "tests/unit/sinks",
     "python -m opentau_train.tools.plan +recipe=droid_policy model=pi0": "tests/unit/distributed/test_memory_of_pi.py",
+    "python -m opentau_train.tools.demos": "tests/unit/simulation/test_demonstrations.py",
+    "python -m opentau_train.tools.rollout": "tests/unit/simulation/test_evaluator.py",
     "python -m opentau_train.tools.export checkpoint=RUN format=onnx": "tests/unit/deploy/test_graph.py",
     "python -m opentau_train.tools.verify_resume": "tests/unit/tools/test_verify_resume.py",
 }

@@ -21,7 +21,7 @@ from opentau_train.metrics.sums import exact, group_means
 from opentau_train.models.average import Ema
 from opentau_train.types import Group
 from opentau_train.validation.actions import unit_of
-from opentau_train.validation.evaluator import Scores
+from opentau_train.validation.evaluator import Compared, Scores
 from opentau_train.validation.plots import Panel, draw_panels
 from tests.program import DATA, TOY, metrics, train_here
 
@@ -143,13 +143,8 @@ def test_groups_of_one_episode_make_the_noise_larger_never_zero():
 
 
 def best_of(tmp_path, num_episodes=6):
-    plan = SimpleNamespace(
-        episodes=tuple(("a", n) for n in range(num_episodes)),
-        group_of=np.zeros(num_episodes, int),
-        episode_of=np.arange(num_episodes),
-        mixture=SimpleNamespace(groups=tuple(GROUPS[:1])),
-    )
-    return Best(tmp_path, plan, {"mse": 1.0}, 2.0)
+    names, each = tuple(f"a/{n}" for n in range(num_episodes)), np.arange(num_episodes)
+    return Best(tmp_path, Compared(names, np.zeros(num_episodes, int), tuple(GROUPS[:1]), (1.0,), each), 2.0)
 
 
 def scores_of(means, counts=8.0):

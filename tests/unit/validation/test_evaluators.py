@@ -120,3 +120,10 @@ def test_two_evaluators_with_one_tag_are_refused(tmp_path):
     twice = [f"validation.evaluator.twice._target_={__name__}.Twice", "validation.evaluators=[loss,twice]"]
     with pytest.raises(UserError, match="the evaluator 'twice' gives Validation/Loss, and so does one before it"):
         train_here([*TOY, "trainer.steps=1", "validation.every=1", *twice], tmp_path / "run")
+
+
+def test_a_run_from_before_an_evaluator_was_there_goes_on_without_a_word():
+    tree = cli.compose(TOY)
+    kept = {name: options for name, options in tree["validation"]["evaluator"].items() if name != "rollout"}
+    older = {**tree, "validation": {k: v for k, v in tree["validation"].items() if k != "best"} | {"evaluator": kept}}
+    assert drift.compare(current(older), current(tree)) == [] and load_settings(older) == load_settings(tree)

@@ -1,0 +1,1 @@
+"""Closed loop: policies in simulators, their success rate, and demonstrations by scripted experts."""

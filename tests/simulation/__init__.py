@@ -1,0 +1,1 @@
+"""Real simulators, each run for real: `make test-simulation`."""
