@@ -1,10 +1,10 @@
 """What the modes of a sample are worth on the built-in DROID sample.
 
-    python benchmarks/modes.py [--steps 400] [--seeds 0 1 2]
+    python benchmarks/modes.py [--steps 300] [--seeds 0 1 2]
 
-`model=wam_tiny`, narrower, is trained by the command line once in each mode, with equal steps, samples and seeds, three
+`model=wam_tiny`, narrower, is trained once in each mode, with equal steps, samples and seeds, three
 cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out
-windows after each third of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
+windows after each half of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
 those that predict the future the PSNR of sampled frames beside that of the copied present one; means over seeds with
 the standard deviation, and in how many seeds a mode is better than *policy*, or than the copy.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from support.program import machine
+
+from opentau_train import cli, train
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
 SIZE = ["model.width=64", "model.depth=3", "model.stem_channels=16", "model.max_prompt_bytes=32"]
@@ -38,7 +39,7 @@ Curve = dict[int, dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -58,10 +59,17 @@ def main() -> None:
 
 def trained(run_dir: Path, mode: str, seed: int, options: argparse.Namespace) -> Curve:
     """The validations of a run in `mode`."""
-    every = options.steps // 3
+    every = options.steps // 2
     predicts = [*(["action"] if mode != "forward_dynamics" else []), *(["video"] if mode in MODES[1:3] else [])]
     words = ["+recipe=droid_policy", "model=wam_tiny", "data.expect_mode=null", f"data.sources.droid.mode={mode}"]
-    words += [*SIZE, *(FUTURE if mode != "policy" else []), "data.num_workers=0", "logger=none", f"seed={seed}"]
+    words += [
+        *SIZE,
+        *(FUTURE if mode != "policy" else []),
+        "data.num_workers=0",
+        "logger=none",
+        "optimizer.lr=2e-3",
+        f"seed={seed}",
+    ]
     words += [
         f"trainer.steps={options.steps}",
         f"trainer.global_batch_size={options.batch}",
@@ -69,9 +77,9 @@ def trained(run_dir: Path, mode: str, seed: int, options: argparse.Namespace) ->
     ]
     words += [f"validation.every={every}", f"validation.evaluators=[loss,{','.join(predicts)}]"]
     words += ["validation.max_samples_per_group=16", f"paths.run_dir={run_dir}"]
-    done = subprocess.run([sys.executable, "-m", "opentau_train", *words], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+    tree = cli.compose(words)
+    if train.run(cli.checked(tree), tree):
+        sys.exit(f"stopped: {' '.join(words)}")
     curve: Curve = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)

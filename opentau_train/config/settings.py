@@ -90,14 +90,11 @@ class ParallelismSettings:
                 raise UserError(f"{path}.{name} must be -1 or at least 1, got {value}", remedy=f"set {path}.{name}=-1")
 
 
+_VIDEO = "opentau_train.validation.video.VideoEvaluator"
 EVALUATORS: dict[str, dict[str, Any]] = {
     "loss": {"_target_": "opentau_train.validation.losses.LossEvaluator"},
     "action": {"_target_": "opentau_train.validation.actions.ActionEvaluator"},
-    "video": {
-        "_target_": "opentau_train.validation.video.VideoEvaluator",
-        "max_samples_per_group": 32,
-        "num_strips": 2,
-    },
+    "video": {"_target_": _VIDEO, "max_samples_per_group": 32, "num_strips": 2},
     "rollout": {"_target_": "opentau_train.simulation.evaluator.RolloutEvaluator", "environments": {}},
 }
 """The evaluators of the program itself, as conf/validation/evaluator/ has them with their options."""

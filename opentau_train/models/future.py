@@ -52,7 +52,7 @@ class Future(nn.Module):
             self.values = 3 * patch_size**2
             self.grid = tuple(side // patch_size for side in spec.image_size)
         self.places = self.grid[0] * self.grid[1]
-        self.project = nn.Linear(self.values, width, bias=False)
+        self.project = nn.Linear(2 * self.values, width, bias=False)
         self.camera_embed = nn.Parameter(torch.empty(len(self.cameras), 1, 1, width))
         self.frame_embed = nn.Parameter(torch.empty(spec.future, 1, width))
         self.place_embed = nn.Parameter(torch.empty(self.places, width))
@@ -84,8 +84,10 @@ class Future(nn.Module):
         rows = patches.movedim(-3, -5).movedim(-2, -3)  # [..., 3, h, size, w, size]
         return (rows.flatten(-2).flatten(-3, -2) / 2 + 0.5).clamp(0.0, 1.0)
 
-    def tokens(self, values: Tensor) -> Tensor:
-        return (self.project(values) + self.camera_embed + self.frame_embed + self.place_embed).flatten(1, 3)
+    def tokens(self, values: Tensor, present: Tensor) -> Tensor:
+        """Each frame's values beside those of the `present` frame in the same place."""
+        both = torch.cat([values, present.expand_as(values)], dim=-1)
+        return (self.project(both) + self.camera_embed + self.frame_embed + self.place_embed).flatten(1, 3)
 
     def of_tokens(self, frames: Tensor) -> Tensor:
         """What is of the frames [B, C, F], of their tokens."""

@@ -13,10 +13,12 @@
 
 So a mode sees of what it predicts the noised form alone, and the bins never see actions or future.
 
-A future frame is noised and predicted as patches of pixels, or as the features of a frozen encoder. The network's
-output is added to the present frame and is the clean frame, whose velocity (x_t - clean) / t is trained (Li and He
-2025, "Back to Basics: Let Denoising Generative Models Denoise"): a patch has more values than a token is wide, and what
-a token can't hold, the noise, needn't pass through it.
+A future frame is noised and predicted as patches of pixels, or as the features of a frozen encoder, each beside the
+present frame's in the same place. The network's output, added to the present frame, is the clean one, from which the
+velocity (x_t - clean) / t follows (Li and He 2025, "Back to Basics: Let Denoising Generative Models Denoise"): a patch
+has more values than a token is wide, and noise, of which a token can't hold all, needn't pass through it. `vision_mse`
+is the error of the clean frame, that is the velocity's times t^2: of the velocity itself, nearly clean frames would
+have the most, which the network can tell from what it sees.
 """
 
 from __future__ import annotations
@@ -45,8 +47,6 @@ from opentau_train.types import BatchSpec, LossTerms
 
 POLICY, WAM, FORWARD, INVERSE = range(len(MODES))
 """The codes of the modes (`EncodeMode`)."""
-MIN_TIME = 0.05
-"""The errors of cleaner frames weigh no more than those of this flow time, as in Li and He 2025."""
 SEES = {0: (0,), 1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 3)}
 """{part: those that its tokens see}, of prefix, future, actions, bins."""
 
@@ -156,16 +156,15 @@ class WamPolicy(FlowPolicy):
         steps_valid = ~batch.action_is_pad
         parts = [
             self._prefix(batch),
-            (self._future_tokens(_noised(future, noise, of_future), of_future), self.future.of_tokens(there)),
+            (self._future_tokens(_noised(future, noise, of_future), present, of_future), self.future.of_tokens(there)),
             (self._action_tokens(_noised(actions, drawn, of_actions), of_actions), steps_valid),
             (self.bin_embed.expand(len(batch), -1, -1), steps_valid),
         ]
         _, futures, velocities, bins = see(self.layers, parts, SEES, lengths_of(batch))
-        time = of_future.clamp(min=MIN_TIME).view(-1, 1, 1, 1, 1)
         errors = {
             "mse": (self._velocity(velocities) - (drawn - actions)).square(),
             "ce": self._bin_errors(bins, actions),
-            "vision_mse": ((self.future.clean(futures, present) - future) / time).square(),
+            "vision_mse": (self.future.clean(futures, present) - future).square(),
         }
         masks = {**self._supervised(batch), "vision_mse": self._predicted(batch)[..., None, None]}
         counts = self.term_counts(batch)
@@ -179,8 +178,8 @@ class WamPolicy(FlowPolicy):
             actions = torch.where(batch.mode_code == WAM, future, actions)
         return torch.where(roles.noised_future, future, 0.0), torch.where(roles.noised_actions, actions, 0.0)
 
-    def _future_tokens(self, noised: Tensor, time: Tensor) -> Tensor:
-        return self.future.tokens(noised) + self._time_embed(time)
+    def _future_tokens(self, noised: Tensor, present: Tensor, time: Tensor) -> Tensor:
+        return self.future.tokens(noised, present) + self._time_embed(time)
 
     def denoise(
         self, batch: Batch, context: Any, draws: Draws, steps: int, lead: Callable[[Velocity], Velocity] | None = None
@@ -232,7 +231,7 @@ class WamPolicy(FlowPolicy):
         for step in range(steps):
             time = 1.0 - step / steps
             both = (
-                self._future_tokens(future, time * roles.noised_future),
+                self._future_tokens(future, present, time * roles.noised_future),
                 self._action_tokens(chunk, time * roles.noised_actions),
             )
             tokens = torch.cat(both, dim=1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from opentau_train.config import typed
+from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.errors import UserError
 from opentau_train.models.policy import Policy
 from opentau_train.simulation.environment import declared
@@ -119,11 +120,10 @@ def _robot_policy(context: Context) -> RobotPolicy:
 
     mixture, world = context.plan.mixture, context.world
     convention = convention_of(mixture)
-    pipelines = {
-        head: pipeline
-        for dataset, pipeline in reversed(list(zip(mixture.datasets, mixture.pipelines, strict=True)))
-        for head in convention["datasets"][dataset.name]
-    }
+    pipelines: dict[str, dict[str, Pipeline]] = {}
+    for dataset, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True):
+        for head in convention["datasets"][dataset.name]:
+            pipelines.setdefault(head, {})[dataset.name] = pipeline
     trainer = {"precision": world.accelerator.mixed_precision}
     loaded = Loaded(
         context.policy, mixture.stats, {**convention, "config": {"trainer": trainer}}, pipelines, mixture.spec
