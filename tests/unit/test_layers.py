@@ -118,7 +118,7 @@ FORMATS = (
 )
 POLICIES = (
     *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/future", "models/packing/"),
-    *("models/layers", "models/pi/", "models/resnet", "models/sampling", "models/unet", "models/wam"),
+    *("models/layers", "models/pi/", "models/prompts", "models/resnet", "models/sampling", "models/unet", "models/wam"),
 )
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
