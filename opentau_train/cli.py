@@ -34,6 +34,7 @@ from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
 from opentau_train.config.weights import completed
 from opentau_train.data.decode.open_files import raise_file_limit
+from opentau_train.distributed.stopping import end_on_signals
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.threads import THREAD
 
@@ -49,6 +50,7 @@ _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYA
 
 def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
+    end_on_signals()
     sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
     end(answer(_compose_and_run))
 

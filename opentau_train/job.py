@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
-from opentau_train.checkpoints import assets, base, commit, contents
+from opentau_train.checkpoints import assets, base, commit, contents, manifest
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.published import published_statistics
@@ -113,6 +114,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
     run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
+    checkpoint = _undamaged(checkpoint, settings, world)
     start = _start(settings, tree, world, checkpoint)
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
@@ -192,6 +194,24 @@ def _where(settings: Settings) -> tuple[Path, Path | None]:
     if run_dir is None:
         run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return run_dir.absolute(), checkpoint
+
+
+def _undamaged(checkpoint: Path | None, settings: Settings, world: World) -> Path | None:
+    """`checkpoint` or, with resume=auto, the newest one before it whose files are as they were written; what is damaged
+    is set aside. The ranks share the files. Collective; raises `UserError` for a damaged checkpoint that was named."""
+    while checkpoint is not None and settings.checkpoint.verify:
+        share = partial(manifest.damage, checkpoint, part=world.rank, parts=world.size)
+        why = next((damage for damage in world.gather(world.agree(share)) if damage is not None), None)
+        if why is None:
+            break
+        if settings.resume.checkpoint != "auto":
+            raise manifest.damaged(checkpoint, why)
+        damaged, checkpoint = checkpoint, None
+        if world.is_main:
+            log.warning("skipped %s: %s; it is kept as %s", damaged, why, commit.set_aside(damaged))
+            checkpoint = commit.newest(damaged.parent)
+        checkpoint = world.broadcast(checkpoint)
+    return checkpoint
 
 
 def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opentau_train import cli
-from opentau_train.checkpoints import assets, commit, contents
+from opentau_train.checkpoints import assets, commit, contents, manifest
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, first_of, read_card, with_base
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights
@@ -102,6 +102,7 @@ def validate_checkpoint(
         log_to(sys.stderr, world.is_main),
         world.roll_call(),
     ):
+        world.agree(lambda: manifest.check(checkpoint, part=world.rank, parts=world.size))
         stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
         first = world.once_a_node(lambda: first_of(card))
         mixture = fit(normalise_together(open_together(settings, world), settings, world, stats), card.policy)

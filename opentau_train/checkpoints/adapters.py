@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from opentau_train.checkpoints.weight_files import write_tensors
 from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.errors import UserError
 from opentau_train.models.finetune import ADAPTER, is_adapter, lora_config
@@ -26,7 +25,7 @@ def write_adapters(folder: Path, policy: Policy, settings: FinetuneSettings) -> 
     beside = _whole_modules(policy, [name for name in trained if not is_adapter(name)])
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + n.replace(f".{ADAPTER}.weight", ".weight"): p.detach().cpu() for n, p in trained.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     config = lora_config(settings, target_modules=list(policy.adapters), modules_to_save=beside or None)
     config.save_pretrained(folder)
 

@@ -5,29 +5,32 @@
     checkpoints/last -> {step}    moved after that; only then older ones are pruned
 
 A checkpoint that is whole is never moved to make room for another of its step, so that at every moment the newest one
-can be read. Whatever is interrupted leaves a `.tmp` directory, which nothing reads. `files.json` names every file with
-its size, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
+can be read. Whatever is interrupted leaves a `.tmp` directory, which nothing reads. `files.json` (`manifest`) names
+every file, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from opentau_train.errors import UserError, check_machine
+from opentau_train.checkpoints import manifest
+from opentau_train.checkpoints.manifest import MANIFEST, flush
+from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "files.json"
 PARTIAL = ".tmp"
 """What the name of a directory ends with that is being written."""
 RETIRED = f".old{PARTIAL}"
 """What the name of a directory ends with that is being deleted."""
+DAMAGED = ".damaged"
+"""What the name of a checkpoint ends with whose bytes are others than were written: it is kept for its owner."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Retention:
         return [n for n in old if not (self.keep_every and int(n) % self.keep_every == 0)]
 
 
-def seal(partial: Path) -> None:
+def seal(partial: Path, described: Mapping[str, manifest.File] = MappingProxyType({})) -> None:
     """Write the manifest of a directory that all ranks have written, and flush it all to the disk: a rename must not
-    survive a power cut that its content did not."""
-    files = [p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST]
-    sizes = {p.relative_to(partial).as_posix(): p.stat().st_size for p in files}
-    (partial / MANIFEST).write_text(_manifest(sizes))
+    survive a power cut that its content did not. `described`: the files whose writers have described them."""
+    files = {p.relative_to(partial).as_posix(): p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST}
+    rest = manifest.describe(partial, (path for name, path in files.items() if name not in described))
+    (partial / MANIFEST).write_text(manifest.to_text({**described, **rest}))
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        flush(path)
 
 
 def publish(partial: Path, retention: Retention) -> list[Path]:
@@ -68,7 +71,7 @@ def publish(partial: Path, retention: Retention) -> list[Path]:
         if final.exists():  # something else has torn it
             _retire(final)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
     point(folder / "last", final.name)
     named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
     for name in retention.obsolete([p.name for p in complete(folder)]):
@@ -79,11 +82,10 @@ def publish(partial: Path, retention: Retention) -> list[Path]:
 
 def amend(checkpoint: Path, name: str, text: str) -> None:
     """Replace the small file `name` of a whole checkpoint. A kill leaves it whole, with the old file or the new one."""
-    sizes = json.loads((checkpoint / MANIFEST).read_text())
-    others = {file: size for file, size in sizes.items() if file != name}
-    _replace(checkpoint / MANIFEST, _manifest(others))
+    others = {file: entry for file, entry in manifest.read(checkpoint).items() if file != name}
+    _replace(checkpoint / MANIFEST, manifest.to_text(others))
     _replace(checkpoint / name, text)
-    _replace(checkpoint / MANIFEST, _manifest({**others, name: len(text.encode())}))
+    _replace(checkpoint / MANIFEST, manifest.to_text(others | manifest.describe(checkpoint, [checkpoint / name])))
 
 
 def sweep(paths: Collection[Path]) -> None:
@@ -107,25 +109,13 @@ def _retire(path: Path) -> None:
     path.rename(doomed)
 
 
-def _manifest(sizes: Mapping[str, int]) -> str:
-    return json.dumps(dict(sorted(sizes.items())), indent=1) + "\n"
-
-
 def _replace(path: Path, text: str) -> None:
     """Give the file `path` another content in one operation, when that content is on the disk."""
     fresh = path.with_name(path.name + PARTIAL)
     fresh.write_text(text)
-    _flush(fresh)
+    flush(fresh)
     os.replace(fresh, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path.parent)
 
 
 # -- which one -------------------------------------------------------------------------------------------------------
@@ -135,30 +125,12 @@ def flaw(path: Path) -> str | None:
     """Why the directory `path` is no whole checkpoint; None when it is one."""
     if path.name.endswith(RETIRED):
         return "it was being deleted"
-    loss = _loss(path)
+    loss = manifest.loss(path)
     if not path.name.endswith(PARTIAL):
         return loss
     if loss is not None:
         return "its save did not finish"
     return f"its save was stopped just before the end; all is there, so rename it to {path.stem} to use it"
-
-
-def _loss(path: Path) -> str | None:
-    """What a directory lacks of its manifest."""
-    try:
-        sizes = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        check_machine(error, path / MANIFEST)
-        return f"no readable {MANIFEST} ({type(error).__name__})"
-    for name, size in sizes.items():
-        try:
-            actual = (path / name).stat().st_size
-        except OSError as error:
-            check_machine(error, path / name)
-            return f"{name} is missing"
-        if actual != size:
-            return f"{name} has {actual} bytes of {size}"
-    return None
 
 
 def complete(folder: Path) -> list[Path]:
@@ -167,13 +139,21 @@ def complete(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda p: int(p.name))
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for whole; returns where it is now."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    return aside
+
+
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a `checkpoints/` directory; what is newer and isn't whole is logged."""
     whole = complete(folder)
     step = int(whole[-1].name) if whole else -1
     for path in sorted(folder.glob("[0-9]*")):
         number = path.name.split(".")[0]
-        if number.isdigit() and int(number) > step:
+        if number.isdigit() and int(number) > step and not path.name.endswith(DAMAGED):
             log.warning("skipped %s: %s", path, flaw(path))
     return whole[-1] if whole else None
 

@@ -3,7 +3,7 @@
     state/              torch.distributed.checkpoint: parameters, moments, average, each rank its shards
     run.json            step, counters, the stream's state
     pretrained_model/   the policy by itself (`pretrained`)
-    files.json          every file and its size (`commit`)
+    files.json          every file, its size and hash (`manifest`)
 
 It holds no random state: all draws are keyed, and ambient ones are seeded anew in every step (`step`).
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from opentau_train.checkpoints.weight_files import SINGLE, Entry, open_weights
+from opentau_train.checkpoints.weight_files import SINGLE, Entry, open_weights, write_tensors
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.data.transforms.shape import Pad
@@ -64,7 +63,7 @@ def write_lerobot(folder: Path, policy: Policy, pipeline: Pipeline, norm_head: s
     features = {"input_features": inputs, "output_features": outputs, "normalization_mapping": modes}
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.json", {**made.config, **features})
-    save_file({name: value.detach().contiguous() for name, value in made.weights.items()}, folder / SINGLE)
+    write_tensors(folder / SINGLE, made.weights)
     options = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": modes}
     before: list[Step] = [(name, options if name == NORMALIZER else given) for name, given in made.steps]
     after: list[Step] = [
@@ -77,7 +76,7 @@ def write_lerobot(folder: Path, policy: Policy, pipeline: Pipeline, norm_head: s
             entries.append({"registry_name": name, "config": given})
             if "norm_map" in given:
                 entries[-1]["state_file"] = file = f"{kind}_step_{number}_{name}.safetensors"
-                save_file(stats, folder / file)
+                write_tensors(folder / file, stats)
         _write(folder / f"{kind}.json", {"name": kind, "steps": entries})
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from opentau_train.checkpoints import assets, commit
+from opentau_train.checkpoints import assets, commit, manifest
 from opentau_train.checkpoints import base as bases
+from opentau_train.checkpoints.weight_files import write_tensors
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config import typed
 from opentau_train.config.finetune import FinetuneSettings
@@ -88,7 +88,7 @@ class Loaded:
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
     """Write `pretrained_model/`: the weights as one safetensors file, and a JSON file for each of `PARTS`."""
-    save_file(_separate(weights), folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, weights)
     for name in PARTS:
         (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")
 
@@ -96,11 +96,7 @@ def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretraine
 def write_file(path: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
     """One safetensors file; config, stats and policy are JSON in its metadata."""
     texts = {name: json.dumps(getattr(card, name)) for name in PARTS}
-    save_file(_separate(weights), path, metadata={"format": FORMAT, **texts})
-
-
-def _separate(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.detach().contiguous() for k, v in weights.items()}
+    write_tensors(path, weights, {"format": FORMAT, **texts})
 
 
 def read_card(folder: Path) -> Pretrained:
@@ -134,6 +130,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
     path = Path(path).expanduser()
     folder = None if path.is_file() else pretrained_folder(path)
     file = path if folder is None else folder / WEIGHTS
+    if folder is not None and (folder.parent / manifest.MANIFEST).is_file():  # else it was copied out of a checkpoint
+        manifest.check(folder.parent, FOLDER)
     try:
         with safe_open(file, framework="pt") as opened:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from opentau_train.checkpoints import commit
+from opentau_train.checkpoints import commit, manifest
 from opentau_train.checkpoints.contents import RUN, VERSION, as_json, read_weights, tensors_of
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.config.settings import CheckpointSettings
@@ -99,11 +100,11 @@ class Saver:
         self.finish()
         partial = self.folder / f"{state.step:08d}{commit.PARTIAL}"
         run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
-        if self._together(partial, lambda: self._is_there(run), main_only=True):
+        if self._together(partial, lambda: self._is_there(run)):
             return None
         if self._sweeping is not None:
             self._is_done(self._sweeping)  # it may be deleting what a kill left under this very name
-        self._together(partial, lambda: _prepare(partial), main_only=True)
+        self._together(partial, lambda: _prepare(partial))
         content = self._content(state, run)
         if self.settings.asynchronous:
             self._under_way = _UnderWay(
@@ -164,50 +165,49 @@ class Saver:
         return _Content(tensors, state.replicas.sharded, run)
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
-        def shards() -> None:
-            alone = self.world.size == 1
-            dcp.save(content.tensors, checkpoint_id=partial / "state", process_group=group, no_dist=alone)
+        def shards() -> dict[str, manifest.File]:
+            writer = dcp.FileSystemWriter(partial / "state", sync_files=False)  # `describe` does
+            dcp.save(content.tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
+            # Each rank's own, which its node has in memory still: another one would read them over the network.
+            return manifest.describe(partial, partial.glob(f"state/__{self.world.rank}_*"))
 
         def readable() -> None:
             (partial / RUN).write_text(as_json(content.run))
             # From the files just written: to gather the shards would be a collective that training waits for.
             weights = read_weights(partial) if content.sharded else content.tensors["model"]
             write_folder(partial / FOLDER, weights, self.card)
-            commit.seal(partial)
+            commit.seal(partial, dict(ChainMap(*described)))
 
-        self._together(partial, shards, group)
-        self._together(partial, readable, group, main_only=True)
+        described = self._each(partial, shards, group)
+        self._together(partial, readable, group)
 
     def _publish(self, partial: Path) -> Path:
-        leftovers = self._together(partial, lambda: commit.publish(partial, self.retention), main_only=True)
+        leftovers = self._together(partial, lambda: commit.publish(partial, self.retention))
         if self.world.is_main and self.settings.asynchronous:
             self._sweeping = in_background(lambda: commit.sweep(leftovers), THREAD)
         elif self.world.is_main:
             commit.sweep(leftovers)
         return partial.with_suffix("")
 
-    def _together(
-        self,
-        partial: Path,
-        work: Callable[[], T],
-        group: dist.ProcessGroup | None = None,
-        main_only: bool = False,
-    ) -> T:
-        """Make `work()` on the ranks and return what it returned on rank 0. Where it failed on any, the unfinished
+    def _together(self, partial: Path, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Make `work()` on rank 0 and return what it returned, on all ranks; see `_each`."""
+        return cast(T, self._each(partial, lambda: work() if self.world.is_main else None, group)[0])
+
+    def _each(self, partial: Path, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """Make `work()` on every rank and return what it returned on each. Where it failed on any, the unfinished
         directory goes and all ranks raise."""
         problem, result = None, None
         try:
-            if self.world.is_main or not main_only:
-                result = work()
+            result = work()
         except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
             problem = f"rank {self.world.rank}: {_root_cause(error)}"
-        answers = self.world.gather((problem, result if self.world.is_main else None), group)
+        answers = self.world.gather((problem, result), group)
         problems = [p for p, _ in answers if p]
         if problems:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise _cannot_save(partial, problems[0])
-        return answers[0][1]  # type: ignore[return-value]
+        return [cast(T, result) for _, result in answers]
 
 
 def _cannot_save(partial: Path, problem: str) -> Fault:

@@ -6,12 +6,16 @@ Read are safetensors files only: the older formats are pickles, which run whatev
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from opentau_train.checkpoints import commit
 from opentau_train.data.lerobot.info import is_lfs_pointer
@@ -27,6 +31,17 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model"]
 """What is downloaded of a repository: weights, configurations, tokenizers."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+_UMASK = os.umask(0o077)  # it can only be read by setting it: here, where no other thread makes files
+os.umask(_UMASK)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as far as the process's umask lets them: the library's own is for
+    its owner alone."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    path.chmod(0o666 & ~_UMASK)
 
 
 @dataclass(frozen=True)

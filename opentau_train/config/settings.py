@@ -153,6 +153,8 @@ class CheckpointSettings:
     """The newest ones to keep; null = all."""
     keep_every: int | None = None
     """Keep those of every so many steps too, for ever."""
+    verify: bool = field(default=True, metadata=SAFE)
+    """true = a resume compares the hashes of a checkpoint's files first (`checkpoints.manifest`)."""
 
     def check(self, path: str) -> None:
         at_least(f"{path}.every", self.every, 0)

@@ -1,20 +1,23 @@
 """How a run is asked to stop: signals, or a file named PREEMPT in the run directory.
 
-    SIGTERM, SIGUSR1, SIGUSR2, RUN/PREEMPT  ->  preempted: save and exit with EXIT_PREEMPTED
-    SIGINT                                  ->  interrupted: save and exit with EXIT_INTERRUPTED
+    SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, RUN/PREEMPT  ->  preempted: save and exit with EXIT_PREEMPTED
+    SIGINT                                          ->  interrupted: save and exit with EXIT_INTERRUPTED
 
-The file is for what torchrun doesn't hand on to its workers, and for people: `touch RUN/PREEMPT`. A rank only raises
-its own flag here; the vote before each step makes it everyone's.
+Before there is anything to save they end the process with these codes at once. The file is for what torchrun doesn't
+hand on to its workers, and for people: `touch RUN/PREEMPT`. A rank only raises its own flag here; the vote before each
+step makes it everyone's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -84,25 +87,75 @@ class Stopped(Exception):
         super().__init__(f"stopped: {self.code.name.lower()}")
 
 
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def end_on_signals() -> None:
+    """Until `stop_signals`, signals end the process with their codes: it has nothing to save yet."""
+    for number in (signal.SIGINT, *PREEMPTING):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP ignored
+            signal.signal(number, _end_early)
+
+
+def _end_early(number: int, frame: object) -> None:
+    code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+    if os.environ.get("RANK", "0") == "0":
+        text = f"\nended by {signal.Signals(number).name} before training began: there was nothing to save\n"
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, text.encode())
+    os._exit(code)
+
+
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """While inside, signals set the yielded flag. A second Ctrl-C ends the process at once."""
+    """While inside, signals set the yielded flag. A second Ctrl-C ends the process at once, also where the main thread
+    is in a call that takes long. What a terminal that is closed was to show is dropped."""
     flag = StopFlag()
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def preempt(number: int, frame: object) -> None:
         flag.code = max(flag.code, Stop.PREEMPTED)
+        if number == signal.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in terminals:  # to write to it would be an error from now on
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
 
     def interrupt(number: int, frame: object) -> None:
-        if flag.code is Stop.INTERRUPTED:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
         flag.code = Stop.INTERRUPTED
         sys.stderr.write("\nstopping after this step and saving; press Ctrl-C again to end at once\n")
 
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt, signal.SIGUSR1: preempt, signal.SIGUSR2: preempt}
+    handlers = {signal.SIGINT: interrupt, **dict.fromkeys(PREEMPTING, preempt)}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        del handlers[signal.SIGHUP]
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    with _second_interrupt_ends():
+        try:
+            yield flag
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is _end_early else handler)
+
+
+@contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """While inside, a thread counts the signals as they arrive: Python's own handlers run once for two that come within
+    one call of the main thread, and only after it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def count() -> None:
+        interrupts = 0
+        while numbers := os.read(reader, 64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os._exit(EXIT_INTERRUPTED)
+        os.close(reader)
+
+    threading.Thread(target=count, name="signals", daemon=True).start()
+    former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield flag
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        os.close(writer)

@@ -67,9 +67,10 @@ def export(settings: ExportSettings) -> tuple[Path, str]:
     """
     from safetensors import SafetensorError  # imports torch, as those below do: only once the settings hold
 
-    from opentau_train.checkpoints import commit, contents, pretrained
+    from opentau_train.checkpoints import commit, contents, manifest, pretrained
 
     checkpoint = commit.at(settings.checkpoint)
+    manifest.check(checkpoint)
     card = pretrained.with_base(pretrained.read_card(checkpoint / pretrained.FOLDER), settings.base)
     policy = pretrained.build(card).eval()
     contents.load_weights(checkpoint, policy, settings.weights)

@@ -59,7 +59,12 @@ def test_sigkill_and_resume_equals_uninterrupted_bit_for_bit(workers, uninterrup
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)],
+    [
+        (signal.SIGTERM, EXIT_PREEMPTED),
+        (signal.SIGUSR1, EXIT_PREEMPTED),
+        (signal.SIGHUP, EXIT_PREEMPTED),
+        (signal.SIGINT, EXIT_INTERRUPTED),
+    ],
 )
 def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninterrupted, tmp_path):
     command = [*RUN, "checkpoint.every=0", "data.num_workers=1", f"paths.run_dir={tmp_path}"]

@@ -116,7 +116,10 @@ FORMATS = (
     "data/remote/",
     "models/lerobot",
 )
-POLICIES = ("models/act", "models/diffusion", "models/encoders", "models/pi/", "models/resnet", "models/unet")
+POLICIES = (
+    *("models/act", "models/diffusion", "models/encoders", "models/flow", "models/pi/", "models/resnet"),
+    "models/unet",
+)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
 EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, "deploy/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""

@@ -163,7 +163,7 @@ def begin_worker(worker: int) -> None:
 
     Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.
     gc.freeze()
