@@ -30,8 +30,11 @@ class File(NamedTuple):
 
 def digest(path: Path) -> str:
     """The file's hash, for `File`. It goes through the pages that the system holds of a file just written."""
-    import xxhash  # here: a policy in one file is read without it
-
+    try:  # here: a policy in one file is read without it
+        import xxhash
+    except ImportError as error:
+        remedy = "pip install xxhash, or give a file of tools.export, which needs none"
+        raise UserError(f"a checkpoint's hashes need a package: {error}", where=str(path), remedy=remedy) from error
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         if path.stat().st_size:

@@ -57,7 +57,8 @@ def test_a_stacks_loss_in_bf16_is_that_in_float32_to_the_stated_bound(stack, tmp
     def loss() -> float:
         terms = policy(batch, Draws(batch.key))
         assert all(sums.dtype == torch.float32 for sums, _ in terms.values())
-        return sum(w * float(terms[t][0].sum() / terms[t][1].sum()) for t, w in policy.loss_weights.items())
+        supervised = [(w, *(x.sum() for x in terms[t])) for t, w in policy.loss_weights.items()]
+        return sum(w * float(total / count) for w, total, count in supervised if count)
 
     with torch.no_grad():
         for parameter in policy.parameters():  # a new policy's output is nothing, and its loss that of the noise

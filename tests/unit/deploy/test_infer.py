@@ -9,10 +9,11 @@ import pytest
 
 import opentau_train
 from opentau_train.errors import UserError
+from opentau_train.tools import export
 from tests.program import REPO, environment
 
 NOT_NEEDED = ["av", "cv2", "pyarrow", "hydra", "omegaconf", "accelerate", "scipy", "yaml", "fsspec", "huggingface_hub"]
-NOT_NEEDED += ["tensorboard", "tqdm", "transformers", "tokenizers", "peft", "diffusers", "matplotlib", "onnxruntime"]
+NOT_NEEDED += ["tensorboard", "tqdm", "xxhash", "transformers", "tokenizers", "peft", "diffusers", "matplotlib", "onnx"]
 
 PROGRAM = """
 import sys
@@ -29,8 +30,9 @@ policy.benchmark(repeats=1)
 
 
 def test_it_acts_without_what_only_a_training_needs(own_run, policy, tmp_path):
-    out = tmp_path / "actions.npy"
-    code = PROGRAM.format(blocked=NOT_NEEDED, path=str(own_run), out=str(out))
+    out, file = tmp_path / "actions.npy", tmp_path / "policy.safetensors"
+    assert export.main([f"checkpoint={own_run}", f"out={file}"]) == 0
+    code = PROGRAM.format(blocked=NOT_NEEDED, path=str(file), out=str(out))
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = {"front": np.full((48, 64, 3), 9, np.uint8), "state": np.arange(4), "task": "go"}
@@ -44,6 +46,13 @@ def test_the_documents_install_what_the_extra_names():
     assert not {*names} & {*NOT_NEEDED} and {*needed} <= {*project["dependencies"]}
     text = (REPO / "docs" / "deploy.md").read_text()
     assert f"pip install {' '.join(names)}" in text and "pip install --no-deps opentau_train" in text
+
+
+def test_a_checkpoint_says_what_its_hashes_need(own_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(UserError, match="a checkpoint's hashes need a package") as caught:
+        opentau_train.load_policy(own_run)
+    assert "tools.export" in caught.value.remedy
 
 
 def test_a_name_on_the_hub_needs_its_client(monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from opentau_train import validate
 from opentau_train.checkpoints.best import Best
+from opentau_train.distributed import stopping
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.simulation import play
 from opentau_train.simulation.demonstrations import Wanted, write
@@ -120,13 +121,14 @@ def test_a_run_that_is_stopped_in_its_episodes_owes_the_pass_and_goes_on(demonst
     """The stop comes while the first pass plays; resumed, the run has the numbers of one that went through."""
     whole = train_here(arguments(demonstrated), tmp_path / "whole")
     advance, run = play._advance, tmp_path / "run"
+    monkeypatch.setattr(stopping, "POLL", 0.0)
 
-    def stopping(*arguments):
+    def stops(*arguments):
         monkeypatch.setattr(play, "_advance", advance)
         (run / "PREEMPT").touch()
         return advance(*arguments)
 
-    monkeypatch.setattr(play, "_advance", stopping)
+    monkeypatch.setattr(play, "_advance", stops)
     with pytest.raises(AssertionError):
         train_here(arguments(demonstrated), run)  # its exit code says that it was stopped
     assert 1 not in {step for step, row in metrics(run).items() if "Rollout/Success" in row}
