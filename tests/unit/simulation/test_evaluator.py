@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import av
@@ -125,7 +127,7 @@ def test_a_run_that_is_stopped_in_its_episodes_owes_the_pass_and_goes_on(demonst
 
     def stops(*arguments):
         monkeypatch.setattr(play, "_advance", advance)
-        (run / "PREEMPT").touch()
+        os.kill(os.getpid(), signal.SIGUSR1)
         return advance(*arguments)
 
     monkeypatch.setattr(play, "_advance", stops)
