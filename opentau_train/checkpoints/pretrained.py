@@ -74,6 +74,19 @@ class Loaded:
         """{norm head: the transforms of the first of its datasets}."""
         return {head: next(iter(of_head.values())) for head, of_head in self.datasets.items()}
 
+    def as_dataset(self, dataset: str) -> Loaded:
+        """The same policy for robots that speak as one of its datasets. Raises `UserError` where there is none of this
+        name."""
+        known = {name for of_head in self.datasets.values() for name in of_head}
+        if dataset not in known:
+            raise UserError(
+                f"the policy has no dataset '{dataset}'{did_you_mean(dataset, known)}",
+                where="dataset",
+                remedy=f"it was trained on {', '.join(sorted(known))}",
+            )
+        own = {head: {dataset: of_head[dataset]} for head, of_head in self.datasets.items() if dataset in of_head}
+        return replace(self, datasets=own)
+
     def observe(self, observations: Sequence[Mapping[str, Any]], norm_head: str, dataset: str | None = None) -> Batch:
         """A batch of what robots of one kind see, as the training made its samples: see `Pipeline.observe`."""
         return self._pipeline(norm_head, dataset).observe(observations, norm_head, self.spec)

@@ -92,7 +92,7 @@ def robots_of(loaded: Loaded) -> dict[str, Robot]:
     made: dict[str, Robot] = {}
     for dataset, heads in loaded.meta["datasets"].items():
         for head in heads:
-            if head in loaded.pipelines and head not in made:
+            if dataset in loaded.datasets.get(head, {}) and head not in made:
                 made[head] = _robot(loaded, dataset, head)
     return made
 

@@ -18,6 +18,7 @@ from opentau_train.data.conventions.sources import check_agreement, record, reco
 from opentau_train.data.conventions.steps import conversions
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.deploy import policy as deploy
 from opentau_train.errors import UserError
 from opentau_train.types import Address
 from opentau_train.validation.actions import dimensions
@@ -304,6 +305,13 @@ def test_a_policy_of_two_conventions_is_told_which_one_the_robot_speaks(tmp_path
         loaded.units(chunk, a, dataset="c")
     radians, degrees = (loaded.units(chunk, a, dataset=name) for name in ("a", "b"))
     np.testing.assert_allclose(radians * FROM_RAD, degrees, rtol=1e-5)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="aren't converted alike"):
+        deploy.load_policy(run).act({"state": state})
+    acts = {d: deploy.load_policy(run, dataset=d).act({"state": s}) for d, s in (("a", state), ("b", state * FROM_RAD))}
+    np.testing.assert_allclose(acts["a"] * FROM_RAD, acts["b"], rtol=1e-4)
+    with pytest.raises(UserError, match="the policy has no dataset 'c'"):
+        deploy.load_policy(run, dataset="c")
 
 
 def test_deltas_step_by_step_at_two_rates_are_not_the_same(tmp_path):
