@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     "python -m opentau_train.tools.rollout": "tests/unit/simulation/test_evaluator.py",
     "python -m opentau_train.tools.export checkpoint=RUN format=onnx": "tests/unit/deploy/test_graph.py",
     "python -m opentau_train.tools.verify_resume": "tests/unit/tools/test_verify_resume.py",
+    "python -m opentau_train.tools.verify": "tests/unit/checkpoints/test_manifest.py",
 }
 """Commands that the named tests run, because they need more than a moment, a second machine or a fresh one."""
 
