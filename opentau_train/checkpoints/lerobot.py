@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from opentau_train.checkpoints.weight_files import SINGLE, Entry, open_weights, write_tensors
-from opentau_train.data.transforms.augment.pictures import Augment
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.data.transforms.shape import Pad
@@ -83,6 +82,8 @@ def write_lerobot(folder: Path, policy: Policy, pipelines: Iterable[Pipeline], n
 
 def _norms(pipeline: Pipeline, norm_head: str, spec: BatchSpec) -> dict[str, Affine]:
     """How state and actions of the head are normalised. Raises `UserError` where more is done to them."""
+
+    from opentau_train.data.transforms.augment.pictures import Augment  # with OpenCV, which a robot may lack
 
     norms: dict[str, Affine] = {}
     for name, transform in pipeline.transforms.items():
