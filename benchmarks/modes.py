@@ -1,6 +1,6 @@
 """What the modes of a sample are worth on the built-in DROID sample.
 
-    python benchmarks/modes.py [--steps 300] [--seeds 0 1 2]
+    python benchmarks/modes.py [--steps 300] [--seeds 0 1 2] [--modes policy wam ...]
 
 `model=wam_tiny`, narrower, is trained once in each mode, with equal steps, samples and seeds, three
 cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out
@@ -40,6 +40,7 @@ Curve = dict[int, dict[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -47,12 +48,13 @@ def main() -> None:
     runs: dict[str, list[Curve]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
-            for mode in MODES:
+            for mode in options.modes:
                 curve = trained(Path(folder) / f"{mode}-{seed}", mode, seed, options)
                 runs.setdefault(mode, []).append(curve)
                 print(json.dumps([mode, seed, curve]), file=sys.stderr, flush=True)
     print(f"{before}; {options.steps} steps of {options.batch}, seeds {options.seeds}\n")
-    print_errors(runs)
+    if "policy" in runs:
+        print_errors(runs)
     print_video(runs)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
@@ -102,7 +104,7 @@ def cell(values: list[float], others: list[float], digits: int, *, less: bool) -
 
 def print_errors(runs: dict[str, list[Curve]]) -> None:
     print(f"| mode | step | {' | '.join(ERRORS)} |\n|{'---|' * (len(ERRORS) + 2)}")
-    for mode in (m for m in MODES if m != "forward_dynamics"):
+    for mode in (m for m in runs if m != "forward_dynamics"):
         for step in runs[mode][0]:
             columns = ([[run[step][tag] for run in runs[m]] for m in (mode, "policy")] for tag in ERRORS.values())
             print(f"| {mode} | {step} | {' | '.join(cell(*pair, 4, less=True) for pair in columns)} |")
@@ -110,7 +112,7 @@ def print_errors(runs: dict[str, list[Curve]]) -> None:
 
 def print_video(runs: dict[str, list[Curve]]) -> None:
     print(f"\n| mode | step | {' | '.join(f'PSNR ({k}), dB | copy' for k in VIDEO)} |\n|{'---|' * 6}")
-    for mode in MODES[1:3]:
+    for mode in (m for m in MODES[1:3] if m in runs):
         for step in runs[mode][0]:
             cells = []
             for tag in VIDEO.values():
