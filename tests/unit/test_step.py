@@ -110,6 +110,23 @@ def test_a_weight_counts_as_so_many_samples(world):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_average_over_ranks_of_their_gradients_is_that_of_the_global_batch(world):
+    """Four samples on one rank, and two and two on each of two, whose gradients DDP or FSDP average."""
+    batch = make_batch()
+    parts = [batch.rows(torch.tensor(rows)) for rows in ([0, 1, 2, 3], [0, 1], [2, 3])]
+    counts = {k: float(n.sum()) for k, n in make_policy().term_counts(batch).items()}
+    updates = []
+    for rank, part in enumerate(parts):
+        state = make_state(optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+        own = world if rank == 0 else dataclasses.replace(world, rank=rank - 1, size=2)
+        before = {name: p.detach().clone() for name, p in state.policy.named_parameters()}
+        train_step(state, part, counts, 1.0, StepSetup(own, 4, None, seed=0))
+        updates.append({name: before[name] - p.detach() for name, p in state.policy.named_parameters()})
+    for name, update in updates[0].items():
+        averaged = (updates[1][name] + updates[2][name]) / 2
+        torch.testing.assert_close(averaged, update, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_rank_of_fewer_micro_batches_adds_blank_ones_where_a_forward_is_a_collective(world, sharded):
     """They change no gradient, and the losses of a sample appear once."""
