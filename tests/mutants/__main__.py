@@ -25,21 +25,21 @@ REPO = Path(__file__).parent.parent.parent
 LIMIT = 600
 """Seconds for the tests of a room: what hangs is noticed, too."""
 FAST = "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation"
+REFERENCE, GOLDEN = "tests/golden/test_reference.py", "tests/golden/test_losses.py"
 VALIDATION = "tests/property/test_validation.py"
-ALL_RUNS = ("tests/golden/test_reference.py", "tests/golden/test_losses.py")
 ROOMS = {
-    "step.py": ("tests/unit/test_step.py", *ALL_RUNS),
-    "optim.py": ("tests/unit/test_optim.py", *ALL_RUNS),
-    "metrics": ("tests/unit/metrics", *ALL_RUNS, VALIDATION),
-    "models/average.py": ("tests/unit/test_optim.py", "tests/unit/test_step.py", *ALL_RUNS),
-    "models/inputs.py": ("tests/unit/models/test_flow_losses.py", "tests/unit/models/test_wam.py", *ALL_RUNS),
+    "step.py": (REFERENCE, "tests/unit/test_step.py", GOLDEN),
+    "optim.py": (REFERENCE, "tests/unit/test_optim.py"),
+    "metrics": ("tests/unit/metrics", REFERENCE, VALIDATION),
+    "models/average.py": (REFERENCE, "tests/unit/test_optim.py", "tests/unit/test_step.py", VALIDATION),
+    "models/inputs.py": ("tests/unit/models/test_flow_losses.py", "tests/unit/models/test_wam.py", GOLDEN),
     "checkpoints": ("tests/unit/checkpoints",),
-    "validation": ("tests/unit/test_validate.py", "tests/unit/validation", *ALL_RUNS, VALIDATION),
-    "data/order": ("tests/unit/data/order", "tests/property/test_tape.py", *ALL_RUNS, "tests/property/test_stream.py"),
-    "data/chunk.py": ("tests/unit/data/order", *ALL_RUNS, "tests/unit/data/lerobot/test_future.py"),
-    "data/mixture": ("tests/unit/data/mixture", *ALL_RUNS, VALIDATION),
-    "data/transforms": ("tests/unit/data/transforms", *ALL_RUNS, "tests/unit/deploy"),
-    "data/load": ("tests/unit/data/load", *ALL_RUNS, "tests/property/test_stream.py"),
+    "validation": (REFERENCE, "tests/unit/test_validate.py", "tests/unit/validation", VALIDATION),
+    "data/order": ("tests/unit/data/order", "tests/property/test_tape.py", REFERENCE, "tests/property/test_stream.py"),
+    "data/chunk.py": ("tests/unit/data/order", REFERENCE, "tests/unit/data/lerobot/test_future.py"),
+    "data/mixture": (REFERENCE, "tests/unit/data/mixture", VALIDATION),
+    "data/transforms": (REFERENCE, "tests/unit/data/transforms", "tests/unit/deploy"),
+    "data/load": ("tests/unit/data/load", REFERENCE, GOLDEN, "tests/property/test_stream.py"),
 }
 """{a file or folder of the package: the tests that are tried first, in this order}."""
 
