@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from opentau_train.distributed.network import watch_connections
 from opentau_train.distributed.preflight import check_in
 from opentau_train.distributed.rollcall import RollCall
 from opentau_train.errors import Explained, UserError
@@ -195,6 +196,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
         roll = RollCall(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        watch_connections()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "no" else "bf16",

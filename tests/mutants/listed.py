@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant(SUMS, "the second term counts for the first", "pairs[:, k, column] =", "pairs[:, 0, column] ="),
     Mutant(SUMS, "a biased standard error", "num / (num - 1) * by_group", "num / num * by_group"),
     Mutant(SUMS, "residuals of means", "sums - mean[group_of] * counts", "sums - mean[group_of]"),
-    Mutant(SUMS, "an error of one episode", "np.where(num >= 2, error", "np.where(num >= 1, error"),
+    Mutant(SUMS, "no error of two episodes", "np.where(num >= 2, error", "np.where(num >= 3, error"),
     Mutant(SUMS, "the loss shown is unweighted", "weights[term] * row.get(", "row.get("),
     Mutant(SUMS, "datasets weigh alike", "means.mean[has, k], weights=shares[has, k])", "means.mean[has, k])"),
     Mutant(SUMS, "a validation's loss is unweighted", "loss += weights[name] * overall", "loss += overall"),
