@@ -15,7 +15,7 @@ import pytest
 
 from tests.program import REPO, TINY_POLICY, environment, metrics, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timed, pytest.mark.timeout(600)]
 
 ADDRESSES = ("10.251.97.1", "10.251.97.2")
 RUN = [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=6", "trainer.log_every=1"]
@@ -129,7 +129,7 @@ def training(hosts, tmp_path, *overrides: str) -> list[subprocess.Popen]:
 
 
 def wait_for_rows(nodes: list[subprocess.Popen], run_dir: Path, num: int) -> None:
-    rows, end = run_dir / "metrics.jsonl", time.monotonic() + 100
+    rows, end = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not rows.exists() or rows.read_text().count("\n") < num:
         assert time.monotonic() < end and all(n.poll() is None for n in nodes), finish(nodes)
         time.sleep(0.1)
