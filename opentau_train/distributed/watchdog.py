@@ -21,6 +21,11 @@ from opentau_train.errors import EXIT_FAULT
 
 GRACE = 5.0
 """Seconds that the ranks which notice first leave the others to write their stacks before the launcher ends all."""
+START_MARGIN = 60.0
+"""Seconds that a rank may wait before the first step beyond what a step may take: as long as a collective."""
+BUSY = 0.005
+"""Of a processor's time: a process that takes less before its first step is taken for one that waits. A download of a
+megabyte a second takes more; a file server that is gone, or a pipe that nobody writes to, none."""
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Progress:
     """What a rank is doing: the step being made (the first is 1) and the part of it. `moved` is monotonic, seconds."""
 
     step: int = 0
-    part: str = "start"
+    part: str = "opening data and policy"
     moved: float = field(default_factory=time.monotonic)
 
     def enter(self, part: str, step: int | None = None) -> None:
@@ -45,8 +50,10 @@ class Progress:
 def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: float) -> Iterator[None]:
     """While inside: `timeout` seconds without progress end the process with `EXIT_FAULT`.
 
-    Before that every rank writes its place and all its threads' stacks to `run_dir/stacks/rankN.txt` and to stderr,
-    and the lowest rank that still can says where each one was.
+    Until the first step, while data are fetched and read and weights loaded, whatever takes the processor's time is
+    progress (`BUSY`), and it may lack for `START_MARGIN` longer. Before the end every rank writes its place and all its
+    threads' stacks to `run_dir/stacks/rankN.txt` and to stderr, and the lowest rank that still can says where each one
+    was.
     """
     folder = run_dir / "stacks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,12 +81,17 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
 def _watch(
     progress: Progress, stacks_file: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event
 ) -> None:
-    while not done.wait(min(1.0, timeout / 4)):
+    period, worked = min(1.0, timeout / 4), time.process_time()
+    while not done.wait(period):
+        before, worked = worked, time.process_time()
+        if progress.step == 0 and worked - before > BUSY * period:
+            progress.moved = time.monotonic()
+        limit = timeout if progress.step else timeout + START_MARGIN
         # This thread can't run while another one keeps the interpreter's lock, in a deadlock inside a library say. The
         # timer below lives in C, needs no lock, and fires only when this line stops being reached.
-        faulthandler.dump_traceback_later(timeout + 4 * GRACE, exit=True, file=last_resort)
-        if time.monotonic() - progress.moved > timeout:
-            _write_stacks(progress, stacks_file, rank, timeout)
+        faulthandler.dump_traceback_later(limit + 4 * GRACE, exit=True, file=last_resort)
+        if time.monotonic() - progress.moved > limit:
+            _write_stacks(progress, stacks_file, rank, limit)
             time.sleep(GRACE)
             _summarize(stacks_file.parent, rank, size)
             os._exit(EXIT_FAULT)

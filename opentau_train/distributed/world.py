@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from opentau_train.distributed.network import watch_connections
 from opentau_train.distributed.preflight import check_in
 from opentau_train.distributed.rollcall import RollCall
 from opentau_train.errors import Explained, UserError
@@ -190,11 +191,15 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
             # A broken NCCL collective is given up and the process lives on: the next vote over gloo finds the same peer
             # gone and raises, which the roll call explains. By default NCCL's watchdog would end the process.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+            # Its flight recorder: where a collective stood, written when one takes longer than `limit`.
+            os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         backend = "gloo" if cpu else "cpu:gloo,cuda:nccl"
         store, rank, size = _join_store(min(timeout, RENDEZVOUS_SECONDS))
         check_in(store, rank, size, identity, min(timeout, RENDEZVOUS_SECONDS))
         roll = RollCall(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        watch_connections()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "no" else "bf16",

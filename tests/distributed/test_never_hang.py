@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,6 +131,17 @@ def test_a_rank_with_other_files_of_a_dataset_is_named_but_another_place_is_allo
 
     text = refused([command(0, "here"), command(1, "there")])
     assert "rank 1 differs from rank 0 in: dataset 'main'" in text
+
+    shutil.copytree(tmp_path / "here", tmp_path / "changed")
+    for file in (tmp_path / "changed/data").rglob("*.parquet"):  # as long, under the same metadata
+        table = pq.read_table(file)
+        values = np.array(table["action"].to_pylist(), np.float32)
+        values[::7] += 0.25
+        place = table.column_names.index("action")
+        pq.write_table(table.set_column(place, "action", pa.array(values.tolist(), table["action"].type)), file)
+    text = refused([command(0, "here"), command(1, "changed")])
+    assert "rank 1 differs from rank 0 in: rows of dataset 'main'" in text
+
     processes = ranks_by_hand([command(0, "here"), command(1, "copy")])
     outputs = [p.communicate(timeout=120)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs

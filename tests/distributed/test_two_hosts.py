@@ -15,7 +15,7 @@ import pytest
 
 from tests.program import REPO, TINY_POLICY, environment, metrics, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timed, pytest.mark.timeout(600)]
 
 ADDRESSES = ("10.251.97.1", "10.251.97.2")
 RUN = [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=6", "trainer.log_every=1"]
@@ -117,21 +117,56 @@ def test_a_host_with_other_settings_is_named_before_training(hosts, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_rank_killed_on_one_host_is_named_on_the_other(hosts, tmp_path):
+def training(hosts, tmp_path, *overrides: str) -> list[subprocess.Popen]:
+    """The launchers of both hosts, in an endless run that has made a few steps."""
     from opentau_train.data.builtin.droid import ensure_droid_sample
 
     dataset = ensure_droid_sample(Path("~/.cache/opentau_train").expanduser())["joint"]
-    endless = [*RUN, "trainer.steps=1000000", "validation.every=0", "checkpoint.every=0"]
+    endless = [*RUN, "trainer.steps=1000000", "validation.every=0", "checkpoint.every=0", *overrides]
     nodes = [start(name, rank, dataset, tmp_path, endless) for rank, name in enumerate(hosts)]
-    rows, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
-    while not rows.exists() or rows.read_text().count("\n") < 3:
+    wait_for_rows(nodes, tmp_path / "run", 3)
+    return nodes
+
+
+def wait_for_rows(nodes: list[subprocess.Popen], run_dir: Path, num: int) -> None:
+    rows, end = run_dir / "metrics.jsonl", time.monotonic() + 200
+    while not rows.exists() or rows.read_text().count("\n") < num:
         assert time.monotonic() < end and all(n.poll() is None for n in nodes), finish(nodes)
         time.sleep(0.1)
+
+
+def test_a_rank_killed_on_one_host_is_named_on_the_other(hosts, tmp_path):
+    nodes = training(hosts, tmp_path)
     victim = next(pid for pid in descendants(nodes[1].pid) if b"RANK=1" in environ(pid))
     os.kill(victim, signal.SIGKILL)
     outputs = finish(nodes)
     assert all(n.returncode for n in nodes)
     assert "error: rank 1 is gone" in outputs[0] and f"{hosts[1]}, process {victim}" in outputs[0], outputs[0]
+
+
+def test_a_cable_that_is_pulled_ends_both_hosts_long_before_the_steps_limit(hosts, tmp_path):
+    """Nothing closes a connection then, and a step may take half an hour."""
+    nodes = training(hosts, tmp_path)
+    ip("-n", hosts[0], "link", "set", "cable", "down")
+    outputs = finish(nodes)
+    assert all(n.returncode for n in nodes)
+    assert "error: rank 1 is gone" in outputs[0] and hosts[1] in outputs[0], outputs[0]
+    assert "error: the connection to rank 0's node is lost" in outputs[1], outputs[1]
+
+
+def test_a_network_that_is_away_for_a_quarter_of_a_minute_costs_no_step(hosts, tmp_path):
+    nodes = training(hosts, tmp_path)
+    ip("-n", hosts[0], "link", "set", "cable", "down")
+    time.sleep(15)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+    ip("-n", hosts[0], "link", "set", "cable", "up")
+    wait_for_rows(nodes, tmp_path / "run", before + 20)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    outputs = finish(nodes)
+    assert all("error" not in output for output in outputs), outputs
+    steps = list(metrics(tmp_path / "run"))
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= before + 20
 
 
 def descendants(pid: int) -> list[int]:

@@ -22,6 +22,7 @@ from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, tr
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {
     "make test-nightly": "tests/property",
+    "make mutants": "tests/unit/test_mutants.py",
     "make": ".ci/run",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
     "launchers/slurm/train.sbatch": "tests/slurm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import traceback
@@ -13,11 +14,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from opentau_train.config.data import BadSampleSettings
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import launch
-from opentau_train.errors import Fault
+from opentau_train.errors import Fault, UserError
 from opentau_train.models.average import Ema
-from opentau_train.step import StepSetup, TrainState, check_skipped, train_step
+from opentau_train.step import StepSetup, TrainState, check_skipped, check_windows, train_step
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import make_batch, make_policy
 
@@ -110,6 +112,23 @@ def test_a_weight_counts_as_so_many_samples(world):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_average_over_ranks_of_their_gradients_is_that_of_the_global_batch(world):
+    """Four samples on one rank, and two and two on each of two, whose gradients DDP or FSDP average."""
+    batch = make_batch()
+    parts = [batch.rows(torch.tensor(rows)) for rows in ([0, 1, 2, 3], [0, 1], [2, 3])]
+    counts = {k: float(n.sum()) for k, n in make_policy().term_counts(batch).items()}
+    updates = []
+    for rank, part in enumerate(parts):
+        state = make_state(optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+        own = world if rank == 0 else dataclasses.replace(world, rank=rank - 1, size=2)
+        before = {name: p.detach().clone() for name, p in state.policy.named_parameters()}
+        train_step(state, part, counts, 1.0, StepSetup(own, 4, None, seed=0))
+        updates.append({name: before[name] - p.detach() for name, p in state.policy.named_parameters()})
+    for name, update in updates[0].items():
+        averaged = (updates[1][name] + updates[2][name]) / 2
+        torch.testing.assert_close(averaged, update, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_rank_of_fewer_micro_batches_adds_blank_ones_where_a_forward_is_a_collective(world, sharded):
     """They change no gradient, and the losses of a sample appear once."""
@@ -177,6 +196,17 @@ def test_a_step_that_is_skipped_moves_no_bit_and_is_counted(optimizer, world):
     train_step(state, make_batch(), COUNTS, 1e-2, setup)
     assert state.step == 4 and state.skipped.tolist() == [2, 0]
     assert any(not torch.equal(value, everything(state)[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("bad", "seen", "ends"),
+    [(4, 8, False), (5, 1000, False), (5, 50, False), (5, 49, True), (6, 59, True), (6, 60, False)],
+)
+def test_windows_that_cannot_be_read_end_a_run_above_both_limits(bad, seen, ends):
+    """More than the grace, and more than the fraction: as many as either allows go on."""
+    limits = BadSampleSettings(grace=4, max_fraction=0.1)
+    with pytest.raises(UserError, match=f"{bad} of {seen} windows") if ends else contextlib.nullcontext():
+        check_windows(bad, seen, limits)
 
 
 def test_too_many_skipped_in_a_row_stop_the_run_with_the_step():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import rng
 from opentau_train.config.data import SELECTING, DataSettings, SourceSettings
 from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.config.settings import Settings
@@ -34,6 +35,9 @@ from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import BatchSpec, Group
 
 log = logging.getLogger(__name__)
+
+COMPARED = 2
+"""Episodes of each dataset whose rows all ranks compare."""
 
 
 def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) -> Mixture:
@@ -126,6 +130,19 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
 def table_digests(mixture: Mixture) -> dict[str, str]:
     """{dataset: a hash of its episodes and windows}: the same in all processes that read the same files."""
     return {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in mixture.datasets}
+
+
+def row_digests(mixture: Mixture) -> dict[str, str]:
+    """{dataset: a hash of all rows of the few episodes that a key chooses}: files may have other contents though their
+    metadata are the same."""
+    digests = {}
+    for d in mixture.datasets:
+        keys = rng.fold(rng.key(mixture.seed, "rows", d.name), d.source.episodes.episode_index)
+        digest = hashlib.blake2b(digest_size=8)
+        for position, state, actions in d.source.columns(np.sort(np.argsort(keys, kind="stable")[:COMPARED])):
+            digest.update(repr((position, state.shape, actions.shape)).encode() + state.tobytes() + actions.tobytes())
+        digests[f"rows of dataset '{d.name}'"] = digest.hexdigest()
+    return digests
 
 
 def open_source(name: str, settings: SourceSettings) -> Source:

@@ -4,7 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.chunk import SNAP_ROWS, chunk_places, chunk_rows, history_rows, next_rows, rows_at
+from opentau_train.data.chunk import (
+    SNAP_ROWS,
+    chunk_places,
+    chunk_rows,
+    chunks_reaching,
+    future_rows,
+    history_rows,
+    next_rows,
+    rows_at,
+)
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import DatasetBlocks, make_blocks
 from opentau_train.types import EpisodeTable
@@ -156,3 +165,14 @@ def test_stride_takes_every_kth_of_the_frames_that_may_start_a_window(lengths, s
     assert seen == [(e, f) for e, n in enumerate(last) for f in range(0, max(0, n), stride)]
     dataset, episode, frame = validation_windows([found], [np.zeros(len(lengths), np.int64)], None)
     assert list(zip(episode, frame)) == seen and not dataset.any()
+
+
+def test_a_future_frame_is_the_nearest_row_and_the_later_of_two():
+    rows, is_pad = future_rows(np.array([2.0, 2.4, 2.5, 2.6, 4.0, 4.2, 9.0]), 5)
+    assert rows.tolist() == [2, 2, 3, 3, 4, 4, 4]
+    assert is_pad.tolist() == [False, False, False, False, False, True, True]
+
+
+def test_chunks_reach_a_step_as_long_as_its_row_is_there():
+    """An episode of 5 rows has 5 chunks with a first row, 3 with the one 2 rows on, 2 with a place 2.5 rows on."""
+    assert chunks_reaching(5, np.array([0.0, 1.0, 2.0, 2.5, 4.0, 5.0, 7.0])).tolist() == [5, 4, 3, 2, 1, 0, 0]

@@ -1,0 +1,1 @@
+"""Bugs put into the program on purpose, to see whether the fast tests notice: `make mutants`."""
