@@ -1,10 +1,10 @@
 """What the modes of a sample are worth on the built-in DROID sample.
 
-    python benchmarks/modes.py [--steps 300] [--seeds 0 1 2] [--modes policy wam ...]
+    python benchmarks/modes.py [--steps 400] [--seeds 0 1 2] [--modes policy wam ...]
 
 `model=wam_tiny`, narrower, is trained once in each mode, with equal steps, samples and seeds, three
 cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out
-windows after each half of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
+windows after each quarter of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
 those that predict the future the PSNR of sampled frames beside that of the copied present one; means over seeds with
 the standard deviation, and in how many seeds a mode is better than *policy*, or than the copy.
 """
@@ -39,7 +39,7 @@ Curve = dict[int, dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -61,7 +61,7 @@ def main() -> None:
 
 def trained(run_dir: Path, mode: str, seed: int, options: argparse.Namespace) -> Curve:
     """The validations of a run in `mode`."""
-    every = options.steps // 2
+    every = options.steps // 4
     predicts = [*(["action"] if mode != "forward_dynamics" else []), *(["video"] if mode in MODES[1:3] else [])]
     words = ["+recipe=droid_policy", "model=wam_tiny", "data.expect_mode=null", f"data.sources.droid.mode={mode}"]
     words += [

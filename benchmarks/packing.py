@@ -1,8 +1,10 @@
 """Packed tokens against padded ones: CPU time and memory of a forward and backward pass.
 
-    python benchmarks/packing.py [--models flow_tiny,pi0_tiny,pi05_tiny] [--samples 32] [--repeats 5] [--history 1]
+    python benchmarks/packing.py [--models flow_tiny,wam_tiny,pi0_tiny,pi05_tiny] [--samples 32] [--repeats 5]
+        [--history 1]
 
-A batch of samples with 1 to 4 cameras and prompts of 5 to 60 tokens, as a mixture of robots has, goes through a policy
+A batch of samples with 1 to 4 cameras and prompts of 5 to 60 tokens, as a mixture of robots has, goes through a policy;
+for wam_tiny, half of them have one or two future frames of a camera, too
 
     maximum    padded to the mixture's maximum: what the program does with model.packing=false
     longest    padded to the batch's longest: as many cameras and prompt tokens as its largest sample has
@@ -19,7 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,12 +45,15 @@ SHARES = (0.25, 0.35, 0.3, 0.1)
 """Of samples with one to four cameras."""
 PROMPT = 5, 60
 """Fewest and most tokens of a prompt."""
+FUTURE = 2
+"""Future frames of the first camera that a sample may have, where the policy foresees them."""
 MICRO_BATCH = 8
 FLOW = ["model.max_prompt_bytes=240", "model.patch_size=8"]  # 60 tokens of 4 bytes; 64 tokens a picture
 PI = ["model.max_prompt_tokens=60", "model.vision.image_size=64", "model.vision.patch_size=8"]
 MODELS = {
     "flow_tiny": FLOW,
     "flow_small": FLOW,
+    "wam_tiny": [*FLOW, "model.future_patch_size=8"],
     "pi0_tiny": [*PI, "model.action_tokens=binned"],
     "pi05_tiny": [*PI, "model.max_prompt_tokens=120", "model.action_tokens=binned"],  # the state's numbers, too
 }
@@ -56,19 +61,22 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a batch: how many cameras and prompt tokens each has."""
+    """The samples of a batch: how many cameras, prompt tokens and future frames each has."""
 
     cameras: list[int]
     prompts: list[int]
+    futures: list[int]
 
     def rows(self, rows: Sequence[int]) -> Drawn:
-        return Drawn([self.cameras[row] for row in rows], [self.prompts[row] for row in rows])
+        return Drawn(*([column[row] for row in rows] for column in (self.cameras, self.prompts, self.futures)))
 
 
 def draw(num: int, seed: int = 0) -> Drawn:
     """`num` samples of the mixture."""
     g = np.random.default_rng(seed)
-    return Drawn((1 + g.choice(4, num, p=SHARES)).tolist(), g.integers(PROMPT[0], PROMPT[1] + 1, num).tolist())
+    cameras, prompts = 1 + g.choice(4, num, p=SHARES), g.integers(PROMPT[0], PROMPT[1] + 1, num)
+    futures = g.choice(FUTURE + 1, num, p=(0.5, 0.125, 0.375))
+    return Drawn(cameras.tolist(), prompts.tolist(), futures.tolist())
 
 
 @dataclass(frozen=True)
@@ -78,18 +86,26 @@ class Setup:
     model: str
     history: int
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is the small flow policy, or has its parts."""
+        return self.model.startswith(("flow", "wam"))
+
     def policy(self, drawn: Drawn | None = None) -> Policy:
         """For the whole mixture, or with room for the samples `drawn` alone."""
         num, words = len(CAMERAS), list(MODELS[self.model])
         if drawn is not None:
             num, longest = max(drawn.cameras), max(drawn.prompts)
-            if self.model.startswith("flow"):
+            if self.is_flow:
                 words.append(f"model.max_prompt_bytes={4 * longest}")
             else:
                 room = 60 if self.model.startswith("pi05") else 0
                 words.append(f"model.max_prompt_tokens={longest + room}")
         tree = cli.compose(["+recipe=lerobot", "data.sources.main.root=unused", f"model={self.model}", *words])
         spec = BatchSpec(CAMERAS[:num], (64, 64), self.history, state_dim=8, action_dim=8, chunk_length=16)
+        if self.model.startswith("wam"):
+            frames = FUTURE if drawn is None else max(drawn.futures)
+            spec = replace(spec, modes=("policy", "wam"), future=frames, future_cameras=CAMERAS[:1] if frames else ())
         torch.manual_seed(0)
         return build_policy(load_settings(tree).model, spec)
 
@@ -97,24 +113,29 @@ class Setup:
         """The samples as the policy takes them; pictures, states and actions are noise."""
         wants, g = policy.wants(), np.random.default_rng(0)
         spec, made = meet(policy.spec, wants), Pipeline(wants.transforms)
-        letters = 4 if self.model.startswith("flow") else 1
+        letters = 4 if self.is_flow else 1
         samples = []
-        for key, (cameras, tokens) in enumerate(zip(drawn.cameras, drawn.prompts, strict=True)):
-            shape = (spec.history + 1, *spec.image_size, 3)
+        for key, (cameras, tokens, ahead) in enumerate(zip(drawn.cameras, drawn.prompts, drawn.futures, strict=True)):
             record = {
-                "images": {c: g.integers(0, 256, shape).astype(np.uint8) for c in CAMERAS[:cameras]},
+                "images": {c: pictures(g, spec.history + 1, spec) for c in CAMERAS[:cameras]},
                 "state": g.standard_normal(spec.state_dim).astype(np.float32),
                 "state_dim_mask": np.ones(spec.state_dim, bool),
                 "actions": g.standard_normal((spec.chunk_length, spec.action_dim)).astype(np.float32),
                 "action_is_pad": np.zeros(spec.chunk_length, bool),
                 "action_dim_mask": np.ones(spec.action_dim, bool),
                 "prompt": "x" * (tokens * letters - (0 if letters == 4 else 2)),  # a start and an end token
-                "mode": "policy",
+                "mode": "wam" if ahead and spec.future else "policy",
                 "key": key,
                 "weight": 1.0,
             }
-            samples.append(made(record, key, training=True))
+            future = {c: pictures(g, spec.future, spec) for c in spec.future_cameras[: bool(ahead)]}
+            sample = made(record, key, training=True)
+            samples.append({**sample, "future": future, "future_is_pad": np.arange(spec.future) >= ahead})
         return stack(samples, spec)
+
+
+def pictures(g: np.random.Generator, num: int, spec: BatchSpec) -> np.ndarray:
+    return g.integers(0, 256, (num, *spec.image_size, 3)).astype(np.uint8)
 
 
 Pass = list[tuple[Policy, Batch]]
@@ -186,7 +207,7 @@ def table(setup: Setup, num_samples: int, repeats: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="flow_tiny,pi0_tiny,pi05_tiny", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", default="flow_tiny,wam_tiny,pi0_tiny,pi05_tiny", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--history", type=int, default=1, help="earlier pictures of each camera; pi looks at none")

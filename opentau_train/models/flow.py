@@ -85,6 +85,7 @@ class FlowPolicy(FlowSampler):
         self.time: FlowTime = time
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
         self.max_prompt_bytes, self.text_encoder, self.packing = max_prompt_bytes, text_encoder, packing
+        self.stem_channels = stem_channels
         self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
 
         # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.

@@ -13,7 +13,8 @@ from opentau_train.config.modes import MODES
 from opentau_train.data.batch import Batch, Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.models.encoders import VisionEncoder
-from opentau_train.models.layers import RMSNorm
+from opentau_train.models.layers import ImageStem, RMSNorm
+from opentau_train.models.packing.attention import present_only
 from opentau_train.types import BatchSpec
 
 
@@ -39,20 +40,22 @@ class EncodeMode(Transform):
 
 class Future(nn.Module):
     """Future frames as values [B, C, F, P, V] f32, and these as tokens [B, C F P, D] and back: P places of a frame row
-    by row, V values each. `patch_size` None: the values are an encoder's."""
+    by row, V values each. `patch_size` (a power of 2) None: the values are an encoder's; `channels`: see `ImageStem`,
+    which makes tokens of pixels."""
 
-    def __init__(self, spec: BatchSpec, width: int, patch_size: int | None):
+    def __init__(self, spec: BatchSpec, width: int, patch_size: int | None, channels: int):
         super().__init__()
         self.cameras, self.patch_size = spec.future_cameras, patch_size
         if patch_size is None:
             self.encoder = VisionEncoder(spec.image_size, width, frozen=True)
             self.values, self.grid = self.encoder.project.in_features, self.encoder.grid
             del self.encoder.project  # its features are noised before they become tokens
+            self.project = nn.Linear(2 * self.values, width, bias=False)
         else:
             self.values = 3 * patch_size**2
-            self.grid = tuple(side // patch_size for side in spec.image_size)
+            self.stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, channels, width, colours=6)
+            self.grid = self.stem.grid
         self.places = self.grid[0] * self.grid[1]
-        self.project = nn.Linear(2 * self.values, width, bias=False)
         self.camera_embed = nn.Parameter(torch.empty(len(self.cameras), 1, 1, width))
         self.frame_embed = nn.Parameter(torch.empty(spec.future, 1, width))
         self.place_embed = nn.Parameter(torch.empty(self.places, width))
@@ -78,16 +81,29 @@ class Future(nn.Module):
 
     def shown(self, values: Tensor) -> Tensor:
         """Values as `WamPolicy.future_form` has them."""
-        if self.patch_size is None:
-            return values
+        return values if self.patch_size is None else (self._pixels(values) / 2 + 0.5).clamp(0.0, 1.0)
+
+    def _pixels(self, values: Tensor) -> Tensor:
+        """Values of pixels [..., P, V] as pictures [..., 3, H, W]."""
+        assert self.patch_size is not None, "an encoder's aren't pixels"
         patches = values.unflatten(-1, (3, self.patch_size, self.patch_size)).unflatten(-4, self.grid)
         rows = patches.movedim(-3, -5).movedim(-2, -3)  # [..., 3, h, size, w, size]
-        return (rows.flatten(-2).flatten(-3, -2) / 2 + 0.5).clamp(0.0, 1.0)
+        return rows.flatten(-2).flatten(-3, -2)
 
-    def tokens(self, values: Tensor, present: Tensor) -> Tensor:
-        """Each frame's values beside those of the `present` frame in the same place."""
-        both = torch.cat([values, present.expand_as(values)], dim=-1)
-        return (self.project(both) + self.camera_embed + self.frame_embed + self.place_embed).flatten(1, 3)
+    def tokens(self, values: Tensor, present: Tensor, there: Tensor, num: int | None = None) -> Tensor:
+        """Each frame's values beside those of the `present` frame in the same place. Where the host knows how many
+        (`num`) of the frames are `there` [B, C, F] bool, convolutions leave out the others."""
+        present = present.expand_as(values)
+        if self.patch_size is None:
+            made = self.project(torch.cat([values, present], dim=-1))
+        else:
+            both = torch.cat([self._pixels(values), self._pixels(present)], dim=-3)
+            if num is None:
+                made = self.stem.of_values(both.flatten(0, 2))
+            else:
+                made = present_only(self.stem.of_values, both.flatten(0, 2), there.flatten(), num)
+            made = made.unflatten(0, both.shape[:3])
+        return (made + self.camera_embed + self.frame_embed + self.place_embed).flatten(1, 3)
 
     def of_tokens(self, frames: Tensor) -> Tensor:
         """What is of the frames [B, C, F], of their tokens."""

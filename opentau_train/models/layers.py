@@ -89,11 +89,12 @@ class ImageStem(nn.Module):
     """Frames to a grid of tokens: stride-2 convolutions, one for each halving, then a projection.
 
     Overlapping convolutions find where a small object is within tens of steps; linear patches need far longer.
+    `colours` are a frame's channels.
     """
 
-    def __init__(self, image_size: tuple[int, int], halvings: int, channels: int, width: int):
+    def __init__(self, image_size: tuple[int, int], halvings: int, channels: int, width: int, colours: int = 3):
         super().__init__()
-        sizes = [3] + [channels * 2 ** min(i, 2) for i in range(halvings)]
+        sizes = [colours] + [channels * 2 ** min(i, 2) for i in range(halvings)]
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(sizes)
         )
@@ -103,7 +104,11 @@ class ImageStem(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """`frames` [M, 3, H, W] uint8 -> [M, P, D], P grid places row by row."""
-        x = (frames.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+        return self.of_values(frames.float() / 127.5 - 1.0)
+
+    def of_values(self, x: Tensor) -> Tensor:
+        """The same of values [M, `colours`, H, W] f32, of a size near 1."""
+        x = x.contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(norm(conv(x)))
         return self.project(x.flatten(2).transpose(1, 2))

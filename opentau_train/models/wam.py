@@ -55,7 +55,8 @@ class WamPolicy(FlowPolicy):
     """The policy that the module's docstring describes; `FlowPolicy` has its other options. Without future frames in
     the data it is a `FlowPolicy`.
 
-    `future_patch_size` pixels a side make one token of a future frame; `future_encoder`: a file of MobileNetV2's
+    `future_patch_size` (a power of 2) pixels a side make one token of a future frame, by convolutions over it and the
+    present one; `future_encoder`: a file of MobileNetV2's
     weights, whose features, normalised at each place, are predicted in place of pixels. `future_time`: how the future's
     flow times are drawn, moved towards the noise by `future_time_shift` s, t -> s t / (1 + (s - 1) t) (Esser et al.
     2024); `shared_time`: the actions of `wam` samples have the same. `vision_mse_weight` weighs the term.
@@ -88,7 +89,8 @@ class WamPolicy(FlowPolicy):
         self.future_time_shift, self.shared_time = future_time_shift, shared_time
         if spec.future:
             self.loss_weights["vision_mse"] = vision_mse_weight
-            self.future = Future(spec, self.start_embed.numel(), None if future_encoder else future_patch_size)
+            size = None if future_encoder else future_patch_size
+            self.future = Future(spec, self.start_embed.numel(), size, self.stem_channels)
             self.padded_tokens += len(spec.future_cameras) * spec.future * self.future.places
             self.init_weights()
 
@@ -114,6 +116,10 @@ class WamPolicy(FlowPolicy):
             raise UserError(
                 f"model.future_patch_size={size}, and model.future_encoder has features of {STRIDE} pixels",
                 remedy=f"set model.future_patch_size={STRIDE}",
+            )
+        if size < 2 or size & (size - 1):
+            raise UserError(
+                f"model.future_patch_size={size} must be a power of 2", remedy="set model.future_patch_size=16"
             )
         if data.future.num_frames and options.get("future_encoder") is None and (height % size or width % size):
             fits = [size * max(1, round(side / size)) for side in data.image_size]
@@ -153,14 +159,16 @@ class WamPolicy(FlowPolicy):
         noise, there = draws.normal("future", future.shape[1:]), exist(batch) & roles.has_future[:, None, None]
         of_future, of_actions = self._times(batch, draws, roles)
 
-        steps_valid = ~batch.action_is_pad
+        steps_valid, lengths = ~batch.action_is_pad, lengths_of(batch)
+        num = None if lengths is None else int(lengths[:, 1].sum()) // self.future.places
+        futures = self.future.tokens(_noised(future, noise, of_future), present, there, num)
         parts = [
             self._prefix(batch),
-            (self._future_tokens(_noised(future, noise, of_future), present, of_future), self.future.of_tokens(there)),
+            (futures + self._time_embed(of_future), self.future.of_tokens(there)),
             (self._action_tokens(_noised(actions, drawn, of_actions), of_actions), steps_valid),
             (self.bin_embed.expand(len(batch), -1, -1), steps_valid),
         ]
-        _, futures, velocities, bins = see(self.layers, parts, SEES, lengths_of(batch))
+        _, futures, velocities, bins = see(self.layers, parts, SEES, lengths)
         errors = {
             "mse": (self._velocity(velocities) - (drawn - actions)).square(),
             "ce": self._bin_errors(bins, actions),
@@ -177,9 +185,6 @@ class WamPolicy(FlowPolicy):
         if self.shared_time:
             actions = torch.where(batch.mode_code == WAM, future, actions)
         return torch.where(roles.noised_future, future, 0.0), torch.where(roles.noised_actions, actions, 0.0)
-
-    def _future_tokens(self, noised: Tensor, present: Tensor, time: Tensor) -> Tensor:
-        return self.future.tokens(noised, present) + self._time_embed(time)
 
     def denoise(
         self, batch: Batch, context: Any, draws: Draws, steps: int, lead: Callable[[Velocity], Velocity] | None = None
@@ -231,7 +236,7 @@ class WamPolicy(FlowPolicy):
         for step in range(steps):
             time = 1.0 - step / steps
             both = (
-                self._future_tokens(future, present, time * roles.noised_future),
+                self.future.tokens(future, present, there) + self._time_embed(time * roles.noised_future),
                 self._action_tokens(chunk, time * roles.noised_actions),
             )
             tokens = torch.cat(both, dim=1)

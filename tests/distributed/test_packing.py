@@ -12,7 +12,8 @@ from tests.program import TINY_POLICY, assert_close, metrics, train_all
 
 pytestmark = pytest.mark.distributed
 
-CAPS = {"flow": (TINY_POLICY, 80), "pi05": (POLICIES["pi05"], 400)}
+JOINT = [*TINY_POLICY, *POLICIES["wam"], "validation.evaluators=[loss]"]
+CAPS = {"flow": (TINY_POLICY, 80), "pi05": (POLICIES["pi05"], 400), "wam": (JOINT, 100)}
 """{policy: (its words, a cap on a micro-batch's tokens)}: two samples fit where one is near its episode's end."""
 SHARDED = ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "parallelism.gather_once=true"]
 LAYOUTS = {"alone": (1, []), "ddp_2": (2, []), "fsdp_2": (2, SHARDED)}

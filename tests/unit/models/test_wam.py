@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opentau_train.config.modes import MODES
+from opentau_train.config.data import DataSettings
+from opentau_train.config.modes import MODES, FutureSettings
+from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.future import EncodeMode
 from opentau_train.models.layers import time_features
+from opentau_train.models.wam import WamPolicy
 from tests.unit.models import flow_cases
 from tests.unit.models.wam_cases import NUM_VALUES, SPEC, TERMS, make_batch, make_policy
 
@@ -200,15 +203,15 @@ def test_a_mode_sees_what_it_is_given(policy, mode, change, head):
 def test_what_is_shown_has_the_flow_time_0_and_is_clean(policy):
     batch = make_batch(["forward_dynamics", "inverse_dynamics"] * 2)
     seen = {}
-    for name in ("action_in", "future.project"):
+    for name in ("action_in", "future.stem.convs.0"):
         policy.get_submodule(name).register_forward_hook(lambda _m, i, _o, name=name: seen.update({name: i[0]}))
     policy(batch, draws(batch))
     real = ~batch.action_is_pad[:, :, None] & batch.action_dim_mask[:, None]
     assert torch.equal(seen["action_in"][::2], torch.where(real, batch.actions, 0.0)[::2])
     frame = batch.future["left"][1, 0].float() / 127.5 - 1.0
     now = batch.images["left"][1, -1].float() / 127.5 - 1.0
-    beside = [picture[:, 8:16, 8:16].flatten() for picture in (frame, now)]
-    assert torch.equal(seen["future.project"][1, 0, 0, 4], torch.cat(beside))
+    num = len(SPEC.future_cameras) * SPEC.future  # of a sample, the first one being its first camera's
+    assert torch.equal(seen["future.stem.convs.0"][num], torch.cat([frame, now]))
     assert not torch.equal(seen["action_in"][1], batch.actions[1])
 
 
@@ -390,3 +393,17 @@ def test_overfitted_modes_sample_what_they_were_shown():
     sampled = policy.sample_future(batch, draws(batch, 1 << 20))["left"][0]
     true, now = (policy.future_form(x)[0] for x in (batch.future["left"], batch.images["left"][:, -1:]))
     assert (sampled - true).square().mean() < 0.2 * (now - true).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"future_patch_size": 12}, "must be a power of 2"),
+        ({"future_patch_size": 1}, "must be a power of 2"),
+        ({"future_patch_size": 32}, "aren't made of whole patches of 32x32"),
+    ],
+)
+def test_patches_that_pictures_are_not_made_of_are_refused(options, said):
+    data = dataclasses.replace(DataSettings(), image_size=(48, 80), future=FutureSettings(num_frames=2))
+    with pytest.raises(UserError, match=said):
+        WamPolicy.check(options, data)
