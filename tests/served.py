@@ -1,0 +1,64 @@
+"""Starts `tools.serve` as a process of its own, and sends it what a client does, well or badly."""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import warm
+from tests.program import environment
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen
+    port: int
+    lines: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Its exit code after a signal; what it had printed joins `lines`."""
+        self.process.send_signal(number)
+        self.lines += self.process.communicate(timeout=60)[0].splitlines()
+        return self.process.returncode
+
+
+@contextmanager
+def serving(checkpoint: Path, *words: str, **env: str) -> Iterator[Served]:
+    """A server at a free port, ended when the block ends."""
+    command = [sys.executable, "-m", "opentau_train.tools.serve", f"checkpoint={checkpoint}", "port=0", *words]
+    process = warm.Popen(command, env=environment(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines: list[str] = []
+    try:
+        yield Served(process, _port(process, lines), lines)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _port(process: subprocess.Popen, lines: list[str], seconds: float = 100.0) -> int:
+    """The port that it says; raises where it ends before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not select.select([process.stdout], [], [], 0.2)[0]:
+            continue
+        line = process.stdout.readline()
+        lines.append(line.rstrip())
+        found = re.search(r"at ws://[^ ]+:(\d+)$", lines[-1])
+        if found:
+            return int(found[1])
+        if not line:
+            break
+    raise AssertionError("\n".join(["the server didn't begin to serve", *lines]))
