@@ -17,15 +17,8 @@ from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.errors import UserError
 
 READ_BY = (
-    "_target_",
-    "cameras",
-    "state",
-    "actions",
-    "drop_dims",
-    "prompt_columns",
-    "prompt_separator",
-    "fps",
-    "tolerance_s",
+    *("cameras", "state", "actions", "drop_dims", "prompt_columns", "prompt_separator", "tolerance_s", "fps"),
+    *("control_mode", "control_mode_column"),
 )
 """Settings of a source that say what a window of it has: nothing of where it lies."""
 _RATES_ALIKE = 0.01

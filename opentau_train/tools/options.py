@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -11,6 +13,9 @@ from opentau_train.config import typed
 from opentau_train.errors import UserError
 
 T = TypeVar("T")
+
+TOKEN = "OPENTAU_SERVE_TOKEN"
+"""The variable that holds a server's token. Not an argument, which every user of a machine can see."""
 
 
 def parse(arguments: Sequence[str], options: type[T]) -> T:
@@ -34,3 +39,18 @@ def parse(arguments: Sequence[str], options: type[T]) -> T:
         else:
             tree[key] = value
     return typed.build(options, tree, "")
+
+
+def read_token(file: str | None) -> str | None:
+    """The token that a server asks for, of a file or of the environment; None: there is none. Raises `UserError`."""
+    from opentau_train.deploy.serving.gate import check_token
+
+    if file is None:
+        token = os.environ.get(TOKEN)
+        return None if token is None else check_token(token, TOKEN)
+    try:
+        return check_token(Path(file).expanduser().read_text(), "token_file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"can't read {file}: {error}", where="token_file", remedy="name a file with the token"
+        ) from error

@@ -19,21 +19,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from opentau_train import cli
 from opentau_train.config.typed import Count, positive, within
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.log import log_to
-from opentau_train.tools.options import parse
+from opentau_train.tools.options import parse, read_token
 
 if TYPE_CHECKING:
     from opentau_train.deploy.serving.answers import Answers
 
 log = logging.getLogger("opentau_train.serve")  # not __main__, as it is called where it is started
 
-TOKEN = "OPENTAU_SERVE_TOKEN"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -84,7 +82,7 @@ def work(options: Options) -> int:
 
     for package in ("websockets", "msgpack"):
         wire.library(package)
-    shown = token(options.token_file)
+    shown = read_token(options.token_file)
     with log_to(sys.stderr, True), server.bind(options.host, options.port) as bound:
         for number in (signal.SIGINT, signal.SIGTERM):  # a server that was ended did what it was asked for
             signal.signal(number, lambda *_: os._exit(EXIT_OK))
@@ -127,21 +125,6 @@ def _answers(options: Options) -> Answers:
     answers = Answers(terms, options.max_waiting)
     answers.warm_up()
     return answers
-
-
-def token(file: str | None) -> str | None:
-    """What clients must show; None: nothing. Raises `UserError`."""
-    from opentau_train.deploy.serving.gate import check_token
-
-    if file is None:
-        shown = os.environ.get(TOKEN)
-        return None if shown is None else check_token(shown, TOKEN)
-    try:
-        return check_token(Path(file).expanduser().read_text(), "token_file")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"can't read {file}: {error}", where="token_file", remedy="name a file with the token"
-        ) from error
 
 
 if __name__ == "__main__":

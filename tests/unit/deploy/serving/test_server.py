@@ -18,7 +18,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from opentau_train.tools import serve
+from opentau_train.tools import options, serve
 from tests.served import serving
 
 RENAME = "rename={observation/image: front, observation/state: state, observation/extra: null}"
@@ -348,7 +348,7 @@ def test_a_port_that_is_taken_and_a_short_token_are_mistakes(own_run, capsys, tm
         port = taken.getsockname()[1]
         assert serve.main([f"checkpoint={own_run}", f"port={port}"]) == 2
     assert f"port {port} is taken" in capsys.readouterr().err
-    monkeypatch.setenv(serve.TOKEN, "secret")
+    monkeypatch.setenv(options.TOKEN, "secret")
     assert serve.main([f"checkpoint={own_run}", "port=0"]) == 2
     assert "the token is not 16 or more" in capsys.readouterr().err
 
