@@ -56,7 +56,7 @@ class Reader:
             elif camera is not None:
                 images[camera] = self._frames(camera, _array(value))
             elif name in STATE or self._dims(name):
-                columns[name] = _array(value)
+                columns[name] = self._numbers(name, _array(value))
             elif not any(fits(name, pattern) for pattern in PASSED_OVER):
                 raise self._error(f"the policy doesn't read '{name}'{did_you_mean(name, self.known)}")
         state = self._state(columns)
@@ -122,6 +122,11 @@ class Reader:
 
     def _state_columns(self) -> Iterable[str]:
         return {name.partition("[")[0] for name in self.robot.state_names}
+
+    def _numbers(self, name: str, values: NDArray) -> NDArray:
+        if values.dtype.kind not in "biuf":
+            raise self._error(f"'{name}' is {values.dtype}, not numbers")
+        return values
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):

@@ -84,19 +84,20 @@ def work(options: Options) -> int:
         wire.library(package)
     shown = read_token(options.token_file)
     with log_to(sys.stderr, True), server.bind(options.host, options.port) as bound:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a server that was ended did what it was asked for
-            signal.signal(number, lambda *_: os._exit(EXIT_OK))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end_early)
         answers = _answers(options)
         bounds = server.Bounds(
             int(options.max_message_mb * 2**20), options.max_connections, options.timeout, options.idle
         )
         serving = server.Server(answers, bound, bounds, shown)
         host, port = bound.getsockname()[:2]
+        shown_host = f"[{host}]" if ":" in host else host
         if host not in LOCAL and shown is None:
             log.warning("%s is open to other machines, and no token is asked for: set token_file", host)
 
         def ready() -> None:
-            print(f"serving {options.checkpoint} at ws://{host}:{port}", flush=True)
+            print(f"serving {options.checkpoint} at ws://{shown_host}:{port}", flush=True)
 
         serving.run(ready)
         print(
@@ -107,6 +108,13 @@ def work(options: Options) -> int:
             sys.stdout.flush()
             os._exit(EXIT_OK)  # a batch is still computed, in a thread that the interpreter's end can't wait for
     return EXIT_OK
+
+
+def _end_early(*_: object) -> None:
+    """A server that is ended while it loads did what it was asked for, too."""
+    sys.stderr.write("ended before it served\n")
+    sys.stderr.flush()
+    os._exit(EXIT_OK)
 
 
 def _answers(options: Options) -> Answers:

@@ -17,14 +17,14 @@ MIN_TOKEN = 16
 
 
 class Gate:
-    """At most `limit` connections, those whose handshake isn't over among them. One more costs the oldest that has
-    never sent an observation its place; where all have, it is itself dropped. So whoever only connects, however often,
-    can't keep clients from being served. `token`: what a client must show, None: nothing."""
+    """At most `limit` connections, those whose handshake isn't over among them. One more costs the oldest stranger its
+    place: one that has not shown the `token` or, where there is none, never sent an observation. Where there is no
+    stranger, the new one is dropped. So whoever only connects, however often, can't keep clients from being served."""
 
     def __init__(self, limit: int, token: str | None):
         self.limit, self.token = limit, token
         self._known: dict[Any, bool] = {}
-        """{connection: whether it has sent an observation}, the oldest first"""
+        """{connection: whether it is no stranger}, the oldest first"""
         self.num_dropped = self.num_refused = 0
 
     def enter(self, connection: Any) -> None:
@@ -44,7 +44,7 @@ class Gate:
         self._known.pop(connection, None)
 
     def know(self, connection: Any) -> None:
-        """It has sent an observation that could be read."""
+        """It is no stranger: it has shown the token, or sent an observation that could be read."""
         if connection in self._known:
             self._known[connection] = True
 
@@ -53,7 +53,8 @@ class Gate:
         if self.token is None:
             return True
         scheme, _, shown = (authorization or "").partition(" ")
-        right = hmac.compare_digest(shown.strip().encode(), self.token.encode())
+        given = shown.strip().encode(errors="surrogateescape")  # headers are read so, byte for byte
+        right = hmac.compare_digest(given, self.token.encode())
         if not (right and scheme in SCHEMES):
             self.num_refused += 1
             return False
@@ -103,4 +104,6 @@ def response(connection: Any, gate: Gate, request: Any, healthy: bool) -> Any:
     shown = request.headers.get_all("Authorization")
     if not gate.admits(shown[0] if len(shown) == 1 else None):
         return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Api-Key TOKEN\n")
+    if gate.token is not None:
+        gate.know(connection)
     return None

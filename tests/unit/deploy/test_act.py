@@ -162,6 +162,7 @@ def test_missing_cameras_tasks_and_frames_are_told_once(seen, own_run, caplog):
         ({"state": np.zeros(3)}, "'state' has the shape [3], the policy reads 4 numbers"),
         ({"state": np.array([0, np.nan, 0, 0])}, "there is no finite number for observation.state[1]"),
         ({"task": 3}, "'task' is int, not a text"),
+        ({"state": "four numbers"}, "'state' is <U12, not numbers"),
         ({"front": np.zeros((8, 8), np.uint8)}, "camera 'front' gives uint8 [8, 8], which is no picture: its shape"),
         ({"front": np.zeros((8, 8, 3), np.int64)}, "camera 'front' gives int64 [1, 8, 8, 3], which is no picture"),
         ({"front": np.full((8, 8, 3), 255.0)}, "its range, 255 to 255"),
