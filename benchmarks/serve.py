@@ -67,16 +67,18 @@ def main() -> None:
         servers = {size: stack.enter_context(server(checkpoint, size)) for size in (1, 8)}
         turns: dict[tuple[int, int], list[Turn]] = {}
         own: list[Turn] = []
-        for _ in range(options.repeats):
+        cases = [(size, num) for num in options.clients for size in servers]
+        for repeat in range(options.repeats):
             own.append(alone(policy, observation, options.seconds))
-            for size, url in servers.items():
-                for num in options.clients:
-                    turns.setdefault((size, num), []).append(asked(url, num, observation, expected, options.seconds))
+            first = repeat % len(cases)
+            for size, num in cases[first:] + cases[:first]:  # the machine's other work falls on each of them alike
+                turn = asked(servers[size], num, observation, expected, options.seconds)
+                turns.setdefault((size, num), []).append(turn)
     print(f"{machine()}; medians of {options.repeats} interleaved turns of {options.seconds:g} s\n")
     print("| max_batch | clients | requests/s | to `act` | p50, ms | p99, ms | lost | wrong |")
     print("|---|---|---|---|---|---|---|---|")
     print(row("`act`", 1, own, own))
-    for (size, num), of_turns in turns.items():
+    for (size, num), of_turns in sorted(turns.items()):
         print(row(str(size), num, of_turns, own))
 
 

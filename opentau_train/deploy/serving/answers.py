@@ -69,8 +69,7 @@ class Answers:
     def submit(self, request: Request) -> Future[Answer]:
         """The answer to come; cancel it where nobody waits for it any more. Raises `Busy`."""
         with self._changed:
-            while self._waiting and self._waiting[0].future.cancelled():
-                self._waiting.popleft()
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.future.cancelled())
             if len(self._waiting) >= self.max_waiting:
                 raise Busy(
                     f"the server is busy: {len(self._waiting)} requests wait",

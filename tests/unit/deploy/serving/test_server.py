@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -311,6 +312,26 @@ def test_a_signal_lets_clients_have_their_answers_and_ends_with_0(own_run):
         with pytest.raises(ConnectionClosed) as closed:
             idle.recv()
         assert closed.value.rcvd.code == 1001 and " chunks in " in served.lines[-1]
+
+
+def test_a_second_signal_ends_it_at_once(own_run):
+    """A client that never takes leave would be waited for."""
+    with serving(own_run) as served, socket.create_connection(("127.0.0.1", served.port)) as raw:
+        asked = "GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"
+        raw.sendall("\r\n".join([*asked, f"Sec-WebSocket-Key: {'A' * 22}==", "", ""]).encode())
+        assert b"101" in raw.recv(1000)
+        served.process.send_signal(signal.SIGTERM)
+        while refuses(served.port) is False:
+            time.sleep(0.02)
+        assert served.end() == 130
+
+
+def refuses(port):
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_one_that_says_nothing_is_told_so(own_run):
