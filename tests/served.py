@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,16 +48,15 @@ def serving(checkpoint: Path, *words: str, **env: str) -> Iterator[Served]:
 
 
 def _port(process: subprocess.Popen, lines: list[str], seconds: float = 100.0) -> int:
-    """The port that it says; raises where it ends before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not select.select([process.stdout], [], [], 0.2)[0]:
-            continue
-        line = process.stdout.readline()
-        lines.append(line.rstrip())
-        found = re.search(r"at ws://[^ ]+:(\d+)$", lines[-1])
-        if found:
-            return int(found[1])
-        if not line:
-            break
+    """The port that it says; raises where it ends before, or is ended for having said none in `seconds`."""
+    too_late = threading.Timer(seconds, process.kill)
+    too_late.start()
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            found = re.search(r"at ws://[^ ]+:(\d+)$", lines[-1])
+            if found:
+                return int(found[1])
+    finally:
+        too_late.cancel()
     raise AssertionError("\n".join(["the server didn't begin to serve", *lines]))

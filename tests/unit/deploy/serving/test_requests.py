@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opentau_train import load_policy
 from opentau_train.deploy.serving.requests import Terms
 from opentau_train.errors import UserError
 
@@ -64,3 +65,17 @@ def test_more_steps_than_the_servers_own_are_refused(policy):
         Terms(policy).request(message)
     assert Terms(policy, steps=6).request(message).steps == 6
     assert Terms(policy, steps=2).request({"state": np.zeros(4)}).steps == 2
+
+
+def test_of_several_robots_a_message_says_which_or_the_server_does(scaled_run):
+    policy = load_policy(scaled_run)
+    told, heads = Terms(policy).metadata(), ["toy6::default", "toy::default"]
+    assert told["norm_head"] is None and sorted(told["norm_heads"]) == heads and "cameras" not in told
+    assert told["robots"]["toy6::default"]["cameras"] == ["front"] and told["robots"]["toy::default"]["fps"] == 15.0
+    with pytest.raises(UserError, match="the policy knows several robots"):
+        Terms(policy).request({"state": np.zeros(6)})
+    kinds = {Terms(policy).request({"state": np.zeros(6), "norm_head": head}).kind for head in heads}
+    assert kinds == {("toy6::default", None), ("toy::default", None)}, "they share no batch"
+    one = Terms(policy.for_robot("toy::default"))
+    assert one.metadata()["cameras"] == ["front", "wrist"] and one.metadata()["norm_head"] == "toy::default"
+    assert one.request({"state": np.zeros(6)}).norm_head == "toy::default"

@@ -335,14 +335,16 @@ def refuses(port):
 
 
 def test_one_that_says_nothing_is_told_so(own_run):
-    with serving(own_run, "idle=0.2", "timeout=0.0001") as served:
-        with connect(served) as connection:
-            connection.recv()
-            assert connection.recv().startswith("nothing came for 0.2 s")
-        with connect(served) as connection:
-            connection.recv()
-            connection.send(msgpack_numpy.packb(observed()))
-            assert connection.recv().startswith("there was no answer in 0.0001 s")
+    with serving(own_run, "idle=0.2") as served, connect(served) as connection:
+        connection.recv()
+        assert connection.recv().startswith("nothing came for 0.2 s")
+
+
+def test_one_whose_answer_takes_too_long_is_told_so(own_run):
+    with serving(own_run, "timeout=0.0001") as served, connect(served) as connection:
+        connection.recv()
+        connection.send(msgpack_numpy.packb(observed()))
+        assert connection.recv().startswith("there was no answer in 0.0001 s")
 
 
 @pytest.mark.parametrize(
