@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import websockets.sync.client as plain
 
 from tests import warm
 from tests.program import environment
@@ -60,3 +64,19 @@ def _port(process: subprocess.Popen, lines: list[str], seconds: float = 100.0) -
     finally:
         too_late.cancel()
     raise AssertionError("\n".join(["the server didn't begin to serve", *lines]))
+
+
+def observed(number: int = 0) -> dict[str, Any]:
+    """What the tests' own policy sees, each number something else."""
+    random = np.random.default_rng(number)
+    return {
+        "front": random.integers(0, 256, (64, 96, 3), np.uint8),
+        "side": random.integers(0, 256, (48, 64, 3), np.uint8),
+        "state": random.normal(size=4).astype(np.float32),
+        "task": "open the drawer",
+    }
+
+
+def connect(served: Served, **options: Any) -> Any:
+    """A connection that speaks no protocol above the websocket's. Its first message is the metadata."""
+    return plain.connect(served.url, compression=None, max_size=None, **options)
