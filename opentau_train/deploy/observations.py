@@ -56,10 +56,9 @@ class Reader:
             elif camera is not None:
                 images[camera] = self._frames(camera, _array(value))
             elif name in STATE or self._dims(name):
-                columns[name] = _array(value)
+                columns[name] = self._numbers(name, _array(value))
             elif not any(fits(name, pattern) for pattern in PASSED_OVER):
-                known = (*self.cameras, *STATE, *PROMPT, *self._state_columns())
-                raise self._error(f"the policy doesn't read '{name}'{did_you_mean(name, known)}")
+                raise self._error(f"the policy doesn't read '{name}'{did_you_mean(name, self.known)}")
         state = self._state(columns)
         missing = [camera for camera in self.robot.cameras if camera not in images]
         if missing:
@@ -67,6 +66,16 @@ class Reader:
         if self.reads_prompts and not prompt:
             self._tell("there is no task: the policy acts without one")
         return {"images": images, "state": state, "prompt": prompt}
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that it reads; those of the dataset's other columns of cameras and prompts it reads, too."""
+        return (*self.cameras, *STATE, *PROMPT, *self._state_columns())
+
+    def reads(self, name: str) -> bool:
+        """Whether an observation may have something of this name."""
+        prompts = (*PROMPT, *self.robot.prompt_columns)
+        return name in (*prompts, *STATE) or self._camera(name) is not None or bool(self._dims(name))
 
     def _camera(self, name: str) -> str | None:
         """The camera that a name means: its own, its column's, or its column's last part, as datasets' are named."""
@@ -76,11 +85,12 @@ class Reader:
         return camera if camera in self.cameras else None
 
     def _frames(self, camera: str, value: NDArray) -> NDArray[np.uint8]:
+        num = len(value) if value.ndim == 4 else 1
+        if num not in (1, self.history + 1):  # before they are scaled: a stranger's may be a million of one pixel
+            raise self._error(f"camera '{camera}' gives {num} frames, the policy takes {self.history + 1}")
         frames = frames_of(value, camera, self.size, halved=camera in self.robot.videos)
         if len(frames) == self.history + 1:
             return frames
-        if len(frames) != 1:
-            raise self._error(f"camera '{camera}' gives {len(frames)} frames, the policy takes {self.history + 1}")
         self._tell(f"camera {camera} gives one picture, which stands for {self.history} earlier ones too")
         return np.repeat(frames, self.history + 1, axis=0)
 
@@ -112,6 +122,11 @@ class Reader:
 
     def _state_columns(self) -> Iterable[str]:
         return {name.partition("[")[0] for name in self.robot.state_names}
+
+    def _numbers(self, name: str, values: NDArray) -> NDArray:
+        if values.dtype.kind not in "biuf":
+            raise self._error(f"'{name}' is {values.dtype}, not numbers")
+        return values
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):

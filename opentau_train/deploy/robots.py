@@ -16,6 +16,11 @@ from opentau_train.data.conventions.places import locate
 from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.errors import UserError
 
+READ_BY = (
+    *("cameras", "state", "actions", "drop_dims", "prompt_columns", "prompt_separator", "tolerance_s", "fps"),
+    *("control_mode", "control_mode_column"),
+)
+"""Settings of a source that say what a window of it has: nothing of where it lies."""
 _RATES_ALIKE = 0.01
 """By which share two rates may differ and be one: 29.97 is 30."""
 
@@ -44,7 +49,7 @@ class Robot:
     `cameras`, and which of them the dataset stores as `videos`; the names of the state's S' and the actions' A'
     dimensions in the robot's own order and units; `fps`, steps of a chunk a second; `chunk_length` T; `convention`,
     what state and actions are, as far as the dataset declares it. `columns` {the dataset's name of a camera: the
-    policy's}; `prompt_columns`, the dataset's.
+    policy's}; `prompt_columns`, the dataset's; `source`, how the training read the dataset's columns (`READ_BY`).
     """
 
     norm_head: str
@@ -58,6 +63,7 @@ class Robot:
     columns: Mapping[str, str] = field(repr=False)
     prompt_columns: tuple[str, ...] = field(repr=False)
     range: TrainedRange = field(repr=False)
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def check(self, fps: float | None = None, convention: Convention | Mapping[str, Any] | None = None) -> None:
         """Raises `UserError` where a robot runs at another rate than the training's, or where its state and actions
@@ -114,6 +120,7 @@ def _robot(loaded: Loaded, dataset: str, head: str) -> Robot:
         convention=typed.build(Convention, card["convention"], f"robots.{dataset}.convention"),
         columns={column: camera for camera, column in named.items()} if isinstance(named, Mapping) else {},
         prompt_columns=tuple(source.get("prompt_columns") or ()),
+        source={key: source[key] for key in READ_BY if source.get(key) is not None},
         range=TrainedRange(loaded.stats[head].action_names, stats.min, stats.max, affine),
     )
 

@@ -12,21 +12,21 @@ from opentau_train.errors import UserError, check_machine
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, argument: str = "--out") -> Iterator[None]:
     """Stands around code that makes, opens or writes `path` or its directory: an OSError becomes a `UserError` naming
-    it."""
+    it, and the `argument` that gave it."""
     try:
         yield
     except OSError as error:
         check_machine(error, path)
         raise UserError(
-            f"can't write {path}: {error.strerror or error}", where="--out", remedy="give a file that can be written"
+            f"can't write {path}: {error.strerror or error}", where=argument, remedy="give a file that can be written"
         ) from error
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, argument: str = "--out") -> None:
     """Make the directory of the file `path`, and those above it, before anything is computed. Raises `UserError`."""
-    with writing(path):
+    with writing(path, argument):
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

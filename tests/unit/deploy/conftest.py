@@ -4,7 +4,7 @@ import pytest
 
 from opentau_train import load_policy
 from tests.lerobot_writer import Camera, Dataset, write
-from tests.program import TINY_POLICY, train_here
+from tests.program import TINY_POLICY, TOY, train_here
 
 CAMERAS = {"observation.images.front": Camera(), "observation.images.side": Camera(codec=None)}
 
@@ -24,3 +24,12 @@ def own_run(tmp_path_factory):
 @pytest.fixture(scope="package")
 def policy(own_run):
     return load_policy(own_run)
+
+
+@pytest.fixture(scope="package")
+def scaled_run(tmp_path_factory):
+    """Two robots, pictures that are read smaller than they are stored and then cropped, a dim that is left out."""
+    words = [*TOY, "data/augment=droid_cosmos", "data.transforms.augment.centre=0.8", "trainer.steps=1"]
+    words += ["data.sources.main.drop_dims=[observation.state.state_2]", "data.sources.old.chunk_length=12"]
+    words += ["validation.every=1", "validation.evaluators=[action]", "checkpoint.every=1"]
+    return train_here(words, tmp_path_factory.mktemp("scaled") / "run")

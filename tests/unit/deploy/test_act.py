@@ -15,22 +15,13 @@ from opentau_train.deploy.pictures import frames_of
 from opentau_train.errors import UserError
 from opentau_train.tools import export
 from tests.lerobot_writer import decode_all, picture
-from tests.program import TOY, metrics, train_here
+from tests.program import metrics
 from tests.unit.deploy.windows import validated
 
 
 @pytest.fixture(scope="module")
 def seen(own_run, policy):
     return validated(own_run, policy)
-
-
-@pytest.fixture(scope="module")
-def scaled_run(tmp_path_factory):
-    """Two robots, pictures that are read smaller than they are stored and then cropped, a dim that is left out."""
-    words = [*TOY, "data/augment=droid_cosmos", "data.transforms.augment.centre=0.8", "trainer.steps=1"]
-    words += ["data.sources.main.drop_dims=[observation.state.state_2]", "data.sources.old.chunk_length=12"]
-    words += ["validation.every=1", "validation.evaluators=[action]", "checkpoint.every=1"]
-    return train_here(words, tmp_path_factory.mktemp("scaled") / "run")
 
 
 def test_chunks_are_the_validations_bit_for_bit(seen, policy):
@@ -162,6 +153,7 @@ def test_missing_cameras_tasks_and_frames_are_told_once(seen, own_run, caplog):
         ({"state": np.zeros(3)}, "'state' has the shape [3], the policy reads 4 numbers"),
         ({"state": np.array([0, np.nan, 0, 0])}, "there is no finite number for observation.state[1]"),
         ({"task": 3}, "'task' is int, not a text"),
+        ({"state": "four numbers"}, "'state' is <U12, not numbers"),
         ({"front": np.zeros((8, 8), np.uint8)}, "camera 'front' gives uint8 [8, 8], which is no picture: its shape"),
         ({"front": np.zeros((8, 8, 3), np.int64)}, "camera 'front' gives int64 [1, 8, 8, 3], which is no picture"),
         ({"front": np.full((8, 8, 3), 255.0)}, "its range, 255 to 255"),

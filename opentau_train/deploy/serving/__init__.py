@@ -1,0 +1,1 @@
+"""A policy behind a websocket, for the clients of openpi's protocol; docs/deploy.md."""

@@ -1,0 +1,56 @@
+"""The command line of tools that take KEY=VALUE and compose nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from opentau_train.config import typed
+from opentau_train.errors import UserError
+
+T = TypeVar("T")
+
+TOKEN = "OPENTAU_SERVE_TOKEN"
+"""The variable that holds a server's token. Not an argument, which every user of a machine can see."""
+
+
+def parse(arguments: Sequence[str], options: type[T]) -> T:
+    """The dataclass `options` of KEY=VALUE, values as in YAML; GROUP.KEY=VALUE sets a key of the mapping GROUP. Raises
+    `UserError`."""
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"'{argument}' is not KEY=VALUE", remedy="--help shows what there is")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"'{text}' can't be read as YAML", where=key, remedy="put it in quotes") from error
+        group, dot, name = key.partition(".")
+        if dot:
+            of_group = tree.setdefault(group, {})
+            if not isinstance(of_group, dict):
+                raise UserError(f"{group} is set twice", where=key, remedy=f"set {group}.{name} only")
+            of_group[name] = value
+        else:
+            tree[key] = value
+    return typed.build(options, tree, "")
+
+
+def read_token(file: str | None) -> str | None:
+    """The token that a server asks for, of a file or of the environment; None: there is none. Raises `UserError`."""
+    from opentau_train.deploy.serving.gate import check_token
+
+    if file is None:
+        token = os.environ.get(TOKEN)
+        return None if token is None else check_token(token, TOKEN)
+    try:
+        return check_token(Path(file).expanduser().read_text(), "token_file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"can't read {file}: {error}", where="token_file", remedy="name a file with the token"
+        ) from error
