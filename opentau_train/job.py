@@ -93,10 +93,15 @@ class Job:
         return self.settings.optimizer.rate(trainer.global_batch_size) * self.schedule(self.state.step, trainer.steps)
 
     def must_save(self, stop: Stop) -> bool:
-        """Whether the state must be saved: the run ends with it, it is the best, or a regular checkpoint is due."""
+        """Whether the state must be saved: the run ends with it, or a regular checkpoint is due."""
         step, every = self.state.step, self.settings.checkpoint.every
         due = every > 0 and step % every == 0
-        return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
+        return due or stop is not Stop.NONE or step == self.settings.trainer.steps
+
+    def must_save_validated(self, stop: Stop) -> bool:
+        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best or the last
+        one, and wasn't saved before."""
+        return (self.is_best or stop is not Stop.NONE) and self.saver.step != self.state.step
 
     def step_setup(self) -> StepSetup:
         """How this job's steps are taken."""
@@ -265,6 +270,7 @@ def _resume(job: Job, checkpoint: Path) -> None:
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
+    job.saver.run = saved
     job.state.skipped = torch.tensor([job.counters["skipped"], 0])
     if job.best is not None:
         job.best.restore(job.world, job.state.step)

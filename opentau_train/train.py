@@ -124,12 +124,15 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
                 traced_step()
                 collect(state.step)
             _report_save(job, job.saver.poll(agreement.all_written))
-            if job.owes_validation and stopped is Stop.NONE:
-                with meter.paused():
-                    stopped = _validate(job, sinks, stop)
             if job.must_save(stopped):
                 with meter.saving():
                     _save(job, sinks)
+            if job.owes_validation and stopped is Stop.NONE:
+                with meter.paused():
+                    stopped = _validate(job, sinks, stop)
+                if job.must_save_validated(stopped):
+                    with meter.saving():
+                        _save(job, sinks)
     _report_save(job, job.saver.finish())
     return stopped
 
@@ -198,12 +201,20 @@ def _last_remedy(run_dir: Path) -> str:
 
 
 def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
-    """The passes and their row; the stop when they were left unfinished, which leaves no row."""
+    """The passes and their row; the stop when they were left unfinished, which leaves no row.
+
+    Where the pass fails, the step is saved before its error is raised.
+    """
     started, state, step = time.perf_counter(), job.state, job.state.step
     try:
         measured = job.validation.run(state.policy, state.replicas, state.ema, stop, job.progress)
     except Stopped as stopped:
         return stopped.code
+    except Exception:
+        # Broad, and not to be split: whatever it was, it says nothing of the steps before, and goes on as it came.
+        if job.saver.step != step and job.world.all_meet(f"validation/{step}"):
+            _save(job, sinks)
+        raise
     job.counters["validated"] = step
     sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
     if job.world.is_main:
@@ -214,6 +225,9 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
             (job.run_dir / "plots" / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
     if job.best is not None and measured.scores is not None:
         job.best.update(job.world, step, measured.scores)
+    sinks.flush()  # the checkpoint says below that the row is there
+    job.saver.recount(step, job.counters)
+    _point_to_best(job)
     return Stop.NONE
 
 

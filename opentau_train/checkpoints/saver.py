@@ -62,6 +62,7 @@ class Saver:
         self.folder = run_dir / "checkpoints"
         self.world, self.settings, self.card = world, settings, card
         self.retention = commit.Retention(settings.keep_last, settings.keep_every)
+        self.run: dict[str, Any] = {}
         self._under_way: _UnderWay | None = None
         self._sweeping: Future[None] | None = None
         if settings.asynchronous:
@@ -99,7 +100,7 @@ class Saver:
         """
         self.finish()
         partial = self.folder / f"{state.step:08d}{commit.PARTIAL}"
-        run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
+        self.run = run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
         if self._together(partial, lambda: self._is_there(run)):
             return None
         if self._sweeping is not None:
@@ -113,6 +114,20 @@ class Saver:
             return None
         self._write(partial, content, None)
         return self._publish(partial)
+
+    @property
+    def step(self) -> int | None:
+        """The step that was saved last, that is being saved, or that the run was resumed from."""
+        return self.run.get("step")
+
+    def recount(self, step: int, counters: dict[str, int]) -> None:
+        """Bring the counters of the step's checkpoint up to date, if it is that of `self.step`: now, or when it is
+        committed. Raises as `save`."""
+        if step != self.step:
+            return
+        self.run["counters"] = dict(counters)
+        if self._under_way is None:
+            self._together(self.folder / f"{step:08d}{commit.PARTIAL}", lambda: self._is_there(self.run))
 
     @property
     def written(self) -> bool:
@@ -144,8 +159,7 @@ class Saver:
         checkpoint = self.folder / f"{run['step']:08d}"
         if commit.flaw(checkpoint) is not None:
             return False
-        if (checkpoint / RUN).read_text() != as_json(run):
-            commit.amend(checkpoint, RUN, as_json(run))
+        _bring_up_to_date(checkpoint, run)
         return True
 
     def _is_done(self, call: Future[None]) -> bool:
@@ -182,7 +196,11 @@ class Saver:
         self._together(partial, readable, group)
 
     def _publish(self, partial: Path) -> Path:
-        leftovers = self._together(partial, lambda: commit.publish(partial, self.retention))
+        def commit_it() -> list[Path]:
+            _bring_up_to_date(partial, self.run)
+            return commit.publish(partial, self.retention)
+
+        leftovers = self._together(partial, commit_it)
         if self.world.is_main and self.settings.asynchronous:
             self._sweeping = in_background(lambda: commit.sweep(leftovers), THREAD)
         elif self.world.is_main:
@@ -224,6 +242,12 @@ def _cannot_save(partial: Path, problem: str) -> Fault:
 def _prepare(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / FOLDER).mkdir(parents=True)
+
+
+def _bring_up_to_date(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Let its `run.json` say `run`."""
+    if (checkpoint / RUN).read_text() != as_json(run):
+        commit.amend(checkpoint, RUN, as_json(run))
 
 
 def _root_cause(error: BaseException) -> str:

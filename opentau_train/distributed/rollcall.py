@@ -70,6 +70,15 @@ class RollCall:
                 remedy="look at that node's log; start again with resume=auto",
             )
 
+    def all_meet(self, place: str) -> bool:
+        """Whether all ranks call this with the same `place`, within `ANSWER_SECONDS` of this one. No collective: others
+        may be inside of one."""
+        end, here = time.monotonic() + ANSWER_SECONDS, self._store.add(f"meet/{place}", 1)
+        while here < self._size and time.monotonic() < end:
+            time.sleep(0.2)
+            here = self._store.add(f"meet/{place}", 0)
+        return here >= self._size
+
     def _find_out(self) -> Fault | None:
         end = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < end and not self._settled():

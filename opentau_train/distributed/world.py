@@ -116,6 +116,10 @@ class World:
                 raise
             raise fault from error
 
+    def all_meet(self, place: str) -> bool:
+        """Whether all ranks are soon at the same `place`, told without a collective (`RollCall.all_meet`)."""
+        return self.roll is None or self.roll.all_meet(place)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
