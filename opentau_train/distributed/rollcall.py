@@ -115,7 +115,7 @@ class RollCall:
 
     def _dead_here(self) -> list[int]:
         """Ranks of this machine that ended without an answer."""
-        dead = [rank for rank, pid in self._here().items() if _is_dead(pid)]
+        dead = [rank for rank, pid in self._here().items() if is_dead(pid)]
         return [rank for rank in dead if not self._store.check([f"answer/{rank}"])]
 
     def _missing(self, first: int, end: int) -> list[int]:
@@ -130,7 +130,7 @@ class RollCall:
         return self._store.get(key).decode()
 
 
-def _is_dead(pid: int) -> bool:
+def is_dead(pid: int) -> bool:
     """Whether the process `pid` of this machine is certainly dead."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

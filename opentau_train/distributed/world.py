@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from opentau_train.distributed.preflight import check_in
 from opentau_train.distributed.rollcall import RollCall
+from opentau_train.distributed.stopping import end_with_agent
 from opentau_train.errors import Explained, UserError
 
 T = TypeVar("T")
@@ -215,6 +216,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         roll=roll,
         timeout=limit,
     )
+    end_with_agent()  # not before: whoever starts a rank may hand it over to its agent
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.
     world.barrier()
