@@ -61,9 +61,18 @@ class Lock:
         self._renewing.start()
 
     def check(self) -> None:
-        """Raises `RunDirLost` where the path leads no more to what was locked, or another run has taken it."""
+        """Raises `RunDirLost` where the path leads no more to what was locked, or another run has taken it. That a file
+        server doesn't answer says neither."""
+        try:
+            os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            is_gone = True
+        except OSError:
+            return
+        else:
+            is_gone = not self._is_there(self.handle)
         holder = self._holder()
-        if holder.get("token") == self._own["token"] and self._is_there(self.handle):
+        if not is_gone and holder.get("token", self._own["token"]) == self._own["token"]:
             return
         what = f"another run has taken the run directory: {_words(holder)}" if holder else "the run directory is gone"
         raise RunDirLost(f"{what}, or another one is in its place", where=str(self.run_dir))

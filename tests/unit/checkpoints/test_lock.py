@@ -1,5 +1,6 @@
 """One writer a run directory: others are refused and told who it is; one that is gone is followed."""
 
+import errno
 import json
 import os
 import signal
@@ -146,6 +147,21 @@ def test_a_directory_that_is_this_runs_no_more_is_noticed(how, tmp_path):
     if how == "replaced":
         other.check()
         other.release()
+
+
+def test_a_file_server_that_does_not_answer_takes_no_directory_away(tmp_path, monkeypatch):
+    lock = Lock(tmp_path / "run")
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "stat", fail)
+        lock.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Path, "read_text", fail)
+        lock.check()
+    lock.release()
 
 
 def test_the_count_rises_while_it_is_held(system, tmp_path):
