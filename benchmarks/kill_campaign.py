@@ -58,6 +58,7 @@ CONFIG = [
 """A policy whose steps take milliseconds, on a dataset of the tests."""
 
 OF_THE_PROCESS = (
+    "attempt",
     *("time", "Timing/", "Memory/", "Training/SamplesPerSecond", "Training/TokensPerSecond"),
     *("Training/OpenDecoders", "Training/DecoderMemory"),
 )

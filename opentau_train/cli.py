@@ -36,7 +36,7 @@ from opentau_train.config.weights import completed
 from opentau_train.data.decode.open_files import raise_file_limit
 from opentau_train.distributed.stopping import end_on_signals
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
-from opentau_train.threads import THREAD
+from opentau_train.sinks.background import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
@@ -51,8 +51,15 @@ _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYA
 def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
     end_on_signals()
+    threading.excepthook = _tell_of_thread
     sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
     end(answer(_compose_and_run))
+
+
+def _tell_of_thread(thread: threading.ExceptHookArgs) -> None:
+    """A thread that met a fault of the machine (TensorBoard's, a full disk) prints nothing: who waits for it tells."""
+    if thread.exc_value is None or machine_fault(thread.exc_value) is None:
+        threading.__excepthook__(thread)
 
 
 def end(code: int) -> None:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng
-from opentau_train.checkpoints import assets, base, commit, contents, manifest
+from opentau_train.checkpoints import assets, base, contents
 from opentau_train.checkpoints.best import Best
+from opentau_train.checkpoints.place import Place, not_writable
 from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.published import published_statistics
+from opentau_train.checkpoints.room import warn_of_room
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.checkpoints.start import Start, begin, sketch_policy, spread_policy
 from opentau_train.config import drift
@@ -34,7 +36,7 @@ from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.memory import announce
+from opentau_train.distributed.memory import announce, saved_bytes
 from opentau_train.distributed.opening import normalise_together, open_together
 from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
@@ -42,7 +44,7 @@ from opentau_train.distributed.rehearsal import Rehearsal
 from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import UserError, check_machine
+from opentau_train.errors import Explained, machine_fault
 from opentau_train.metrics.budget import budget
 from opentau_train.models.average import Ema
 from opentau_train.models.finetune import summary
@@ -61,7 +63,7 @@ class Job:
 
     settings: Settings
     world: World
-    run_dir: Path
+    place: Place
     mixture: Mixture
     tape: Tape
     validation: Validation
@@ -72,6 +74,29 @@ class Job:
     max_samples: int
     counters: dict[str, int] = field(default_factory=lambda: {"bad": 0, "cut": 0, "skipped": 0, "validated": 0})
     progress: Progress = field(default_factory=Progress)
+    checks: list[Callable[[], None]] = field(default_factory=list)
+    """What rank 0 looks at with each row: they raise where it can't go on."""
+    trouble: Explained | None = None
+    """What this rank alone has met, to be told by the next vote."""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, rank 0 alone writes: what ends that (a full disk) is told to all ranks by the next vote."""
+        try:
+            yield
+        except (Explained, OSError) as error:
+            self.trouble = error if isinstance(error, Explained) else machine_fault(error, self.run_dir)
+            if self.trouble is None:
+                raise
+
+    def raise_trouble(self) -> None:
+        """Raises the `trouble`, if there is any."""
+        if self.trouble is not None:
+            raise self.trouble
+
+    @property
+    def run_dir(self) -> Path:
+        return self.place.run_dir
 
     @property
     def owes_validation(self) -> bool:
@@ -93,10 +118,15 @@ class Job:
         return self.settings.optimizer.rate(trainer.global_batch_size) * self.schedule(self.state.step, trainer.steps)
 
     def must_save(self, stop: Stop) -> bool:
-        """Whether the state must be saved: the run ends with it, it is the best, or a regular checkpoint is due."""
+        """Whether the state must be saved: the run ends with it, or a regular checkpoint is due."""
         step, every = self.state.step, self.settings.checkpoint.every
         due = every > 0 and step % every == 0
-        return due or self.is_best or stop is not Stop.NONE or step == self.settings.trainer.steps
+        return due or stop is not Stop.NONE or step == self.settings.trainer.steps
+
+    def must_save_validated(self, stop: Stop) -> bool:
+        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best or the last
+        one, and wasn't saved before."""
+        return (self.is_best or stop is not Stop.NONE) and self.saver.step != self.state.step
 
     def step_setup(self) -> StepSetup:
         """How this job's steps are taken."""
@@ -106,8 +136,8 @@ class Job:
         return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops, max_tokens)
 
 
-def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
-    """Open the data, build the policy and its optimizer, and load the checkpoint that `resume` names.
+def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place) -> Job:
+    """Open the data, build the policy and its optimizer, and load the checkpoint of `place`.
 
     Raises `UserError` for mistakes in configuration or data, on all ranks alike.
     """
@@ -115,8 +145,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     check_batch(trainer.global_batch_size, world.data_size)
     evaluators = open_evaluators(settings.validation)
     mesh = mesh_of(settings, world)
-    run_dir, checkpoint = world.broadcast(world.agree(lambda: _where(settings) if world.is_main else (Path(), None)))
-    checkpoint = _undamaged(checkpoint, settings, world)
+    run_dir, checkpoint = place.run_dir, place.checkpoint
     start = _start(settings, tree, world, checkpoint)
     opened = open_together(settings, world)
     model, precision = settings.model, trainer.precision
@@ -151,18 +180,22 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World) -> Job:
     if policy.borrowed:
         convention[base.KEY] = world.agree(lambda: start.record() if world.is_main else None)
     card = Pretrained(tree, {h: s.to_json() for h, s in mixture.stats.items()}, convention)
-    saver = Saver(run_dir, world, settings.checkpoint, card)
-    job = Job(settings, world, run_dir, mixture, tape, validation, best, state, schedule, saver, max_samples)
+    rehearsal = Rehearsal(sketched, mixture.spec, world.device.type)
+    num_bytes = saved_bytes(rehearsal, settings, policy.borrowed) if world.is_main else None
+    saver = Saver(run_dir, world, settings.checkpoint, card, num_bytes)
+    job = Job(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples)
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
         log.info(budget(settings, world.data_size, max_samples, sum(mixture.draws)))
         for line in schedule_warnings(settings.scheduler, trainer.steps):
             log.warning(line)
-        announce(Rehearsal(sketched, mixture.spec, world.device.type), settings, world.data_size, world.device)
+        announce(rehearsal, settings, world.data_size, world.device)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
+    if num_bytes is not None:
+        warn_of_room(saver.folder, settings, state.step, num_bytes)
     return job
 
 
@@ -184,38 +217,6 @@ def _given_statistics(settings: Settings, opened: Mixture, checkpoint: Path | No
         return read_stats(checkpoint)
     path = settings.data.statistics_path
     return None if path is None else published_statistics(path, opened)
-
-
-def _where(settings: Settings) -> tuple[Path, Path | None]:
-    """(run directory, checkpoint to start from or None)."""
-    root = Path(settings.paths.root).expanduser()
-    run_dir = Path(settings.paths.run_dir).expanduser() if settings.paths.run_dir else None
-    if run_dir is None and settings.resume.checkpoint == "auto":
-        run_dir = commit.newest_run(root, settings.name)
-    checkpoint = commit.resolve(settings.resume.checkpoint, run_dir)
-    if run_dir is None and checkpoint is not None:
-        run_dir = checkpoint.parent.parent
-    if run_dir is None:
-        run_dir = root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return run_dir.absolute(), checkpoint
-
-
-def _undamaged(checkpoint: Path | None, settings: Settings, world: World) -> Path | None:
-    """`checkpoint` or, with resume=auto, the newest one before it whose files are as they were written; what is damaged
-    is set aside. The ranks share the files. Collective; raises `UserError` for a damaged checkpoint that was named."""
-    while checkpoint is not None and settings.checkpoint.verify:
-        share = partial(manifest.damage, checkpoint, part=world.rank, parts=world.size)
-        why = next((damage for damage in world.gather(world.agree(share)) if damage is not None), None)
-        if why is None:
-            break
-        if settings.resume.checkpoint != "auto":
-            raise manifest.damaged(checkpoint, why)
-        damaged, checkpoint = checkpoint, None
-        if world.is_main:
-            log.warning("skipped %s: %s; it is kept as %s", damaged, why, commit.set_aside(damaged))
-            checkpoint = commit.newest(damaged.parent)
-        checkpoint = world.broadcast(checkpoint)
-    return checkpoint
 
 
 def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:
@@ -265,6 +266,7 @@ def _resume(job: Job, checkpoint: Path) -> None:
     offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
+    job.saver.run = saved
     job.state.skipped = torch.tensor([job.counters["skipped"], 0])
     if job.best is not None:
         job.best.restore(job.world, job.state.step)
@@ -275,17 +277,11 @@ def _resume(job: Job, checkpoint: Path) -> None:
 
 
 def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
-    """Make the run directory and write down what runs. Raises `UserError` where it can't be written."""
+    """Write down what runs. Raises `UserError` where the run directory can't be written."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(as_yaml(tree))
     except OSError as error:
-        check_machine(error, run_dir)
-        raise UserError(
-            f"the run directory can't be written: {error}",
-            where=str(run_dir),
-            remedy="set paths.run_dir, or paths.root, to a directory that you can write",
-        ) from error
+        raise not_writable(error, run_dir) from error
 
 
 def as_yaml(tree: dict[str, Any]) -> str:

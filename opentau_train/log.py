@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from opentau_train.errors import Explained
+from opentau_train.errors import Explained, check_machine
 
 ROOT = logging.getLogger("opentau_train")
+
+
+class LogFile(logging.FileHandler):
+    """Appends to a file. An error of the disk is kept for `check`: whoever logs isn't to end by it."""
+
+    error: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`, which would print a traceback."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        else:
+            self.error = self.error or error
+
+    def check(self) -> None:
+        """Raises what kept a line out of the file, if anything did."""
+        if self.error is not None:
+            check_machine(self.error, self.baseFilename)
+            raise self.error
 
 
 class Console:
@@ -19,6 +40,7 @@ class Console:
 
     def __init__(self, stream: TextIO, is_main: bool):
         self.is_main = is_main
+        self.file: LogFile | None = None
         level = logging.INFO if is_main else logging.ERROR
         ROOT.setLevel(level)
         ROOT.propagate = False
@@ -28,14 +50,24 @@ class Console:
         ROOT.handlers = [terminal, self.buffer]
 
     def also_to(self, path: Path) -> None:
-        """Append to `path` from now on, beginning with all that was logged before. Rank 0 only."""
+        """Append to `path` from now on, beginning with all that was logged before. Rank 0 only. Raises `Fault`, as
+        `check` does from then on, where it can't be written."""
         if not self.is_main:
             return
-        file = logging.FileHandler(path)
+        try:
+            self.file = file = LogFile(path)
+        except OSError as error:
+            check_machine(error, path)
+            raise
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.buffer.setTarget(file)
         self.buffer.close()
         ROOT.handlers = [ROOT.handlers[0], file]
+
+    def check(self) -> None:
+        """Raises what kept a line out of the file, if anything did."""
+        if self.file is not None:
+            self.file.check()
 
     def write_down(self, text: str) -> None:
         """Write an error's text to the file only: the command line itself prints it."""
@@ -51,6 +83,7 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
     console = Console(stream, is_main)
     try:
         yield console
+        console.check()
     except Explained as error:
         console.write_down(str(error))
         raise
@@ -58,5 +91,21 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
         handlers = ROOT.handlers
         level, ROOT.propagate, ROOT.handlers = before
         ROOT.setLevel(level)
-        for handler in handlers:  # last: a file on a full disk can't be closed without an error
-            handler.close()
+        for handler in handlers:
+            with suppress(OSError):  # of a disk that was full before: `check` has told
+                handler.close()
+
+
+def next_steps(run_dir: Path, how: str, num_bad: int, goes_on: bool) -> str:
+    """The last words: `how` it ended, where everything is and what to look at. `num_bad`: windows that were replaced;
+    `goes_on`: it was stopped, and can be resumed."""
+    lines = [f"{how}. Run directory: {run_dir}"]
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
+    lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
+    lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
+    if num_bad:
+        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
+    if goes_on:
+        lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
+    return "\n".join(lines)

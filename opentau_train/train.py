@@ -7,18 +7,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opentau_train.checkpoints import commit
+from opentau_train.checkpoints.lock import RunDirLost
+from opentau_train.checkpoints.place import held
+from opentau_train.checkpoints.rescue import rescue
 from opentau_train.config.settings import Settings
 from opentau_train.data.load.arrival import Arrival, arrivals
-from opentau_train.data.load.stream import training_batches
+from opentau_train.data.load.stream import last_remedy, training_batches
 from opentau_train.data.order.state import save_state
 from opentau_train.distributed.consensus import Agreement, Ballot, Vote
 from opentau_train.distributed.network import watch_connections
@@ -28,15 +32,16 @@ from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.stopping import Stop, StopFlag, Stopped, mark_preempted, stop_signals
 from opentau_train.distributed.watchdog import watch
 from opentau_train.distributed.world import launch
-from opentau_train.errors import EXIT_OK
+from opentau_train.errors import EXIT_OK, Fault
 from opentau_train.job import Job, prepare
-from opentau_train.log import log_to
+from opentau_train.log import log_to, next_steps
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
+from opentau_train.validation.evaluator import Evaluation
 from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
@@ -63,35 +68,47 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         console = stack.enter_context(log_to(sys.stderr, world.is_main))
         stop = stack.enter_context(stop_signals())
         with world.roll_call():
-            job = prepare(settings, tree, world)
+            job = prepare(settings, tree, world, stack.enter_context(held(settings, world)))
         # Its end comes last: a saver, a tracker or the ranks' last barrier may hang too.
         watched.enter_context(
             watch(job.progress, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
         )
         stop.watch(job.run_dir, clear=world.is_main)
-        console.also_to(job.run_dir / "train.log")
+        world.agree(lambda: console.also_to(job.run_dir / "train.log"))
+        job.checks += [job.place.check, console.check]
         if job.state.step >= trainer.steps and not job.owes_validation:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
         stack.enter_context(closing(job.validation))
+        stack.push(partial(_name_last_good, job))
         stack.enter_context(job.saver)
         recorder = FlightRecorder(job.run_dir, job.tape, job.mixture, world) if settings.flight_recorder else None
         stack.enter_context(nullcontext() if recorder is None else recorder)
         stack.push(partial(_enter_closing, job))
         watch_connections()  # those of all groups: the mesh's, the saver's
         with world.roll_call():
-            stopped = _loop(job, sinks, recorder, stop)
+            try:
+                stopped = _loop(job, sinks, recorder, stop)
+            except RunDirLost as lost:  # on all ranks alike
+                stream = save_state(job.tape, job.state.step)
+                raise rescue(lost, job.place, job.saver, job.state, stream=stream, counters=job.counters) from lost
         if world.is_main:
             if stopped is Stop.PREEMPTED:
                 mark_preempted(job.run_dir, job.state.step)
-            log.info(next_steps(job.run_dir, job.state.step, stopped, job.counters["bad"]))
+            how = "finished" if stopped is Stop.NONE else stopped.name.lower()
+            log.info(next_steps(job.run_dir, f"{how} at step {job.state.step}", job.counters["bad"], bool(stopped)))
         return stopped.exit_code
 
 
 def _enter_closing(job: Job, kind: type | None, error: BaseException | None, trace: object) -> None:
     """Record that the run closes, and after which error: the watchdog reports it where closing hangs."""
     job.progress.enter("closing" if error is None else f"closing after {type(error).__name__}: {first_line(error)}")
+
+
+def _name_last_good(job: Job, kind: type | None, error: BaseException | None, trace: object) -> None:
+    if error is not None and job.world.is_main:
+        log.info("%s", commit.last_good(job.saver.folder))
 
 
 def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFlag) -> Stop:
@@ -125,14 +142,18 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
                 _account(job, meter, sinks, agreement)
                 traced_step()
                 collect(state.step)
-            _report_save(job, job.saver.poll(agreement.all_written))
-            if job.owes_validation and stopped is Stop.NONE:
-                with meter.paused():
-                    stopped = _validate(job, sinks, stop)
+            _report_save(job, partial(job.saver.poll, agreement.all_written))
             if job.must_save(stopped):
                 with meter.saving():
                     _save(job, sinks)
-    _report_save(job, job.saver.finish())
+            if job.owes_validation and stopped is Stop.NONE:
+                with meter.paused():
+                    stopped = _validate(job, sinks, stop)
+                if job.must_save_validated(stopped):
+                    with meter.saving():
+                        _save(job, sinks)
+    _report_save(job, job.saver.finish)
+    job.world.agree(job.raise_trouble)
     return stopped
 
 
@@ -156,12 +177,13 @@ def _incoming(job: Job) -> InterruptibleIterator[Arrival]:
 
 def _vote(job: Job, arrival: Arrival | None, stop: Stop, setup: StepSetup) -> Vote:
     """What this rank says before the step; `arrival` is None where it gave up waiting for its data."""
-    written = job.saver.written
+    written, error = job.saver.written, job.trouble
     if arrival is None:
-        return Vote(dict.fromkeys(job.state.policy.loss_weights, 0.0), has_batch=False, has_written=written, stop=stop)
+        none = dict.fromkeys(job.state.policy.loss_weights, 0.0)
+        return Vote(none, error=error, has_batch=False, has_written=written, stop=stop)
     part = arrival.part
     numbers = part.num_substituted, arrival.num_cut, *size_of(part.batch, setup.max_samples, setup.max_tokens)
-    return Vote(arrival.counts, *numbers, part.error, has_written=written, stop=stop)
+    return Vote(arrival.counts, *numbers, error or part.error, has_written=written, stop=stop)
 
 
 def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None:
@@ -175,7 +197,10 @@ def _account(job: Job, meter: Meter, sinks: Sinks, agreement: Agreement) -> None
     if step % trainer.log_every == 0 or step == trainer.steps or agreement.stop is not Stop.NONE:
         reading = meter.read()
         check_skipped(step, reading.in_a_row, trainer.max_skipped_steps)
-        sinks.write(step, meter.row(reading, job.counters))
+        with job.noted():
+            sinks.write(step, meter.row(reading, job.counters))
+            for check in job.checks:
+                check()
 
 
 def _count(job: Job, counter: str, num: int) -> bool:
@@ -190,46 +215,69 @@ def _check_windows(job: Job, num_substituted: int) -> None:
         message = "step %d: %d windows so far can't be read and were replaced by others: %s"
         log.warning(message, job.state.step, job.counters["bad"], job.run_dir / QUARANTINE)
     seen = job.state.step * job.settings.trainer.global_batch_size
-    check_windows(job.counters["bad"], seen, job.settings.data.bad_samples, lambda: _last_remedy(job.run_dir))
-
-
-def _last_remedy(run_dir: Path) -> str:
-    """What the last window in the quarantine calls for, "" where its cause doesn't tell."""
-    lines = (run_dir / QUARANTINE).read_text().splitlines()
-    return json.loads(lines[-1])["remedy"] if lines else ""
+    check_windows(
+        job.counters["bad"], seen, job.settings.data.bad_samples, partial(last_remedy, job.run_dir / QUARANTINE)
+    )
 
 
 def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
-    """The passes and their row; the stop when they were left unfinished, which leaves no row."""
+    """The passes and their row; the stop when they were left unfinished, which leaves no row.
+
+    Where the pass fails, the step is saved before its error is raised.
+    """
     started, state, step = time.perf_counter(), job.state, job.state.step
     try:
         measured = job.validation.run(state.policy, state.replicas, state.ema, stop, job.progress)
     except Stopped as stopped:
         return stopped.code
+    except Exception:
+        # Broad, and not to be split: whatever it was, it says nothing of the steps before, and goes on as it came.
+        if job.saver.step != step and job.world.all_meet(f"validation/{step}"):
+            _save(job, sinks)
+        raise
     job.counters["validated"] = step
-    sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
-    if job.world.is_main:
-        for picture in measured.pictures:
-            save_png(job.run_dir / "plots" / f"{picture.file}_{step:08d}.png", picture.pixels)
-            sinks.image(step, picture.tag, picture.pixels)
-        for file in measured.files:
-            (job.run_dir / "plots" / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
-    if job.best is not None and measured.scores is not None:
-        job.best.update(job.world, step, measured.scores)
+    with job.noted():
+        sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
+        if job.world.is_main:
+            _keep_pictures(job, sinks, measured)
+        sinks.flush()  # the checkpoint says below that the row is there
+    with job.noted():
+        if job.best is not None and measured.scores is not None:
+            job.best.update(job.world, step, measured.scores)
+    job.saver.recount(step, job.counters)
+    _point_to_best(job)
     return Stop.NONE
+
+
+def _keep_pictures(job: Job, sinks: Sinks, measured: Evaluation) -> None:
+    folder, step = job.run_dir / "plots", job.state.step
+    for picture in measured.pictures:
+        save_png(folder / f"{picture.file}_{step:08d}.png", picture.pixels)
+        sinks.image(step, picture.tag, picture.pixels)
+    for file in measured.files:
+        (folder / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
 
 
 def _save(job: Job, sinks: Sinks) -> None:
     job.progress.enter("save")
-    sinks.flush()
+    with job.noted():
+        sinks.flush()
     stream = save_state(job.tape, job.state.step)
     job.counters["skipped"] = int(job.state.skipped[0])
     # The one before first, so that `best` holds it where it is to stay before the next one retires what nothing names.
-    _report_save(job, job.saver.finish())
-    _report_save(job, job.saver.save(job.state, stream=stream, counters=job.counters))
+    job.world.agree(job.place.check)
+    _report_save(job, job.saver.finish)
+    _report_save(job, partial(job.saver.save, job.state, stream=stream, counters=job.counters))
 
 
-def _report_save(job: Job, path: Path | None) -> None:
+def _report_save(job: Job, call: Callable[[], Path | None]) -> None:
+    """Make a `call` of the saver's, and report the checkpoint that it has committed. Raises as it does, and
+    `RunDirLost` where that is why."""
+    try:
+        path = call()
+    except Fault:  # on all ranks alike
+        job.world.agree(job.place.check)
+        raise
     if path is not None and job.world.is_main:
         log.info("saved %s", path)
         _point_to_best(job)
@@ -237,7 +285,8 @@ def _report_save(job: Job, path: Path | None) -> None:
 
 def _point_to_best(job: Job) -> None:
     if job.best is not None and job.world.is_main:
-        job.best.point()
+        with job.noted():
+            job.best.point()
 
 
 def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
@@ -250,18 +299,3 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
         config=tree,
     )
     return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))
-
-
-def next_steps(run_dir: Path, step: int, stopped: Stop, num_bad: int) -> str:
-    """The last words: where everything is and what to look at. `num_bad`: windows that were replaced."""
-    how = "finished" if stopped is Stop.NONE else stopped.name.lower()
-    lines = [f"{how} at step {step}. Run directory: {run_dir}"]
-    if (run_dir / "tensorboard").is_dir():
-        lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
-    lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
-    lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
-    if num_bad:
-        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
-    if stopped is not Stop.NONE:
-        lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
-    return "\n".join(lines)

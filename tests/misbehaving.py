@@ -83,6 +83,15 @@ class SlowValidation(FlowPolicy):
         return super().forward(batch, draws)
 
 
+class BrokenValidation(FlowPolicy):
+    """On rank BROKEN_RANK a validation raises, where the environment names it."""
+
+    def forward(self, batch, draws):
+        if not self.training and os.environ.get("BROKEN_RANK") == str(RANK):
+            raise ZeroDivisionError("division by a broken part")
+        return super().forward(batch, draws)
+
+
 class HangingSource(LeRobotSource):
     """On rank 1 the seventh read of a worker never ends."""
 

@@ -138,6 +138,7 @@ def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """{step: its numbers}, those of the clock and of rank 0's own process left out."""
     clocks = (
         "time",
+        "attempt",
         "Timing/",
         "Memory/",
         "Training/SamplesPerSecond",

@@ -139,6 +139,12 @@ def complete(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda p: int(p.name))
 
 
+def last_good(folder: Path) -> str:
+    """In words, what a run goes on from after an error."""
+    whole = complete(folder)
+    return f"the last good checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that nothing takes it for whole; returns where it is now."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)

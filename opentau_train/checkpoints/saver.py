@@ -7,13 +7,13 @@ import shutil
 from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -58,10 +58,13 @@ class Saver:
     waits no longer than `world.timeout`.
     """
 
-    def __init__(self, run_dir: Path, world: World, settings: CheckpointSettings, card: Pretrained):
+    def __init__(
+        self, run_dir: Path, world: World, settings: CheckpointSettings, card: Pretrained, num_bytes: int | None = None
+    ):
         self.folder = run_dir / "checkpoints"
-        self.world, self.settings, self.card = world, settings, card
+        self.world, self.settings, self.card, self.num_bytes = world, settings, card, num_bytes
         self.retention = commit.Retention(settings.keep_last, settings.keep_every)
+        self.run: dict[str, Any] = {}
         self._under_way: _UnderWay | None = None
         self._sweeping: Future[None] | None = None
         if settings.asynchronous:
@@ -84,7 +87,8 @@ class Saver:
         if self._under_way is not None:
             (partial, written), self._under_way = self._under_way, None
             if self._is_done(written) and written.exception() is None and self.world.is_main:
-                commit.sweep(commit.publish(partial, self.retention))
+                with suppress(OSError) if error is not None else nullcontext():  # `error` is what is told
+                    commit.sweep(commit.publish(partial, self.retention))
         if self._sweeping is not None:
             self._is_done(self._sweeping)
         if self.settings.asynchronous:
@@ -99,7 +103,7 @@ class Saver:
         """
         self.finish()
         partial = self.folder / f"{state.step:08d}{commit.PARTIAL}"
-        run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
+        self.run = run = {"version": VERSION, "step": state.step, "counters": dict(counters), "stream": stream}
         if self._together(partial, lambda: self._is_there(run)):
             return None
         if self._sweeping is not None:
@@ -113,6 +117,20 @@ class Saver:
             return None
         self._write(partial, content, None)
         return self._publish(partial)
+
+    @property
+    def step(self) -> int | None:
+        """The step that was saved last, that is being saved, or that the run was resumed from."""
+        return self.run.get("step")
+
+    def recount(self, step: int, counters: dict[str, int]) -> None:
+        """Bring the counters of the step's checkpoint up to date, if it is that of `self.step`: now, or when it is
+        committed. Raises as `save`."""
+        if step != self.step:
+            return
+        self.run["counters"] = dict(counters)
+        if self._under_way is None:
+            self._together(self.folder / f"{step:08d}{commit.PARTIAL}", lambda: self._is_there(self.run))
 
     @property
     def written(self) -> bool:
@@ -134,7 +152,7 @@ class Saver:
             return None
         (partial, written), self._under_way = self._under_way, None
         if not self._is_done(written):
-            raise _cannot_save(partial, f"rank {self.world.rank}: its part is still not written")
+            raise self._cannot_save(partial, f"rank {self.world.rank}: its part is still not written")
         written.result()
         return self._publish(partial)
 
@@ -144,8 +162,7 @@ class Saver:
         checkpoint = self.folder / f"{run['step']:08d}"
         if commit.flaw(checkpoint) is not None:
             return False
-        if (checkpoint / RUN).read_text() != as_json(run):
-            commit.amend(checkpoint, RUN, as_json(run))
+        _bring_up_to_date(checkpoint, run)
         return True
 
     def _is_done(self, call: Future[None]) -> bool:
@@ -182,7 +199,11 @@ class Saver:
         self._together(partial, readable, group)
 
     def _publish(self, partial: Path) -> Path:
-        leftovers = self._together(partial, lambda: commit.publish(partial, self.retention))
+        def commit_it() -> list[Path]:
+            _bring_up_to_date(partial, self.run)
+            return commit.publish(partial, self.retention)
+
+        leftovers = self._together(partial, commit_it)
         if self.world.is_main and self.settings.asynchronous:
             self._sweeping = in_background(lambda: commit.sweep(leftovers), THREAD)
         elif self.world.is_main:
@@ -199,26 +220,37 @@ class Saver:
         problem, result = None, None
         try:
             result = work()
-        except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
-            problem = f"rank {self.world.rank}: {_root_cause(error)}"
+        except (Exception, CheckpointException) as error:
+            # Broad, and not to be split: DCP's is no Exception, and gathers any kind of the other ranks'. Whatever
+            # it is, the other ranks wait for this one's answer below.
+            problem = f"rank {self.world.rank}: {_root_cause(error)}{_room(partial)}"
         answers = self.world.gather((problem, result), group)
         problems = [p for p, _ in answers if p]
         if problems:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise _cannot_save(partial, problems[0])
+            raise self._cannot_save(partial, problems[0])
         return [cast(T, result) for _, result in answers]
 
+    def _cannot_save(self, partial: Path, problem: str) -> Fault:
+        needed = "" if self.num_bytes is None else f"; a checkpoint takes {_in_mb(self.num_bytes)}"
+        return Fault(
+            f"can't save {partial.with_suffix('')}: {problem}{needed}",
+            where=f"{partial.parent}; {commit.last_good(self.folder)}",
+            remedy="make room or raise the quota, then go on with the same command and resume=auto",
+        )
 
-def _cannot_save(partial: Path, problem: str) -> Fault:
-    last = partial.with_name("last")
-    good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "there is no earlier checkpoint"
-    free = shutil.disk_usage(partial.parent).free if partial.parent.is_dir() else 0
-    return Fault(
-        f"can't save {partial.with_suffix('')}: {problem}; {good}",
-        where=f"{partial.parent}, with {free / 1e6:,.0f} MB free",
-        remedy="make room or raise the quota, then go on with the same command and resume=auto",
-    )
+
+def _room(partial: Path) -> str:
+    """What was written and what was left, at the failure: the unfinished directory goes afterwards."""
+    if not partial.is_dir():
+        return ""
+    written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    return f" ({_in_mb(written)} written, {_in_mb(shutil.disk_usage(partial).free)} free)"
+
+
+def _in_mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.3g} MB" if num_bytes < 1e7 else f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _prepare(partial: Path) -> None:
@@ -226,8 +258,16 @@ def _prepare(partial: Path) -> None:
     (partial / FOLDER).mkdir(parents=True)
 
 
+def _bring_up_to_date(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Let its `run.json` say `run`."""
+    if (checkpoint / RUN).read_text() != as_json(run):
+        commit.amend(checkpoint, RUN, as_json(run))
+
+
 def _root_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         inner = next(iter(error.failures.values()))
-        return str(inner[0] if isinstance(inner, tuple) else inner)
+        return _root_cause(inner[0] if isinstance(inner, tuple) else inner)
+    if "unexpected pos" in str(error):  # all that torch.save says where the system took less than it was given
+        return "a write was cut short, as it is on a full disk"
     return str(error) or type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +87,15 @@ def footprint(rehearsal: Rehearsal, settings: Settings, ranks: int) -> Footprint
         activations=None if kept is None else kept[degrees.activation_checkpointing],
         samples=samples,
     )
+
+
+def saved_bytes(rehearsal: Rehearsal, settings: Settings, borrowed: Collection[str]) -> int | None:
+    """What a checkpoint takes, without the parameters that it leaves out: the policy's state, once more by itself, the
+    moments and the average. None where the moments aren't known."""
+    policy, states = rehearsal.policy, rehearsal.optimizer_states(settings.optimizer)
+    model = sum(t.nbytes for name, t in policy.state_dict().items() if name not in set(borrowed))
+    average = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad and settings.trainer.has_ema)
+    return None if states is None else 2 * model + average + sum(_state_bytes(state, 1) for state in states)
 
 
 def remedies(rehearsal: Rehearsal, settings: Settings, ranks: int, limit: float) -> dict[str, Footprint]:

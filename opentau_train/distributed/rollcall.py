@@ -70,6 +70,15 @@ class RollCall:
                 remedy="look at that node's log; start again with resume=auto",
             )
 
+    def all_meet(self, place: str) -> bool:
+        """Whether all ranks call this with the same `place`, within `ANSWER_SECONDS` of this one. No collective: others
+        may be inside of one."""
+        end, here = time.monotonic() + ANSWER_SECONDS, self._store.add(f"meet/{place}", 1)
+        while here < self._size and time.monotonic() < end:
+            time.sleep(0.2)
+            here = self._store.add(f"meet/{place}", 0)
+        return here >= self._size
+
     def _find_out(self) -> Fault | None:
         end = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < end and not self._settled():
@@ -106,7 +115,7 @@ class RollCall:
 
     def _dead_here(self) -> list[int]:
         """Ranks of this machine that ended without an answer."""
-        dead = [rank for rank, pid in self._here().items() if _is_dead(pid)]
+        dead = [rank for rank, pid in self._here().items() if is_dead(pid)]
         return [rank for rank in dead if not self._store.check([f"answer/{rank}"])]
 
     def _missing(self, first: int, end: int) -> list[int]:
@@ -121,7 +130,7 @@ class RollCall:
         return self._store.get(key).decode()
 
 
-def _is_dead(pid: int) -> bool:
+def is_dead(pid: int) -> bool:
     """Whether the process `pid` of this machine is certainly dead."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

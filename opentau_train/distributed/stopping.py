@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from opentau_train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
+from opentau_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
 
 SENTINEL = "PREEMPT"
 """Its presence in the run directory asks the run to stop."""
@@ -95,6 +95,28 @@ def end_on_signals() -> None:
     for number in (signal.SIGINT, *PREEMPTING):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP ignored
             signal.signal(number, _end_early)
+
+
+AGENT = "TORCHELASTIC_RUN_ID"
+"""A variable that torchrun sets for its ranks."""
+LOOK_SECONDS, ORPHAN_SECONDS = 1.0, 20.0
+
+
+def end_with_agent() -> None:
+    """A rank of torchrun whose agent is gone is preempted, as nobody else can stop it now and a new start may follow:
+    it saves with the others, if that works within `ORPHAN_SECONDS`, and ends."""
+    if AGENT in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), name="agent", daemon=True).start()
+
+
+def _follow(agent: int) -> None:
+    while os.getppid() == agent:
+        time.sleep(LOOK_SECONDS)
+    with suppress(OSError):  # what it wrote to may be gone too
+        os.write(2, b"\nerror: torchrun's agent is gone: this rank saves and ends; go on with resume=auto\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(EXIT_FAULT)
 
 
 def _end_early(number: int, frame: object) -> None:

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from opentau_train.distributed.network import watch_connections
 from opentau_train.distributed.preflight import check_in
 from opentau_train.distributed.rollcall import RollCall
+from opentau_train.distributed.stopping import end_with_agent
 from opentau_train.errors import Explained, UserError
 
 T = TypeVar("T")
@@ -116,6 +117,10 @@ class World:
             if fault is None:
                 raise
             raise fault from error
+
+    def all_meet(self, place: str) -> bool:
+        """Whether all ranks are soon at the same `place`, told without a collective (`RollCall.all_meet`)."""
+        return self.roll is None or self.roll.all_meet(place)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -216,6 +221,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         roll=roll,
         timeout=limit,
     )
+    end_with_agent()  # not before: whoever starts a rank may hand it over to its agent
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.
     world.barrier()

@@ -7,6 +7,7 @@ its sample count and standard error; `Validation/{MSE,CE,Loss}` for the mixture.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.typed import TARGET, instantiate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,13 @@ class Sinks(Sink):
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(self, *exception) -> bool | None:
-        return self._closing.__exit__(*exception)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._closing.close()
+        except OSError as lost:
+            if error is None:
+                raise
+            log.warning("the last numbers are lost: %s", lost)  # the error that ends the run is told, not this one
 
 
 def open_sinks(tree: Mapping[str, Mapping[str, Any]], context: SinkContext) -> Sinks:

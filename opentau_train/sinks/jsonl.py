@@ -1,7 +1,8 @@
-"""`metrics.jsonl`: one JSON object a line, `{"step": 10, "time": unix seconds, "Training/Loss": 0.4, ...}`.
+"""`metrics.jsonl`: one JSON object a line, `{"step": 10, "time": unix seconds, "attempt": 1, "Training/Loss": 0.4}`.
 
-JSON has no NaN and no infinity: they are written as null. A resumed run moves the rows after its checkpoint to
-`metrics.superseded.jsonl`, so that `metrics.jsonl` tells every step once.
+JSON has no NaN and no infinity: they are written as null. The file is only appended to while a run writes it: each
+start is an attempt of its own. It is written anew once, before a resumed run opens it: whoever holds the run directory
+then moves the rows after its checkpoint to `metrics.superseded.jsonl`. `read_rows` reads rows of several attempts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,24 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from opentau_train.errors import UserError, check_machine
 from opentau_train.sinks.base import Sink, SinkContext
+
+FILE = "metrics.jsonl"
+ABOUT = ("step", "time", "attempt")
+"""The fields of a row that are no numbers of the step."""
+
+
+def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """{step: {tag: number}} of a run, in the order of its steps, with the `ABOUT` fields of the step's last row; None
+    stands for NaN and infinities. Of a number that several attempts have written the last attempt's counts, and a line
+    that a kill has cut off is left out. Raises OSError, and `UserError` for a line that is no row."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in sorted(_rows(run_dir / FILE), key=lambda row: (row["step"], row.get("attempt", 0))):
+        rows.setdefault(row["step"], {}).update(row)
+    return rows
 
 
 class JsonlSink(Sink):
@@ -22,15 +38,20 @@ class JsonlSink(Sink):
 
     def __init__(self, *, context: SinkContext):
         context.run_dir.mkdir(parents=True, exist_ok=True)
-        path = context.run_dir / "metrics.jsonl"
+        path, attempts = context.run_dir / FILE, [0]
         if path.exists():
+            attempts += [row.get("attempt", 0) for row in _rows(path)]
             _supersede(path, path.with_name("metrics.superseded.jsonl"), context.start_step)
+        self._attempt = max(attempts) + 1
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         values = {tag: float(value) if math.isfinite(value) else None for tag, value in row.items()}
         try:
-            self._file.write(json.dumps({"step": step, "time": time.time(), **values}, allow_nan=False) + "\n")
+            self._file.write(
+                json.dumps({"step": step, "time": time.time(), "attempt": self._attempt, **values}, allow_nan=False)
+                + "\n"
+            )
         except OSError as error:
             check_machine(error, self._file.name)
             raise
@@ -58,6 +79,10 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
     _replace(path, kept)
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line, _ in _steps(path, path.read_text(encoding="utf-8", errors="replace"))]
+
+
 def _steps(path: Path, text: str) -> list[tuple[str, int]]:
     """(line, its step) of every whole line: what follows the last newline was torn off by a kill."""
     lines = []
@@ -66,7 +91,7 @@ def _steps(path: Path, text: str) -> list[tuple[str, int]]:
             lines.append((line, int(json.loads(line)["step"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                "a line of the metrics is not a row of metrics, so the run can't be continued in it",
+                "a line of the metrics is not a row of metrics",
                 where=f"{path}:{number}",
                 remedy="remove the line, or move the file away",
             ) from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from opentau_train.errors import check_machine
 from opentau_train.sinks.base import Sink, SinkContext
 
 
@@ -21,21 +23,37 @@ class TensorBoardSink(Sink):
     def __init__(self, *, context: SinkContext, flush_seconds: int = 30):
         self._start_step = context.start_step
         first = context.start_step + 1 if context.start_step else 0
-        self._writer = SummaryWriter(str(context.run_dir / "tensorboard"), purge_step=first, flush_secs=flush_seconds)
+        self._folder = context.run_dir / "tensorboard"
+        with self._written():
+            self._writer = SummaryWriter(str(self._folder), purge_step=first, flush_secs=flush_seconds)
         self.text("Config", "```json\n" + json.dumps(context.config, indent=2, default=str) + "\n```")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        for tag, value in row.items():
-            self._writer.add_scalar(tag, value, step)
+        with self._written():
+            for tag, value in row.items():
+                self._writer.add_scalar(tag, value, step)
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
-        self._writer.add_image(tag, array, step, dataformats="HWC")
+        with self._written():
+            self._writer.add_image(tag, array, step, dataformats="HWC")
 
     def text(self, tag: str, text: str) -> None:
-        self._writer.add_text(tag, text, self._start_step)
+        with self._written():
+            self._writer.add_text(tag, text, self._start_step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._written():
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._written():
+            self._writer.close()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """TensorBoard's own thread writes; its errors come with the calls after. A full disk becomes a `Fault`."""
+        try:
+            yield
+        except OSError as error:
+            check_machine(error, self._folder)
+            raise

@@ -19,8 +19,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from numpy.typing import NDArray
 
 from opentau_train.errors import UserError
+from opentau_train.sinks.background import Background
 from opentau_train.sinks.base import Sink, SinkContext
-from opentau_train.threads import Background, first_line
+from opentau_train.threads import first_line
 
 log = logging.getLogger(__name__)
 

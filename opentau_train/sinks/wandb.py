@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.sinks.background import Background
+from opentau_train.sinks.jsonl import ABOUT, FILE, read_rows
 from opentau_train.sinks.trackers import TrackerSink, run_id
-from opentau_train.threads import Background
 
 INIT_SECONDS = 30.0
 VALIDATION, VALIDATION_STEP = "Validation/", "Validation/Step"
@@ -93,13 +93,16 @@ class WandbSink(TrackerSink):
     def _catch_up(self) -> None:
         """Send the rows up to this run's first that W&B may lack: its own process keeps rows back for some 15 seconds,
         and a kill, a scheduler's signal to it, or a server that wasn't reached leaves them out."""
-        path, after = self._context.run_dir / "metrics.jsonl", 0
+        path, after = self._context.run_dir / FILE, 0
         if self._run.tracker.offline and self._finished_step.exists():  # offline nobody else can tell what W&B has
             after = int(self._finished_step.read_text())
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            row = json.loads(line)
-            if after < (step := row.pop("step")) <= self._context.start_step:
-                self._log(step, {k: float("nan") if v is None else v for k, v in row.items() if k != "time"})
+        for step, row in read_rows(self._context.run_dir).items() if path.exists() else []:
+            if after < step <= self._context.start_step:
+                numbers = {k: float("nan") if v is None else v for k, v in row.items() if k not in ABOUT}
+                validated = {k: v for k, v in numbers.items() if k.startswith(("Validation", "Timing/Validation"))}
+                for part in ({k: v for k, v in numbers.items() if k not in validated}, validated):
+                    if part:  # a validation has a row of its own
+                        self._log(step, part)
 
     @property
     def _finished_step(self) -> Path:

@@ -6,13 +6,13 @@ python -m opentau_train.tools.report RUN --out curves.png
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
+from opentau_train.sinks.jsonl import ABOUT, read_rows
 
 PANELS = (
     ("loss", ("Training/MSE", "Training/CE")),
@@ -25,14 +25,14 @@ PANELS = (
 def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value)]} of a run directory. Raises `UserError` where it has no numbers."""
     try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        rows = read_rows(run)
+    except OSError as error:
         raise UserError(f"no numbers there: {error}", where=str(run), remedy="give a run directory") from error
     curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
+    for step, row in rows.items():
         for tag, value in row.items():
-            if tag not in ("step", "time") and value is not None:
-                curves.setdefault(tag, []).append((row["step"], value))
+            if tag not in ABOUT and value is not None:
+                curves.setdefault(tag, []).append((step, value))
     return curves
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from opentau_train import __version__
 from opentau_train.checkpoints import commit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from opentau_train.sinks.jsonl import read_rows
 
 SAMPLES = "Training/BatchId"
 OURS = ("resume=", "paths.run_dir=", "trainer.steps=", "trainer.stop_after=")
@@ -115,15 +115,6 @@ def _losses(row: dict[str, float]) -> dict[str, float]:
     return {
         t: row[t] for t, n in last.items() if t.startswith("Training/") and (n.isupper() or n in ("Loss", "GradNorm"))
     }
-
-
-def read_rows(run_dir: Path) -> Rows:
-    """{step: {tag: value}} of a run's `metrics.jsonl`."""
-    rows: Rows = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["step"], {}).update(row)
-    return rows
 
 
 def _train(overrides: Sequence[str], run_dir: Path, ranks: int, last_step: int) -> None:

@@ -28,7 +28,7 @@ from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align
 from opentau_train.errors import EXIT_OK, BadSample, UserError
-from opentau_train.metrics.recorder import Recorded, RecordedStep, read_step
+from opentau_train.tools.flight import Recorded, RecordedStep, read_step
 from opentau_train.tools.out import check_format, make_directory, writing
 from opentau_train.types import WindowSpec
 

@@ -22,9 +22,10 @@ from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.distributed.stopping import StopFlag, Stopped
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
-from opentau_train.errors import BadSample, Explained
+from opentau_train.errors import BadSample, Explained, Fault
 from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy
+from opentau_train.threads import first_line
 from opentau_train.types import Group
 from opentau_train.validation.plan import ValidationPlan, plan_validation
 from opentau_train.validation.reader import Reader
@@ -148,14 +149,22 @@ class Context:
         `visit` runs in evaluation mode, without gradients, in the run's precision. Random states and parameters are
         untouched if it leaves them alone.
 
-        Raises on all ranks the error of a window that any rank couldn't read, and `Stopped` where any was asked
-        to stop; `Fault` on the rank whose data worker died.
+        Raises on all ranks the first rank's error: of a window that can't be read, a data worker that died or, of a
+        policy that isn't sharded, whatever `visit` raises, which others know as a `Fault`; and `Stopped` where any was
+        asked to stop.
         """
         progress = _Progress()
         with evaluating(self.policy, self.replicas):
-            for batch, t in self._batches(progress):
-                with self.world.accelerator.autocast():
-                    visit(batch, t)
+            try:
+                for batch, t in self._batches(progress):
+                    with self.world.accelerator.autocast():
+                        visit(batch, t)
+            except Exception as error:
+                # Broad, and not to be split: whatever it is, the other ranks are on their way to the sum below, and are
+                # told there. A sharded forward that broke off leaves them inside of it.
+                if self.replicas.sharded:
+                    raise
+                progress.broken = error
         totals = self.world.sum_all({**sums, FLAGS: progress.flags(self.stop)})
         return Totals(totals, self._left_out(totals.pop(FLAGS), progress))
 
@@ -185,7 +194,8 @@ class Context:
         `Stopped` where any left the pass."""
         failed, preempted, interrupted, num_left_out = flags.tolist()
         if failed:
-            raise next(e for e in self.world.gather(progress.error) if e is not None)
+            errors = self.world.gather(progress.told(self.world.rank))
+            raise progress.broken or next(e for e in errors if e is not None)
         if preempted or interrupted:
             raise Stopped(2 if interrupted else 1)
         if not num_left_out:
@@ -201,11 +211,20 @@ class _Progress:
     error: Explained | None = None
     halted: bool = False
     left_out: list[BadSample] = field(default_factory=list)
+    broken: Exception | None = None
+
+    def told(self, rank: int) -> Explained | None:
+        """What the other ranks are told of this one's error."""
+        if self.broken is None or isinstance(self.broken, Explained):
+            return self.broken or self.error
+        what = f"the validation failed on rank {rank}: {type(self.broken).__name__}: {first_line(self.broken)}"
+        return Fault(what, remedy="look at what that rank printed; once it is mended, go on with resume=auto")
 
     def flags(self, stop: StopFlag) -> torch.Tensor:
         """[4] float64 for the pass's all-reduce: this rank failed, stopped with code 1 or 2, and left windows out."""
-        stopped = self.error is None and self.halted
-        flags = [self.error is not None, stopped and stop.code == 1, stopped and stop.code == 2]
+        failed = (self.error or self.broken) is not None
+        stopped = not failed and self.halted
+        flags = [failed, stopped and stop.code == 1, stopped and stop.code == 2]
         return torch.tensor([*map(float, flags), float(len(self.left_out))], dtype=torch.float64)
 
 

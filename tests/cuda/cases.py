@@ -25,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from opentau_train import cli
+from opentau_train.checkpoints.place import held
 from opentau_train.config.settings import load_settings
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -99,8 +100,9 @@ def optimizer(device: str, folder: Path) -> dict[str, Any]:
     arguments = [*overrides(device), f"paths.run_dir={folder / 'run'}", f"paths.cache_dir={folder / 'cache'}"]
     tree = cli.compose(arguments)
     settings = load_settings(tree)
-    with launch(device=settings.trainer.device, precision="no", timeout=60.0, identity={}) as world:
-        groups = prepare(settings, tree, world).state.optimizer.param_groups
+    launched = launch(device=settings.trainer.device, precision="no", timeout=60.0, identity={})
+    with launched as world, held(settings, world) as place:
+        groups = prepare(settings, tree, world, place).state.optimizer.param_groups
     devices = {p.device.type for group in groups for p in group["params"]}
     return {"fused": [bool(group["fused"]) for group in groups], "devices": sorted(devices)}
 

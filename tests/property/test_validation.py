@@ -12,18 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opentau_train.checkpoints import commit
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config.modes import MODES
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.order.tape import Tape
-from opentau_train.errors import UserError
+from opentau_train.errors import EXIT_FAULT, UserError
 from opentau_train.metrics.sums import Sums, validation_row
 from opentau_train.types import EpisodeTable
 from opentau_train.validation.passes import Validation
 from opentau_train.validation.plan import equal_spans, plan_validation, validation_windows
 from tests.modal import MODAL
 from tests.program import DATA, TOY, metrics, train_here
+from tests.program import run as run_program
 
 # -- the split, over random mixtures -----------------------------------------------------------------------------------
 
@@ -383,6 +385,39 @@ def test_a_corrupt_validation_window_fails_the_pass_with_its_name(damaged, tmp_p
     with pytest.raises(UserError, match="a validation window can't be read") as error:
         train_here(damaged, tmp_path / "run")
     assert error.value.where == "dataset 'old', episode 1, frame 0" and "on_bad_sample=skip" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["checkpoint.every=2"], ["checkpoint.every=2", "checkpoint.async=true"], ["checkpoint.every=0"]],
+    ids=["both_due", "both_due_async", "no_save_due"],
+)
+def test_a_failed_validation_loses_no_step(settings, damaged, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [*damaged, *settings, "trainer.steps=3"]
+    with pytest.raises(UserError, match="a validation window can't be read"):
+        train_here(arguments, run_dir)
+    saved = json.loads((run_dir / "checkpoints/00000002/run.json").read_text())
+    assert saved["step"] == 2 and saved["counters"]["validated"] == 0
+    train_here([*arguments, "validation.on_bad_sample=skip", "resume=auto"], run_dir)
+    rows = metrics(run_dir)
+    assert sorted(rows) == [1, 2, 3] and "Validation/Loss" in rows[2]
+    last = run_dir / "checkpoints/00000003"
+    assert commit.flaw(last) is None
+    assert json.loads((last / "run.json").read_text())["counters"]["validated"] == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("every", [2, 0])
+def test_a_validation_that_fails_on_one_rank_loses_no_step(every, tmp_path):
+    arguments = [*FROZEN, "trainer.steps=4", "validation.every=2", f"checkpoint.every={every}"]
+    arguments += ["model._target_=tests.misbehaving.BrokenValidation", f"paths.run_dir={tmp_path / 'run'}"]
+    ended = run_program(arguments, 2, BROKEN_RANK="1")
+    assert ended.returncode == EXIT_FAULT and "ZeroDivisionError: division by a broken part" in ended.stderr
+    assert [p.name for p in commit.complete(tmp_path / "run/checkpoints")] == ["00000002"], ended.stderr
+    again = run_program([*arguments, "resume=auto"], 2)
+    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr
+    assert sorted(metrics(tmp_path / "run")) == [1, 2, 3, 4]
 
 
 def test_skip_leaves_corrupt_windows_out_counts_and_names_them(damaged, tmp_path):

@@ -122,7 +122,8 @@ POLICIES = (
 )
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/")
-EDGES = (*FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "deploy/", "simulation/", "sinks/", "tools/")
+FORECASTS = ("checkpoints/room", "distributed/memory", "distributed/rehearsal")
+EDGES = (*FORECASTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "deploy/", "simulation/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from opentau_train import threads
-from opentau_train.threads import Background, InterruptibleIterator, settle
+from opentau_train.sinks.background import Background
+from opentau_train.threads import InterruptibleIterator, settle
 
 
 def test_a_result_is_given_and_every_kind_of_error_is_raised_where_it_is_asked_for():

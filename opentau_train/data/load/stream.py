@@ -157,6 +157,12 @@ class ShardDataset(IterableDataset[Shard]):
             file.write(json.dumps(row) + "\n")
 
 
+def last_remedy(quarantine: Path) -> str:
+    """What the last window in the quarantine calls for, "" where its cause doesn't tell."""
+    lines = quarantine.read_text().splitlines()
+    return json.loads(lines[-1])["remedy"] if lines else ""
+
+
 @dataclass(frozen=True)
 class TrainPlan:
     """The windows of steps `first`..`last` - 1 that belong to a worker of rank `rank` of `size`."""

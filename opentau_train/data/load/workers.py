@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import mmap
 import multiprocessing
 import signal
 import socket
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -24,6 +26,8 @@ from opentau_train.errors import Fault, Teller, machine_fault, shared_memory_fau
 
 T = TypeVar("T")
 
+PR_SET_PDEATHSIG = 1
+"""See prctl(2)."""
 GONE_S = 2.0
 """Seconds that a worker whose connection broke may take to be gone."""
 NO_SHARED_MEMORY = (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOSYS)
@@ -161,8 +165,11 @@ def _hand_over(senders: Sequence[socket.socket], item: Any) -> Parcel | Fault:
 def begin_worker(worker: int) -> None:
     """Make a new worker process deaf to signals and let it collect its own garbage.
 
-    Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers.
+    Ctrl-C and a scheduler's signals reach the whole process group; the main process alone ends its workers. Where it is
+    killed, the system kills them too: one inside of a read would hold its files, and the run directory, for ever.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # A garbage collection writes to every object it looks at: the pages shared with the main process would be copied.

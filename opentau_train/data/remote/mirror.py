@@ -20,7 +20,7 @@ from opentau_train import rng
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.remote.cache import KEPT, Cache, TooLarge
 from opentau_train.data.remote.server import BLOCK, THREADS, Entry, Server
-from opentau_train.errors import Fault, UserError
+from opentau_train.errors import Fault, UserError, check_machine
 
 T = TypeVar("T")
 
@@ -143,6 +143,7 @@ def make_mirror(url: str, folder: Path, capacity: int) -> Path:
     try:
         cache.resize(capacity)
     except OSError as error:
+        check_machine(error, folder)
         raise UserError(
             f"the cache can't be written: {error}",
             where=str(folder),

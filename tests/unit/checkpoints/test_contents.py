@@ -155,7 +155,7 @@ def test_a_write_that_hangs_is_waited_for_no_longer_than_the_limit(world, tmp_pa
     with Saver(tmp_path, dataclasses.replace(world, timeout=timedelta(seconds=0.2)), settings, CARD) as saver:
         hold_back(saver, threading.Event())
         save(saver, state)
-        with pytest.raises(Fault, match=r"can't save .*00000001: rank 0: .*last good checkpoint is .*00000000"):
+        with pytest.raises(Fault, match=r"(?s)can't save .*00000001: rank 0: .*last good checkpoint is .*00000000"):
             saver.finish()
         save(saver, state)
     assert caplog.text.count("has not answered for 0.2 s") == 2  # the end of the saver, too
@@ -181,7 +181,9 @@ def test_a_save_that_fails_names_the_last_good_one_and_leaves_no_trace(asynchron
         _ = save(saver, state) or saver.finish()
         state.step = 5
         blocked = tmp_path / "checkpoints" / "00000005.tmp" / "pretrained_model"
-        with pytest.raises(RuntimeError, match=r"can't save .*00000005: rank 0: .*last good checkpoint is .*00000000"):
+        with pytest.raises(
+            RuntimeError, match=r"(?s)can't save .*00000005: rank 0: .*last good checkpoint is .*00000000"
+        ):
             original = saver._content
 
             def content_and_a_full_disk(*arguments):

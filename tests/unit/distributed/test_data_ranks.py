@@ -20,12 +20,13 @@ PROCESSES = {
     "checkpoints/contents.py",  # random states, a file a process
     "checkpoints/saver.py",  # what each process writes
     "distributed/",
-    "job.py",  # which of a checkpoint's files each process looks at
+    "checkpoints/place.py",  # which of a checkpoint's files each process looks at
     "metrics/recorder.py",  # a file a process
     "metrics/meter.py",  # what each process's device does
     "step.py",  # ambient randomness of each process
     "tools/rollout.py",  # how many processes there were
     "train.py",  # the watchdog of each process
+    "validation/evaluator.py",  # which process failed
     "validate.py",  # how many processes there were
 }
 """Where a world's `rank` and `size` mean processes."""

@@ -14,8 +14,9 @@ from opentau_train.data.load.stream import training_batches
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.performance import Stamp
 from opentau_train.errors import UserError
-from opentau_train.metrics.recorder import FOLDER, FlightRecorder, read_step
+from opentau_train.metrics.recorder import FOLDER, FlightRecorder
 from opentau_train.step import StepTaken, TrainState
+from opentau_train.tools.flight import read_step
 from tests.fake_source import ONE, mixture_of
 from tests.program import TOY, metrics, train_here
 

@@ -56,7 +56,7 @@ def check_curves(run_dir: Path, steps: range) -> None:
     expected: dict[str, list[int]] = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        for tag in row.keys() - {"step", "time"}:
+        for tag in row.keys() - {"step", "time", "attempt"}:
             expected.setdefault(tag, []).append(row["step"])
     assert expected["Training/Loss"] == list(steps)
     assert tensorboard_steps(run_dir) == expected

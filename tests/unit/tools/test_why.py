@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
-from opentau_train.metrics.recorder import read_step
 from opentau_train.tools import why
+from opentau_train.tools.flight import read_step
 from tests import warm
 from tests.program import DATA, TOY, environment, train_here
 

@@ -1,0 +1,93 @@
+"""Where a run writes, and what it goes on from: the run directory, held for this launch, and its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from opentau_train.checkpoints import commit, manifest
+from opentau_train.checkpoints.lock import Lock
+from opentau_train.config.settings import Settings
+from opentau_train.distributed.world import World
+from opentau_train.errors import UserError, check_machine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run directory, the `checkpoint` to start from or None, and on rank 0 the directory's `lock`."""
+
+    run_dir: Path
+    checkpoint: Path | None
+    lock: Lock | None = None
+
+    def check(self) -> None:
+        """Raises `RunDirLost` where the directory is this run's no more. Only rank 0 knows."""
+        if self.lock is not None:
+            self.lock.check()
+
+
+@contextmanager
+def held(settings: Settings, world: World) -> Iterator[Place]:
+    """The place of the run that `settings` describe, no other's while inside. Collective; raises `UserError` on all
+    ranks alike: where another run holds it, or `resume` names what can't be gone on from."""
+    run_dir = world.broadcast(world.agree(lambda: _run_dir(settings) if world.is_main else Path()))
+    lock = world.agree(lambda: _lock(run_dir) if world.is_main else None)
+    try:
+        resume = settings.resume.checkpoint
+        found = world.agree(lambda: commit.resolve(resume, run_dir) if world.is_main else None)
+        yield Place(run_dir, _undamaged(world.broadcast(found), settings, world), lock)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(run_dir: Path) -> Lock:
+    try:
+        return Lock(run_dir)
+    except OSError as error:
+        raise not_writable(error, run_dir) from error
+
+
+def not_writable(error: OSError, run_dir: Path) -> UserError:
+    """The error of a run directory in which `error` came up. Raises `Fault` where the machine is to blame."""
+    check_machine(error, run_dir)
+    return UserError(
+        f"the run directory can't be written: {error}",
+        where=str(run_dir),
+        remedy="set paths.run_dir, or paths.root, to a directory that you can write",
+    )
+
+
+def _run_dir(settings: Settings) -> Path:
+    root, resume = Path(settings.paths.root).expanduser(), settings.resume.checkpoint
+    if settings.paths.run_dir:
+        return Path(settings.paths.run_dir).expanduser().absolute()
+    if resume not in ("auto", "never"):
+        return commit.at(resume).parent.parent.absolute()
+    newest = commit.newest_run(root, settings.name) if resume == "auto" else None
+    return (newest or root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def _undamaged(checkpoint: Path | None, settings: Settings, world: World) -> Path | None:
+    """`checkpoint` or, with resume=auto, the newest one before it whose files are as they were written; what is damaged
+    is set aside. The ranks share the files. Collective; raises `UserError` for a damaged checkpoint that was named."""
+    while checkpoint is not None and settings.checkpoint.verify:
+        share = partial(manifest.damage, checkpoint, part=world.rank, parts=world.size)
+        why = next((damage for damage in world.gather(world.agree(share)) if damage is not None), None)
+        if why is None:
+            break
+        if settings.resume.checkpoint != "auto":
+            raise manifest.damaged(checkpoint, why)
+        damaged, checkpoint = checkpoint, None
+        if world.is_main:
+            log.warning("skipped %s: %s; it is kept as %s", damaged, why, commit.set_aside(damaged))
+            checkpoint = commit.newest(damaged.parent)
+        checkpoint = world.broadcast(checkpoint)
+    return checkpoint

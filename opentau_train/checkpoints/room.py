@@ -1,0 +1,43 @@
+"""Whether a run's checkpoints will fit on the disk, compared before its first step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from opentau_train.checkpoints import commit
+from opentau_train.config.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def num_at_once(settings: Settings, step: int, num_there: int) -> int:
+    """The most checkpoints that are there at one time from `step` on, the `num_there` of before included: the kept
+    ones, `best`, and the one that is being written."""
+    keep, last, every = settings.checkpoint, settings.trainer.steps, settings.checkpoint.every
+    num = num_there + ((last - 1) // every - step // every if every else 0) + 1
+    if keep.keep_last is None:
+        return num
+    for_ever = last // math.lcm(every, keep.keep_every) if every and keep.keep_every else 0
+    best = settings.validation.every > 0 and settings.validation.best_margin is not None
+    return min(num, for_ever + keep.keep_last + 1 + best)
+
+
+def warn_of_room(folder: Path, settings: Settings, step: int, num_bytes: int) -> None:
+    """Warn where the disk of the `checkpoints/` directory `folder` has less free than those to come take, of
+    `num_bytes` each."""
+    num_there = len(commit.complete(folder))
+    num = num_at_once(settings, step, num_there)
+    needed, free = (num - num_there) * num_bytes, shutil.disk_usage(folder.parent).free
+    if needed > free:
+        log.warning(
+            "the run's checkpoints will take %.3g GB more (%d at a time, %.3g GB each), and the disk has %.3g GB free: "
+            "%s\n  remedy: make room, or set checkpoint.keep_last=1 or paths.run_dir to a larger disk",
+            needed / 1e9,
+            num,
+            num_bytes / 1e9,
+            free / 1e9,
+            folder,
+        )
