@@ -136,8 +136,8 @@ class Job:
         return StepSetup(self.world, self.max_samples, grad_clip, seed, self.progress, flops, max_tokens)
 
 
-def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place) -> Job:
-    """Open the data, build the policy and its optimizer, and load the checkpoint of `place`.
+def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place, progress: Progress) -> Job:
+    """Open the data, build the policy and its optimizer, and load the checkpoint of `place`; `progress` is the job's.
 
     Raises `UserError` for mistakes in configuration or data, on all ranks alike.
     """
@@ -184,6 +184,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     num_bytes = saved_bytes(rehearsal, settings, policy.borrowed) if world.is_main else None
     saver = Saver(run_dir, world, settings.checkpoint, card, num_bytes)
     job = Job(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples)
+    job.progress = progress
     if world.is_main:
         log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
         log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))

@@ -30,7 +30,7 @@ from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.performance import scheduled_collection, traced
 from opentau_train.distributed.preflight import identity
 from opentau_train.distributed.stopping import Stop, StopFlag, Stopped, mark_preempted, stop_signals
-from opentau_train.distributed.watchdog import watch
+from opentau_train.distributed.watchdog import Progress, watch
 from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, Fault
 from opentau_train.job import Job, prepare
@@ -68,11 +68,12 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         console = stack.enter_context(log_to(sys.stderr, world.is_main))
         stop = stack.enter_context(stop_signals())
         with world.roll_call():
-            job = prepare(settings, tree, world, stack.enter_context(held(settings, world)))
-        # Its end comes last: a saver, a tracker or the ranks' last barrier may hang too.
-        watched.enter_context(
-            watch(job.progress, job.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
-        )
+            place, progress = stack.enter_context(held(settings, world)), Progress()
+            # Its end comes last: a saver, a tracker or the ranks' last barrier may hang too.
+            watched.enter_context(
+                watch(progress, place.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
+            )
+            job = prepare(settings, tree, world, place, progress)
         stop.watch(job.run_dir, clear=world.is_main)
         world.agree(lambda: console.also_to(job.run_dir / "train.log"))
         job.checks += [job.place.check, console.check]

@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from opentau_train.errors import EXIT_FAULT
 
@@ -56,12 +57,11 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
     was.
     """
     folder = run_dir / "stacks"
-    folder.mkdir(parents=True, exist_ok=True)
     stacks_file = folder / f"rank{rank}.txt"
     stacks_file.unlink(missing_ok=True)
     progress.enter(progress.part)
     done = threading.Event()
-    with stacks_file.with_suffix(".lock").open("w") as last_resort:
+    with _LastResort(stacks_file.with_suffix(".lock")) as last_resort:
         watcher = threading.Thread(
             target=_watch,
             args=(progress, stacks_file, last_resort, rank, size, timeout, done),
@@ -75,11 +75,40 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
             done.set()
             watcher.join()
             faulthandler.cancel_dump_traceback_later()
-    stacks_file.with_suffix(".lock").unlink(missing_ok=True)
+
+
+class _LastResort:
+    """Where a timer in C writes the stacks: stderr before the first step, so that a run which is refused leaves nothing
+    in its directory, then a file, which is there until the run ends by itself."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, 2
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file != 2:
+            os.close(self.file)
+            self.path.unlink(missing_ok=True)
+
+    def of(self, progress: Progress) -> int:
+        """The descriptor of the file, or of stderr where it can't be made."""
+        if self.file == 2 and progress.step:
+            with suppress(OSError):
+                self.path.parent.mkdir(exist_ok=True)
+                self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        return self.file
 
 
 def _watch(
-    progress: Progress, stacks_file: Path, last_resort, rank: int, size: int, timeout: float, done: threading.Event
+    progress: Progress,
+    stacks_file: Path,
+    last_resort: _LastResort,
+    rank: int,
+    size: int,
+    timeout: float,
+    done: threading.Event,
 ) -> None:
     period, worked = min(1.0, timeout / 4), time.process_time()
     while not done.wait(period):
@@ -89,7 +118,7 @@ def _watch(
         limit = timeout if progress.step else timeout + START_MARGIN
         # This thread can't run while another one keeps the interpreter's lock, in a deadlock inside a library say. The
         # timer below lives in C, needs no lock, and fires only when this line stops being reached.
-        faulthandler.dump_traceback_later(limit + 4 * GRACE, exit=True, file=last_resort)
+        faulthandler.dump_traceback_later(limit + 4 * GRACE, exit=True, file=last_resort.of(progress))
         if time.monotonic() - progress.moved > limit:
             _write_stacks(progress, stacks_file, rank, limit)
             time.sleep(GRACE)
@@ -101,6 +130,7 @@ def _write_stacks(progress: Progress, stacks_file: Path, rank: int, timeout: flo
     """Write where this rank is and its stacks to stderr and to its file, whose first line says where."""
     head = f"rank {rank}: no progress for {timeout:g} s in: {progress}"
     partial = stacks_file.with_suffix(".part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w") as file:
         file.write(head + "\n")
         file.flush()

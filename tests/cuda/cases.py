@@ -31,6 +31,7 @@ from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.memory import footprint
 from opentau_train.distributed.rehearsal import rehearse
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import launch
 from opentau_train.job import prepare
 from opentau_train.models.policy import build_policy
@@ -102,7 +103,7 @@ def optimizer(device: str, folder: Path) -> dict[str, Any]:
     settings = load_settings(tree)
     launched = launch(device=settings.trainer.device, precision="no", timeout=60.0, identity={})
     with launched as world, held(settings, world) as place:
-        groups = prepare(settings, tree, world, place).state.optimizer.param_groups
+        groups = prepare(settings, tree, world, place, Progress()).state.optimizer.param_groups
     devices = {p.device.type for group in groups for p in group["params"]}
     return {"fused": [bool(group["fused"]) for group in groups], "devices": sorted(devices)}
 
