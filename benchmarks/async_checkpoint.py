@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.card import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
 from opentau_train.config.optimizer import OptimizerSettings

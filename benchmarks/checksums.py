@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from opentau_train.checkpoints import manifest
-from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.card import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.parallel import Replicas

@@ -11,6 +11,7 @@ import difflib
 import errno
 import mmap
 import os
+import re
 import resource
 import shutil
 import socket
@@ -18,12 +19,21 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 
 EXIT_OK = 0
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint is saved, start again with resume=auto
 EXIT_INTERRUPTED = 130  # Ctrl-C: a checkpoint is saved
+
+
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a name in a file could do to a terminal, but for new lines."""
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return character[0].encode("unicode_escape").decode()
 
 
 class Explained(Exception):
@@ -33,6 +43,7 @@ class Explained(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = ""):
+        what, where, remedy = (_CONTROL.sub(_escaped, text) for text in (what, where, remedy))
         self.what, self.where, self.remedy = what, where, remedy
         lines = [what]
         if where:
@@ -174,9 +185,12 @@ def check_machine_read(error: BaseException, path: Path) -> None:
             mmap.mmap(-1, PROBED_BYTES).close()
         elif code == errno.EIO or code not in _WORDS:
             status = os.stat(path)
-            _read_through(str(path), status.st_size, status.st_mtime_ns)
+            if S_ISREG(status.st_mode):  # to read a FIFO would never end
+                _read_through(str(path), status.st_size, status.st_mtime_ns)
         else:
             check_machine(error, path)
+    except ValueError:
+        return  # no file can have this name
     except OSError as refusal:
         check_machine(refusal, path)
 

@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
-from opentau_train import rng
+from opentau_train import rng, strangers
 from opentau_train.checkpoints import assets, base, contents
 from opentau_train.checkpoints.best import Best
+from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.place import Place, not_writable
-from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.published import published_statistics
 from opentau_train.checkpoints.room import warn_of_room
 from opentau_train.checkpoints.saver import Saver
@@ -208,21 +208,22 @@ def _start(settings: Settings, tree: dict[str, Any], world: World, checkpoint: P
     entry = world.agree(lambda: read_card(checkpoint / FOLDER).policy.get(base.KEY))
     if entry is None:
         return Start(finetune=settings.finetune)
-    first = world.once_a_node(lambda: base.base_of(entry, settings.model, f"model.{entry['key']}"))
+    first = world.once_a_node(lambda: base.base_of(entry, settings.model, "model"))
     return Start(first, settings.finetune)
 
 
 def _given_statistics(settings: Settings, opened: Mixture, checkpoint: Path | None) -> dict[str, HeadStats] | None:
     """Those of the checkpoint or of `data.statistics_path`; None: to be computed."""
     if checkpoint is not None:
-        return read_stats(checkpoint)
+        return read_stats(checkpoint / FOLDER)
     path = settings.data.statistics_path
     return None if path is None else published_statistics(path, opened)
 
 
 def _compare(settings: Settings, tree: dict[str, Any], checkpoint: Path) -> None:
     """Log the settings that differ from the checkpoint's. Raises `UserError` for one that may not."""
-    changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
+    with strangers.understood("the checkpoint's settings", checkpoint / FOLDER):
+        changes = drift.compare(current(read_card(checkpoint / FOLDER).config), current(tree))
     resume = settings.resume
     drift.check(changes, resume.force, restart=resume.data == "restart")
     lines = drift.report(changes, resume.force, restart=resume.data == "restart")
@@ -260,11 +261,18 @@ def convention_of(mixture: Mixture) -> dict[str, Any]:
 def _resume(job: Job, checkpoint: Path) -> None:
     """Put the new job back to where `checkpoint` left its run."""
     restart = job.settings.resume.data == "restart"
-    job.world.agree(
-        lambda: check_split(read_card(checkpoint / FOLDER).policy["held_out"], job.mixture, restart=restart)
-    )
+
+    def same_split() -> None:
+        with strangers.understood("the held-out episodes", checkpoint / FOLDER):
+            check_split(read_card(checkpoint / FOLDER).policy["held_out"], job.mixture, restart=restart)
+
+    def same_stream() -> int:
+        with strangers.understood("the stream's state", checkpoint / contents.RUN):
+            return resume_offset(job.tape, saved["stream"], job.state.step, restart=restart)
+
+    job.world.agree(same_split)
     saved = contents.load(checkpoint, job.state, job.world)
-    offset = job.world.agree(lambda: resume_offset(job.tape, saved["stream"], job.state.step, restart=restart))
+    offset = job.world.agree(same_stream)
     job.tape = job.tape.moved(offset)
     job.counters.update(saved["counters"])
     job.saver.run = saved

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.strangers import MAX_PIXELS
+
 
 @dataclass(frozen=True)
 class EpisodeTable:
@@ -47,7 +49,7 @@ class WindowSpec:
     of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
     Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
     after one another. `between`: of actions at another rate, what of them isn't on a straight line from row to row
-    (`chunk.rows_at`)."""
+    (`chunk.rows_at`). `max_pixels`: larger pictures are refused before they are decoded."""
 
     chunk_length: int
     history: int = 0
@@ -57,6 +59,7 @@ class WindowSpec:
     future_stride: int = 1
     future_cameras: tuple[str, ...] = ()
     between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Validate a checkpoint by itself, on any number of processes and any mixture:
 
-    python -m opentau_train.validate checkpoint=RUN [out=FILE] [base=PATH] [data=NAME] [KEY=VALUE ...]
+    python -m opentau_train.validate checkpoint=RUN [out=FILE] [base=PATH] [trust=[MODULE]] [data=NAME] [KEY=VALUE ...]
     torchrun --nproc-per-node 4 -m opentau_train.validate checkpoint=RUN/checkpoints/00001000
 
 The checkpoint's own configuration says what is validated; `data=NAME` takes other sources, `KEY=VALUE` changes a
 setting, for instance `validation.evaluators=[loss,action]`. The same passes as in training run; they write
 `validation.json` in the checkpoint's directory, or to `out`, and pictures beside it. `base`: where frozen weights that
-the checkpoint leaves out lie now, if they have been moved.
+the checkpoint leaves out lie now, if they have been moved; `trust`: modules that the checkpoint's configuration may
+name classes of, besides this package and installed plugins.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from opentau_train import cli
+import yaml
+
+from opentau_train import cli, strangers
 from opentau_train.checkpoints import assets, commit, contents, manifest
-from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, first_of, read_card, with_base
+from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.checkpoints.pretrained import first_of, with_base
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config.settings import Settings, current, load_settings
+from opentau_train.config.trust import check_targets, targets
+from opentau_train.config.typed import convert
 from opentau_train.data.conventions.sources import recorded_difference
 from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import trained_on
 from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.opening import normalise_together, open_together
@@ -47,7 +52,7 @@ from opentau_train.validation.plots import save_png
 
 log = logging.getLogger("opentau_train.validate")  # __name__ is `__main__` where this is the command
 
-OWN = ("checkpoint=", "out=", "base=")
+OWN = ("checkpoint=", "out=", "base=", "trust=")
 """What the command line says besides the run's keys."""
 
 FIXED = ("model", "finetune", "optimizer", "scheduler", "resume", "logger")
@@ -74,12 +79,28 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         remedy = "give a run directory or one of its checkpoints: checkpoint=RUN/checkpoints/STEP"
         raise UserError(error.what, where=f"checkpoint={given['checkpoint']}", remedy=remedy) from error
+    trust = convert(tuple[str, ...], yaml.safe_load(given.get("trust", "[]")), "trust")
     card = with_base(read_card(checkpoint / FOLDER), given.get("base"))
-    config = assets.unpack(card.config, card.policy.get(assets.KEY, {}))
-    tree = cli.recompose(current(config), others, FIXED)
+    tree = recompose(card, others, trust)
     out = Path(given["out"]).expanduser() if "out" in given else checkpoint / "validation.json"
     validate_checkpoint(load_settings(tree), tree, checkpoint, card, out)
     return EXIT_OK
+
+
+def recompose(card: Pretrained, arguments: Sequence[str], trust: Sequence[str]) -> dict[str, Any]:
+    """The checkpoint's configuration with the command line's `arguments` over it. Raises `UserError`, also where what a
+    validation builds of it names code that nobody has vouched for."""
+    where = f"{FOLDER}/config.json"
+    with strangers.understood("the checkpoint's configuration", where):
+        if "${" in json.dumps(card.config):  # the command line's are resolved; a file's could tell what the machine has
+            raise ValueError("it holds an interpolation, ${...}")
+        config = assets.unpack(card.config, card.policy.get(assets.KEY, {}))
+        tree = cli.recompose(current(config), arguments, FIXED)
+        validation = tree.get("validation", {})
+        evaluators = {n: validation.get("evaluator", {}).get(n) for n in validation.get("evaluators", ())}
+        built = {"data": tree["data"], "model": tree["model"], "validation": evaluators}
+    check_targets(built, where, trust, {target for _, target in targets(card.config)}, configured=True)
+    return tree
 
 
 def validate_checkpoint(
@@ -104,9 +125,12 @@ def validate_checkpoint(
         world.roll_call(),
     ):
         world.agree(lambda: manifest.check(checkpoint, part=world.rank, parts=world.size))
-        stats = {head: HeadStats.from_json(tree) for head, tree in card.stats.items()}
+        stats = read_stats(checkpoint / FOLDER)
         first = world.once_a_node(lambda: first_of(card))
-        mixture = fit(normalise_together(open_together(settings, world), settings, world, stats), card.policy)
+        opened = normalise_together(open_together(settings, world), settings, world, stats)
+        with strangers.understood("the checkpoint's convention", checkpoint / FOLDER):
+            mixture = fit(opened, card.policy)
+            overlap = trained_on(card.policy["held_out"], mixture)
         policy, replicas, ema, step = restore_policy(settings, mixture.spec, checkpoint, world, first)
         mixture = world.agree(lambda: mixture.for_policy(policy.wants()))
         share = max(1, trainer.global_batch_size // world.data_size)
@@ -118,7 +142,6 @@ def validate_checkpoint(
                 where="data.sources",
                 remedy="set val_split_ratio of a source, 1.0: all",
             )
-        overlap = trained_on(card.policy["held_out"], mixture)
         if world.is_main:
             for name, episodes in overlap.items():
                 log.warning("dataset %s: the checkpoint was trained on validation episodes %s", name, episodes)
@@ -217,7 +240,7 @@ def restore_policy(
     contents.set_model_tensors(policy, tensors["model"])
     if ema is not None:
         ema.load_state_dict(tensors["ema"])
-    return policy, replicas, ema, json.loads((checkpoint / "run.json").read_text())["step"]
+    return policy, replicas, ema, contents.read_run(checkpoint)["step"]
 
 
 def write(out: Path, result: dict[str, Any], pictures: Sequence[Picture]) -> None:

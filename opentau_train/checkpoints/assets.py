@@ -43,7 +43,7 @@ def _write(given: str, files: Mapping[str, str]) -> str:
     digest = hashlib.blake2b(repr(sorted(files.items())).encode(), digest_size=16).hexdigest()
     folder = Path(CACHE).expanduser() / digest
     for name, text in files.items():
-        if Path(name).name != name:  # a policy may be a stranger's
+        if Path(name).name != name or name in ("", "..") or "\0" in name:  # a policy may be a stranger's
             raise UserError(f"'{name}' is no plain name of a file", where="the policy's assets", remedy="don't load it")
         if not (folder / name).is_file():
             try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from opentau_train import strangers
 from opentau_train.checkpoints.weight_files import Entry, open_weights
 from opentau_train.checkpoints.weights import FirstWeights, Plan, fill, locate_weights
 from opentau_train.errors import UserError
@@ -52,10 +53,13 @@ def record(first: FirstWeights) -> dict[str, str]:
 
 
 def base_of(entry: Mapping[str, str], model: Mapping[str, Any], setting: str) -> FirstWeights:
-    """The weights that a card's `entry` speaks of, where the settings `model` name them now, else where it says. Raises
-    `UserError` where they aren't there, or are others; `setting`: the one that can name another place."""
-    key = entry["key"]
-    where = model.get(key) or entry["path"]
+    """The weights that a card's `entry` speaks of, where the settings `model` name them now, else where it says.
+    `setting`: the one that can name another place; `model`: that section's own. Raises `UserError` where they aren't
+    there, or are others."""
+    with strangers.understood("where its frozen weights are", KEY):
+        key, path, expected = (str(entry[name]) for name in ("key", "path", "digest"))
+    setting = f"model.{key}" if setting == "model" else setting
+    where = model.get(key) or path
     remedy = f"put back there what the run began with, or set {setting} to the place where it is now"
     try:
         first = locate_weights({key: where, "resize_dims": model.get("resize_dims", False)})
@@ -63,8 +67,9 @@ def base_of(entry: Mapping[str, str], model: Mapping[str, Any], setting: str) ->
         raise UserError(
             f"the checkpoint's frozen weights can't be read: {error.what}", where=where, remedy=remedy
         ) from error
-    assert first is not None
-    if digest(first.path) != entry["digest"]:
+    if first is None:
+        raise UserError(f"the checkpoint's frozen weights are of no known kind, '{key}'", where=KEY, remedy=remedy)
+    if digest(first.path) != expected:
         what = "the file has other weights than those that the checkpoint leaves out, frozen in training"
         raise UserError(what, where=where, remedy=remedy)
     return first

@@ -9,6 +9,7 @@ over few episodes has a large error, the mean of its paired differences a small 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.checkpoints import commit
 from opentau_train.distributed.world import World
 from opentau_train.metrics.sums import aggregate_shares, group_means
@@ -83,15 +85,7 @@ class Best:
 
     def restore(self, world: World, step: int) -> None:
         """Take up the record as it was at `step`: what a resumed run does again is forgotten. Collective."""
-        record = None
-        if world.is_main:
-            records = self._records()
-            for later in [s for s in records if s > step]:
-                records.pop(later).unlink()
-            if records:
-                self._move_link()
-                with np.load(records[max(records)]) as saved:
-                    record = max(records), [str(n) for n in saved["episodes"]], saved["sums"]
+        record = world.agree(lambda: self._newest(step) if world.is_main else None)
         record = world.broadcast(record)
         if record is None:
             return
@@ -99,6 +93,24 @@ class Best:
             log.warning("the validation windows are others than at step %d: the best checkpoint starts anew", record[0])
             return
         self.step, _, self.sums = record
+
+    def _newest(self, step: int) -> tuple[int, list[str], NDArray[np.float64]] | None:
+        """(step, episodes, sums) of the newest record up to `step`; later ones are removed. Raises `UserError`."""
+        records = self._records()
+        for later in [s for s in records if s > step]:
+            records.pop(later).unlink()
+        if not records:
+            return None
+        self._move_link()
+        newest = max(records)
+        with (
+            strangers.understood("the record of the best pass", records[newest]),
+            np.load(io.BytesIO(strangers.read_bytes(records[newest])), allow_pickle=False) as saved,
+        ):
+            episodes, sums = [str(n) for n in saved["episodes"]], saved["sums"]
+            if sums.ndim != 3 or len(sums) != len(episodes):
+                raise ValueError(f"sums of shape {list(sums.shape)} for {len(episodes)} episodes")
+            return newest, episodes, sums
 
     def update(self, world: World, step: int, scores: Scores) -> bool:
         """Whether the pass at `step` is the best so far. If so, its sums are kept; the caller then saves the step's

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -27,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from opentau_train import strangers
+from opentau_train.checkpoints import shards
 from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
 from opentau_train.models.policy import Policy
@@ -67,7 +67,7 @@ def load(path: Path, state: TrainState, world: World) -> dict[str, Any]:
     was, not what it shall be. Collective. Raises `UserError` naming the keys that differ when the checkpoint is of
     another model, optimizer or format.
     """
-    run = world.agree(lambda: _read_run(path))
+    run = world.agree(lambda: read_run(path))
     tensors = tensors_of(state)
     groups = tensors["optimizer"].pop("param_groups")
     if state.ema is not None and not world.agree(lambda: _has(path, "ema")):
@@ -87,7 +87,7 @@ def read_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     them}, any of the three. Collective. Raises `UserError` where the checkpoint is of another model, or has no average.
     """
     world.agree(lambda: _check_schema(path, tensors))
-    dcp.load(tensors, checkpoint_id=path / "state", no_dist=world.size == 1)
+    shards.read(path, tensors, alone=world.size == 1)
 
 
 def load_weights(path: Path, policy: Policy, part: str = "model") -> None:
@@ -104,7 +104,7 @@ def load_weights(path: Path, policy: Policy, part: str = "model") -> None:
         for kind, values in own.items()
     }
     _check_schema(path, tensors)
-    dcp.load(tensors, checkpoint_id=path / "state", no_dist=True)
+    shards.read(path, tensors, alone=True)
     with torch.no_grad():
         for kind, values in own.items():
             for name, value in values.items():
@@ -113,9 +113,9 @@ def load_weights(path: Path, policy: Policy, part: str = "model") -> None:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The whole policy's parameters and buffers, on the CPU, from the shards of all ranks. Not collective."""
-    kinds = {k: v for k, v in _saved(path).items() if isinstance(v, TensorStorageMetadata) and k.startswith("model.")}
+    kinds = {k: kind for k, kind in shards.kinds(path).items() if kind is not None and k.startswith("model.")}
     empty = {k: torch.empty(kind.size, dtype=kind.properties.dtype) for k, kind in kinds.items()}
-    dcp.load(empty, checkpoint_id=path / "state", no_dist=True)
+    shards.read(path, empty, alone=True)
     return {name.removeprefix("model."): value for name, value in empty.items()}
 
 
@@ -124,9 +124,12 @@ def as_json(run: dict[str, Any]) -> str:
     return json.dumps(run, indent=1) + "\n"
 
 
-def _read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """`run.json` of the checkpoint at `path`. Raises `UserError` where it is none."""
     try:
-        run = json.loads((path / RUN).read_text())
+        run = strangers.read_json(path / RUN)
+        if not isinstance(run, dict):
+            raise ValueError(f"{RUN} holds no mapping")
     except (OSError, ValueError) as error:
         check_machine(error, path)
         raise UserError(
@@ -136,25 +139,30 @@ def _read_run(path: Path) -> dict[str, Any]:
         ) from error
     if run.get("version") != VERSION:
         raise UserError(
-            f"the checkpoint has format {run.get('version')}, this program reads {VERSION}",
+            f"the checkpoint has format {str(run.get('version'))[:40]}, this program reads {VERSION}",
             where=str(path),
             remedy="resume it with the version of opentau_train that wrote it",
         )
+    counters, stream = run.get("counters"), run.get("stream")
+    whole = isinstance(counters, dict) and all(map(_is_count, [run.get("step"), *counters.values()]))
+    if not whole or not isinstance(stream, dict):
+        what = f"{RUN} lacks the step, counters or the stream's state, or one is no whole number"
+        raise UserError(what, where=str(path), remedy="take another checkpoint; resume=auto does so by itself")
     return run
 
 
-def _saved(path: Path) -> dict[str, Any]:
-    return dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _has(path: Path, part: str) -> bool:
-    return any(key.split(".")[0] == part for key in _saved(path))
+    return any(key.split(".")[0] == part for key in shards.kinds(path))
 
 
 def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
     """A part that only the checkpoint has (an average that is no longer kept, moments of another optimizer, averages of
     frozen parameters) is left there."""
-    saved = _saved(path)
+    saved = shards.kinds(path)
     parts = [part for part in tensors if part != "optimizer"]
     if "ema" in parts and not any(key.startswith("ema.") for key in saved):
         raise UserError(
@@ -163,9 +171,7 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
             remedy="take the weights themselves: trainer.ema_decay=null, or weights=model for an export",
         )
     here = {f"{part}.{name}": tuple(value.shape) for part in parts for name, value in tensors[part].items()}
-    there = {
-        k: tuple(v.size) for k, v in saved.items() if isinstance(v, TensorStorageMetadata) and k.split(".")[0] in parts
-    }
+    there = {k: tuple(kind.size) for k, kind in saved.items() if kind is not None and k.split(".")[0] in parts}
     missing = sorted(set(here) - set(there))
     extra = sorted(key for key in set(there) - set(here) if not key.startswith("ema."))
     shapes = sorted(k for k in here.keys() & there.keys() if here[k] != there[k])
@@ -182,7 +188,7 @@ def _check_schema(path: Path, tensors: dict[str, Any]) -> None:
         )
     for name, moments in tensors.get("optimizer", {}).get("state", {}).items():
         for moment in moments:
-            if f"optimizer.state.{name}.{moment}" not in saved:
+            if saved.get(f"optimizer.state.{name}.{moment}") is None:
                 raise UserError(
                     f"the checkpoint is of another optimizer: it has no {moment} of {name}",
                     where=str(path),

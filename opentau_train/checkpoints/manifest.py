@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from opentau_train import strangers
 from opentau_train.errors import UserError, check_machine
 
 MANIFEST = "files.json"
@@ -36,6 +37,7 @@ def digest(path: Path) -> str:
         remedy = "pip install xxhash, or give a file of tools.export, which needs none"
         raise UserError(f"a checkpoint's hashes need a package: {error}", where=str(path), remedy=remedy) from error
     state = xxhash.xxh3_128()
+    strangers.check_plain(path)
     with open(path, "rb") as file:
         if path.stat().st_size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
@@ -72,14 +74,15 @@ def to_text(files: Mapping[str, File]) -> str:
 
 def read(folder: Path) -> dict[str, File]:
     """The manifest of `folder`. Raises OSError, or ValueError where it is none."""
-    tree = json.loads((folder / MANIFEST).read_text())
+    tree = strangers.read_json(folder / MANIFEST)
     if not isinstance(tree, dict) or not tree:
         raise ValueError("it lists no files")
     files = {}
     for name, entry in tree.items():
         size, xxh3 = (entry.get("size"), entry.get("xxh3")) if isinstance(entry, dict) else (entry, None)
-        if type(size) is not int or not (xxh3 is None or isinstance(xxh3, str)) or ".." in Path(name).parts:
-            raise ValueError(f"{name} has no size, or a hash that is none")
+        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if type(size) is not int or not (xxh3 is None or isinstance(xxh3, str)) or not inside:
+            raise ValueError(f"{name[:80]!r} has no size, a hash that is none, or lies elsewhere")
         files[name] = File(size, xxh3)
     return files
 
@@ -88,13 +91,14 @@ def loss(folder: Path) -> str | None:
     """What a directory lacks of its manifest, by the files' sizes."""
     try:
         files = read(folder)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         check_machine(error, folder / MANIFEST)
         return f"no readable {MANIFEST} ({type(error).__name__})"
     for name, file in files.items():
         try:
+            strangers.check_plain(folder / name)
             size = (folder / name).stat().st_size
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        except OSError as error:
             check_machine(error, folder / name)
             return f"{name} is missing"
         if size != file.size:
@@ -106,7 +110,8 @@ def damage(folder: Path, below: str = "", *, part: int = 0, parts: int = 1) -> s
     """Which file of a whole checkpoint has other bytes than were written, None where all have the same. Looked at are
     those in the directory `below`, and of `parts` that are alike in bytes one. Files without a hash pass.
     """
-    files = {name: file for name, file in read(folder).items() if name.startswith(below) and file.xxh3 is not None}
+    with strangers.understood("the manifest", folder / MANIFEST):
+        files = {name: file for name, file in read(folder).items() if name.startswith(below) and file.xxh3 is not None}
     largest_first = sorted(files, key=lambda name: (-files[name].size, name))
     loads = [0] * parts
     for name in largest_first:
@@ -119,7 +124,7 @@ def damage(folder: Path, below: str = "", *, part: int = 0, parts: int = 1) -> s
                 return f"{name} has other bytes than were written"
         except OSError as error:
             check_machine(error, folder / name)
-            return f"{name} can't be read: {error.strerror}"
+            return f"{name} can't be read: {error.strerror or error}"
     return None
 
 

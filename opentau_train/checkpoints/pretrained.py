@@ -11,7 +11,6 @@ either:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from opentau_train import strangers
 from opentau_train.checkpoints import assets, commit, manifest
 from opentau_train.checkpoints import base as bases
-from opentau_train.checkpoints.weight_files import write_tensors
+from opentau_train.checkpoints.card import FOLDER, FORMAT, PARTS, WEIGHTS, Pretrained, card_in, read_card, unreadable
 from opentau_train.checkpoints.weights import FirstWeights
 from opentau_train.config import typed
 from opentau_train.config.finetune import FinetuneSettings
+from opentau_train.config.trust import check_targets
 from opentau_train.config.weights import TOKENIZER
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.normalize import HeadStats
@@ -37,20 +38,7 @@ from opentau_train.models.finetune import prepare_finetune
 from opentau_train.models.policy import Policy, build_policy
 from opentau_train.types import BatchSpec
 
-FORMAT = "opentau_train.policy/1"
-FOLDER = "pretrained_model"
-WEIGHTS = "model.safetensors"
-PARTS = {"config": "configuration", "stats": "statistics", "policy": "action convention"}
-"""The fields of `Pretrained`, as error messages call them."""
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What stands beside the weights: the settings tree, the statistics of each norm head, the convention."""
-
-    config: dict[str, Any]
-    stats: dict[str, dict]
-    policy: dict[str, Any]
+OF_CARD = "what the policy says of itself"
 
 
 @dataclass(frozen=True)
@@ -108,46 +96,18 @@ class Loaded:
         return of_dataset(norm_head, self.datasets[norm_head], dataset)
 
 
-def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
-    """Write `pretrained_model/`: the weights as one safetensors file, and a JSON file for each of `PARTS`."""
-    write_tensors(folder / WEIGHTS, weights)
-    for name in PARTS:
-        (folder / f"{name}.json").write_text(json.dumps(getattr(card, name), indent=1) + "\n")
-
-
-def write_file(path: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:
-    """One safetensors file; config, stats and policy are JSON in its metadata."""
-    texts = {name: json.dumps(getattr(card, name)) for name in PARTS}
-    write_tensors(path, weights, {"format": FORMAT, **texts})
-
-
-def read_card(folder: Path) -> Pretrained:
-    """What stands beside the weights in a `pretrained_model/` directory: without it their outputs mean nothing. Raises
-    `UserError`."""
-    return Pretrained(**{part: _read(folder / f"{part}.json", words) for part, words in PARTS.items()})
-
-
-def _read(path: Path, words: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        check_machine(error, path)
-        raise UserError(
-            f"the checkpoint has no readable {words}, without which its outputs mean nothing: {error}",
-            where=str(path),
-            remedy="give a checkpoint that opentau_train wrote, with its pretrained_model/ directory",
-        ) from error
-
-
-def read_stats(checkpoint: Path) -> dict[str, HeadStats]:
-    return {head: HeadStats.from_json(s) for head, s in read_card(checkpoint / FOLDER).stats.items()}
-
-
-def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str | Path | None = None) -> Loaded:
+def load_policy(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
+    trust: Sequence[str] = (),
+) -> Loaded:
     """The policy of an exported file, a `pretrained_model/` directory, a checkpoint, or a run's newest checkpoint.
-    `base`: where frozen weights that it leaves out lie now, if they have been moved.
+    `base`: where frozen weights that it leaves out lie now, if they have been moved; `trust`: modules of others whose
+    classes it may name.
 
-    Raises `UserError` where there is none, or where its class and its weights don't fit.
+    Raises `UserError` where there is none, where its class and its weights don't fit, or where it names code that
+    nobody has vouched for.
     """
     path = Path(path).expanduser()
     folder = None if path.is_file() else pretrained_folder(path)
@@ -155,21 +115,26 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", base: str 
     if folder is not None and (folder.parent / manifest.MANIFEST).is_file():  # else it was copied out of a checkpoint
         manifest.check(folder.parent, FOLDER)
     try:
+        strangers.check_plain(file)
         with safe_open(file, framework="pt") as opened:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
             texts = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         check_machine(error, file)
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     if folder is None and texts.get("format") != FORMAT:
-        raise _unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
-    card = Pretrained(**{name: json.loads(texts[name]) for name in PARTS}) if folder is None else read_card(folder)
-    policy = build(with_base(card, base))
-    try:
-        policy.load_state_dict({n: v for n, v in policy.state_dict().items() if n in policy.borrowed} | weights)
-    except RuntimeError as error:
-        raise _unreadable(file, error) from error
-    return loaded_as(card, policy.to(device).eval())
+        raise unreadable(file, f"its format is {texts.get('format')}, not {FORMAT}")
+    card = card_in(texts, file, trust) if folder is None else read_card(folder, trust)
+    with strangers.understood("the policy", file):
+        policy = build(with_base(card, base))
+        borrowed = {n: v for n, v in policy.state_dict().items() if n in policy.borrowed}
+        try:
+            policy.load_state_dict(borrowed | weights)
+        except RuntimeError as error:
+            raise unreadable(file, strangers.in_a_line(error)) from error
+        loaded = loaded_as(card, policy.eval())
+    policy.to(device)
+    return loaded
 
 
 def loaded_as(card: Pretrained, policy: Policy) -> Loaded:
@@ -185,6 +150,7 @@ def loaded_as(card: Pretrained, policy: Policy) -> Loaded:
 def datasets_of(card: Pretrained) -> dict[str, dict[str, Pipeline]]:
     """{norm head: {dataset that has it: its transforms}}; none where an older version wrote the card."""
     made: dict[str, dict[str, Pipeline]] = {}
+    check_targets({"transforms": card.policy.get("transforms", {})}, OF_CARD, card.trust)
     transforms = assets.unpack(card.policy.get("transforms", {}), card.policy.get(assets.KEY, {}))
     for name, tree in transforms.items():
         pipeline = Pipeline.from_json(tree)
@@ -239,7 +205,7 @@ def _card_beside(path: Path, folder: Path) -> Pretrained | None:
         with safe_open(path, framework="pt") as opened:
             texts = opened.metadata() or {}
         if texts.get("format") == FORMAT:
-            return Pretrained(**{name: json.loads(texts[name]) for name in PARTS})
+            return card_in(texts, path)
     places = (folder, folder / FOLDER, folder / "checkpoints" / "last" / FOLDER)
     return next((read_card(place) for place in places if all((place / f"{n}.json").is_file() for n in PARTS)), None)
 
@@ -253,6 +219,7 @@ def pretrained_folder(path: Path) -> Path:
 
 def build(card: Pretrained) -> Policy:
     """The policy of the settings, untrained, with the adapters that it has. Torch's random state stays as it is."""
+    check_targets({"model": card.config["model"]}, OF_CARD, card.trust)
     with torch.random.fork_rng(devices=[]):
         model = assets.unpack(card.config["model"], card.policy.get(assets.KEY, {}))
         policy = build_policy(model, BatchSpec.from_json(card.policy["spec"]))
@@ -291,11 +258,3 @@ def whole(card: Pretrained) -> Pretrained:
     """The card of the same policy as one piece: no adapters, and all weights beside it."""
     config = {key: value for key, value in card.config.items() if key != "finetune"}
     return replace(card, config=config, policy={k: v for k, v in card.policy.items() if k != bases.KEY})
-
-
-def _unreadable(path: Path, cause: object) -> UserError:
-    return UserError(
-        f"no policy can be read: {cause}",
-        where=str(path),
-        remedy="give a run, a checkpoint, its pretrained_model/, or a file that tools.export wrote",
-    )

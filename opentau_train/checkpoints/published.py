@@ -6,14 +6,15 @@ exported folder of this program, and openpi's norm_stats.json or the folder that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opentau_train.checkpoints.pretrained import pretrained_folder, read_card
+from opentau_train import strangers
+from opentau_train.checkpoints.card import read_stats
+from opentau_train.checkpoints.pretrained import pretrained_folder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats, Moments
 from opentau_train.errors import UserError, did_you_mean
@@ -31,7 +32,7 @@ def published_statistics(path: str, mixture: Mixture) -> dict[str, HeadStats]:
     names = {g.norm_head: (d.state_names, d.action_names) for d in mixture.datasets for g in _groups(mixture, d.name)}
     if file.is_file():
         return _of_openpi(file, names, mixture.settings.normalization)
-    found = {head: HeadStats.from_json(tree) for head, tree in read_card(pretrained_folder(place)).stats.items()}
+    found = read_stats(pretrained_folder(place))
     for head, (state, actions) in names.items():
         if head not in found:
             raise _refusal(place, f"there are none of {head}{did_you_mean(head, found)}, but of {', '.join(found)}")
@@ -54,7 +55,7 @@ def _of_openpi(
         raise _refusal(file, "they hold no smallest and largest values, which data.normalization=min_max needs")
     ((head, (state, actions)),) = names.items()
     try:
-        tree = json.loads(file.read_text())["norm_stats"]
+        tree = strangers.read_json(file)["norm_stats"]
         columns = {v: {n: np.array(tree[v][n], np.float64) for n in ("mean", "std", "q01", "q99")} for v in VECTORS}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _refusal(file, f"the file can't be read as openpi's: {error!r}") from error

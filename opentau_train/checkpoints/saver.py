@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from opentau_train.checkpoints import commit, manifest
+from opentau_train.checkpoints.card import FOLDER, Pretrained, write_folder
 from opentau_train.checkpoints.contents import RUN, VERSION, as_json, read_weights, tensors_of
-from opentau_train.checkpoints.pretrained import FOLDER, Pretrained, write_folder
 from opentau_train.config.settings import CheckpointSettings
 from opentau_train.distributed.world import World
 from opentau_train.errors import Fault

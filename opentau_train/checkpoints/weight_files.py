@@ -5,7 +5,6 @@ Read are safetensors files only: the older formats are pickles, which run whatev
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opentau_train import strangers
 from opentau_train.checkpoints import commit
 from opentau_train.data.lerobot.info import is_lfs_pointer
 from opentau_train.errors import UserError, check_machine
@@ -138,6 +138,7 @@ def _entries(file: Path, where: str) -> dict[str, Entry]:
     if file.suffix in PICKLES:
         raise _is_pickle(file, where)
     try:
+        strangers.check_plain(file)
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it isn't a mapping)
             return {n: Entry(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
@@ -153,7 +154,7 @@ def _entries(file: Path, where: str) -> dict[str, Entry]:
 def _of_index(index: Path, where: str) -> dict[str, Entry]:
     """Of all files that the index names. They lie beside it: an index is a stranger's, and so could name any file."""
     try:
-        listed = json.loads(index.read_text())["weight_map"]
+        listed = strangers.read_json(index)["weight_map"]
         files = sorted(set(listed.values()))
         if not all(Path(file).name == file for file in files):
             raise ValueError("it names files outside of its directory")

@@ -220,6 +220,8 @@ class DataSettings:
     phase_rows: Count = field(default=1024, metadata=NEW_PLAN)
     expect_mode: str | None = field(default=None, metadata=SAFE)
     """The mode that all sources must have: what a recipe that is named for one says."""
+    max_pixels: Count = field(default=50_000_000, metadata=SAFE)
+    """Pictures of more pixels are refused before they are decoded, as windows that can't be read."""
     blank_images: bool = field(default=False, metadata=warned())
     """true = every image black: the ablation that shows what the images are worth."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)

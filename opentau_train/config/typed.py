@@ -238,7 +238,11 @@ def bind(
 
 def defaults(target: Any) -> dict[str, tuple[Any, Mapping[str, Any]]]:
     """{argument: (its default, its field's metadata)} of what `target` names, for those that have a default; the
-    metadata are empty where it is no dataclass. No arguments where it can't be imported."""
+    metadata are empty where it is no dataclass. No arguments where it can't be imported, and where it is of a module
+    that nothing has imported yet: a checkpoint's settings, which are looked at so, may name any."""
+    module = str(target).rpartition(".")[0]
+    if module not in sys.modules and not module.startswith("opentau_train."):
+        return {}
     try:
         located = locate(target, TARGET)
     except UserError:

@@ -13,7 +13,6 @@ texts that a template makes of an episode's metadata (`{recording_folderpath}--{
 from __future__ import annotations
 
 import hashlib
-import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +22,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.errors import UserError, check_machine
 
 Ranges = list[tuple[int, int]]
+MOST_BYTES = 256 * 2**20
 TRIM_KEY = "filter_last_n_in_ranges"
 
 
@@ -77,7 +78,7 @@ class FilterReport:
 
 def file_digest(path: Path) -> str:
     """A hash of the file's bytes."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(strangers.read_bytes(path, MOST_BYTES), digest_size=16).hexdigest()
 
 
 def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
@@ -86,8 +87,8 @@ def read(path: Path, where: str, trim: int | None = None) -> KeepRanges:
     Raises `UserError` for a file that is missing, not JSON, or neither of the two forms.
     """
     try:
-        raw = path.read_bytes()
-        tree = json.loads(raw)
+        raw = strangers.read_bytes(path, MOST_BYTES)
+        tree = strangers.parse(raw)
     except FileNotFoundError as error:
         raise UserError(
             f"the filter file {path} doesn't exist",

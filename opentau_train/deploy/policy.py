@@ -40,12 +40,14 @@ def load_policy(
     norm_head: str | None = None,
     dataset: str | None = None,
     base: str | Path | None = None,
+    trust: Sequence[str] = (),
 ) -> RobotPolicy:
     """The policy at `path`: a run (its newest checkpoint), a checkpoint (`RUN/checkpoints/best`), its
     `pretrained_model/`, a file that `tools.export` wrote, or a name on the Hugging Face Hub (`OWNER/NAME`,
     `OWNER/NAME@REVISION`) of one of these. `norm_head`: for which of its robots; `dataset`: as which of its datasets
     the robot speaks, where those of one norm head weren't converted alike; `base`: where frozen weights that a
-    checkpoint leaves out lie now.
+    checkpoint leaves out lie now; `trust`: modules that the file may name classes of, besides this package and
+    installed plugins: nothing else that it names is called.
 
     Raises `UserError` where there is none.
     """
@@ -53,7 +55,7 @@ def load_policy(
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else []
     if len(files) == 1 and not (place / "policy.json").is_file():  # an exported file by itself, as on the Hub
         place = files[0]
-    loaded = pretrained.load_policy(place, device, base)
+    loaded = pretrained.load_policy(place, device, base, trust)
     loaded = loaded if dataset is None else loaded.as_dataset(dataset)
     policy = RobotPolicy(loaded, torch.device(device), robots_of(loaded))
     return policy if norm_head is None else policy.for_robot(norm_head)

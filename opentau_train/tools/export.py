@@ -45,6 +45,8 @@ class ExportSettings:
     """Whose statistics a folder for LeRobot has; None: those of the only one."""
     base: str | None = None
     """Where frozen weights that the checkpoint leaves out lie now; None: where they lay in training."""
+    trust: tuple[str, ...] = ()
+    """Modules that the checkpoint may name classes of, besides this package's and those of installed plugins."""
 
     def check(self, path: str) -> None:
         out = Path(self.out).expanduser()
@@ -67,12 +69,15 @@ def export(settings: ExportSettings) -> tuple[Path, str]:
     """
     from safetensors import SafetensorError  # imports torch, as those below do: only once the settings hold
 
+    from opentau_train import strangers
     from opentau_train.checkpoints import commit, contents, manifest, pretrained
+    from opentau_train.checkpoints.card import FOLDER, read_card
 
     checkpoint = commit.at(settings.checkpoint)
     manifest.check(checkpoint)
-    card = pretrained.with_base(pretrained.read_card(checkpoint / pretrained.FOLDER), settings.base)
-    policy = pretrained.build(card).eval()
+    card = pretrained.with_base(read_card(checkpoint / FOLDER, settings.trust), settings.base)
+    with strangers.understood("the policy", checkpoint / FOLDER):
+        policy = pretrained.build(card).eval()
     contents.load_weights(checkpoint, policy, settings.weights)
     expected, holds = predict(policy), "it predicts the checkpoint's actions bit for bit"
     if policy.adapters and settings.format != "adapter":
@@ -109,10 +114,11 @@ def _merge(policy: Any) -> str:
 
 def _write_file(out: Path, policy: Any, card: Any, norm_head: str | None) -> Any:
     """Each of these writes `policy` and returns what is read back."""
+    from opentau_train.checkpoints import card as cards
     from opentau_train.checkpoints import pretrained
 
-    pretrained.write_file(out, dict(policy.state_dict()), pretrained.whole(card))
-    return pretrained.load_policy(out).policy
+    cards.write_file(out, dict(policy.state_dict()), pretrained.whole(card))
+    return pretrained.load_policy(out, trust=card.trust).policy
 
 
 def _write_graph(out: Path, policy: Any, card: Any, form: Literal["onnx", "pt2"]) -> str:
@@ -231,12 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _split(argument: str) -> tuple[str, str]:
+def _split(argument: str) -> tuple[str, Any]:
     key, equals, value = argument.partition("=")
     if not equals:
         names = ", ".join(f"{f.name}=..." for f in dataclasses.fields(ExportSettings))
         raise UserError(f"'{argument}' is not of the form KEY=VALUE", remedy=f"give {names}")
-    return key, value
+    return key, [name.strip() for name in value.strip("[]").split(",")] if key == "trust" else value
 
 
 if __name__ == "__main__":

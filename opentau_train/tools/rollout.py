@@ -2,7 +2,7 @@
 
     python -m opentau_train.tools.rollout checkpoint=RUN env=metaworld task=reach-v3 [episodes=100] [out=DIR] [seed=0]
         [horizon=8] [simulators=4] [videos=2] [timeout=120] [device=auto] [norm_head=NAME] [base=PATH]
-        [env.KEY=VALUE ...] [--config-dir DIR]
+        [trust=[MODULE]] [env.KEY=VALUE ...] [--config-dir DIR]
     torchrun --nproc-per-node 4 -m opentau_train.tools.rollout checkpoint=RUN env=reach
 
 `checkpoint`: what `load_policy` reads. Writes `rollout.json` (success rate with its 95 % interval, each episode's
@@ -49,6 +49,7 @@ class Options:
     device: Literal["auto", "cpu"] = "auto"
     norm_head: str | None = None
     base: str | None = None
+    trust: tuple[str, ...] = ()
 
     def check(self, path: str) -> None:
         """Each value is bounded by itself."""
@@ -80,7 +81,9 @@ def work(arguments: Sequence[str]) -> int:
         log_to(sys.stderr, world.is_main),
         world.roll_call(),
     ):
-        policy = world.agree(lambda: load_policy(options.checkpoint, world.device, base=options.base))
+        policy = world.agree(
+            lambda: load_policy(options.checkpoint, world.device, base=options.base, trust=options.trust)
+        )
         robot = world.agree(lambda: robot_for(policy, environment, "env", options.norm_head))
         out = (
             Path(options.out) if options.out else pretrained_folder(Path(options.checkpoint)).parent / f"rollout_{name}"

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from opentau_train import cli
 from opentau_train.checkpoints import contents
-from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.card import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights, load_pretrained

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opentau_train.checkpoints import pretrained
+from opentau_train.checkpoints import card, pretrained
 from opentau_train.checkpoints.contents import load_weights
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from tests.program import TOY, assert_close, metrics, run, start, train_here
@@ -119,7 +119,7 @@ def test_elastic_resume_on_other_numbers_of_ranks_layouts_and_workers(uninterrup
 
 def weights(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     """The parameters, or their average, of a checkpoint's shards put together."""
-    policy = pretrained.build(pretrained.read_card(checkpoint / pretrained.FOLDER))
+    policy = pretrained.build(card.read_card(checkpoint / card.FOLDER))
     load_weights(checkpoint, policy, part)
     return {name: value.detach() for name, value in policy.named_parameters()}
 

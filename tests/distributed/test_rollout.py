@@ -31,7 +31,7 @@ def test_one_checkpoint_has_one_success_rate(topology, run, tmp_path):
     """Nine episodes in blocks of two: the fourth of four ranks has one block, the first two; films come from both."""
     ranks, more = TOPOLOGIES[topology]
     out = tmp_path / "v.json"
-    done = torchrun(ranks, "-m", "opentau_train.validate", f"checkpoint={run}", f"out={out}", *more)
+    done = torchrun(ranks, "-m", "opentau_train.validate", f"checkpoint={run}", f"out={out}", "trust=[tests]", *more)
     assert done.returncode == 0, done.stderr
     logged = {k: v for k, v in metrics(run)[2].items() if k.startswith("Rollout")}
     assert json.loads(out.read_text())["metrics"] == logged and logged["Rollout/line/Episodes"] == 9
@@ -43,6 +43,8 @@ def test_one_checkpoint_has_one_success_rate(topology, run, tmp_path):
 def test_a_simulator_that_fails_on_one_rank_ends_all_with_its_message(run, tmp_path):
     """Of the second rank's episodes alone."""
     key = "validation.evaluator.rollout.environments.line.success=lost"
-    done = torchrun(2, "-m", "opentau_train.validate", f"checkpoint={run}", f"out={tmp_path / 'v.json'}", key)
+    done = torchrun(
+        2, "-m", "opentau_train.validate", f"checkpoint={run}", f"out={tmp_path / 'v.json'}", "trust=[tests]", key
+    )
     assert done.returncode != 0 and done.stderr.count("a step's info has no 'lost'") == 1, done.stderr
     assert EXIT_USER == 2

@@ -19,7 +19,7 @@ from tests import warm
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
-DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
+DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", REPO / "SECURITY.md", *sorted((REPO / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {
     "make test-nightly": "tests/property",
     "make mutants": "tests/unit/test_mutants.py",

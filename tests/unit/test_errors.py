@@ -206,7 +206,7 @@ def test_metadata_on_a_disk_that_fails_is_no_mistake_of_the_users(name, healthy,
     root = shutil.copytree(healthy, tmp_path / "set")
     refuse(root / name)
     with pytest.raises(Fault, match="EIO"):
-        opened(root, tmp_path)
+        opened(root, tmp_path, "data.sources.main.links=[/proc]")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def saved(tmp_path, step):
 
 
 def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_its_step(tmp_path):
-    world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, agree=lambda work: work())
     rng = np.random.default_rng(0)
     start = rng.normal(5, 3, 6)
     best = best_of(tmp_path)
@@ -180,7 +180,7 @@ def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_
 
 
 def test_other_windows_start_the_comparison_anew_and_left_out_ones_are_left_out_of_it(tmp_path):
-    world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, agree=lambda work: work())
     start = np.linspace(1, 6, 6)
     best = best_of(tmp_path)
     best.update(world, 10, scores_of(start))

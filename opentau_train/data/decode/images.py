@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from opentau_train.data.decode.fit import fit
+from opentau_train.strangers import MALFORMED, MAX_PIXELS
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+"""What Pillow may read: others start programs (EPS: Ghostscript) or are hardly looked after."""
+
+
+_OF_PLUGINS = (RuntimeError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow's plugins raise of damaged files besides."""
 
 
 class ImageError(Exception):
@@ -64,15 +75,23 @@ class Resizer:
         return self._fitted
 
 
-def decode_image(encoded: bytes) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8 RGB of a PNG, JPEG, ...; grey images repeat their channel.
+def decode_image(encoded: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 RGB of a file of one of `FORMATS`; grey images repeat their channel. One of more than
+    `max_pixels` is refused before anything is decoded.
 
     Raises `ImageError`, a `DepthError` for values that aren't 8-bit colours.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is this function's own
+            opened = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        with opened as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels")
             return _to_rgb(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, *MALFORMED, *_OF_PLUGINS) as error:
         raise ImageError(str(error)) from error
 
 

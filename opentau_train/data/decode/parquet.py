@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.errors import check_machine_read
 
 OPEN_FILES = 32
+MOST_ROWS = 2**26
+"""Of a file: where an episode's are isn't told, the numbers of all of them are read."""
+GROUP_BYTES = 2**30
+"""What the columns of a row group may take."""
 CACHED_BYTES = 64 * 2**20
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for a damaged file; the last where a column's name or its own message is garbled."""
@@ -112,18 +116,22 @@ class RowReader:
         except UNREADABLE as error:
             self._forget(path)
             check_machine_read(error, path)
-            raise RowError(f"{path}: {error}") from error
+            raise RowError(f"{path}: {' '.join(str(error).split())}") from error
 
     def _opened(self, path: Path) -> _RowFile:
         # Not mapped: a page that the disk or the server refuses would kill the process by SIGBUS.
-        handle = self._opener(path, partial(pq.ParquetFile, page_checksum_verification=True))
+        handle = self._opener(path, _parquet_file)
         names = handle.schema_arrow.names
         wrong = next((c for c in self._columns if names.count(c) != 1), None)
         if wrong is not None:
             handle.close()
             raise RowError(f"{path} has {'more than one' if wrong in names else 'no'} column '{wrong}'")
         metadata = handle.metadata
-        ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) > MOST_ROWS:
+            handle.close()
+            raise RowError(f"{path} has {sum(rows):,} rows, or fewer than none in a group: {MOST_ROWS:,} are the most")
+        ends = np.cumsum(rows, dtype=np.int64)
         return _RowFile(handle, ends)
 
     def _group(self, path: Path, handle: pq.ParquetFile, group: int) -> pa.Table:
@@ -131,6 +139,7 @@ class RowReader:
         if table is not None:
             self._groups.move_to_end((path, group))
             return table
+        self._check_size(handle.metadata.row_group(group))
         # pyarrow takes "action" for a prefix of "action.x" too: select again.
         table = handle.read_row_group(group, columns=self._columns, use_threads=False).select(self._columns)
         self._groups[path, group] = table
@@ -139,10 +148,24 @@ class RowReader:
             self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         return table
 
+    def _check_size(self, group: Any) -> None:
+        """Raises `strangers.Refused` where the columns of a row group would take more memory than a file has cause to:
+        encoded, a number that is repeated takes none."""
+        columns = [group.column(i) for i in range(group.num_columns)]
+        asked = [c for c in columns if c.path_in_schema.split(".")[0] in {n.split(".")[0] for n in self._columns}]
+        size = sum(max(c.total_uncompressed_size, 8 * c.num_values) for c in asked)
+        if size > GROUP_BYTES or group.num_rows > GROUP_BYTES // 8:
+            raise strangers.Refused(f"a row group of {group.num_rows:,} rows and {size:,} bytes, more than are read")
+
     def _forget(self, path: Path) -> None:
         self._files.drop(path)
         for key in [k for k in self._groups if k[0] == path]:
             self._cached_bytes -= self._groups.pop(key).nbytes
+
+
+def _parquet_file(path: Path) -> pq.ParquetFile:
+    strangers.check_plain(path)
+    return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:

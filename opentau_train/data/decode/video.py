@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -26,6 +27,7 @@ from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
 from opentau_train.errors import check_machine_read
+from opentau_train.strangers import MAX_PIXELS
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
@@ -77,9 +79,11 @@ class VideoPool:
     fewer where the process's limit of open files is near. A closed one is opened again when it is asked for.
     `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
-    def __init__(self, opener: Opener = open_here) -> None:
-        self.frames_decoded = 0
-        self._files = OpenFiles[Path, VideoFile](lambda path: opener(path, VideoFile), 0)
+    def __init__(self, opener: Opener = open_here, max_pixels: int = MAX_PIXELS) -> None:
+        self.frames_decoded, self.max_pixels = 0, max_pixels
+        self._files = OpenFiles[Path, VideoFile](
+            lambda path: opener(path, partial(VideoFile, max_pixels=max_pixels)), 0
+        )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -195,7 +199,7 @@ class FrameCursor:
             return
         file = self._pool.get(path)
         if self._coding != file.coding:
-            self._decoder, self._coding = new_decoder(file.coding), file.coding
+            self._decoder, self._coding = new_decoder(file.coding, self._pool.max_pixels), file.coding
         self._path, self._time_base = path, file.time_base
         self._forget()
 

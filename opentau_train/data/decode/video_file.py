@@ -12,9 +12,18 @@ from typing import NamedTuple
 
 import av
 
+from opentau_train.strangers import MAX_PIXELS, check_plain
+
 PACKETS_PER_READ, BYTES_PER_READ = 64, 256 * 2**10
 """Packets a cursor takes at once: what spreads the cost of a seek when cursors alternate on one file. The bytes bound
 what hundreds of cursors hold where a packet is large (and reading it dwarfs a seek)."""
+
+OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "enable_drefs": "0",
+}
+"""A file holds its frames itself: no list of other files or addresses (HLS, concat, DASH, SDP) is followed."""
 
 MIN_SKIPPED = 4
 """Packets that a jump to a later keyframe must save, else decoding on is cheaper than flushing the decoder."""
@@ -40,23 +49,26 @@ Coding = tuple[str, bytes | None, int, int, int, int, int, int]
 """What a decoder is made from: codec, its extradata, width, height, colour range, space, primaries, transfer."""
 
 
-def new_decoder(coding: Coding) -> av.VideoCodecContext:
-    """A decoder independent of any demuxer; one thread, because workers are the parallelism."""
+def new_decoder(coding: Coding, max_pixels: int) -> av.VideoCodecContext:
+    """A decoder independent of any demuxer; one thread, because workers are the parallelism. It refuses pictures of
+    more pixels than `max_pixels`, which a stream may come to have on the way."""
     decoder = av.CodecContext.create(coding[0], "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = coding[1]
     decoder.width, decoder.height = coding[2:4]
     decoder.color_range, decoder.colorspace, decoder.color_primaries, decoder.color_trc = coding[4:]
     decoder.thread_count = 1
+    decoder.options = {"max_pixels": str(max_pixels)}
     return decoder
 
 
 class VideoFile:
     """One open demuxer. Times are in ticks of `time_base` seconds; `coding` is what its packets are decoded with."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, max_pixels: int = MAX_PIXELS):
         self.path = path
-        self._container = av.open(str(path), metadata_errors="replace")
+        check_plain(path)
+        self._container = av.open(f"file:{path}", options=dict(OPTIONS), metadata_errors="replace")
         streams = self._container.streams.video
         time_base = streams[0].time_base if streams and streams[0].codec_context is not None else None
         if time_base is None:
@@ -69,6 +81,9 @@ class VideoFile:
         colours = codec.color_range, codec.colorspace, codec.color_primaries, codec.color_trc
         self.coding: Coding = (codec.name, codec.extradata, codec.width, codec.height, *colours)
         self._index = self._stream.index_entries
+        if codec.width * codec.height > max_pixels:
+            self._container.close()
+            raise VideoError(f"{path}: pictures of {codec.width} x {codec.height} pixels, more than data.max_pixels")
         channels = codec.format.components if codec.format is not None else ()
         if len(channels) == 1 and channels[0].bits > 8:
             self._container.close()

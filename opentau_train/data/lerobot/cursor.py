@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.data.chunk import chunk_places, future_rows, history_rows, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.opening import Opener
@@ -34,7 +35,7 @@ class LeRobotCursorFactory:
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
         self.opener = opener_at(reading.root)
-        self.pool = VideoPool(self.opener)
+        self.pool = VideoPool(self.opener, window.max_pixels)
         self.rows = EpisodeReader(reading.stored, reading.columns)
         self.frame_s = 1.0 / reading.fps
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
@@ -264,7 +265,8 @@ class LeRobotCursor:
         reading, rows = self._reading, self._rows
         assert rows is not None, "an image belongs to the episode entered before"
         try:
-            pixels = decode_image(_encoded(rows.images[camera][frame].as_py(), reading.root, self._factory.opener))
+            cell = rows.images[camera][frame].as_py()
+            pixels = decode_image(_encoded(cell, reading, self._factory.opener), self._window.max_pixels)
         except (ImageError, OSError) as error:
             check_machine(error)
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
@@ -286,11 +288,15 @@ def proposed_tolerance(reading: Reading) -> str | None:
     return enough(worst) if worst > 0 else None
 
 
-def _encoded(cell: Any, root: Path, opener: Opener) -> bytes:
+def _encoded(cell: Any, reading: Reading, opener: Opener) -> bytes:
     """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
     if isinstance(cell, Mapping):
-        if cell.get("bytes") is None and cell.get("path"):
-            return opener(root / cell["path"], Path.read_bytes)
+        path = cell.get("path")
+        if cell.get("bytes") is None and isinstance(path, str):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ImageError(f"its path '{path[:80]}' leads out of the dataset's directory")
+            strangers.check_inside(f"{reading.root}/{path}", reading.places)
+            return opener(reading.root / path, strangers.read_bytes)
         cell = cell.get("bytes")
     if not isinstance(cell, bytes):
         raise ImageError("it has no image bytes")

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.remote.mirror import mirror_at
-from opentau_train.errors import check_machine
+from opentau_train.errors import UserError, check_machine
 
 MAX_ENDS = 128
 """Files of rows whose ends are part of the fingerprint, evenly chosen: parquet keeps its columns' extremes there."""
@@ -48,8 +49,21 @@ def stored_files(info: Info, stored: StoredEpisodes) -> list[StoredFile]:
     kinds: list[tuple[str | None, FileTable, NDArray]] = [(None, stored.data, stored.data_file)]
     kinds += [(camera, places.files, places.file) for camera, places in stored.videos.items()]
     named = [(camera, n, files.relative(n)) for camera, files, used in kinds for n in np.unique(used).tolist()]
+    if mirror_at(info.root) is None:
+        for _, _, relative in named:
+            check_place(info, f"{info.root}/{relative}")
     stats = stats_below(info.root, [relative for _, _, relative in named])
     return [StoredFile(*name, stat) for name, stat in zip(named, stats, strict=True)]
+
+
+def check_place(info: Info, path: str) -> None:
+    """Raises `UserError` where a file of the dataset lies outside of its directory, the Hub's cache or what the setting
+    `links` names."""
+    try:
+        strangers.check_inside(path, info.places)
+    except strangers.Outside as error:
+        remedy = f"if the link is your own, set {info.where}.links=[{error.folder}]"
+        raise UserError(str(error), where=path, remedy=remedy) from error
 
 
 def identify(info: Info, stored: StoredEpisodes, files: Sequence[StoredFile]) -> tuple[str, str]:
@@ -109,6 +123,7 @@ def file_stats(paths: Sequence[str]) -> list[FileStat]:
 def end_of(path: str) -> bytes:
     """The file's last bytes, `END_BYTES` at most; none of a file that can't be had."""
     try:
+        strangers.check_plain(path)
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
             return file.read()
@@ -120,6 +135,8 @@ def end_of(path: str) -> bytes:
 def _stat(path: str) -> FileStat:
     try:
         status = os.stat(path)
+    except ValueError:  # no file can have this name
+        return FileStat(-1, -1)
     except OSError as error:
         check_machine(error, path)
         return FileStat(-1, -1)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opentau_train import strangers
 from opentau_train.errors import UserError, check_machine, check_machine_read
 
 VERSIONS = ("v3.0", "v2.1", "v2.0")
 RESTORE = "restore the file (download or export the dataset again)"
 V1_CONVERTER = "python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 --repo-id=OWNER/NAME --single-task=TEXT"
 """Of lerobot 0.3.3, the last release that has it."""
+INFO_BYTES = 16 * 2**20
+MOST_COLUMNS, MOST_AXES = 10_000, 8
+TEMPLATE = re.compile(
+    r"(?:[^{}\0]|\{(?:(?:chunk_index|file_index|episode_chunk|episode_index)(?::0?[1-9]?d)?|video_key)\}){1,4096}"
+)
+"""Of the paths of files: LeRobot's own fields, as whole numbers of so many digits."""
 LFS_HEAD = b"version https://git-lfs"
 LFS_BYTES = 1024
 """A git-lfs pointer is smaller."""
@@ -23,12 +30,14 @@ LFS_BYTES = 1024
 
 @dataclass(frozen=True)
 class Info:
-    """meta/info.json. `raw` is the file's bytes, `tree` their content (keys that nobody asks for are ignored)."""
+    """meta/info.json. `raw` is the file's bytes, `tree` their content (keys that nobody asks for are ignored);
+    `places`: the directories that the dataset's files may lie in."""
 
     root: Path
     where: str
     raw: bytes
     tree: Mapping[str, Any]
+    places: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -55,15 +64,16 @@ class Info:
         return self.tree[key]
 
 
-def read_info(root: Path, where: str) -> Info:
-    """Read info.json and check the values that are used. `where` is the source's config path. Raises `UserError`."""
+def read_info(root: Path, where: str, links: Collection[str] = ()) -> Info:
+    """Read info.json and check the values that are used. `where` is the source's config path, `links` its setting of
+    that name. Raises `UserError`."""
     if not root.is_dir():
         problem = "is not a directory" if root.exists() else "doesn't exist"
         raise UserError(f"dataset directory {root} {problem}", where=where, remedy=f"set {where}.root=DIRECTORY")
     path = root / "meta" / "info.json"
     try:
-        raw = path.read_bytes()
-        tree = json.loads(raw)
+        raw = strangers.read_bytes(path, INFO_BYTES)
+        tree = strangers.parse(raw)
     except FileNotFoundError as error:
         if (root / "meta_data" / "info.json").exists():  # where the formats before v2.0 had it
             raise _refused("v1", str(root / "meta_data" / "info.json")) from error
@@ -72,9 +82,9 @@ def read_info(root: Path, where: str) -> Info:
             where=where,
             remedy=f"set {where}.root to the directory that holds meta/ and data/",
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    info = Info(root, where, raw, tree if isinstance(tree, dict) else {})
+    info = Info(root, where, raw, tree if isinstance(tree, dict) else {}, strangers.places(root, links))
     version = info.get("codebase_version")
     if _version(version) not in VERSIONS:
         raise _refused(version, str(path))
@@ -85,6 +95,7 @@ def read_info(root: Path, where: str) -> Info:
 def is_lfs_pointer(path: Path | str) -> bool:
     """Whether git left a pointer in place of the file's content."""
     try:
+        strangers.check_plain(path)
         with open(path, "rb") as file:
             head = file.read(LFS_BYTES)
     except OSError as error:
@@ -99,7 +110,8 @@ def unreadable(path: Path, error: BaseException, place: str = "") -> UserError:
     check_machine_read(error, path)
     if is_lfs_pointer(path):
         return lfs_error(str(path))
-    return UserError(f"{path.parent.name}/{path.name} can't be read: {place}{error}", where=str(path), remedy=RESTORE)
+    why = " ".join(str(error).split())[:400]  # Arrow's are of several lines
+    return UserError(f"{path.parent.name}/{path.name} can't be read: {place}{why}", where=str(path), remedy=RESTORE)
 
 
 def lfs_error(path: str, num_others: int = 0) -> UserError:
@@ -138,16 +150,21 @@ def _check_values(info: Info) -> None:
     chunks_size = info.tree.get("chunks_size")
     if chunks_size is not None and not (_is_count(chunks_size) and chunks_size > 0):
         raise _wrong(info, "chunks_size", "a whole number greater than 0", chunks_size)
-    if not isinstance(features, dict):
-        raise _wrong(info, "features", "a mapping of columns", features)
+    for key in ("data_path", "video_path"):
+        template = info.tree.get(key)
+        if template is not None and not (isinstance(template, str) and TEMPLATE.fullmatch(template)):
+            raise _wrong(info, key, "a path with LeRobot's own fields, such as {chunk_index:03d}", template)
+    if not isinstance(features, dict) or len(features) > MOST_COLUMNS:
+        raise _wrong(info, "features", f"a mapping of columns, at most {MOST_COLUMNS:,}", features)
     for name, feature in features.items():
         if not isinstance(feature, dict):
             raise _wrong(info, f"features.{name}", "a mapping", feature)
         dtype, shape = feature.get("dtype"), feature.get("shape")
         if dtype is not None and not isinstance(dtype, str):
             raise _wrong(info, f"features.{name}.dtype", "a type's name", dtype)
-        if shape is not None and not (isinstance(shape, list) and all(map(_is_count, shape))):
-            raise _wrong(info, f"features.{name}.shape", "a list of whole numbers", shape)
+        axes = shape if isinstance(shape, list) else [None]
+        if shape is not None and not (len(axes) <= MOST_AXES and all(map(_is_count, axes))):
+            raise _wrong(info, f"features.{name}.shape", f"a list of at most {MOST_AXES} whole numbers", shape)
 
 
 def _is_count(value: Any) -> bool:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from opentau_train import strangers
 from opentau_train.data.lerobot.columns import FLOAT, NUMBER, Column, num_values
 from opentau_train.data.lerobot.info import Info, unreadable
 from opentau_train.errors import UserError, did_you_mean
@@ -28,8 +29,8 @@ def named_slices(info: Info, part: Literal["state", "action"], names: tuple[str,
     if not wanted or not path.exists():
         return {}
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        tree = strangers.read_json(path)
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     entries = tree.get(part) if isinstance(tree, dict) else None
     entries = entries if isinstance(entries, dict) else {}

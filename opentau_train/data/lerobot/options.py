@@ -44,6 +44,9 @@ class LeRobotSource:
     tolerance_s: Annotated[float, positive] = field(default=1e-4, metadata=SAFE)
     """Seconds by which a video's frame may miss its row's time."""
 
+    links: tuple[str, ...] = field(default=(), metadata=SAFE)
+    """Directories outside of the dataset's own that its links may lead to; the Hub's cache may be always."""
+
     def open(self, name: str, settings: SourceSettings) -> LeRobotDataset:
         """Read the metadata of the dataset in `settings.root`. Raises `UserError` for what is missing, broken or
         unknown."""

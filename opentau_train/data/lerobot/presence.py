@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.data.decode.parquet import UNREADABLE, is_list
 from opentau_train.data.lerobot.episodes import StoredEpisodes, VideoPlaces
 from opentau_train.data.lerobot.identity import StoredFile, stats_below
@@ -94,6 +95,7 @@ def check_columns(info: Info, stored: StoredEpisodes, columns: Sequence[str], ot
 
 def _schema(path: Path) -> pa.Schema | None:
     try:
+        strangers.check_plain(path)
         return pq.read_schema(path)
     except UNREADABLE as error:
         check_machine_read(error, path)

@@ -88,7 +88,8 @@ class Reading:
 
     `fps` is the rate of its rows; `timed` says that they have a timestamp column that is needed; `images` {camera: its
     parquet column}; `task_column` is None where rows have no task; `prompt_separator` splits one text into
-    alternatives; `state_kept` and `actions_kept` mark the dimensions of their columns that aren't dropped.
+    alternatives; `state_kept` and `actions_kept` mark the dimensions of their columns that aren't dropped; `places` are
+    the directories that files may lie in.
     """
 
     dataset: str
@@ -108,6 +109,7 @@ class Reading:
     timed: bool
     state_kept: NDArray[np.bool_]
     actions_kept: NDArray[np.bool_]
+    places: tuple[str, ...]
 
     @property
     def episodes(self) -> EpisodeTable:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,11 @@ def tell_unlisted(info: Info, episode_index: NDArray[np.int64]) -> None:
     """Say which episodes info.json counts and the episodes' metadata don't list: where they are nobody knows."""
     total = info.tree.get("total_episodes")
     if isinstance(total, int) and len(episode_index) < total:
-        missing = set(range(total)) - set(episode_index.tolist())
-        log.warning("%s: left out, missing in the episodes' metadata: episodes %s", info.where, some(missing))
+        listed = set(episode_index[episode_index < total].tolist())
+        missing = list(islice((number for number in range(total) if number not in listed), NAMED))
+        more = total - len(listed) - len(missing)
+        named = some(missing) + (f" and {more} more" if more else "")
+        log.warning("%s: left out, missing in the episodes' metadata: episodes %s", info.where, named)
 
 
 def settle_lengths(listing: Listing) -> Listing:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.config.data import SourceSettings
 from opentau_train.data.lerobot import rows
 from opentau_train.data.lerobot.columns import (
@@ -43,7 +44,7 @@ from opentau_train.data.lerobot.episodes import (
     read_episodes,
     read_tasks,
 )
-from opentau_train.data.lerobot.identity import identify, stored_files
+from opentau_train.data.lerobot.identity import check_place, identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.locate import row_keys
 from opentau_train.data.lerobot.modality import named_slices
@@ -120,8 +121,16 @@ class LeRobotDataset:
 
 def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) -> LeRobotDataset:
     """Read the metadata of the dataset in `settings.root`. Raises `UserError` for what is missing, broken, unknown."""
-    where = f"data.sources.{name}"
-    info = read_info(Path(settings.root or ""), where)
+    root, where = Path(settings.root or ""), f"data.sources.{name}"
+    with strangers.understood("the dataset's metadata", root):
+        info = read_info(root, where, options.links)
+        for link in (str(info.path), *strangers.links(f"{info.root}/meta")):
+            check_place(info, link)
+        return _open(name, settings, options, info)
+
+
+def _open(name: str, settings: SourceSettings, options: LeRobotSource, info: Info) -> LeRobotDataset:
+    where = info.where
     features = info.features
     cameras = choose_cameras(features, options.cameras, f"{where}.cameras")
     state, actions = _state_and_actions(info, options)
@@ -161,6 +170,7 @@ def open_dataset(name: str, settings: SourceSettings, options: LeRobotSource) ->
         timed=bool(stored.videos) or by_time,
         state_kept=state_kept,
         actions_kept=actions_kept,
+        places=info.places,
     )
     check_columns(info, stored, [*row_keys(stored), *reading.columns], {*prompts, *reading.images.values()})
     fingerprint, rows_stamp = identify(info, stored, files)
@@ -287,11 +297,12 @@ def _number_files(
     pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
     try:
-        if "\0" in files.relative(0):
-            raise ValueError("it holds a null character")
+        made = PurePosixPath(files.relative(0))
+        if made.is_absolute() or ".." in made.parts or "\0" in str(made):
+            raise ValueError("it leads out of the dataset's directory, or no file can have such a name")
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{key} '{files.template}' can't be filled in: {error}",
+            f"{key} '{files.template[:200]}' can't be filled in: {error}",
             where=str(info.path),
             remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
         ) from error

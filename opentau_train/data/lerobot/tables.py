@@ -16,12 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train import strangers
 from opentau_train.data.decode.parquet import UNREADABLE
 from opentau_train.data.lerobot.info import RESTORE, unreadable
 from opentau_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LINES_BYTES = 512 * 2**20
+MOST_ROWS = 10**7
+"""Of a file of metadata."""
 LARGEST = 2**53
 """Of whole numbers: those below are exact in every type that a file may give them."""
 _VALUES = (*UNREADABLE, ValueError, OverflowError)
@@ -99,6 +103,7 @@ def text_columns(path: Path) -> list[str]:
 
 def _schema(path: Path) -> pa.Schema:
     try:
+        strangers.check_plain(path)
         return pq.read_schema(path)
     except UNREADABLE as error:
         raise unreadable(path, error) from error
@@ -109,13 +114,11 @@ def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = 
     rows, lines, number = [], [], 0
     try:
         # Only "\n" ends a line: a text may hold others of the characters at which `splitlines` does.
-        for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
+        for number, line in enumerate(strangers.read_bytes(path, LINES_BYTES).decode("utf-8-sig").split("\n"), start=1):
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(strangers.parse(line))
                 lines.append(number)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error, f"line {number}: " if number else "") from error
     for number, row in zip(lines, rows, strict=True):
         missing = [name for name in numbers if not isinstance(row, dict) or name not in row]
@@ -132,7 +135,10 @@ def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = 
 def _read_file(path: Path, needed: list[str], optional: Sequence[str]) -> tuple[pa.Table, list[str]]:
     """The columns `needed` and, where the file has them, `optional`; the names of all."""
     try:
+        strangers.check_plain(path)
         with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows > MOST_ROWS:
+                raise strangers.Refused(f"it has {file.metadata.num_rows:,} rows, more than {MOST_ROWS:,}")
             there = file.schema_arrow.names
             missing = next((name for name in needed if there.count(name) != 1), None)
             if missing is not None:

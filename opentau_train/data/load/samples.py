@@ -6,6 +6,7 @@ All randomness of a sample is keyed by (seed, dataset, episode, frame, pass), so
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import accumulate
 
 from opentau_train import rng
@@ -28,7 +29,8 @@ class SampleBuilder:
         self.mixture = mixture
         self.training = training
         self._keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
-        self._windows = [d.window(mixture.spec) for d in mixture.datasets]
+        windows = (d.window(mixture.spec) for d in mixture.datasets)
+        self._windows = [replace(window, max_pixels=mixture.settings.max_pixels) for window in windows]
         self._decoders = [d.decoders(w) for d, w in zip(mixture.datasets, self._windows, strict=True)]
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]

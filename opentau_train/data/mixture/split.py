@@ -50,12 +50,18 @@ def held_out_error(name: str, what: str, lost: Iterable[int], without: Iterable[
     )
 
 
+MOST_EPISODES = 10**7
+
+
 def numbers(text: str) -> set[int]:
     """The inverse of `ranges`."""
     members: set[int] = set()
     for part in filter(None, text.split(", ")):
         first, _, last = part.partition("-")
-        members.update(range(int(first), int(last or first) + 1))
+        episodes = range(int(first), int(last or first) + 1)
+        if len(episodes) > MOST_EPISODES:
+            raise ValueError(f"'{part}' are more than {MOST_EPISODES:,} episodes")
+        members.update(episodes)
     return members
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opentau_train.checkpoints import commit, contents
-from opentau_train.checkpoints.pretrained import Pretrained
+from opentau_train.checkpoints.card import Pretrained
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
 from opentau_train.config.settings import CheckpointSettings

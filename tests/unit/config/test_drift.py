@@ -38,6 +38,8 @@ def kinds(old, new):
 
 
 def test_an_option_of_a_source_that_one_tree_lacks_counts_with_its_default(tree):
+    import tests.fake_source  # noqa: F401  a run has imported its own classes; what only a checkpoint names isn't
+
     fewer = copy.deepcopy(tree)
     del fewer["data"]["sources"]["main"]["cameras"]
     assert kinds(fewer, tree) == kinds(tree, fewer) == {}

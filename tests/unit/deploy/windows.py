@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opentau_train.checkpoints.pretrained import read_card
+from opentau_train.checkpoints.card import read_card
 from opentau_train.config.settings import load_settings
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from opentau_train import validate
 from opentau_train.checkpoints.adapters import write_adapters
 from opentau_train.checkpoints.base import base_of, digest, record
-from opentau_train.checkpoints.pretrained import load_policy, read_card
+from opentau_train.checkpoints.card import read_card
+from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.checkpoints.weights import plan_weights
 from opentau_train.config import drift
 from opentau_train.config.finetune import FinetuneSettings

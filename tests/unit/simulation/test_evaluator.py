@@ -73,7 +73,10 @@ def test_the_row_has_the_rate_its_interval_and_what_the_losses_say(run):
 
 def test_the_tool_and_a_validation_by_itself_measure_what_the_run_did(run, tmp_path, capsys):
     logged = metrics(run)[2]
-    validate.run([f"checkpoint={run}", f"out={tmp_path / 'v.json'}", "validation.evaluators=[rollout]"])
+    arguments = [f"checkpoint={run}", f"out={tmp_path / 'v.json'}", "validation.evaluators=[rollout]"]
+    with pytest.raises(UserError, match=r"trust=\[tests.simulators\]"):  # no class of the program's own
+        validate.run(arguments)
+    validate.run([*arguments, "trust=[tests.simulators]"])
     measured = json.loads((tmp_path / "v.json").read_text())["metrics"]
     assert measured == {k: v for k, v in logged.items() if k.startswith("Rollout")}
     assert (tmp_path / "v_rollout_line_0.mp4").is_file()

@@ -80,14 +80,14 @@ def test_the_golden_batch_has_the_shapes_of_any_spec():
 
 
 def test_a_file_that_predicts_otherwise_is_removed(run_dir, tmp_path, monkeypatch, capsys):
-    from opentau_train.checkpoints import pretrained
+    from opentau_train.checkpoints import card as cards
 
-    whole = pretrained.write_file
+    whole = cards.write_file
 
     def damaged(path, weights, card):
         whole(path, {k: v + (k == "action_embed") for k, v in weights.items()}, card)
 
-    monkeypatch.setattr(pretrained, "write_file", damaged)  # a fault of the disk, as if
+    monkeypatch.setattr(cards, "write_file", damaged)  # a fault of the disk, as if
     out = tmp_path / "policy.safetensors"
     assert export.main([f"checkpoint={run_dir}", f"out={out}"]) == 1
     assert not out.exists() and "other actions" in capsys.readouterr().err

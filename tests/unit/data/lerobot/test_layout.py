@@ -52,9 +52,9 @@ def set_version(root: Path, version: object) -> None:
     (root / "meta/info.json").write_text(json.dumps({**info, "codebase_version": version}))
 
 
-def assert_whole(root: Path) -> None:
+def assert_whole(root: Path, **changes) -> None:
     """Every episode is there, with its rows, pictures and prompts."""
-    source = open_source(root)
+    source = open_source(root, **changes)
     assert source.episodes.length.tolist() == list(LENGTHS) and source.cameras == ("front",)
     window = source.cursors(WindowSpec(1)).cursor().read(2, 3)
     assert window.state[0] == 203.0 and window.images["front"].shape == (1, 16, 16, 3)
@@ -99,15 +99,20 @@ def test_the_layout_before_v20_is_known_by_its_folder(tmp_path):
 @pytest.mark.parametrize(
     "place", ["data", "data/chunk-000", "videos", "meta", "meta/episodes", "meta/episodes/chunk-000", ""]
 )
-def test_linked_folders_are_followed(place, copy, tmp_path):
+def test_linked_folders_are_followed_where_their_user_says_so(place, copy, tmp_path):
     root = copy("v3.0")
     shutil.move(root / place, tmp_path / "store")
     (root / place).symlink_to(tmp_path / "store")
-    assert_whole(root)
+    if place:  # the dataset's own directory was named by the user
+        with pytest.raises(UserError, match="a link leads out of the dataset's directory") as caught:
+            open_source(root)
+        assert caught.value.remedy.endswith(f"data.sources.main.links=[{tmp_path / 'store'}]")
+    assert_whole(root, links=[str(tmp_path / "store")] if place else [])
 
 
-def test_linked_files_are_followed(copy, tmp_path):
-    root, blobs = copy("v3.0"), tmp_path / "blobs"
+def test_files_of_the_hubs_cache_are_links_into_it(copy, tmp_path):
+    root, blobs = tmp_path / "hub/snapshots/5d0c", tmp_path / "hub/blobs"
+    shutil.copytree(copy("v3.0"), root)
     blobs.mkdir()
     for number, path in enumerate(sorted(p for p in root.rglob("*") if p.is_file())):
         shutil.move(path, blobs / str(number))

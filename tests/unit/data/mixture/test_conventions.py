@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from opentau_train.checkpoints.pretrained import load_policy, read_card
+from opentau_train.checkpoints.card import read_card
+from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.config import typed
 from opentau_train.data.convention import Convention
 from opentau_train.data.conventions.sources import check_agreement, record, recorded_difference
