@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import closing
+import stat
+from contextlib import closing, suppress
 from pathlib import Path
 
 LOST_SECONDS = 32
@@ -32,13 +33,10 @@ def watch_connections() -> int:
     """
     watched = 0
     for entry in _descriptors():
-        try:
-            connection = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:  # no socket, or closed meanwhile
-            continue
-        with closing(connection):
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-                watched += _watch(connection)
+        with suppress(OSError):  # closed meanwhile
+            if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                with closing(socket.socket(fileno=os.dup(int(entry)))) as connection:
+                    watched += _watch(connection)
     return watched
 
 
@@ -48,6 +46,8 @@ def _descriptors() -> list[str]:
 
 
 def _watch(connection: socket.socket) -> bool:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+        return False
     try:
         connection.getpeername()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import ExitStack
 
@@ -20,7 +21,9 @@ def test_every_connection_is_watched_and_nothing_else(tmp_path):
         server, client, accepted = (stack.enter_context(one) for one in connected())
         pair = [stack.enter_context(one) for one in socket.socketpair()]
         stack.enter_context((tmp_path / "file").open("w"))
+        before = len(os.listdir("/proc/self/fd"))
         assert watch_connections() >= 2
+        assert len(os.listdir("/proc/self/fd")) == before
         for one in (client, accepted):
             assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             idle, every, num, limit = (
