@@ -1,9 +1,10 @@
 """How many of the bugs in `listed` the fast tests notice.
 
-    python -m tests.mutants [--only TEXT] [--workers 2] [--whole]
+    python -m tests.mutants [--only TEXT] [--workers 2] [--whole] [--control]
 
 The repository is copied once for each worker. A mutant is tried on the tests that its file's room has, and with
 `--whole` what outlives them on all fast tests. Each is killed by the first test that fails, or by one that doesn't end.
+`--control` runs the tests of all rooms on the program as it is: what fails there kills nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose file or name has this text")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--whole", action="store_true", help="try survivors on all fast tests")
+    parser.add_argument("--control", action="store_true", help="run the tests without a bug")
     options = parser.parse_args()
+    if options.control:
+        return control()
     chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.name}"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
         copies: queue.Queue[Path] = queue.Queue()
@@ -71,6 +75,16 @@ def main() -> int:
     for mutant in survivors:
         print(f"survives: {mutant.file}: {mutant.name}")
     return 0
+
+
+def control() -> int:
+    """The code to end with: 1 where a test fails without a bug."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(folder) / "0")
+        failed = {place: first_failed(copy, tests) for place, tests in ROOMS.items()}
+    for place, test in failed.items():
+        print(f"{place}: {test or 'all pass'}")
+    return int(any(failed.values()))
 
 
 def copied(folder: Path) -> Path:
