@@ -153,7 +153,11 @@ def running(arguments: list[str], cwd: Path | None = None) -> Iterator[int]:
 @contextmanager
 def object_server() -> Iterator[Proxy]:
     """A server of S3's protocol with an empty bucket, behind a proxy; the environment leads s3fs to it."""
+    import s3fs
+
     with running(["-m", "moto.server", "-p"]) as port, proxy_to(port) as proxy:
+        # One that this process was led to before, as a worker that comes back to a file of tests, is gone.
+        s3fs.S3FileSystem.clear_instance_cache()
         before = dict(os.environ)
         os.environ.update(AWS, AWS_ENDPOINT_URL=proxy.url)
         try:

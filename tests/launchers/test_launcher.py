@@ -129,6 +129,7 @@ def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
     assert len(answer.stderr.splitlines()) <= 8 and not node.record.exists()
 
 
+@pytest.mark.slow
 def test_a_release_by_outcome_is_taken_with_its_data_and_the_check_follows_the_overrides(node, datasets):
     """Which datasets the check takes: tests/unit/tools/test_check_composed.py."""
     release = {"DATASET_PATH": datasets / "cosmos", "BASE_CHECKPOINT_PATH": "/weights", "CHECK_CONFIG": "1"}

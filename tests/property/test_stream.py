@@ -100,6 +100,7 @@ def test_a_dataset_of_one_window_fills_every_rank_and_worker(tmp_path):
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(mixtures, st.lists(st.tuples(st.integers(1, 3), st.sampled_from(WORKERS)), min_size=4, max_size=4))
 @few
 def test_chain_of_ranks_4_2_1_8_and_any_workers_continues_the_same_batches(tmp_path, mix, legs):

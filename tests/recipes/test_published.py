@@ -109,6 +109,7 @@ def test_the_cluster_has_the_published_numbers(monkeypatch):
     assert settings.data.transforms["augment"]["crop"] == [0.9025, 0.9025]
 
 
+@pytest.mark.slow
 def test_the_cluster_is_planned_for_64_ranks(droid_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DROID_ROOT", str(droid_root))
     words = ["+recipe=droid_policy", "scale=cluster", "model=flow_tiny", *TINY_POLICY, "trainer.steps=2"]

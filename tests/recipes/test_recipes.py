@@ -89,6 +89,7 @@ def small_sample(tmp_path_factory) -> dict[str, Path]:
     return ensure_droid_sample(tmp_path_factory.mktemp("cache"), spec)
 
 
+@pytest.mark.slow
 def test_the_droid_recipe_trains_on_droid_root(small_sample, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(small_sample["joint"]))
     run = train_here(["+recipe=droid_policy", "+debug=smoke", *TINY_POLICY], tmp_path / "run")
@@ -117,6 +118,7 @@ def test_the_droid_recipe_without_droid_root_trains_on_the_sample_and_says_so(
     assert [len(d.action_names) for d in plan.datasets] == [8, 10]
 
 
+@pytest.mark.slow
 def test_the_wam_recipe_trains_validates_resumes_and_is_exported(small_sample, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(small_sample["joint"]))
     words = ["+recipe=droid_wam", "+debug=smoke", *TINY_POLICY, "model.num_flow_steps=2"]

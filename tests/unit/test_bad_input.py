@@ -256,6 +256,7 @@ def test_a_missing_video_of_a_held_out_episode_ends_the_run_before_its_first_ste
     assert train(root, *held_out, "validation.on_bad_sample=skip")[0] == 0
 
 
+@pytest.mark.slow
 def test_missing_rows_of_a_held_out_episode_end_the_run_before_its_first_step(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, version="v2.1", cameras={}))
     for episode in (2, 3):
@@ -489,6 +490,7 @@ def test_rows_without_a_frame_of_their_own_are_told_at_start_and_cost_no_quarant
     assert not (tmp_path / "run/quarantine.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_episode_without_its_rows_is_left_out_and_the_others_train(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras={}, version="v2.1"))
     path = root / "data/chunk-000/episode_000002.parquet"
@@ -505,6 +507,7 @@ def test_an_episode_without_its_rows_is_left_out_and_the_others_train(train, tmp
     assert_clear(train(root), "has rows that can be read", "data.sources.main", "restore")
 
 
+@pytest.mark.slow
 def test_too_many_windows_of_drifting_clocks_end_with_the_tolerance_in_the_remedy(train, tmp_path):
     """Every other row lies off its frame: a substitute is always at hand, until there were too many."""
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))

@@ -25,6 +25,7 @@ def whole(tmp_path_factory):
     return train_here([*SHORT, "trainer.steps=4"], tmp_path_factory.mktemp("joint") / "whole")
 
 
+@pytest.mark.slow
 def test_a_joint_run_resumed_in_its_middle_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     """Its first half repeats the other run's."""
     run, words = tmp_path / "run", [*SHORT, "trainer.steps=4"]

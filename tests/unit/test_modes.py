@@ -121,6 +121,7 @@ def test_a_weight_of_0_turns_a_term_off_and_its_head_stays_as_it_is(weight, tmp_
     assert rows["Training/Loss"] == rows[other_term] * (0.1 if weight == "mse_weight" else 1.0)
 
 
+@pytest.mark.slow
 def test_a_joint_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     words = [*TOY, *MODAL, *JOINT, "scheduler=constant", "checkpoint.every=2", "validation.every=2"]
     whole = metrics(train_here([*words, "trainer.steps=4"], tmp_path / "whole"))

@@ -39,6 +39,7 @@ def test_that_follows():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "a worker"])
 def test_only_a_timed_test_runs_twice_and_its_first_failure_is_printed(tmp_path: Path, workers):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    timed: with a limit of time\ntimeout = 60\n")

@@ -260,6 +260,7 @@ def command(trained, *arguments):
     validate.run([f"checkpoint={trained}", f"paths.cache_dir={trained.parent / 'cache'}", *arguments])
 
 
+@pytest.mark.slow
 def test_command_equals_what_training_logged_bit_for_bit(trained, tmp_path):
     command(trained, f"out={tmp_path / 'v.json'}")
     result = json.loads((tmp_path / "v.json").read_text())

@@ -114,6 +114,7 @@ ODD = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=40) | ODD.map(lambda tree: json.dumps(tree).encode()) | st.just(b"[" * 100_000))
 def test_whatever_the_manifest_holds_is_no_traceback(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("odd") / "00000001"

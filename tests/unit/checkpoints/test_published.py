@@ -31,6 +31,7 @@ def openpi_file(tmp_path, stats, dims: int = 32):
     return tmp_path / "norm_stats.json"
 
 
+@pytest.mark.slow
 def test_a_run_normalises_by_another_runs_statistics_and_keeps_them(tmp_path):
     whole = train_here(ONE, tmp_path / "whole")
     alone = train_here([*ONE, FEW], tmp_path / "alone")
@@ -55,6 +56,7 @@ def test_openpis_statistics_normalise_as_the_same_numbers_computed(method, tmp_p
     np.testing.assert_array_equal(head_of(run)[1].state.q99, head_of(computed)[1].state.q99)
 
 
+@pytest.mark.slow
 def test_statistics_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     computed = train_here(ONE, tmp_path / "computed")
     head, stats = head_of(computed)

@@ -223,6 +223,7 @@ def run_dir(tmp_path_factory):
     return train_here([*SHORT, "trainer.steps=2"], tmp_path_factory.mktemp("weights") / "run")
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_a_run_a_checkpoint_its_folder_or_an_exported_file(run_dir, tmp_path, capsys):
     out = tmp_path / "policy.safetensors"
     assert export.main([f"checkpoint={run_dir}", f"out={out}"]) == 0
@@ -239,6 +240,7 @@ def test_a_run_begins_from_a_run_a_checkpoint_its_folder_or_an_exported_file(run
     assert f"loaded      {len(trained)} of {len(trained)} tensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_checkpoints_weights_and_does_without_the_first_ones(run_dir, tmp_path):
     weights = tmp_path / "first"
     shutil.copytree(run_dir / "checkpoints" / "last" / "pretrained_model", weights)

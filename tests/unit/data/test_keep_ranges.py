@@ -233,6 +233,7 @@ def test_a_key_that_two_episodes_share_is_refused(tmp_path):
         open_filtered(root, path, filter_key="{day}")
 
 
+@pytest.mark.slow
 def test_a_file_of_a_hundred_thousand_keys_filters_the_few_that_are_there(tmp_path):
     root = write(tmp_path / "set", ROWS_ONLY)
     path = filter_file(tmp_path, {str(e): [[0, 3], [4, 6]] for e in range(100_000)})
@@ -299,6 +300,7 @@ def test_the_tool_s_file_filters_the_dataset_it_was_made_of(tmp_path, capsys):
     assert kept(open_filtered(root, str(out))) == [(0, 0, 4), (0, 15, 4), (1, 0, 11)]
 
 
+@pytest.mark.slow
 def test_the_tool_names_a_wrong_column_and_needs_neither_torch_nor_tensorflow(tmp_path):
     code = (
         "import sys; from opentau_train.tools.keep_ranges import main\n"

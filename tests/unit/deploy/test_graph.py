@@ -64,6 +64,7 @@ def test_each_small_policy_becomes_a_graph(model, form, tmp_path):
     assert (made - sampled).abs().max() <= graph.WITHIN * max(1.0, sampled.abs().max())
 
 
+@pytest.mark.slow
 def test_a_graph_that_gives_other_actions_is_removed(own_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(graph, "_write_pt2", lambda out, program: (out.touch(), lambda inputs: torch.ones(1))[1])
     out = tmp_path / "policy.pt2"

@@ -29,6 +29,7 @@ policy.benchmark(repeats=1)
 """
 
 
+@pytest.mark.slow
 def test_it_acts_without_what_only_a_training_needs(own_run, policy, tmp_path):
     out, file = tmp_path / "actions.npy", tmp_path / "policy.safetensors"
     assert export.main([f"checkpoint={own_run}", f"out={file}"]) == 0

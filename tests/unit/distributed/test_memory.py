@@ -220,6 +220,7 @@ def test_a_cap_on_tokens_bounds_the_activations(settings):
     assert footprint(rehearsal, capped, 2) == footprint(rehearsal, three, 2)
 
 
+@pytest.mark.slow
 def test_too_small_a_device_is_warned_of_with_what_would_help(settings):
     rehearsal = Rehearsal(on_meta(), WITH_FIELDS, "cpu")
     needs = footprint(rehearsal, settings, 1).total

@@ -76,6 +76,7 @@ def test_what_nohup_has_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_has_saved(tmp_path):
     run_dir = tmp_path / "run"
     words = [*LONG, f"paths.run_dir={run_dir}", f"paths.cache_dir={tmp_path / 'cache'}"]

@@ -222,6 +222,7 @@ def runs(tmp_path_factory) -> dict[str, dict[int, dict[str, float]]]:
     return {name: metrics(root / name) for name in ("padded", "capped", "resumed")}
 
 
+@pytest.mark.slow
 def test_a_run_trains_alike_packed(runs):
     padded, capped = runs["padded"], runs["capped"]
     for step, row in padded.items():

@@ -21,6 +21,7 @@ def written(root):
     return {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files_for_any_simulators_and_crashes(tmp_path):
     write(tmp_path / "one", line(), Wanted(12), 1, 60.0)
     write(tmp_path / "three", line(), Wanted(12), 3, 60.0)

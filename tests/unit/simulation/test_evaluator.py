@@ -59,6 +59,7 @@ def run(demonstrated, tmp_path_factory):
     return train_here(arguments(demonstrated, "trainer.ema_decay=0.5"), tmp_path_factory.mktemp("run") / "run")
 
 
+@pytest.mark.slow
 def test_the_row_has_the_rate_its_interval_and_what_the_losses_say(run):
     row = metrics(run)[2]
     rate, low, high = (row[f"Rollout/line/Success{end}"] for end in ("", "/Low", "/High"))
@@ -122,6 +123,7 @@ def test_an_evaluator_without_an_environment_says_how_to_name_one(demonstrated, 
         train_here([*words, remedy], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_its_episodes_owes_the_pass_and_goes_on(demonstrated, tmp_path, monkeypatch):
     """The stop comes while the first pass plays; resumed, the run has the numbers of one that went through."""
     whole = train_here(arguments(demonstrated), tmp_path / "whole")
@@ -144,6 +146,7 @@ def test_a_run_that_is_stopped_in_its_episodes_owes_the_pass_and_goes_on(demonst
     assert rates[0] == rates[1] and sorted(rates[0]) == [1, 2]
 
 
+@pytest.mark.slow
 def test_success_needs_no_held_out_windows_and_chooses_the_best(demonstrated, tmp_path):
     more = ["validation.evaluators=[rollout]", "validation.best=rollout/success", "data.sources.main.val_split_ratio=0"]
     run = train_here(arguments(demonstrated, *more, "checkpoint.every=1"), tmp_path / "run")

@@ -109,6 +109,7 @@ def test_a_resumed_online_run_sends_each_step_and_validation_once(make_context, 
     assert validated == [(3, 30), (6, 60)]
 
 
+@pytest.mark.slow
 def test_a_resumed_online_run_sends_what_a_kill_left_unsent(make_context, account):
     with serving() as server:
         account(server.url)

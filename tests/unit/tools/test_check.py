@@ -185,7 +185,7 @@ def test_a_format_that_training_cannot_read_is_refused(make_dataset, capsys):
 
 def test_a_feature_of_a_wrong_shape_is_named(make_dataset, capsys):
     root = make_dataset(features={"action": {"dtype": "float32", "shape": "7"}})
-    assert_refused(capsys, [str(root)], "'features.action.shape' must be a list of whole numbers")
+    assert_refused(capsys, [str(root)], "'features.action.shape' must be a list of at most 8 whole numbers")
 
 
 def test_what_the_training_does_without_may_be_missing(make_dataset, capsys):

@@ -35,6 +35,7 @@ def test_numbers_are_those_of_the_run(tmp_path, capsys):
     assert "6 steps x 4 = 24 samples" in text
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_run_and_a_cap_is_refused_as_there(tmp_path, capsys):
     options = ["trainer.steps=8", "validation.every=0", "model.packing=true", "logger=none"]
     text = report(tmp_path, capsys, *options)
@@ -94,6 +95,7 @@ def memory_rows(text: str) -> dict[int, dict[str, str]]:
     return {int(row[1]): dict(zip(names, row[1:], strict=True)) for row in rows}
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_run_says_and_what_shards_and_samples_make_of_it(tmp_path, capsys):
     train_here([*TOY, "trainer.steps=1", "validation.every=0", "checkpoint.every=0"], tmp_path / "run")
     said = re.search(r"memory of a rank: (.*) \(4 samples at a time\) = (.*)", capsys.readouterr().err)

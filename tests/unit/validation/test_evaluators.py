@@ -108,6 +108,7 @@ def test_a_run_of_an_older_version_is_validated_and_goes_on_by_its_old_command(t
     assert "resumed from" in log and "validation." not in log.partition("settings that differ")[2]
 
 
+@pytest.mark.slow
 def test_actions_alone_keep_no_best_checkpoint(tmp_path):
     run = [*TOY, "trainer.steps=2", "validation.every=1", "validation.evaluators=[action]"]
     train_here(run, tmp_path / "run")

@@ -62,6 +62,7 @@ def same(left, right):
     assert all((a.pixels == b.pixels).all() for a, b in zip(left.pictures, right.pictures, strict=True))
 
 
+@pytest.mark.slow
 def test_all_passes_have_the_same_workers_and_the_numbers_that_none_gives(opened, validation):
     """Losses, the average's losses and actions, each pass with a plan of its own; then all of it again."""
     *_, trained = opened

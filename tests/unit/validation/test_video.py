@@ -95,6 +95,7 @@ def test_the_command_gives_what_training_logged(run, tmp_path):
     assert (tmp_path / "v_video.png").read_bytes() == (run / "plots" / "video_00000002.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_encoder_s_features_have_no_psnr_and_no_picture(tmp_path):
     file = drawn_features(tmp_path)
     words = [*TOY, *WAM, f"model.future_encoder={file}", f"{MAIN}.mode=wam", "data.sources.old.mode=forward_dynamics"]

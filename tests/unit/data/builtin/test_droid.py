@@ -68,12 +68,14 @@ def test_default_sample_has_enough_episodes_of_the_stated_length():
     assert 60 <= min(lengths) < max(lengths) <= 150
 
 
+@pytest.mark.slow
 def test_generating_again_gives_the_same_bytes(tmp_path):
     ensure_droid_sample(tmp_path / "one", TINY, num_processes=2)
     ensure_droid_sample(tmp_path / "two", TINY, num_processes=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_existing_sample_is_reused(roots):
     before = {path: path.stat().st_mtime_ns for path in roots["joint"].rglob("*")}
     assert ensure_droid_sample(roots["joint"].parents[1], SMALL) == roots

@@ -90,6 +90,7 @@ for option in ("ro", "rw,size=4k"):
 """
 
 
+@pytest.mark.slow
 def test_a_small_shared_memory_is_no_hindrance_and_a_full_one_is_named_with_the_remedies():
     """Docker gives 64 MB. Here it is 1 MB, less than a part, for the semaphores of the workers' queues, then read-only,
     then without room for those."""

@@ -145,6 +145,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_windows_of_a_damaged_file_are_replaced_alike_on_every_topology(damage, healthy, tmp_path):
     """Damaged after the start, as files are on a failing disk: the statistics have been read, the workers hit it."""

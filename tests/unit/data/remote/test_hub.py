@@ -62,6 +62,7 @@ def endpoint():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_trained_on_without_being_downloaded_first(endpoint, tmp_path):
     given = ["+recipe=lerobot", f"data.sources.main.root=hf://datasets/owner/name@{REVISION}", "trainer.steps=1"]
     given += [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=2", f"paths.run_dir={tmp_path / 'run'}"]

@@ -308,6 +308,7 @@ def test_other_classes_get_the_url_as_it_was_given(tmp_path):
     assert resolve._with_root("x", source, settings, resolve.alone).root == "s3://bucket/x"
 
 
+@pytest.mark.slow
 def test_the_cache_keeps_what_a_run_with_less_room_leaves(proxy, tmp_path):
     mixture = mixture_of("s3://bucket/set", tmp_path)
     list(windows(mixture))
