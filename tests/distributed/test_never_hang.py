@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -194,13 +195,32 @@ def _has_ended(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def processes_of(run_dir: Path) -> set[str]:
+    """The numbers of the processes that have a file of `run_dir` open, as all of a run's do: loader workers inherit
+    rank 0's."""
+    handles = (handle for handle in Path("/proc").glob("[0-9]*/fd/*"))
+    found = set()
+    for handle in handles:
+        with suppress(OSError):
+            if os.readlink(handle).startswith(f"{run_dir}/"):
+                found.add(handle.parts[2])
+    return found
+
+
 def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_path):
+    """And leaves no process of it, loader workers neither, though the watchdog ends its rank without ado."""
     stuck = ["model._target_=tests.misbehaving.Stuck", "trainer.step_timeout=8", f"paths.run_dir={tmp_path}"]
-    done = run([*ENDLESS, *stuck], ranks=2)
-    assert done.returncode == EXIT_FAULT
-    assert "error: the run stands still; where each rank was:" in done.stderr
-    assert "rank 1: no progress for 8 s in: forward and backward, step 3" in done.stderr
-    assert re.search(r"rank 0: no progress for 8 s in: [a-z ]+, step 3", done.stderr), done.stderr
+    process = start([*ENDLESS, *stuck, "data.num_workers=2"], ranks=2)
+    wait_for(lambda: len(processes_of(tmp_path)) >= 3, process)  # rank 0 and its workers
+    output = process.communicate(timeout=200)[0]
+    end = time.monotonic() + 10  # what is killed takes a moment to go
+    while (left := processes_of(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+    assert process.returncode == EXIT_FAULT
+    assert "error: the run stands still; where each rank was:" in output
+    assert "rank 1: no progress for 8 s in: forward and backward, step 3" in output
+    assert re.search(r"rank 0: no progress for 8 s in: [a-z ]+, step 3", output), output
     for rank in (0, 1):
         text = (tmp_path / "stacks" / f"rank{rank}.txt").read_text()
         assert "train.py" in text and "Current thread" in text

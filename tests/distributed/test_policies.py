@@ -91,8 +91,14 @@ def test_pretrained_encoders_train_alike_in_every_layout(tmp_path):
 
 
 @pytest.mark.slow
-def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
-    trained_alike(POLICIES, MORE_LAYOUTS, tmp_path)
+@pytest.mark.parametrize(
+    "names",
+    [("wam", "pi05"), pytest.param(("act", "diffusion", "pi0"), marks=pytest.mark.nightly)],
+    ids=" and ".join,
+)
+def test_policies_train_alike_compiled_and_on_four_ranks(names, tmp_path):
+    """The two with the most kinds of tokens always, the others at night: five take four minutes."""
+    trained_alike({name: POLICIES[name] for name in names}, MORE_LAYOUTS, tmp_path)
 
 
 @NEEDS_COMPILER

@@ -164,7 +164,7 @@ def test_a_network_that_is_away_for_a_quarter_of_a_minute_costs_no_step(hosts, t
     for node in nodes:
         node.send_signal(signal.SIGTERM)
     outputs = finish(nodes)
-    assert all("error" not in output for output in outputs), outputs
+    assert not any("\nerror: " in output for output in outputs), outputs  # torchrun's own trace has words like it
     steps = list(metrics(tmp_path / "run"))
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= before + 20
 
