@@ -48,8 +48,8 @@ ROOMS = {
     "data/order": ("tests/unit/data/order", "tests/property/test_tape.py", REFERENCE, "tests/property/test_stream.py"),
     "data/chunk.py": ("tests/unit/data/order", REFERENCE, "tests/unit/data/lerobot/test_future.py"),
     "data/mixture": (REFERENCE, "tests/unit/data/mixture", VALIDATION),
-    "data/transforms": (REFERENCE, "tests/unit/data/transforms", "tests/unit/deploy"),
-    "data/load": ("tests/unit/data/load", REFERENCE, GOLDEN, "tests/property/test_stream.py"),
+    "data/transforms": (REFERENCE, "tests/unit/data/transforms", "tests/unit/data/mixture", "tests/unit/deploy"),
+    "data/load": ("tests/unit/data/load", REFERENCE, "tests/unit/data/lerobot/test_weights.py", GOLDEN),
 }
 """{a file or folder of the package: the tests that are tried first, in this order}."""
 

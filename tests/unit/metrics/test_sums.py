@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.metrics.sums import Sums, group_means, training_row, validation_row
+from opentau_train.metrics.sums import Sums, exact, group_means, training_row, validation_row
 from opentau_train.types import Group
 
 GROUPS = [Group("a", "joint", "r::joint", 0.75), Group("b", "ee", "r::ee", 0.25), Group("c", "ee", "r::ee", 0.5)]
@@ -30,6 +30,26 @@ def test_group_without_supervision_is_absent_and_changes_no_aggregate():
     assert row["Validation/MSE"] == pytest.approx(0.75 * 2 + 0.25 * 4)
     assert row["Validation/CE"] == 3.0
     assert row["Validation/Loss"] == pytest.approx(2.5 + 0.1 * 3)
+
+
+def test_only_groups_that_are_not_trained_on_have_the_term_and_their_windows_weigh_them():
+    """Group a, which is trained on, has no element of it: its share must not make the others weigh nothing."""
+    groups = [GROUPS[0], *(Group(name, "ee", "r::ee", 0.0) for name in "bc")]
+    episodes = np.array([[[0.0, 0.0]], [[8.0, 2.0]], [[3.0, 3.0]]])
+    row = validation_row(episodes, np.array([0, 1, 2]), np.array([9.0, 1.0, 3.0]), groups, ["mse"], WEIGHTS)
+    assert row["Validation/MSE"] == pytest.approx((1 * 4.0 + 3 * 1.0) / 4)
+
+
+def test_totals_do_not_depend_on_the_order_of_the_samples():
+    """Float64 alone would keep some of the small losses where they come first, and none behind the large one."""
+    losses = torch.tensor([1e6] + [1e-10] * 1000)
+    totals = set()
+    for values in (losses, losses.flip(0)):
+        sums = Sums(1, ["mse"])
+        for value in values:
+            sums.add(torch.zeros(1, dtype=torch.int64), exact({"mse": (value[None], torch.ones(1))}))
+        totals.add(sums.values[0, 0, 0].item())
+    assert len(totals) == 1
 
 
 def test_zero_loss_is_zero_not_absent():
