@@ -60,6 +60,15 @@ def test_constant_dimension_is_zero_named_and_never_divided(method, value):
     assert normalize.constant_dimensions(stats, method) == ["a1"]
 
 
+@pytest.mark.parametrize("method", ["mean_std", "min_max", "quantiles"])
+def test_a_dimension_that_only_rounding_moves_is_constant_too(method):
+    """A hundred thousand and its float32 neighbour: divided by their distance, rounding would be all that there is."""
+    value = np.float32(1e5)
+    rows = np.array([[value], [np.nextafter(value, np.float32(2e5))]] * 50, np.float32)
+    stats = stats_of(rows)
+    assert affine_of(stats.actions, method).scale.tolist() == [0.0]
+
+
 def test_nan_names_dataset_episode_and_dimension():
     x = np.zeros((5, 2), np.float32)
     x[3, 1] = np.nan
