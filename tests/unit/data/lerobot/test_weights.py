@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 
+from opentau_train import cli
+from opentau_train.config.settings import load_settings
+from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.mixture.open import open_mixture
 from opentau_train.errors import UserError
+from opentau_train.types import Address
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import TINY_POLICY, metrics, train_here
 
@@ -31,6 +37,18 @@ def run(tmp_path, name: str, weight, *words: str):
 
 def losses(run_dir, part: str) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith(part)} for row in metrics(run_dir).values()]
+
+
+def test_a_sample_has_its_weight_in_training_and_1_in_a_validation(tmp_path):
+    columns = {"observation.state": vector(4), "action": vector(3), "advantage": (NUMBER, lambda e, f: 3.0 + f)}
+    root = write(tmp_path / "set", Dataset(cameras={}, columns=columns))
+    words = ["+recipe=lerobot", f"data.sources.main.root={root}", COLUMN, f"paths.cache_dir={tmp_path / 'cache'}"]
+    mixture = open_mixture(load_settings(cli.compose(words)))
+    weights = {}
+    for training in (True, False):
+        with closing(SampleBuilder(mixture, training=training)) as builder:
+            weights[training] = [builder.build(0, Address(0, 1, frame, 0))["weight"] for frame in range(3)]
+    assert weights == {True: [3.0, 4.0, 5.0], False: [1.0, 1.0, 1.0]}
 
 
 @pytest.mark.slow

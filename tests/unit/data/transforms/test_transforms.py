@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from opentau_train.data.batch import Field
 from opentau_train.data.transforms.base import SampleDraws, Transform, Wants
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
-from opentau_train.data.transforms.normalize import Normalize
+from opentau_train.data.transforms.normalize import Affine, Normalize
 from opentau_train.data.transforms.pipeline import Pipeline, compose, meet, with_fields
 from opentau_train.data.transforms.shape import ChoosePrompt, Pad
 from opentau_train.data.transforms.units import Scale
@@ -58,6 +58,16 @@ def test_a_chunk_goes_back_to_the_units_that_it_came_from(seed, steps):
     units = pipeline().units(sample["actions"], HEAD, state=sample["state"])
     assert units.shape == (6, 3)
     np.testing.assert_allclose(units[:steps], given["actions"], rtol=1e-4, atol=1e-3)
+
+
+def test_each_step_of_a_chunk_has_its_own_statistics_and_the_last_ones_serve_longer_chunks():
+    affine = Affine(np.array([[0.0], [1.0], [2.0]], np.float32), np.array([[1.0], [2.0], [4.0]], np.float32))
+    chunk = np.full((5, 1), 3.0, np.float32)
+    normalised = affine.normalize(chunk)
+    assert normalised[:, 0].tolist() == [3.0, 4.0, 4.0, 4.0, 4.0]
+    assert affine.normalize(chunk[:2])[:, 0].tolist() == [3.0, 4.0]
+    np.testing.assert_array_equal(affine.denormalize(normalised), chunk)
+    assert affine.denormalize(np.ones((5, 1), np.float32))[:, 0].tolist() == [1.0, 1.5, 2.25, 2.25, 2.25]
 
 
 def test_padding_is_masked_and_zero():
