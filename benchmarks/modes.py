@@ -2,8 +2,8 @@
 
     python benchmarks/modes.py [--steps 400] [--seeds 0 1 2] [--modes policy wam ...]
 
-`model=wam_tiny`, narrower, is trained once in each mode, with equal steps, samples and seeds, three
-cameras of 48x80 and, but for `policy`, the frames of one of them after 8 and 16 steps. Reported are numbers of held-out
+`model=wam_tiny`, narrower, is trained once in each mode, with equal steps, samples and seeds, three cameras of 48x80
+and, but for `policy`, the frames of one of them (`--cameras`) after 8 and 16 steps. Reported are numbers of held-out
 windows after each quarter of the run: of the modes that predict actions the mean absolute error of sampled chunks, of
 those that predict the future the PSNR of sampled frames beside that of the copied present one; means over seeds with
 the standard deviation, and in how many seeds a mode is better than *policy*, or than the copy.
@@ -25,7 +25,7 @@ from opentau_train import cli, train
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
 SIZE = ["model.width=64", "model.depth=3", "model.stem_channels=16", "model.max_prompt_bytes=32"]
-FUTURE = ["data.future.num_frames=2", "data.future.stride=8", "data.future.cameras=[exterior_1]"]
+FUTURE = ["data.future.num_frames=2", "data.future.stride=8"]
 ERRORS = {
     "joints, rad": "Validation-Action/droid/joint/MAE_rad",
     "gripper (joint)": "Validation-Action/droid/joint/MAE_gripper",
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--cameras", nargs="+", default=["exterior_1"], help="whose future frames there are")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -66,7 +67,7 @@ def trained(run_dir: Path, mode: str, seed: int, options: argparse.Namespace) ->
     words = ["+recipe=droid_policy", "model=wam_tiny", "data.expect_mode=null", f"data.sources.droid.mode={mode}"]
     words += [
         *SIZE,
-        *(FUTURE if mode != "policy" else []),
+        *([*FUTURE, f"data.future.cameras=[{','.join(options.cameras)}]"] if mode != "policy" else []),
         "data.num_workers=0",
         "logger=none",
         "optimizer.lr=2e-3",

@@ -183,21 +183,29 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     rehearsal = Rehearsal(sketched, mixture.spec, world.device.type)
     num_bytes = saved_bytes(rehearsal, settings, policy.borrowed) if world.is_main else None
     saver = Saver(run_dir, world, settings.checkpoint, card, num_bytes)
-    job = Job(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples)
-    job.progress = progress
+    job = Job(
+        *(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples),
+        progress=progress,
+    )
     if world.is_main:
-        log.info("%s; %s", summary(policy), PRECISIONS[trainer.precision])
-        log.info(mixture_table(mixture, validation.num_windows, sum(p.numel() for p in policy.parameters())))
-        log.info(budget(settings, world.data_size, max_samples, sum(mixture.draws)))
-        for line in schedule_warnings(settings.scheduler, trainer.steps):
-            log.warning(line)
-        announce(rehearsal, settings, world.data_size, world.device)
+        _tell(job, rehearsal)
     world.agree(lambda: begin_run(run_dir, tree) if world.is_main else None)
     if checkpoint is not None:
         _resume(job, checkpoint)
     if num_bytes is not None:
         warn_of_room(saver.folder, settings, state.step, num_bytes)
     return job
+
+
+def _tell(job: Job, rehearsal: Rehearsal) -> None:
+    """Say what is going to be trained, on what, and what it takes."""
+    settings, world, policy, mixture = job.settings, job.world, job.state.policy, job.mixture
+    log.info("%s; %s", summary(policy), PRECISIONS[settings.trainer.precision])
+    log.info(mixture_table(mixture, job.validation.num_windows, sum(p.numel() for p in policy.parameters())))
+    log.info(budget(settings, world.data_size, job.max_samples, sum(mixture.draws)))
+    for line in schedule_warnings(settings.scheduler, settings.trainer.steps):
+        log.warning(line)
+    announce(rehearsal, settings, world.data_size, world.device)
 
 
 def _start(settings: Settings, tree: dict[str, Any], world: World, checkpoint: Path | None) -> Start:

@@ -41,8 +41,6 @@ from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
-from opentau_train.validation.evaluator import Evaluation
-from opentau_train.validation.plots import save_png
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +238,9 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
     with job.noted():
         sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
         if job.world.is_main:
-            _keep_pictures(job, sinks, measured)
+            measured.keep(job.run_dir / "plots", step)
+            for picture in measured.pictures:
+                sinks.image(step, picture.tag, picture.pixels)
         sinks.flush()  # the checkpoint says below that the row is there
     with job.noted():
         if job.best is not None and measured.scores is not None:
@@ -248,15 +248,6 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
     job.saver.recount(step, job.counters)
     _point_to_best(job)
     return Stop.NONE
-
-
-def _keep_pictures(job: Job, sinks: Sinks, measured: Evaluation) -> None:
-    folder, step = job.run_dir / "plots", job.state.step
-    for picture in measured.pictures:
-        save_png(folder / f"{picture.file}_{step:08d}.png", picture.pixels)
-        sinks.image(step, picture.tag, picture.pixels)
-    for file in measured.files:
-        (folder / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
 
 
 def _save(job: Job, sinks: Sinks) -> None:

@@ -104,6 +104,7 @@ class Lock:
                     if (other := self._holder()).get("token") != self._own["token"]:
                         raise self._refusal(other)
             except BaseException:
+                # Broad, and raised again: whatever keeps the lock from being had, an interrupt too, its file is closed.
                 os.close(file)
                 raise
             return file

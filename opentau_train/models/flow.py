@@ -29,7 +29,7 @@ from opentau_train.models import prompts
 from opentau_train.models.draws import Draws, FlowTime, flow_time
 from opentau_train.models.encoders import ENCODERS, STRIDE, TextEncoder, VisionEncoder, check_text
 from opentau_train.models.inputs import PAD_BYTE, SUPERVISES, Supervise, TokenizeBytes, real_actions, real_state
-from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, init_weights, time_features
+from opentau_train.models.layers import Block, ImageStem, KeysValues, RMSNorm, check_sizes, init_weights, time_features
 from opentau_train.models.packing.attention import lengths_of, num_pictures, present_only, see
 from opentau_train.models.prompts import NO_TOKEN, TokenizePrompt
 from opentau_train.models.sampling import FlowSampler
@@ -81,24 +81,22 @@ class FlowPolicy(FlowSampler):
         packing: bool = False,
     ):
         super().__init__()
-        _check(width, heads, patch_size, stem_channels, max_prompt_bytes, bin_range)
+        check_sizes(width, heads, patch_size, stem_channels)
+        _check(max_prompt_bytes, bin_range)
         self.time: FlowTime = time
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
         self.max_prompt_bytes, self.text_encoder, self.packing = max_prompt_bytes, text_encoder, packing
-        self.stem_channels = stem_channels
         self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
 
         # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.
         self.start_embed = nn.Parameter(torch.empty(width))
         if spec.cameras:
-            self.stem: ImageStem | VisionEncoder
+            stem: ImageStem | VisionEncoder
             if vision_encoder is None:
-                self.stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, stem_channels, width)
+                stem = ImageStem(spec.image_size, patch_size.bit_length() - 1, stem_channels, width)
             else:
-                self.stem = VisionEncoder(spec.image_size, width, frozen=freeze_encoders)
-            self.camera_embed = nn.Parameter(torch.empty(len(spec.cameras), 1, 1, width))
-            self.frame_embed = nn.Parameter(torch.empty(spec.history + 1, 1, width))
-            self.patch_embed = nn.Parameter(torch.empty(self.stem.grid[0] * self.stem.grid[1], width))
+                stem = VisionEncoder(spec.image_size, width, frozen=freeze_encoders)
+            self._make_pictures(stem, width)
         self.num_prompt_tokens = max_prompt_bytes // BYTES_PER_TOKEN
         if self.num_prompt_tokens:
             self._make_prompt(width, text_config, freeze_encoders)
@@ -120,6 +118,13 @@ class FlowPolicy(FlowSampler):
         self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
         self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
         self.init_weights()
+
+    def _make_pictures(self, stem: ImageStem | VisionEncoder, width: int) -> None:
+        """The layers that turn pictures into tokens."""
+        self.stem, places = stem, stem.grid[0] * stem.grid[1]
+        self.camera_embed = nn.Parameter(torch.empty(len(self.spec.cameras), 1, 1, width))
+        self.frame_embed = nn.Parameter(torch.empty(self.spec.history + 1, 1, width))
+        self.patch_embed = nn.Parameter(torch.empty(places, width))
 
     def _make_prompt(self, width: int, text_config: Mapping[str, Any] | None, frozen: bool) -> None:
         """The layers that turn prompts into tokens: groups of bytes, or the outputs of a text encoder."""
@@ -281,17 +286,7 @@ class FlowPolicy(FlowSampler):
         return {term: real & batch.supervised[:, k, None, None] for k, term in enumerate(("mse", "ce"))}
 
 
-def _check(
-    width: int, heads: int, patch_size: int, stem_channels: int, max_prompt_bytes: int, bin_range: tuple[float, float]
-) -> None:
-    if width % heads or width % 8:
-        raise UserError(
-            f"model.width={width} must be a multiple of 8 and of model.heads={heads}", remedy="change one of them"
-        )
-    if patch_size < 2 or patch_size & (patch_size - 1):
-        raise UserError(f"model.patch_size={patch_size} must be a power of 2", remedy="set model.patch_size=16")
-    if stem_channels % 8:
-        raise UserError(f"model.stem_channels={stem_channels} must be a multiple of 8", remedy="set it to 32")
+def _check(max_prompt_bytes: int, bin_range: tuple[float, float]) -> None:
     if max_prompt_bytes < 0 or max_prompt_bytes % BYTES_PER_TOKEN:
         raise UserError(
             f"model.max_prompt_bytes={max_prompt_bytes} must be a multiple of {BYTES_PER_TOKEN}, 0 for no prompts",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.errors import UserError
 from opentau_train.models.packing.attention import Mask, attend
 
 _TEMPERATURE = 10_000
@@ -83,6 +84,23 @@ class Block(nn.Module):
         y, keys_values = self.attention(self.norm_attention(x), mask, past)
         x = x + y
         return x + self.mlp(self.norm_mlp(x)), keys_values
+
+
+def check_patch_size(key: str, size: int) -> None:
+    """Raises `UserError` for a side of patches, the setting `model.KEY`, that no halvings of a picture lead to."""
+    if size < 2 or size & (size - 1):
+        raise UserError(f"model.{key}={size} must be a power of 2", remedy=f"set model.{key}=16")
+
+
+def check_sizes(width: int, heads: int, patch_size: int, stem_channels: int) -> None:
+    """Raises `UserError` for the sizes of a model that its `Block`s and its `ImageStem` can't have."""
+    if width % heads or width % 8:
+        raise UserError(
+            f"model.width={width} must be a multiple of 8 and of model.heads={heads}", remedy="change one of them"
+        )
+    check_patch_size("patch_size", patch_size)
+    if stem_channels % 8:
+        raise UserError(f"model.stem_channels={stem_channels} must be a multiple of 8", remedy="set it to 32")
 
 
 class ImageStem(nn.Module):

@@ -119,7 +119,11 @@ class Policy(nn.Module, ABC):
     def num_tokens(self, batch: Batch) -> torch.Tensor:
         """[B, K] int64: how many tokens each sample has, of each of K kinds, from the masks alone: asked where
         `term_counts` is. Samples that are sketched from metadata (`packing.limits`) have no pictures."""
-        raise NotImplementedError(f"{type(self).__name__} doesn't count tokens")
+        raise UserError(
+            f"{type(self).__name__} doesn't count tokens, so that none can be packed or capped",
+            where="model._target_",
+            remedy="leave out model.packing and data.max_num_tokens_after_packing, or give the class `num_tokens`",
+        )
 
     def num_cut(self, batch: Batch) -> int:
         """How many samples of the batch have a prompt that was cut to the policy's limit; asked where `term_counts`

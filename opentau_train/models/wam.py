@@ -40,6 +40,7 @@ from opentau_train.models.encoders import ENCODERS, STRIDE
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.future import EncodeMode, Future, exist
 from opentau_train.models.inputs import real_actions
+from opentau_train.models.layers import check_patch_size
 from opentau_train.models.packing.attention import lengths_of, see
 from opentau_train.models.sampling import Velocity
 from opentau_train.models.weight_map import WeightMap
@@ -82,15 +83,16 @@ class WamPolicy(FlowPolicy):
         future_time_shift: Annotated[float, positive] = 1.0,
         shared_time: bool = True,
         vision_mse_weight: LossWeight = 1.0,
+        stem_channels: Count = 32,
         **flow: Annotated[Any, FlowPolicy],
     ):
-        super().__init__(spec, **flow)
+        super().__init__(spec, stem_channels=stem_channels, **flow)
         self.future_time: FlowTime = future_time
         self.future_time_shift, self.shared_time = future_time_shift, shared_time
         if spec.future:
             self.loss_weights["vision_mse"] = vision_mse_weight
             size = None if future_encoder else future_patch_size
-            self.future = Future(spec, self.start_embed.numel(), size, self.stem_channels)
+            self.future = Future(spec, self.start_embed.numel(), size, stem_channels)
             self.padded_tokens += len(spec.future_cameras) * spec.future * self.future.places
             self.init_weights()
 
@@ -117,10 +119,7 @@ class WamPolicy(FlowPolicy):
                 f"model.future_patch_size={size}, and model.future_encoder has features of {STRIDE} pixels",
                 remedy=f"set model.future_patch_size={STRIDE}",
             )
-        if size < 2 or size & (size - 1):
-            raise UserError(
-                f"model.future_patch_size={size} must be a power of 2", remedy="set model.future_patch_size=16"
-            )
+        check_patch_size("future_patch_size", size)
         if data.future.num_frames and options.get("future_encoder") is None and (height % size or width % size):
             fits = [size * max(1, round(side / size)) for side in data.image_size]
             raise UserError(

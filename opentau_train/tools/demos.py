@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from opentau_train import cli
 from opentau_train.config.typed import Count, positive
 from opentau_train.errors import EXIT_OK, UserError, check_machine
 from opentau_train.log import log_to
 from opentau_train.simulation.demonstrations import Wanted, write
 from opentau_train.tools.environments import parse
+from opentau_train.tools.options import answer
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return EXIT_OK
-    return cli.answer(lambda: work(words))
+    return answer(__doc__, work, arguments)
 
 
 def work(arguments: Sequence[str]) -> int:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from opentau_train import cli
 from opentau_train.config import typed
-from opentau_train.errors import UserError
+from opentau_train.errors import EXIT_OK, UserError
 
 T = TypeVar("T")
 
 TOKEN = "OPENTAU_SERVE_TOKEN"
 """The variable that holds a server's token. Not an argument, which every user of a machine can see."""
+
+
+def answer(doc: str | None, work: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    """A tool's exit code: of `work` with its `arguments`, None being the process's; with --help it prints `doc`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(words):
+        print(doc)
+        return EXIT_OK
+    return cli.answer(lambda: work(words))
 
 
 def parse(arguments: Sequence[str], options: type[T]) -> T:

@@ -23,7 +23,7 @@ from opentau_train import cli
 from opentau_train.config.typed import Count
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.log import log_to
-from opentau_train.tools.options import parse, read_token
+from opentau_train.tools.options import answer, parse, read_token
 from opentau_train.tools.out import make_directory, writing
 
 if TYPE_CHECKING:
@@ -65,11 +65,7 @@ class Options(Source):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return EXIT_OK
-    return cli.answer(lambda: work(parse(words, Options)))
+    return answer(__doc__, lambda words: work(parse(words, Options)), arguments)
 
 
 def work(options: Options) -> int:

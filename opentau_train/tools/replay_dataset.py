@@ -11,14 +11,13 @@ both chunks over time. It needs no network.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opentau_train import cli
 from opentau_train.errors import EXIT_OK, UserError
-from opentau_train.tools.options import parse
+from opentau_train.tools.options import answer, parse
 from opentau_train.tools.out import make_directory, writing
 from opentau_train.tools.record import Source, in_words, recorded
 
@@ -39,11 +38,7 @@ class Options(Source):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return EXIT_OK
-    return cli.answer(lambda: work(parse(words, Options)))
+    return answer(__doc__, lambda words: work(parse(words, Options)), arguments)
 
 
 def work(options: Options) -> int:

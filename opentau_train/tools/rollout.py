@@ -30,6 +30,7 @@ from opentau_train.simulation.play import Played, Session, play, robot_for
 from opentau_train.simulation.rollout import Rollouts
 from opentau_train.simulation.success import in_words, success_row
 from opentau_train.tools.environments import parse
+from opentau_train.tools.options import answer
 from opentau_train.validation.plots import save_png
 
 
@@ -61,11 +62,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return EXIT_OK
-    return cli.answer(lambda: work(words))
+    return answer(__doc__, work, arguments)
 
 
 def work(arguments: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from opentau_train import cli
 from opentau_train.config.typed import Count, positive, within
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.log import log_to
-from opentau_train.tools.options import parse, read_token
+from opentau_train.tools.options import answer, parse, read_token
 
 if TYPE_CHECKING:
     from opentau_train.deploy.serving.answers import Answers
@@ -69,11 +69,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return EXIT_OK
-    return cli.answer(lambda: work(parse(words, Options)))
+    return answer(__doc__, lambda words: work(parse(words, Options)), arguments)
 
 
 def work(options: Options) -> int:

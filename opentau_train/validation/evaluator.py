@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from opentau_train.models.policy import Policy
 from opentau_train.threads import first_line
 from opentau_train.types import Group
 from opentau_train.validation.plan import ValidationPlan, plan_validation
+from opentau_train.validation.plots import save_png
 from opentau_train.validation.reader import Reader
 
 if TYPE_CHECKING:  # takes 2 s: not where settings are only checked
@@ -90,6 +92,14 @@ class Evaluation:
     left_out: tuple[BadSample, ...] = ()
     scores: Scores | None = None
     files: tuple[Attachment, ...] = field(default=(), repr=False)
+
+    def keep(self, folder: Path, step: int) -> None:
+        """Write the pictures and files into `folder`, under names that end in the step's number."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in self.pictures:
+            save_png(folder / f"{picture.file}_{step:08d}.png", picture.pixels)
+        for file in self.files:
+            (folder / f"{file.file}_{step:08d}{file.suffix}").write_bytes(file.content)
 
 
 class Evaluator(ABC):
