@@ -69,6 +69,18 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
     return parse(read_bytes(path, most))
 
 
+def read_mapping(path: Path | str, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The mapping that a file of JSON holds. Raises as `read_json` does, and ValueError where it holds none."""
+    return mapping(read_json(path, most))
+
+
+def mapping(tree: Any) -> dict[str, Any]:
+    """`tree`, a mapping. Raises ValueError where it is none."""
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no mapping")
+    return tree
+
+
 def parse(content: bytes | str) -> Any:
     """The tree of a text of JSON. Raises ValueError for what is none, is nested too deep or has half of a character,
     and `Refused` for more than `MOST_VALUES`."""

@@ -104,7 +104,7 @@ class BatchSpec:
 
     `cameras` in a fixed order, `image_size` (H, W), `history` h, `state_dim` S, `action_dim` A, `chunk_length` T;
     `norm_heads` and `modes` that samples have; `future` F later frames of `future_cameras`, `future_stride` steps after
-    one another; `fields`, which the transforms add to `batch.FIELDS`.
+    one another; `fields`, which the transforms add to `data.fields.FIELDS`.
     """
 
     cameras: tuple[str, ...]

@@ -59,7 +59,7 @@ def read_card(folder: Path, trust: Sequence[str] = ()) -> Pretrained:
 
 def _read(path: Path, words: str) -> dict[str, Any]:
     try:
-        return _mapping(strangers.read_json(path, CARD_BYTES))
+        return strangers.read_mapping(path, CARD_BYTES)
     except (OSError, ValueError) as error:
         check_machine(error, path)
         raise UserError(
@@ -69,16 +69,12 @@ def _read(path: Path, words: str) -> dict[str, Any]:
         ) from error
 
 
-def _mapping(tree: Any) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise ValueError("it holds no mapping")
-    return tree
-
-
 def card_in(texts: Mapping[str, str], file: Path, trust: Sequence[str] = ()) -> Pretrained:
     """The card in the metadata of an exported file. Raises `UserError`."""
     try:
-        return Pretrained(**{name: _mapping(strangers.parse(texts[name])) for name in PARTS}, trust=tuple(trust))
+        return Pretrained(
+            **{name: strangers.mapping(strangers.parse(texts[name])) for name in PARTS}, trust=tuple(trust)
+        )
     except (KeyError, OSError, ValueError) as error:
         raise unreadable(file, f"its card is none: {error}") from error
 

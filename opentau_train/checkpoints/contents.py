@@ -127,9 +127,7 @@ def as_json(run: dict[str, Any]) -> str:
 def read_run(path: Path) -> dict[str, Any]:
     """`run.json` of the checkpoint at `path`. Raises `UserError` where it is none."""
     try:
-        run = strangers.read_json(path / RUN)
-        if not isinstance(run, dict):
-            raise ValueError(f"{RUN} holds no mapping")
+        run = strangers.read_mapping(path / RUN)
     except (OSError, ValueError) as error:
         check_machine(error, path)
         raise UserError(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from opentau_train.config.modes import MODES
-from opentau_train.data.batch import Batch, Field
+from opentau_train.data.batch import Batch
+from opentau_train.data.fields import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.models.encoders import VisionEncoder
 from opentau_train.models.layers import ImageStem, RMSNorm

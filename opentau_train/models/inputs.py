@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opentau_train.data.batch import Batch, Field
+from opentau_train.data.batch import Batch
+from opentau_train.data.fields import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.types import BatchSpec
 

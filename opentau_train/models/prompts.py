@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.batch import Field
+from opentau_train.data.fields import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.errors import UserError
 from opentau_train.types import BatchSpec

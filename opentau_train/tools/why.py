@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from opentau_train import cli
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import at_least
-from opentau_train.data.batch import centred
+from opentau_train.data.fields import centred
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources

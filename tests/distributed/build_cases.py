@@ -27,7 +27,7 @@ from opentau_train.checkpoints.start import Start, spread_policy
 from opentau_train.checkpoints.weights import FirstWeights, load_pretrained
 from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
 from opentau_train.config.settings import CheckpointSettings, load_settings
-from opentau_train.data.batch import FIELDS
+from opentau_train.data.fields import FIELDS
 from opentau_train.distributed.memory import footprint
 from opentau_train.distributed.parallel import Execution, data_mesh
 from opentau_train.distributed.rehearsal import Rehearsal

@@ -37,6 +37,7 @@ LAYERS = (
     },
     {"data/source", "data/transforms/"},
     {"config/", "data/batch", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
+    {"data/fields"},
     {"data/chunk", "data/convention", "data/decode/", "data/names", "rng", "threads", "types"},
     {"strangers"},
     {"errors"},

@@ -11,8 +11,8 @@ from itertools import accumulate
 
 from opentau_train import rng
 from opentau_train.config.modes import WITH_FUTURE
-from opentau_train.data.batch import Sample
 from opentau_train.data.decode.video import OpenDecoders
+from opentau_train.data.fields import Sample
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.source import Cursor, CursorFactory
 from opentau_train.data.transforms.base import Record, SampleDraws

@@ -17,8 +17,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from opentau_train import rng
-from opentau_train.data.batch import Batch, Sample, join, stack
+from opentau_train.data.batch import Batch, join, stack
 from opentau_train.data.decode.video import OpenDecoders
+from opentau_train.data.fields import Sample
 from opentau_train.data.load.fetching import files_fetched
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.workers import one_pass

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from opentau_train import rng
-from opentau_train.data.batch import Field
+from opentau_train.data.fields import Field
 from opentau_train.types import BatchSpec
 
 Record = dict[str, Any]

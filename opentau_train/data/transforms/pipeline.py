@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.typed import TARGET, instantiate
-from opentau_train.data.batch import Batch, Field, stack
+from opentau_train.data.batch import Batch, stack
+from opentau_train.data.fields import Field
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform, Transforms, Wants
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import BatchSpec

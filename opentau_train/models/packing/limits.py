@@ -11,7 +11,8 @@ import numpy as np
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.modes import WITH_FUTURE
 from opentau_train.config.settings import Settings
-from opentau_train.data.batch import Batch, PictureField, fields_of
+from opentau_train.data.batch import Batch
+from opentau_train.data.fields import PictureField, fields_of
 from opentau_train.data.source import PromptedSource, Source
 from opentau_train.data.transforms.base import Record
 from opentau_train.data.transforms.pipeline import meet

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from opentau_train.data.batch import FIELDS, Field, Sample, TextField, blank_batch, fields_of, join, stack
+from opentau_train.data.batch import blank_batch, join, stack
+from opentau_train.data.fields import FIELDS, Field, Sample, TextField, fields_of
 from opentau_train.types import BatchSpec
 
 SPEC = BatchSpec(cameras=("eye", "wrist"), image_size=(12, 16), history=1, state_dim=2, action_dim=3, chunk_length=4)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from opentau_train import cli
 from opentau_train.config.optimizer import OptimizerSettings, ParameterRule
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.data.batch import FIELDS
+from opentau_train.data.fields import FIELDS
 from opentau_train.distributed import memory
 from opentau_train.distributed.memory import footprint, remedies
 from opentau_train.distributed.rehearsal import Rehearsal, kept_for_backward

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opentau_train.data.batch import FIELDS, Batch
+from opentau_train.data.batch import Batch
+from opentau_train.data.fields import FIELDS
 from opentau_train.data.transforms.pipeline import Pipeline
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.inputs import SUPERVISES, Supervise, TokenizeBytes

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from opentau_train.config.modes import MODES
-from opentau_train.data.batch import FUTURE, Batch, Field
+from opentau_train.data.batch import Batch
+from opentau_train.data.fields import FUTURE, Field
 from opentau_train.models.wam import WamPolicy
 from tests.unit.models import flow_cases
 

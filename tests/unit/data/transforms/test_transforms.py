@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opentau_train.data.batch import Field
+from opentau_train.data.fields import Field
 from opentau_train.data.transforms.base import SampleDraws, Transform, Wants
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.normalize import Affine, Normalize
