@@ -16,7 +16,7 @@ from itertools import product
 
 from support.cases import CASES
 
-from opentau_train.config.typed import at_least
+from opentau_train.config.bounds import at_least
 from opentau_train.data.mixture.table import align
 
 ANSWERS = ("contradiction", "doubt", "agree", "found", "unknown")

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from opentau_train import cli
+from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import load_settings
-from opentau_train.config.typed import at_least
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.mixture.table import align
 from opentau_train.data.transforms.pipeline import Pipeline, meet

@@ -24,9 +24,9 @@ from torch.func import functional_call, grad
 
 from opentau_train import cli, rng
 from opentau_train.checkpoints.pretrained import load_policy
+from opentau_train.config.bounds import at_least
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import load_settings
-from opentau_train.config.typed import at_least
 from opentau_train.data.batch import Batch
 from opentau_train.data.load.stream import ShardDataset
 from opentau_train.data.mixture.mixture import Mixture

@@ -13,7 +13,6 @@ import contextlib
 import io
 import multiprocessing
 import os
-import re
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from opentau_train.config.arguments import SHOWING, is_override, settable, without_cfg
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
@@ -39,10 +39,7 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, 
 from opentau_train.sinks.background import THREAD
 
 CONFIG_PACKAGE = "pkg://opentau_train.conf"
-_VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
-_RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 _CONFIG_DIR = ("--config-dir", "-cd")
-_SHOWING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 HEAD_START_S = 20.0
 """Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
@@ -52,7 +49,7 @@ def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
     end_on_signals()
     threading.excepthook = _tell_of_thread
-    sys.argv[1:] = [_settable(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [settable(argument) for argument in sys.argv[1:]]
     end(answer(_compose_and_run))
 
 
@@ -122,9 +119,9 @@ def _compose_and_run() -> int:
 
 def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     """The tree that a run with these arguments has; None where they ask Hydra to show something (`--help`, `--cfg`)."""
-    if not any(argument.partition("=")[0] in _SHOWING for argument in arguments):
+    if not any(argument.partition("=")[0] in SHOWING for argument in arguments):
         return compose(arguments)
-    rest, shown = _without_cfg(arguments)
+    rest, shown = without_cfg(arguments)
     try:
         if shown:  # what a run would say of them: Hydra only shows
             checked(compose(rest))
@@ -145,7 +142,7 @@ def _quietly(app: Callable[[], None]) -> None:
     """Run Hydra's entry. A flag that it doesn't know becomes a `UserError` instead of a page of usage on every rank."""
     stderr = io.StringIO()
     # Hydra's parser takes its flags after all overrides, not among them.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: not _is_override(a))
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: not is_override(a))
     try:
         with contextlib.redirect_stderr(stderr):
             app()
@@ -254,7 +251,7 @@ def compose(arguments: Sequence[str], primary: str | None = "train") -> dict[str
         elif name in ("--multirun", "-m"):
             raise UserError("sweeps are not run from one process", where=name, remedy="start one process a setting")
         elif argument.startswith("-"):
-            raise refused_flags([argument, *(a for a in rest if not _is_override(a))])
+            raise refused_flags([argument, *(a for a in rest if not is_override(a))])
         else:
             overrides.append(argument)
     _check_overrides(overrides)
@@ -271,37 +268,11 @@ def _tree(overrides: Sequence[str], folder: str | None, primary: str | None) -> 
         quoted = os.path.abspath(folder).replace("\\", "\\\\").replace('"', '\\"')
         search = [f'hydra.searchpath=["file://{quoted}"]']
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        composed = hydra.compose(primary, [*map(_settable, overrides), *search], return_hydra_config=True)
+        composed = hydra.compose(primary, [*map(settable, overrides), *search], return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
         with open_dict(composed):
             del composed["hydra"]
         return plain(composed)
-
-
-def _settable(argument: str) -> str:
-    """`a.b=1` as `++a.b=1`: set it, there or not. Group choices (`data=droid`) and Hydra's own keys stay.
-
-    `resume=X` becomes `resume.checkpoint=X`: Hydra would replace the whole node, and `resume.data=restart` with it.
-    """
-    argument = _RESUME.sub("resume.checkpoint=", argument)
-    return f"++{argument}" if _VALUE_OVERRIDE.match(argument) else argument
-
-
-def _is_override(argument: str) -> bool:
-    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
-
-def _without_cfg(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments of the run of which `--cfg` shows the configuration, and what it shows; "" without it."""
-    rest, shown, words = [], "", iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--cfg", "-c", "--package", "-p"):
-            value = value if equals else next(words, "")
-            shown = value if name in ("--cfg", "-c") else shown
-        elif name not in (*_SHOWING, "--resolve"):
-            rest.append(word)
-    return rest, shown
 
 
 def _print_once(text: str) -> None:

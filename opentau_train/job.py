@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng, strangers
 from opentau_train.checkpoints import assets, base, contents
 from opentau_train.checkpoints.best import Best
 from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
-from opentau_train.checkpoints.place import Place, not_writable
+from opentau_train.checkpoints.place import Place, begin_run
 from opentau_train.checkpoints.published import published_statistics
 from opentau_train.checkpoints.room import warn_of_room
 from opentau_train.checkpoints.saver import Saver
@@ -291,16 +290,3 @@ def _resume(job: Job, checkpoint: Path) -> None:
         log.info("resumed from %s at step %d", checkpoint, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):
             log.warning("the data plan has changed: %s; its next epoch begins", change)
-
-
-def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
-    """Write down what runs. Raises `UserError` where the run directory can't be written."""
-    try:
-        (run_dir / "config.yaml").write_text(as_yaml(tree))
-    except OSError as error:
-        raise not_writable(error, run_dir) from error
-
-
-def as_yaml(tree: dict[str, Any]) -> str:
-    """A plain configuration tree as YAML, keys in the order they were composed."""
-    return yaml.safe_dump(tree, sort_keys=False)

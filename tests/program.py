@@ -13,6 +13,7 @@ import hydra
 import pytest
 
 from opentau_train import cli
+from opentau_train.config.arguments import settable
 from tests import warm
 
 REPO = Path(__file__).parent.parent
@@ -125,8 +126,7 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
     from opentau_train import train
 
     overrides = [
-        cli._settable(a)
-        for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]
+        settable(a) for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]
     ]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = cli.plain(hydra.compose("train", overrides))

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from opentau_train.checkpoints import commit, manifest
 from opentau_train.checkpoints.lock import Lock
@@ -63,6 +66,19 @@ def not_writable(error: OSError, run_dir: Path) -> UserError:
         where=str(run_dir),
         remedy="set paths.run_dir, or paths.root, to a directory that you can write",
     )
+
+
+def begin_run(run_dir: Path, tree: dict[str, Any]) -> None:
+    """Write down what runs. Raises `UserError` where the run directory can't be written."""
+    try:
+        (run_dir / "config.yaml").write_text(as_yaml(tree))
+    except OSError as error:
+        raise not_writable(error, run_dir) from error
+
+
+def as_yaml(tree: dict[str, Any]) -> str:
+    """A plain configuration tree as YAML, keys in the order they were composed."""
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _run_dir(settings: Settings) -> Path:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from opentau_train.config.bounds import Count, Positive, at_least, fraction, within
 from opentau_train.config.modes import WITH_FUTURE, FutureSettings, Mode, ModeSettings
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
-from opentau_train.config.typed import TARGET, Count, Positive, at_least, bind, fraction, within
+from opentau_train.config.typed import TARGET, bind
 from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from opentau_train.config.bounds import fraction, positive
 from opentau_train.config.resuming import refused, warned
-from opentau_train.config.typed import fraction, positive
 from opentau_train.errors import UserError
 
 EXTRA = 'pip install "opentau_train[vla]"'

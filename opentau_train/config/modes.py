@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from opentau_train.config.typed import Count, at_least, within
+from opentau_train.config.bounds import Count, at_least, within
 from opentau_train.errors import UserError, did_you_mean
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opentau_train.config.typed import at_least, positive
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.errors import UserError
 
 

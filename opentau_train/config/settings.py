@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opentau_train.config import weights
+from opentau_train.config.bounds import Count, Positive, at_least, fraction
 from opentau_train.config.data import DataSettings
 from opentau_train.config.finetune import FinetuneSettings
 from opentau_train.config.optimizer import OptimizerSettings
 from opentau_train.config.resuming import NEW_PLAN, SAFE, Meaning, judged, longer, other_average, refused, warned
-from opentau_train.config.typed import Count, Positive, at_least, build, convert, fraction
+from opentau_train.config.typed import build, convert
 from opentau_train.errors import UserError, did_you_mean
 
 

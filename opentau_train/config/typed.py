@@ -12,8 +12,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 from opentau_train.config.pointers import pointers
@@ -269,43 +268,3 @@ def _hints(target: Any, path: str) -> dict[str, Any]:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except NameError as error:
         raise _bad_target(path, f"has a type hint that can't be resolved: {error}") from error
-
-
-def positive(path: str, value: float | None) -> None:
-    """Raises `UserError` unless `value` is greater than 0, or None (not set)."""
-    if value is not None and not value > 0:
-        raise UserError(f"{path} must be greater than 0, got {value}", remedy=f"set {path} to a positive number")
-
-
-Count = Annotated[int, positive]
-Positive = Annotated[float, positive]
-
-
-def at_least(path: str, value: float | None, low: float) -> None:
-    """Raises `UserError` unless `value` is `low` or more, or None (not set)."""
-    if value is not None and value < low:
-        raise UserError(f"{path} must be at least {low}, got {value}", remedy=f"set {path} to {low} or more")
-
-
-LossWeight = Annotated[float, partial(at_least, low=0)]
-"""Of a term in the total loss; 0: it trains nothing."""
-
-
-def fraction(path: str, value: float) -> None:
-    """Raises `UserError` unless `value` is in [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise UserError(f"{path} must be in [0, 1), got {value}", remedy=f"set {path} to a fraction such as 0.1")
-
-
-def within(low: float, high: float) -> Callable[[str, Any], None]:
-    """A bound that raises `UserError` unless a value is a number from `low` to `high`, or two rising ones, or None."""
-
-    def check(path: str, value: float | tuple[float, float] | None) -> None:
-        first, last = value if isinstance(value, tuple) else (value, value)
-        if first is None or last is None or low <= first <= last <= high:
-            return
-        what = "two rising numbers" if isinstance(value, tuple) else "a number"
-        remedy = f"set {path}={'[LOW,HIGH]' if isinstance(value, tuple) else 'NUMBER'} within these"
-        raise UserError(f"{path} must be {what} from {low:g} to {high:g}, got {value}", remedy=remedy)
-
-    return check

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentau_train.config.typed import Count, LossWeight, fraction
+from opentau_train.config.bounds import Count, LossWeight, fraction
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws

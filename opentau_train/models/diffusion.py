@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opentau_train.config.bounds import Count, positive
 from opentau_train.config.data import DataSettings
-from opentau_train.config.typed import Count, positive
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models import prompts

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from opentau_train.config.typed import positive
+from opentau_train.config.bounds import positive
 from opentau_train.errors import UserError
 
 _FINAL_GROUPS = 8  # the last block's, whatever the others' are, as published

@@ -29,9 +29,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opentau_train.config.bounds import Count, LossWeight, positive
 from opentau_train.config.data import DataSettings
 from opentau_train.config.modes import MODES
-from opentau_train.config.typed import Count, LossWeight, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.transforms.base import Transform, Wants
 from opentau_train.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from opentau_train.config import typed
-from opentau_train.config.typed import Count, positive
+from opentau_train.config.bounds import Count, positive
 from opentau_train.data.convention import Convention
 from opentau_train.errors import UserError, did_you_mean
 

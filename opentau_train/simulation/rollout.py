@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import rng
-from opentau_train.config.typed import Count, at_least, positive
+from opentau_train.config.bounds import Count, at_least, positive
 from opentau_train.simulation.environment import declared
 from opentau_train.simulation.pool import TRIES, Pool
 from opentau_train.simulation.simulator import Moved, Seen

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from opentau_train import cli
+from opentau_train.config.bounds import at_least
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.pointers import POINTERS, pointer
-from opentau_train.config.typed import at_least
 from opentau_train.config.weights import VLM, weight_settings
 from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_size
 from opentau_train.data.lerobot.info import Info, read_info

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from opentau_train.config.typed import Count, positive
+from opentau_train.config.bounds import Count, positive
 from opentau_train.errors import EXIT_OK, UserError, check_machine
 from opentau_train.log import log_to
 from opentau_train.simulation.demonstrations import Wanted, write

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from opentau_train import cli
+from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings
-from opentau_train.config.typed import at_least
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Dataset, Mixture

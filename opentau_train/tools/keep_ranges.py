@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import SourceSettings
-from opentau_train.config.typed import at_least, positive
 from opentau_train.data.keep_ranges import Ranges
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.data.lerobot.source import LeRobotDataset

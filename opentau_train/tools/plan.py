@@ -21,9 +21,9 @@ import torch
 
 from opentau_train import cli
 from opentau_train.checkpoints.start import new_policy
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import Settings
-from opentau_train.config.typed import at_least, positive
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan

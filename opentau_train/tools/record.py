@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from opentau_train import cli
-from opentau_train.config.typed import Count
+from opentau_train.config.bounds import Count
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.log import log_to
 from opentau_train.tools.options import answer, parse, read_token

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from opentau_train import cli
 from opentau_train.checkpoints.pretrained import pretrained_folder
-from opentau_train.config.typed import Count, positive
+from opentau_train.config.bounds import Count, positive
 from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, UserError, check_machine
 from opentau_train.log import log_to

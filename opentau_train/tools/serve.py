@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from opentau_train import cli
-from opentau_train.config.typed import Count, positive, within
+from opentau_train.config.bounds import Count, positive, within
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.log import log_to
 from opentau_train.tools.options import answer, parse, read_token

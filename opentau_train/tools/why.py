@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from opentau_train import cli
+from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import at_least
 from opentau_train.data.fields import centred
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.modes import PREDICT_ACTIONS
 from opentau_train.config.settings import ValidationSettings
-from opentau_train.config.typed import at_least, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.convention import Part

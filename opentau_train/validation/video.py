@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.settings import ValidationSettings
-from opentau_train.config.typed import at_least, positive
 from opentau_train.data.batch import Batch
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.errors import UserError

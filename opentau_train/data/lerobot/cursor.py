@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Iterator
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train import strangers
 from opentau_train.data.chunk import chunk_places, future_rows, history_rows, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
-from opentau_train.data.decode.opening import Opener
 from opentau_train.data.decode.parquet import RowError
 from opentau_train.data.decode.video import BURST, FrameCursor, TimeError, VideoPool
 from opentau_train.data.decode.video_file import DepthVideoError, VideoError
 from opentau_train.data.lerobot.locate import EpisodeReader
-from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, load_rows
+from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, encoded, load_rows
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
 from opentau_train.data.remote.mirror import opener_at
 from opentau_train.errors import BadSample, check_machine
@@ -266,7 +263,7 @@ class LeRobotCursor:
         assert rows is not None, "an image belongs to the episode entered before"
         try:
             cell = rows.images[camera][frame].as_py()
-            pixels = decode_image(_encoded(cell, reading, self._factory.opener), self._window.max_pixels)
+            pixels = decode_image(encoded(cell, reading, self._factory.opener), self._window.max_pixels)
         except (ImageError, OSError) as error:
             check_machine(error)
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))
@@ -286,18 +283,3 @@ def proposed_tolerance(reading: Reading) -> str | None:
             continue  # a training names what it can't read
     cursor.close()
     return enough(worst) if worst > 0 else None
-
-
-def _encoded(cell: Any, reading: Reading, opener: Opener) -> bytes:
-    """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
-    if isinstance(cell, Mapping):
-        path = cell.get("path")
-        if cell.get("bytes") is None and isinstance(path, str):
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise ImageError(f"its path '{path[:80]}' leads out of the dataset's directory")
-            strangers.check_inside(f"{reading.root}/{path}", reading.places)
-            return opener(reading.root / path, strangers.read_bytes)
-        cell = cell.get("bytes")
-    if not isinstance(cell, bytes):
-        raise ImageError("it has no image bytes")
-    return cell

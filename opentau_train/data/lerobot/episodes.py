@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from glob import escape, glob
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.lerobot.columns import CAMERA
+from opentau_train.data.lerobot.files import FileTable
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
-from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -31,44 +28,6 @@ _TASK_COLUMNS = {"task": 0, "__index_level_0__": 1}
 """Names of the column of texts in tasks.parquet, the likelier one first."""
 _VIDEO_FIELDS = {"chunk_index": int, "file_index": int, "from_timestamp": float}
 """What meta/episodes says of an episode's video: {field: type}."""
-
-
-@dataclass(frozen=True)
-class FileTable:
-    """Files of one kind, numbered: file i has the LeRobot numbers `chunk[i]` and `file[i]` in the path `template` below
-    `root`. Paths are made when asked for: 100,000 files cost 16 bytes each."""
-
-    root: Path
-    template: str
-    chunk: NDArray[np.int64]
-    file: NDArray[np.int64]
-    video_key: str = ""
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-    def relative(self, number: int) -> str:
-        """The path of file `number` below `root`."""
-        chunk, file = int(self.chunk[number]), int(self.file[number])
-        return self.template.format(
-            chunk_index=chunk, file_index=file, episode_chunk=chunk, episode_index=file, video_key=self.video_key
-        )
-
-    def path(self, number: int) -> Path:
-        """The whole path of file `number`."""
-        return self.root / self.relative(number)
-
-    def on_disk(self) -> list[Path]:
-        """The files that the template may name, here or on the server, sorted, whether the metadata name them or
-        not."""
-        parts = [(text, field) for text, field, _, _ in Formatter().parse(self.template)]
-        pattern = "".join(re.escape(text) + (r"\d+" if field else "") for text, field in parts)
-        mirror = mirror_at(self.root)
-        if mirror is None:
-            names = glob("".join(escape(text) + ("*" if field else "") for text, field in parts), root_dir=self.root)
-        else:
-            names = list(mirror.entries)
-        return sorted(self.root / name for name in names if re.fullmatch(pattern, name))
 
 
 @dataclass(frozen=True)

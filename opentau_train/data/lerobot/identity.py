@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import strangers
-from opentau_train.data.lerobot.episodes import FileTable, StoredEpisodes
+from opentau_train.data.lerobot.episodes import StoredEpisodes
+from opentau_train.data.lerobot.files import FileTable
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError, check_machine

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from opentau_train.config.bounds import positive
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.resuming import SAFE, warned
-from opentau_train.config.typed import positive
 from opentau_train.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opentau_train import strangers
+from opentau_train.data.decode.images import ImageError
+from opentau_train.data.decode.opening import Opener
 from opentau_train.data.decode.parquet import RowError, numbers, one_array, texts
 from opentau_train.data.lerobot.columns import Column
 from opentau_train.data.lerobot.episodes import StoredEpisodes
@@ -258,3 +261,18 @@ def _prompt_column(rows: pa.Table, name: str, tasks: Mapping[int, str]) -> tuple
 def _clean(texts: list[str], separator: str | None) -> tuple[str, ...]:
     parts = [part for text in texts for part in (text.split(separator) if separator else [text])]
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def encoded(cell: Any, reading: Reading, opener: Opener) -> bytes:
+    """The encoded image of a parquet cell: bytes, or {bytes, path} with one of both."""
+    if isinstance(cell, Mapping):
+        path = cell.get("path")
+        if cell.get("bytes") is None and isinstance(path, str):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ImageError(f"its path '{path[:80]}' leads out of the dataset's directory")
+            strangers.check_inside(f"{reading.root}/{path}", reading.places)
+            return opener(reading.root / path, strangers.read_bytes)
+        cell = cell.get("bytes")
+    if not isinstance(cell, bytes):
+        raise ImageError("it has no image bytes")
+    return cell

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from opentau_train.data.decode.parquet import RowError
 from opentau_train.data.decode.video_file import Clock, VideoError
-from opentau_train.data.lerobot.episodes import Episodes, FileTable, VideoPlaces
+from opentau_train.data.lerobot.episodes import Episodes, VideoPlaces
+from opentau_train.data.lerobot.files import FileTable
 from opentau_train.data.lerobot.info import Info
 from opentau_train.data.lerobot.locate import EpisodeReader
 from opentau_train.data.lerobot.presence import NAMED, some

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,11 @@ from opentau_train.data.lerobot.control_modes import DEFAULT_CONTROL_MODE, with_
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
 from opentau_train.data.lerobot.episodes import (
     Episodes,
-    FileTable,
     StoredEpisodes,
     read_episodes,
     read_tasks,
 )
+from opentau_train.data.lerobot.files import number_files
 from opentau_train.data.lerobot.identity import check_place, identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.data.lerobot.locate import row_keys
@@ -263,13 +263,13 @@ def _videos(info: Info, cameras: Mapping[str, str]) -> dict[str, str]:
 
 def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEpisodes:
     """All episodes, still without control modes, and the files that hold them; `videos` {camera: column}."""
-    data, data_file = _number_files(info, "data_path", listed.chunk, listed.file)
+    data, data_file = number_files(info, "data_path", listed.chunk, listed.file)
     places = {}
     for camera, column in videos.items():
         if column not in listed.videos:
             continue
         chunk, file, start = listed.videos[column]
-        files, number = _number_files(info, "video_path", chunk, file, column)
+        files, number = number_files(info, "video_path", chunk, file, column)
         told = listed.extra.get(f"videos/{column}/to_timestamp", [None] * len(start))
         to = np.array([end if isinstance(end, int | float) else np.nan for end in told], np.float64)
         places[camera] = video_places(info, listed, files, number, start, to)
@@ -289,21 +289,3 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
         shared_files=not info.file_an_episode,
         order=next((name for name in ("frame_index", "index") if name in info.features), None),
     )
-
-
-def _number_files(
-    info: Info, key: str, chunk: NDArray[np.int64], file: NDArray[np.int64], video_key: str = ""
-) -> tuple[FileTable, NDArray[np.int32]]:
-    pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
-    files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
-    try:
-        made = PurePosixPath(files.relative(0))
-        if made.is_absolute() or ".." in made.parts or "\0" in str(made):
-            raise ValueError("it leads out of the dataset's directory, or no file can have such a name")
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{key} '{files.template[:200]}' can't be filled in: {error}",
-            where=str(info.path),
-            remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
-        ) from error
-    return files, number.reshape(-1).astype(np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from opentau_train.config.typed import positive
+from opentau_train.config.bounds import positive
 from opentau_train.errors import UserError
 
 

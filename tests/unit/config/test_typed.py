@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opentau_train import cli
+from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings, load_settings
-from opentau_train.config.typed import at_least, build, convert, defaults, instantiate, locate, positive
+from opentau_train.config.typed import build, convert, defaults, instantiate, locate
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.typed import within
+from opentau_train.config.bounds import within
 from opentau_train.data.names import fits
 from opentau_train.data.transforms.base import Record, SampleDraws, Transform
 from opentau_train.errors import UserError

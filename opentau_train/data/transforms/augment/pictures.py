@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.typed import at_least, within
+from opentau_train.config.bounds import at_least, within
 from opentau_train.data.decode.fit import fit
 from opentau_train.data.names import fits
 from opentau_train.data.transforms.augment.pixels import OPERATIONS, Box, Picture, cut_out, place

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from opentau_train import cli
+from opentau_train.config.arguments import settable
 from opentau_train.config.settings import load_settings
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.errors import UserError
@@ -23,7 +24,7 @@ def mixture(tmp_path, *overrides):
     import hydra
 
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        chosen = [cli._settable(o) for o in [*TOY, f"paths.cache_dir={tmp_path / 'cache'}", *overrides]]
+        chosen = [settable(o) for o in [*TOY, f"paths.cache_dir={tmp_path / 'cache'}", *overrides]]
         return open_mixture(load_settings(cli.plain(hydra.compose("train", chosen))))
 
 

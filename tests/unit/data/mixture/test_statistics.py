@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opentau_train import cli
+from opentau_train.config.arguments import settable
 from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot import identity
 from opentau_train.data.mixture.open import open_mixture
@@ -19,7 +20,7 @@ from tests.lerobot_writer import DEFAULT_COLUMNS, Dataset, vector, write
 def mixture(tmp_path, *overrides):
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         given = ["+recipe=lerobot", f"paths.cache_dir={tmp_path / 'cache'}", *overrides]
-        return open_mixture(load_settings(cli.plain(hydra.compose("train", [cli._settable(o) for o in given]))))
+        return open_mixture(load_settings(cli.plain(hydra.compose("train", [settable(o) for o in given]))))
 
 
 def scale_actions(root, factor: float) -> list[int]:
