@@ -18,17 +18,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opentau_train.config.arguments import SHOWING, is_override, settable, without_cfg
+from opentau_train.config.arguments import SAID_AGAIN, SHOWING, is_override, settable, without_cfg
+from opentau_train.config.choices import own_words
 from opentau_train.config.explain import HELP, SECTIONS, explain, refused_flags, refused_override, refused_section
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
@@ -125,6 +129,7 @@ def _compose(arguments: Sequence[str]) -> dict[str, Any] | None:
     try:
         if shown:  # what a run would say of them: Hydra only shows
             checked(compose(rest))
+            sys.argv.append(SAID_AGAIN)
         _quietly(_show)
     except ValueError as error:  # what Hydra refuses with a plain ValueError is the user's mistake too
         if isinstance(error, _USER_ERRORS):
@@ -268,11 +273,31 @@ def _tree(overrides: Sequence[str], folder: str | None, primary: str | None) -> 
         quoted = os.path.abspath(folder).replace("\\", "\\\\").replace('"', '\\"')
         search = [f'hydra.searchpath=["file://{quoted}"]']
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        composed = hydra.compose(primary, [*map(settable, overrides), *search], return_hydra_config=True)
+        words = [*map(settable, overrides), *search]
+        words += [_said_again(words)] if primary == "train" else []
+        composed = hydra.compose(primary, words, return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # for `${hydra:...}`
         with open_dict(composed):
             del composed["hydra"]
         return plain(composed)
+
+
+def _said_again(words: Sequence[str]) -> str:
+    """The argument by which Hydra hears once more, after all recipes, what the options say that `words` choose.
+
+    An option that is chosen without them, too, isn't among them: the recipe's numbers are for just that one."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    groups = [o for o in parsed if (o.key_or_group in SECTIONS or "/" in o.key_or_group) and o.package is None]
+    choices = {o.key_or_group: str(o.value()) for o in groups if not o.is_delete()}
+    if choices:
+        rest = [o.input_line for o in parsed if o.key_or_group not in choices]
+        usual = hydra.compose("train", rest, return_hydra_config=True).hydra.runtime.choices
+        choices = {group: option for group, option in choices.items() if usual.get(group) != option}
+    searched = [str(place) for o in parsed if o.key_or_group == "hydra.searchpath" for place in o.value()]
+    folders = [p.removeprefix("file://") for p in searched if p.startswith("file://")]
+    said = own_words(choices.items(), [files("opentau_train.conf"), *map(Path, folders)])
+    ConfigStore.instance().store(group="chosen", name="options", node=said, package="_global_", provider="command line")
+    return SAID_AGAIN
 
 
 def _print_once(text: str) -> None:
