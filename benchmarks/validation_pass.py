@@ -102,7 +102,7 @@ def open_case(root: Path, world):
     import hydra
     import torch
 
-    from opentau_train import cli
+    from opentau_train import composing
     from opentau_train.config.settings import load_settings
     from opentau_train.config.typed import instantiate
     from opentau_train.distributed.opening import normalise_together, open_together
@@ -115,7 +115,7 @@ def open_case(root: Path, world):
     overrides += [f"data.sources.{n}.val_split_ratio=1.0" for n in names]
     overrides += [f"data.image_size=[{SIZE},{SIZE}]", "data.num_workers=0", f"paths.cache_dir={root / 'cache'}"]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        tree = cli.plain(hydra.compose("train", overrides))
+        tree = composing.plain(hydra.compose("train", overrides))
     settings = load_settings(tree)
     mixture = normalise_together(open_together(settings, world), settings, world)
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from opentau_train import cli, strangers
+from opentau_train import cli, composing, strangers
 from opentau_train.checkpoints import assets, commit, contents, manifest
 from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
 from opentau_train.checkpoints.pretrained import first_of, with_base
@@ -95,7 +95,7 @@ def recompose(card: Pretrained, arguments: Sequence[str], trust: Sequence[str]) 
         if "${" in json.dumps(card.config):  # the command line's are resolved; a file's could tell what the machine has
             raise ValueError("it holds an interpolation, ${...}")
         config = assets.unpack(card.config, card.policy.get(assets.KEY, {}))
-        tree = cli.recompose(current(config), arguments, FIXED)
+        tree = composing.recompose(current(config), arguments, FIXED)
         validation = tree.get("validation", {})
         evaluators = {n: validation.get("evaluator", {}).get(n) for n in validation.get("evaluators", ())}
         built = {"data": tree["data"], "model": tree["model"], "validation": evaluators}

@@ -19,7 +19,7 @@ import hydra
 import numpy as np
 import torch
 
-from opentau_train import cli, rng
+from opentau_train import composing, rng
 from opentau_train.config.arguments import settable
 from opentau_train.config.data import SourceSettings
 from opentau_train.config.settings import Settings, load_settings
@@ -124,7 +124,7 @@ def picture(name: str, episode: int, frame: int) -> np.ndarray:
 def _base() -> Settings:
     overrides = ["+recipe=lerobot", "data.sources.main.root=/", "data.image_size=[8,8]", "data.chunk_length=3"]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return load_settings(cli.plain(hydra.compose("train", [settable(o) for o in overrides])))
+        return load_settings(composing.plain(hydra.compose("train", [settable(o) for o in overrides])))
 
 
 def mixture_of(specs: dict[str, str], cache: Path, *, source: dict | None = None, **data) -> Mixture:

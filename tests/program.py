@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 
-from opentau_train import cli
+from opentau_train import cli, composing
 from opentau_train.config.arguments import settable
 from tests import warm
 
@@ -129,7 +129,7 @@ def train_here(arguments: list[str], run_dir: Path) -> Path:
         settable(a) for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]
     ]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        tree = cli.plain(hydra.compose("train", overrides))
+        tree = composing.plain(hydra.compose("train", overrides))
     assert train.run(cli.checked(tree), tree) == 0
     return run_dir
 

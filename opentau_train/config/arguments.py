@@ -9,7 +9,9 @@ _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 SAID_AGAIN = "+chosen=options"
 """Names what the chosen options say themselves, where Hydra hears it after all recipes."""
-SHOWING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+CONFIG_DIR = ("--config-dir", "-cd")
+HELPING = ("--help", "-h")
+SHOWING = (*HELPING, "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 """Options that show something instead of running."""
 
 

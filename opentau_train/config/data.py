@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from opentau_train.config.bounds import Count, Positive, at_least, fraction, within
+from opentau_train.config.bounds import Count, Fraction, Natural, NotNegative, Positive, at_least, within
 from opentau_train.config.modes import WITH_FUTURE, FutureSettings, Mode, ModeSettings
 from opentau_train.config.resuming import NEW_PLAN, ON_RESUME, SAFE, Meaning, judged, refused, warned
 from opentau_train.config.typed import TARGET, bind
@@ -45,10 +45,11 @@ class SourceSettings:
     repo_id: str | None = None
     """Hugging Face Hub name, downloaded once a node when `root` is null."""
     revision: str | None = None
-    weight: float | None = None
+    """A branch, tag or commit of `repo_id`; null = the newest."""
+    weight: NotNegative | None = None
     """Share in the mixture relative to the other weights; null on all sources = every window once an epoch. 0 = its
     held-out episodes are validated, the others left out."""
-    failure_weight: float = 0.0
+    failure_weight: NotNegative = 0.0
     """Weight of `failure/`, where the directory holds LeRobot datasets `success/` and `failure/`."""
     val_split_ratio: Annotated[float, within(0.0, 1.0)] = field(default=0.1, metadata=HELD_OUT)
     """Share of the episodes held out, by hash of their number; 1.0 = the whole source is for validation only."""
@@ -57,28 +58,39 @@ class SourceSettings:
     control_mode: str | None = None
     """joint, ee, mixed, ...; null = from info.json, else from `control_mode_column`, else 'default'."""
     control_mode_column: str = "control_mode"
+    """Column of the episodes' metadata that says each one's control mode."""
     robot_type: str | None = None
+    """Sources of one robot type and control mode are normalised together; null = from info.json."""
     mode: Mode = field(default="policy", metadata=MODE_ON_RESUME)
     """What the policy learns from the source's samples: one of `modes.MODES`, or `joint`, which draws one for each."""
     mode_probabilities: ModeSettings = field(default_factory=ModeSettings, metadata=MODE_ON_RESUME)
     chunk_length: Count | None = None
+    """The source's own, at most `data.chunk_length`, to which it is padded."""
     sample_stride: Count | None = None
+    """The source's own, in place of `data.sample_stride`."""
     fps: Positive | None = None
     """Rate of the action chunk and of the history, by time; null = the dataset's own rate."""
     use_filter_dict: bool = False
+    """true = only windows in the ranges of frames that the file of `filter_dict_path` keeps."""
     filter_dict_path: str | None = field(default=None, metadata=SAFE)  # its content is compared by itself
+    """A JSON file of ranges, such as DROID's keep_ranges: docs/data.md."""
     filter_key: str = "{recording_folderpath}--{file_path}"
     """An episode's key in the filter file, over its metadata. Where all keys of the file are whole numbers and no key
     that this makes is one, they are episode numbers."""
     filter_rule: Literal["start", "whole"] = "start"
+    """What of a window must lie in a range: its first frame, or its whole chunk."""
     filter_min_match: Annotated[float, within(0.0, 1.0)] = field(default=0.5, metadata=SAFE)
     """Least fraction of the episodes that must be in the filter file."""
-    filter_trim_tail: int | None = None
+    filter_trim_tail: Natural | None = None
     """Frames to take off each range's end; null = the file's `metadata.filter_last_n_in_ranges`, else none."""
     iterable_shuffle: bool = True
+    """false = the source's windows in the dataset's order, which trains badly: to look at data."""
     episodes: tuple[int, ...] | None = None
+    """Only these episodes, by number; null = all."""
     exclude_episodes: tuple[int, ...] = ()
+    """Without these."""
     success_only: bool = False
+    """Only episodes that succeeded, as `success_column` tells."""
     success_column: str = "next.success"
     """The column that tells success: of the episodes' metadata, or of the rows, whose last one counts."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
@@ -111,8 +123,6 @@ class SourceSettings:
     def check(self, path: str) -> None:
         mixture = [f.metadata.get("key", f.name) for f in fields(self) if f.name != "options"]
         bind(self.arguments, path, (), mixture)
-        for name in ("weight", "failure_weight"):
-            at_least(f"{path}.{name}", getattr(self, name), 0.0)
         self.mode_probabilities.check_for(self.mode, path)
         if self.validates_only and self.weight:
             raise UserError(
@@ -120,7 +130,6 @@ class SourceSettings:
                 where=f"{path}.weight",
                 remedy=f"remove {path}.weight, or lower {path}.val_split_ratio",
             )
-        at_least(f"{path}.filter_trim_tail", self.filter_trim_tail, 0)
         if self.use_filter_dict and not self.filter_dict_path:
             raise UserError(
                 f"{path}.use_filter_dict is true but {path}.filter_dict_path is not set",
@@ -140,26 +149,26 @@ SELECTING = (
 class DropoutSettings:
     """Probabilities to drop an optional input of a training sample; provenance is never dropped."""
 
-    prompt: float = 0.0
-    state: float = 0.0
-    camera: float = 0.0
+    prompt: Fraction = 0.0
+    """Of the instruction."""
+    state: Fraction = 0.0
+    """Of the state."""
+    camera: Fraction = 0.0
+    """Of each camera, drawn for each by itself."""
 
-    def check(self, path: str) -> None:
-        for name in ("prompt", "state", "camera"):
-            fraction(f"{path}.{name}", getattr(self, name))
+    def check(self, path: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class BadSampleSettings:
     """When to stop because windows can't be read."""
 
-    max_fraction: float = 0.01
-    grace: int = 16
+    max_fraction: Fraction = 0.01
+    """Share of the samples so far; more of them can't be read: the run ends."""
+    grace: Natural = 16
     """Substitutions, over all ranks, before `max_fraction` counts."""
 
-    def check(self, path: str) -> None:
-        fraction(f"{path}.max_fraction", self.max_fraction)
-        at_least(f"{path}.grace", self.grace, 0)
+    def check(self, path: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -167,13 +176,14 @@ class CorrelationSettings:
     """How alike the gradients of two windows of one episode are, d frames apart: episode + neighbours exp(-d / frames).
     Only predicts the shuffle's quality (`data/order/quality.py`); `benchmarks/vif.py` measures it."""
 
-    episode: float = 0.1
-    neighbours: float = 0.4
+    episode: Fraction = 0.1
+    """Of any two windows of an episode."""
+    neighbours: Fraction = 0.4
+    """What neighbours have more than that."""
     frames: Positive = 8.0
+    """After how many frames that has fallen to 1 / e."""
 
     def check(self, path: str) -> None:
-        for name in ("episode", "neighbours"):
-            fraction(f"{path}.{name}", getattr(self, name))
         if self.episode + self.neighbours >= 1.0:
             raise UserError(
                 f"{path}.episode + {path}.neighbours must be below 1, got {self.episode + self.neighbours:g}",
@@ -189,18 +199,24 @@ class DataSettings:
     builtin_sample: Literal["droid"] | None = field(default=None, metadata=NEW_PLAN)
     """The sample that stands in when no source has a root or repo_id."""
     image_size: tuple[int, int] = (96, 96)
+    """(H, W) of every camera after resizing, aspect kept, padded with black."""
     chunk_length: Count = 16
-    history: int = 0
+    """Actions that a window holds, from its frame on."""
+    history: Natural = 0
+    """Earlier frames that a window holds of each camera."""
     future: FutureSettings = field(default_factory=FutureSettings)
     sample_stride: Count = field(default=1, metadata=NEW_PLAN)
     """Windows start every so many frames."""
     drop_tail: bool = field(default=False, metadata=NEW_PLAN)
     """true = only windows whose chunk lies wholly inside the episode."""
     state_dim: Count | None = None
+    """null = the widest source; narrower ones are padded and masked."""
     action_dim: Count | None = None
+    """As `state_dim`."""
     normalization: Literal["mean_std", "min_max", "quantiles"] = field(
         default="mean_std", metadata=refused("the policy was trained on inputs normalised otherwise")
     )
+    """Of state and actions: by mean and deviation, or q01 and q99, or minimum and maximum to [-1, 1]."""
     normalization_per_timestep: bool = field(
         default=False, metadata=refused("the policy was trained on inputs normalised otherwise")
     )
@@ -210,15 +226,20 @@ class DataSettings:
     own."""
     convention: Convention = field(default_factory=Convention, metadata=CONVERTED)
     """What the policy is trained in: each source is converted to it from what it declares."""
-    num_workers: int = field(default=2, metadata=SAFE)
+    num_workers: Natural = field(default=2, metadata=SAFE)
+    """Loader processes of a rank; 0 = its own. They change speed only."""
     prefetch_factor: Count = field(default=2, metadata=SAFE)
+    """Batches that a worker prepares ahead."""
     max_samples_per_batch: Count | None = field(default=None, metadata=SAFE)
+    """Most samples that a rank holds in one micro-batch; null = all of its share."""
     max_num_tokens_after_packing: int = field(default=-1, metadata=SAFE)
     """Most tokens in a rank's micro-batch, with model.packing=true; -1 = any number."""
     cache_gb: Positive = field(default=100.0, metadata=SAFE)
     """Gigabytes (1e9) that a node keeps of the sources whose root is a URL, at most."""
     lanes_per_sample: Count = field(default=4, metadata=NEW_PLAN)
+    """Lanes of the tape, as a multiple of the global batch; more decorrelate more and open more decoders."""
     phase_rows: Count = field(default=1024, metadata=NEW_PLAN)
+    """Rows of the tape between two cuts of the lanes."""
     expect_mode: str | None = field(default=None, metadata=SAFE)
     """The mode that all sources must have: what a recipe that is named for one says."""
     max_pixels: Count = field(default=50_000_000, metadata=SAFE)
@@ -232,8 +253,6 @@ class DataSettings:
     correlation: CorrelationSettings = field(default_factory=CorrelationSettings, metadata=SAFE)
 
     def check(self, path: str) -> None:
-        for name in ("history", "num_workers"):
-            at_least(f"{path}.{name}", getattr(self, name), 0)
         if self.max_num_tokens_after_packing != -1:
             at_least(f"{path}.max_num_tokens_after_packing", self.max_num_tokens_after_packing, 1)
         for size in self.image_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from opentau_train.config.bounds import fraction, positive
+from opentau_train.config.bounds import Count, Fraction, Positive
 from opentau_train.config.resuming import refused, warned
 from opentau_train.errors import UserError
 
@@ -21,19 +21,16 @@ class FinetuneSettings:
 
     trains: tuple[str, ...] = field(default=("*",), metadata=OTHERS_TRAIN)
     frozen: tuple[str, ...] = field(default=(), metadata=OTHERS_TRAIN)
-    rank: int | None = field(default=None, metadata=OTHERS_TRAIN)
+    rank: Count | None = field(default=None, metadata=OTHERS_TRAIN)
     """Of the adapters; null = none."""
-    alpha: float | None = field(default=None, metadata=refused("the adapters were trained for it"))
+    alpha: Positive | None = field(default=None, metadata=refused("the adapters were trained for it"))
     """An adapter's output is multiplied by alpha / rank; null = by 1."""
-    dropout: float = field(default=0.0, metadata=warned())
+    dropout: Fraction = field(default=0.0, metadata=warned())
     """Of an adapter's input, in training."""
     targets: tuple[str, ...] | None = field(default=None, metadata=OTHERS_TRAIN)
     """Patterns of names of linear layers that get an adapter; null = the linear layers of the policy's blocks."""
 
     def check(self, path: str) -> None:
-        positive(f"{path}.rank", self.rank)
-        positive(f"{path}.alpha", self.alpha)
-        fraction(f"{path}.dropout", self.dropout)
         if self.rank is None:
             given = {"alpha": self.alpha is not None, "dropout": self.dropout > 0, "targets": self.targets is not None}
             name = next((name for name, is_set in given.items() if is_set), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from opentau_train.config.bounds import Count, at_least, within
+from opentau_train.config.bounds import Count, Natural, within
 from opentau_train.errors import UserError, did_you_mean
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
@@ -38,9 +38,13 @@ class ModeSettings:
     """How often a sample of `mode=joint` has each mode, relative to the others."""
 
     policy: Often = 0.0
+    """Actions are predicted, without future frames."""
     wam: Often = 0.0
+    """Actions and future frames are predicted together."""
     forward_dynamics: Often = 0.0
+    """Future frames are predicted; the actions are shown."""
     inverse_dynamics: Often = 0.0
+    """Actions are predicted; the future frames are shown."""
 
     def check(self, path: str) -> None: ...
 
@@ -63,11 +67,11 @@ class ModeSettings:
 class FutureSettings:
     """The future frames of a window: `data.future`."""
 
-    num_frames: int = 0
+    num_frames: Natural = 0
+    """How many a window holds of each camera, for the modes that learn with them."""
     stride: Count = 1
     """Steps of the action chunk from the window's frame to the first one, and from each to the next."""
     cameras: tuple[str, ...] | None = None
     """Of which cameras; null = of all."""
 
-    def check(self, path: str) -> None:
-        at_least(f"{path}.num_frames", self.num_frames, 0)
+    def check(self, path: str) -> None: ...

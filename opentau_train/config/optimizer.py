@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opentau_train.config.bounds import at_least, positive
+from opentau_train.config.bounds import Count, NotNegative, Positive
 from opentau_train.errors import UserError
 
 
@@ -15,15 +15,14 @@ class ParameterRule:
 
     pattern: str
     """A shell's pattern over the parameter's whole name: `*_out.*`, `layers.3.*`."""
-    lr_scale: float | None = None
+    lr_scale: NotNegative | None = None
     """Their learning rate is this times the schedule's."""
-    weight_decay: float | None = None
+    weight_decay: NotNegative | None = None
+    """Theirs, in place of the optimizer's."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
     """Other options that the optimizer keeps by group."""
 
-    def check(self, path: str) -> None:
-        at_least(f"{path}.lr_scale", self.lr_scale, 0.0)
-        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
+    def check(self, path: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,11 @@ class OptimizerSettings:
     """`target` is called with the groups of parameters, `lr`, `weight_decay` and `options`, and checked as a model's
     class is."""
 
-    lr: float
+    lr: Positive
+    """The peak of the learning rate."""
     target: str = field(default="opentau_train.optim.adamw", metadata={"key": "_target_"})
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
+    """Decoupled, as AdamW's: not on vectors (norms, biases)."""
     no_decay: tuple[str, ...] = ("*embed*",)
     """Patterns of names that weight decay leaves out, besides all vectors (norms, biases); they may fit nothing."""
     groups: dict[str, ParameterRule] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class OptimizerSettings:
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """What another global batch than `reference_batch` makes of `lr`: nothing, or it is multiplied by the quotient or
     its root (Goyal et al. 2017 for SGD; Malladi et al. 2022 for Adam)."""
-    reference_batch: int | None = None
+    reference_batch: Count | None = None
     """The global batch that `lr` is for."""
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
@@ -56,9 +57,6 @@ class OptimizerSettings:
         return {"_target_": self.target, "lr": self.lr, "weight_decay": self.weight_decay, **self.options}
 
     def check(self, path: str) -> None:
-        positive(f"{path}.lr", self.lr)
-        at_least(f"{path}.weight_decay", self.weight_decay, 0.0)
-        positive(f"{path}.reference_batch", self.reference_batch)
         if self.lr_scaling != "none" and self.reference_batch is None:
             raise UserError(
                 f"{path}.lr_scaling={self.lr_scaling} needs the global batch that {path}.lr is for",

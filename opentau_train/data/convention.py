@@ -130,7 +130,9 @@ class Convention:
     """The parts of the actions and of the state, each once for every dimension; None = nothing is said of them."""
 
     actions: tuple[Part, ...] | None = None
+    """[{name, dims, unit, reference, ...}, ...], in the order of the dimensions: docs/data.md."""
     state: tuple[Part, ...] | None = None
+    """As `actions`."""
 
     def check(self, path: str) -> None:
         for vector in ("actions", "state"):

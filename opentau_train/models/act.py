@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentau_train.config.bounds import Count, LossWeight, fraction
+from opentau_train.config.bounds import Count, Fraction, LossWeight
 from opentau_train.data.batch import Batch
 from opentau_train.errors import UserError
 from opentau_train.models.draws import Draws
@@ -54,7 +54,7 @@ class ActPolicy(Policy):
         encoder_depth: Count = 4,
         decoder_depth: Count = 1,
         latent_dim: Count = 32,
-        dropout: Annotated[float, fraction] = 0.1,
+        dropout: Fraction = 0.1,
         l1_weight: LossWeight = 1.0,
         kl_weight: LossWeight = 10.0,
         backbone_norm: Literal["group", "frozen_batch"] = "group",

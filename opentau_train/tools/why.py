@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from opentau_train import cli
+from opentau_train import cli, composing
 from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.data.fields import centred
@@ -130,7 +130,7 @@ def read_settings(run_dir: Path, overrides: Sequence[str]) -> Settings:
         raise UserError(f"not a run directory: {error}", where=str(path), remedy="give a run's directory") from error
     if not isinstance(tree, dict):
         raise UserError("the file holds no settings", where=str(path), remedy="restore it: it is a copy of the run's")
-    return load_settings(cli.recompose(tree, overrides, FIXED))
+    return load_settings(composing.recompose(tree, overrides, FIXED))
 
 
 def show(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf.errors import MissingMandatoryValue
 
-from opentau_train import cli
+from opentau_train import composing
 from opentau_train.config.arguments import settable
 from opentau_train.config.settings import Settings, load_settings
 from opentau_train.config.typed import bind
@@ -32,7 +32,7 @@ def options(group: str) -> list[str]:
 
 def composed(*overrides: str) -> Settings:
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return load_settings(cli.plain(hydra.compose("train", [settable(o) for o in overrides])))
+        return load_settings(composing.plain(hydra.compose("train", [settable(o) for o in overrides])))
 
 
 GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoint", "parallelism", "logger", "paths")

@@ -61,7 +61,7 @@ MISTAKES = {
     "bad_value": ([DROID, "optimizer.lr=-1"], ["optimizer.lr must be greater than 0", "set optimizer.lr"]),
     "bad_value_of_a_source": (
         [DROID, "data.sources.droid.weight=-1.5"],
-        ["data.sources.droid.weight must be at least 0.0, got -1.5"],
+        ["data.sources.droid.weight must be at least 0, got -1.5"],
     ),
     "bad_choice": (
         [DROID, "data.normalization=meanstd"],

@@ -31,6 +31,7 @@ class LeRobotSource:
     state: tuple[str, ...] | None = None
     """Columns, or slices that meta/modality.json names; `actions` alike."""
     actions: tuple[str, ...] | None = None
+    """As `state`."""
     drop_dims: tuple[str, ...] = ()
     """Dimensions of state and actions to leave out, by name or pattern (`*`; `column.3` is `column[3]`)."""
     prompt_columns: tuple[str, ...] = field(default=(), metadata=PROMPTS)

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opentau_train import cli
+from opentau_train import composing
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings
 from opentau_train.config.weights import completed
@@ -19,7 +19,7 @@ from opentau_train.errors import UserError
 @pytest.fixture(scope="module")
 def tree():
     with initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return cli.plain(compose("train", ["+recipe=lerobot", "++data.sources.main.root=/data"]))
+        return composing.plain(compose("train", ["+recipe=lerobot", "++data.sources.main.root=/data"]))
 
 
 def changed(tree, **values):

@@ -11,7 +11,7 @@ import hydra
 import pytest
 import yaml
 
-from opentau_train import cli
+from opentau_train import cli, composing
 from opentau_train.config.arguments import settable
 from opentau_train.config.drift import compare
 from opentau_train.config.modes import MODES, ModeSettings
@@ -26,7 +26,7 @@ JOINT = [f"{MAIN}.mode=joint", f"{MAIN}.mode_probabilities={{policy:3,forward_dy
 
 def tree(words):
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
-        return cli.plain(hydra.compose("train", [settable(word) for word in words]))
+        return composing.plain(hydra.compose("train", [settable(word) for word in words]))
 
 
 def checked(*words, base=TOY):

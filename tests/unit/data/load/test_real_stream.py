@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from opentau_train import cli
+from opentau_train import composing
 from opentau_train.config.arguments import settable
 from opentau_train.config.settings import load_settings
 from opentau_train.data.mixture.open import open_mixture
@@ -25,7 +25,7 @@ def mixture(tmp_path, *overrides):
 
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         chosen = [settable(o) for o in [*TOY, f"paths.cache_dir={tmp_path / 'cache'}", *overrides]]
-        return open_mixture(load_settings(cli.plain(hydra.compose("train", chosen))))
+        return open_mixture(load_settings(composing.plain(hydra.compose("train", chosen))))
 
 
 def content(batch):

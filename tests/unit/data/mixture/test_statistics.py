@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opentau_train import cli
+from opentau_train import composing
 from opentau_train.config.arguments import settable
 from opentau_train.config.settings import load_settings
 from opentau_train.data.lerobot import identity
@@ -20,7 +20,7 @@ from tests.lerobot_writer import DEFAULT_COLUMNS, Dataset, vector, write
 def mixture(tmp_path, *overrides):
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         given = ["+recipe=lerobot", f"paths.cache_dir={tmp_path / 'cache'}", *overrides]
-        return open_mixture(load_settings(cli.plain(hydra.compose("train", [settable(o) for o in given]))))
+        return open_mixture(load_settings(composing.plain(hydra.compose("train", [settable(o) for o in given]))))
 
 
 def scale_actions(root, factor: float) -> list[int]:
