@@ -28,7 +28,16 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from opentau_train.composing import checked, compose
-from opentau_train.config.arguments import CONFIG_DIR, HELPING, SAID_AGAIN, SHOWING, is_override, settable, without_cfg
+from opentau_train.config.arguments import (
+    CONFIG_DIR,
+    HELPING,
+    MULTIRUN,
+    SAID_AGAIN,
+    SHOWING,
+    is_override,
+    settable,
+    without_cfg,
+)
 from opentau_train.config.explain import HELP, explain, refused_flags
 from opentau_train.config.reference import keys, page
 from opentau_train.data.decode.open_files import raise_file_limit
@@ -109,6 +118,10 @@ def answer(work: Callable[[], int]) -> int:
 
 
 def _compose_and_run() -> int:
+    if {*sys.argv[1:]} & {*MULTIRUN} and not {*sys.argv[1:]} & {*SHOWING}:
+        from opentau_train import sweep
+
+        return sweep.run(sys.argv[1:])
     tree = _compose(sys.argv[1:])
     return EXIT_OK if tree is None else _run(tree)
 

@@ -34,7 +34,7 @@ def compose(arguments: Sequence[str], primary: str | None = "train") -> dict[str
         if name in CONFIG_DIR:
             folder = value if equals else next(rest, "")
         elif name in ("--multirun", "-m"):
-            raise UserError("sweeps are not run from one process", where=name, remedy="start one process a setting")
+            raise UserError("a sweep is of several runs, and one is composed", where=name, remedy="leave it out")
         elif argument.startswith("-"):
             raise refused_flags([argument, *(a for a in rest if not is_override(a))])
         else:
@@ -145,14 +145,16 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         key = parsed.key_or_group
         if not key:
             raise refused_override(override, "it has no key")
+        if key == "hparams_search":
+            raise UserError("a search is a sweep over several runs", where=override, remedy="add --multirun")
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
             remedy = "leave it out; the run's directory is paths.run_dir"
             raise UserError(f"'{key}' is a setting of Hydra, which only composes here", remedy=remedy)
         if parsed.is_sweep_override():
             raise UserError(
                 f"'{override.lstrip('+')}' is a sweep over several values, and a process trains one run",
-                remedy="start one process a value, or write a list in brackets, KEY=[A,B], and a value with a comma in "
-                "two pairs of quotes, 'KEY=\"A,B\"'",
+                remedy="add --multirun, or write a list in brackets, KEY=[A,B], and a value with a comma in two pairs "
+                "of quotes, 'KEY=\"A,B\"'",
             )
         if key in SECTIONS and not isinstance(parsed.value(), str | list) and not parsed.is_delete():
             raise refused_section(key, override)

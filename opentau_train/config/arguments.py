@@ -10,6 +10,7 @@ _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
 SAID_AGAIN = "+chosen=options"
 """Names what the chosen options say themselves, where Hydra hears it after all recipes."""
 CONFIG_DIR = ("--config-dir", "-cd")
+MULTIRUN = ("--multirun", "-m")
 HELPING = ("--help", "-h")
 SHOWING = (*HELPING, "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 """Options that show something instead of running."""

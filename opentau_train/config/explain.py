@@ -19,7 +19,7 @@ from opentau_train.config.typed import defaults
 from opentau_train.errors import UserError, did_you_mean
 
 HELP = "see python -m opentau_train --help"
-ON_COMMAND_LINE = ("recipe", "debug")
+ON_COMMAND_LINE = ("recipe", "debug", "experiment", "hparams_search")
 """Groups that the primary configuration has no choice of: they are added with +GROUP=NAME."""
 _CONF = resources.files("opentau_train.conf")
 SECTIONS = tuple(name for name in Settings.__dataclass_fields__ if (_CONF / name).is_dir())
@@ -112,6 +112,9 @@ def _refused_choice(text: str) -> UserError:
     missing = re.search(r"Could not (?:find|load) '([\w/]+)/([\w.-]+)'", text)
     if missing:
         group, choice = missing.groups()
+        if group.startswith("hydra/"):
+            what = f"{group}={choice} is a plugin of Hydra that isn't installed"
+            return UserError(what, remedy='pip install "opentau_train[sweep]"')
         listed = re.search(rf"Available options in '{re.escape(group)}':\s*((?:\n\t.*)+)", text)
         options = listed.group(1).split() if listed else _options(group)
         return UserError(

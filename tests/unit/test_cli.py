@@ -85,7 +85,6 @@ MISTAKES = {
         [DROID, "data.sources.droid.root=/data/a,b"],
         ["root=/data/a,b' is a sweep", "a value with a comma in two pairs of quotes, 'KEY=\"A,B\"'"],
     ),
-    "multirun": ([DROID, "--multirun"], ["sweeps are not run", "--multirun"]),
     "missing_interpolation": (
         [DROID, "name=${nothing.there}"],
         ["name", "'nothing.there' not found", "set name=VALUE"],
@@ -98,7 +97,7 @@ MISTAKES = {
     "removed_key": ([DROID, "~trainer.steps"], ["trainer.steps is required"]),
     "another_primary_configuration": ([DROID, "--config-name", "own"], ["--config-name own", "--help"]),
     "another_primary_configuration_is_not_shown": ([DROID, "--cfg", "job", "-cn", "own"], ["-cn own", "--help"]),
-    "sweep_that_is_shown": ([DROID, "--cfg=job", "--multirun"], ["sweeps are not run", "--multirun"]),
+    "sweep_that_is_shown": ([DROID, "--cfg=job", "--multirun"], ["a sweep is of several runs", "--multirun"]),
     "unknown_flag": ([DROID, "--nosuchflag"], ["--nosuchflag", "--help"]),
     "flag_without_value": ([DROID, "--cfg"], ["--cfg", "expected one argument"]),
     "config_directory_that_is_not_there": (

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "opentau_train"
 LAYERS = (
     {"__main__", "validate", "tools/"},
     {"cli"},
+    {"sweep"},
     {"composing", "train", "simulation/"},
     {"job"},
     {"deploy/"},
@@ -47,7 +48,7 @@ LAYERS = (
 layers, never from its own."""
 
 ONLY_IN = {
-    "hydra": ("cli.py", "composing.py", "tools/"),
+    "hydra": ("cli.py", "composing.py", "sweep.py", "tools/"),
     "accelerate": ("distributed/world.py", "sinks/trackers.py"),
 }
 """Third-party packages that stay at the edge, and the files that may import them."""
@@ -129,7 +130,7 @@ POLICIES = (
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
 FORECASTS = ("checkpoints/room", "distributed/memory", "distributed/rehearsal")
-ENDS = ("config/reference", "deploy/", "simulation/", "sinks/", "tools/", "validate")
+ENDS = ("config/reference", "deploy/", "simulation/", "sinks/", "sweep", "tools/", "validate")
 EDGES = (*FORECASTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, *ENDS)
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
