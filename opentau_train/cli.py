@@ -118,7 +118,8 @@ def answer(work: Callable[[], int]) -> int:
 
 
 def _compose_and_run() -> int:
-    if {*sys.argv[1:]} & {*MULTIRUN} and not {*sys.argv[1:]} & {*SHOWING}:
+    flags = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if flags & {*MULTIRUN} and not flags & {*SHOWING}:
         from opentau_train import sweep
 
         return sweep.run(sys.argv[1:])
