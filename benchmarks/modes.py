@@ -30,6 +30,9 @@ ERRORS = {
     "joints, rad": "Validation-Action/droid/joint/MAE_rad",
     "gripper (joint)": "Validation-Action/droid/joint/MAE_gripper",
     "position, m": "Validation-Action/droid_ee/ee/MAE_m",
+    "rotation, rad": "Validation-Action/droid_ee/ee/MAE_rad",
+    "gripper (ee)": "Validation-Action/droid_ee/ee/MAE_gripper",
+    "loss `mse`": "Validation/MSE",
 }
 VIDEO = {"joint": "Validation-Video/droid/joint", "ee": "Validation-Video/droid_ee/ee"}
 
