@@ -9,7 +9,13 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import statistics
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.open import open_plan, row_digests, table_digests, with_statistics
+from opentau_train.data.mixture.open import (
+    open_plan,
+    row_digests,
+    table_digests,
+    with_keyframes,
+    with_statistics,
+)
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
@@ -21,6 +27,7 @@ def open_together(settings: Settings, world: World) -> Mixture:
     num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     sources = resolve_sources(settings, world.once_a_node, num_nodes)
     plan = world.agree(lambda: open_plan(settings, sources))
+    plan = world.once_a_node(lambda: with_keyframes(plan, settings.paths.cache))
     _check_same_tables(plan, world)
     return plan
 

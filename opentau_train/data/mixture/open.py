@@ -26,7 +26,7 @@ from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import held_out_error, must_be_whole, ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
-from opentau_train.data.source import Source, SourceOptions
+from opentau_train.data.source import Source, SourceOptions, VideoSource
 from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
@@ -47,7 +47,7 @@ def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) 
     What several processes do together is in `distributed/opening.py`, of the same parts. Raises
     `UserError`.
     """
-    mixture = open_plan(settings, resolve_sources(settings))
+    mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
     if stats is None:
         stats = statistics.compute(settings, mixture.datasets, mixture.groups)
     return with_statistics(mixture, stats)
@@ -68,6 +68,19 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     _warn_of_rates(datasets)
     spec = _batch_spec(data, datasets, groups)
     return _drawn(Mixture(data, settings.seed, tuple(datasets), (), tuple(groups), {}, (), spec))
+
+
+def with_keyframes(mixture: Mixture, cache: Path) -> Mixture:
+    """The mixture with what its videos' keyframes say of where lanes should begin, read from the files' indices or from
+    what an earlier run kept below `cache`. All ranks must see the same. Raises `UserError`."""
+    datasets = []
+    for d in mixture.datasets:
+        known = d.source.keyframes(cache) if isinstance(d.source, VideoSource) else None
+        if known is not None:
+            reach = chunk_rows(mixture.settings.history + 1, row_step(d.source.fps, d.settings.fps)) - 1
+            d = dataclasses.replace(d, train=d.train.entered_at(known.ends, known.frame, reach))
+        datasets.append(d)
+    return dataclasses.replace(mixture, datasets=tuple(datasets))
 
 
 def _drawn(mixture: Mixture) -> Mixture:
@@ -129,7 +142,10 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
     """{dataset: a hash of its episodes and windows}: the same in all processes that read the same files."""
-    return {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in mixture.datasets}
+    return {
+        f"dataset '{d.name}'": f"{d.train.digest()} {d.train.groups_digest} {d.validation.digest()}"
+        for d in mixture.datasets
+    }
 
 
 def row_digests(mixture: Mixture) -> dict[str, str]:
