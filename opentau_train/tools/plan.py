@@ -3,8 +3,8 @@
     python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 1,8] [--batches 64]
         [--device-memory 80]
 
-Takes the arguments of `python -m opentau_train`. Reads metadata only: no video is decoded, the policy has no weights,
-and nothing is written.
+Takes the arguments of `python -m opentau_train`. Reads metadata and the videos' indices: no video is decoded, the
+policy has no weights, and nothing is written but to the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.open import open_plan, with_keyframes
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, modes_table, weight_cell
 from opentau_train.data.order import quality
@@ -37,8 +37,11 @@ from opentau_train.distributed.rehearsal import Rehearsal, rehearse
 from opentau_train.errors import EXIT_OK
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
+from opentau_train.tools.decoding import decode_lines, proposed_gop
 
 EPOCH_WARNING = 100
+MOST_VIF = 3.0
+"""Over a momentum of 0.9: the optimizer moves by gradients as noisy as those of a third of the windows."""
 TOKEN_WINDOWS = 1024
 """Windows whose tokens are counted."""
 
@@ -106,6 +109,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
             f"VIF        {batches.vif:.2f} a batch (at most {batches.max_vif:.2f}), {batches.momentum_vif:.2f} over "
             f"a momentum of {quality.MOMENTUM}; 1 = drawn at random "
             f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
+            *decode_lines(mixture, tape),
             *(_decoders(mixture, tape, ranks) for ranks in num_ranks),
             *_warnings(mixture, tape, epochs, batches),
         ]
@@ -206,8 +210,13 @@ def _warnings(mixture: Mixture, tape: Tape, epochs: float, batches: BatchQuality
             lines.append(f"warning    '{dataset.name}' is repeated {repeats:.0f} times: lower its weight")
     if tape.in_order:
         lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
-    elif batches.momentum_vif > 5:
-        lines.append("warning    the windows are correlated: raise data.lanes_per_sample, or add episodes")
+    elif batches.momentum_vif > MOST_VIF:
+        remedy = "raise data.lanes_per_sample, or add episodes"
+        if sum(len(begins) for _, begins in tape.lane_begins()) < tape.num_lanes // 2:
+            remedy = (
+                f"shorten the videos' groups of pictures (tools.reencode --gop {proposed_gop(tape)}), or add episodes"
+            )
+        lines.append(f"warning    the windows are correlated: {remedy}")
     return lines
 
 
@@ -235,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for ranks in options.ranks:
             check_batch(settings.trainer.global_batch_size, ranks)
         device_bytes = None if options.device_memory is None else int(options.device_memory * 2**30)
-        mixture = open_plan(settings, resolve_sources(settings))
+        mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
         print(describe(settings, mixture, options.ranks, options.batches))
         rehearsal, trainer = rehearsed(settings, mixture), settings.trainer
         cap = settings.data.max_num_tokens_after_packing

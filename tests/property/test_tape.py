@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from opentau_train.data.order.blocks import DatasetBlocks, draws_per_epoch
 from opentau_train.data.order.state import resume_offset, save_state
-from opentau_train.data.order.tape import VERSIONS, Tape, frames_ahead
+from opentau_train.data.order.tape import VERSIONS, Tape
+from opentau_train.data.order.windows import frames_ahead
 from opentau_train.errors import UserError
 from tests.golden import sample_ids
 

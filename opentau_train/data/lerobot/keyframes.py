@@ -54,8 +54,9 @@ def read_keyframes(stored: StoredEpisodes, fps: float, fingerprint: str, cache: 
                 return Keyframes(columns["ends"], columns["frame"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s can't be read, and the videos' keyframes are read again: %s", path, error)
-    found = _of_episodes(_sparsest(stored.videos), stored.table.length, fps)
-    _store(path, found)
+    found, whole = _of_episodes(_sparsest(stored.videos), stored.table.length, fps)
+    if whole:
+        _store(path, found)
     return found
 
 
@@ -92,8 +93,8 @@ def _evenly(files: NDArray, num: int) -> list[int]:
 
 
 def _of_file(places: VideoPlaces, number: int) -> F64:
-    """[K] seconds from the file's first frame to each keyframe. Of a file that can't be read the first one only: its
-    windows will say why."""
+    """[K] seconds from the file's first frame to each keyframe; none of a file that can't be read, whose windows will
+    say why."""
     path = places.files.path(number)
     try:
         file = VideoFile(path)
@@ -103,16 +104,19 @@ def _of_file(places: VideoPlaces, number: int) -> F64:
             file.close()
     except (VideoError, av.FFmpegError, OSError) as error:
         check_machine_read(error, path)
-        return np.zeros(1)
+        return np.zeros(0)
 
 
-def _of_episodes(places: VideoPlaces, length: NDArray[np.int32], fps: float) -> Keyframes:
-    """The keyframes of episodes of `length` [E] rows whose frames are at `places`."""
+def _of_episodes(places: VideoPlaces, length: NDArray[np.int32], fps: float) -> tuple[Keyframes, bool]:
+    """The keyframes of episodes of `length` [E] rows whose frames are at `places`, and whether all files that were
+    looked at could be read; one that couldn't is taken to have one only."""
     used = np.unique(places.file)
     read = {number: _of_file(places, number) for number in _evenly(used, MANY)}
     period = _period(list(read.values()), fps)
     if len(read) < len(used) and period is None:
         read = {number: _of_file(places, number) for number in used.tolist()}
+    whole = all(len(seconds) for seconds in read.values())
+    read = {number: seconds if len(seconds) else np.zeros(1) for number, seconds in read.items()}
     begins, lasts = places.start - places.claimed[:, 0], length / fps
     frames = []
     for file, begin, last in zip(places.file.tolist(), begins.tolist(), lasts.tolist(), strict=True):
@@ -124,7 +128,7 @@ def _of_episodes(places: VideoPlaces, length: NDArray[np.int32], fps: float) -> 
         end = np.searchsorted(seconds, begin + last - _ALIKE / fps)
         frames.append(np.ceil((seconds[first : max(end, first + 1)] - begin) * fps - _ALIKE).astype(np.int32))
     ends = np.cumsum([len(f) for f in frames], dtype=np.int64)
-    return Keyframes(ends, np.concatenate(frames) if frames else np.zeros(0, np.int32))
+    return Keyframes(ends, np.concatenate(frames) if frames else np.zeros(0, np.int32)), whole
 
 
 def _period(files: list[F64], fps: float) -> float | None:

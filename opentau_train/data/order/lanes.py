@@ -3,7 +3,8 @@
 A *group* is a run of windows whose frames a decoder gives in one go: it begins where a group of pictures does. A lane
 that begins inside one decodes all that lies before it there in vain, so lanes begin where groups do. They can't all
 be equally long then, and take turns by length: a stretch is halved again and again down to its lanes, and of n turns of
-a part of s windows the first half, of a windows, has ceil(n a / s), as Bresenham draws a line. docs/data.md shows what follows.
+a part of s windows the first half, of a windows, has ceil(n a / s), as Bresenham draws a line. docs/data.md shows what
+follows.
 """
 
 from __future__ import annotations

@@ -17,9 +17,7 @@ Version 2, whose runs are resumed as they began, knows no keyframes: K = B, and 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,50 +32,12 @@ from opentau_train.data.order.lanes import (
     phase_cuts,
     snapped,
 )
+from opentau_train.data.order.windows import RESOLVED, Windows
 from opentau_train.errors import UserError
 
 VERSION = 3
 VERSIONS = (2, VERSION)
 """Those that can be read: a run keeps the one it began with."""
-RESOLVED = ("dataset", "pass_index", "episode", "frame", "ahead")
-"""The columns of `Windows` that follow from a sample's number by the plan."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Samples of the tape, as columns of one length: `t`, `slot` (its reader; 0 when reading in order), `dataset` i64,
-    `pass_index` i64, `episode` (position in the dataset's table), `frame` i64; `ahead` i64, how many of the frames that
-    follow the slot is going to read next, one by one; `mode` i64, which of the dataset's modes (None: it is drawn)."""
-
-    t: I64
-    slot: I64
-    dataset: I64
-    pass_index: I64
-    episode: I64
-    frame: I64
-    ahead: I64
-    mode: I64 | None = None
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def digest(self) -> int:
-        """A 64-bit hash of the ordered addresses."""
-        rows = np.stack([self.dataset, self.pass_index, self.episode, self.frame], axis=1)
-        return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=8).digest(), "little")
-
-    def select(self, keep: NDArray | slice) -> Windows:
-        """Only the windows at the places (or under the mask) `keep`."""
-        return Windows(**{name: column[keep] for name, column in vars(self).items() if column is not None})
-
-
-def frames_ahead(dataset: I64, episode: I64, frame: I64) -> I64:
-    """[N] i64: for windows that one reader takes in this order, how many follow each frame by frame (those that come
-    several times, once for each mode, count once)."""
-    step = np.diff(frame)
-    goes_on = (np.diff(dataset) == 0) & (np.diff(episode) == 0) & ((step == 1) | (step == 0))
-    ends = np.append(np.flatnonzero(~goes_on), len(frame) - 1)
-    return frame[ends[np.searchsorted(ends, np.arange(len(frame)))]] - frame
 
 
 class Tape:
@@ -195,6 +155,14 @@ class Tape:
         ends = np.searchsorted(windows.t, [self.first_sample(step + 1) for step in steps])
         return [windows.select(slice(low, high)) for low, high in zip([0, *ends[:-1]], ends)]
 
+    def lane_begins(self, phase: int = 0) -> Iterator[tuple[int, I64]]:
+        """(dataset, the windows at which lanes begin in this phase of the first epoch, counted through its blocks as
+        they stand in the table), of each pass over each dataset."""
+        lanes = self._phase_lanes(0, phase, self._stretches(phase))
+        begins = lanes.cuts[:, :-1][np.diff(lanes.cuts) > 0]
+        for d, k, _, offset in self._on_lines(begins, 0, *self._shares(phase)):
+            yield d, self._table_place(d, k, offset)
+
     def epoch_of(self, t: int) -> float:
         """How many epochs lie before sample t."""
         return t / self.epoch_size
@@ -220,8 +188,7 @@ class Tape:
         length = int(self._phase_start(phase + 1) - self._phase_start(phase))
         if self.in_order:
             return np.zeros_like(u), u, length - 1 - u
-        # Cut evenly, so that their lengths differ by one at most and each begins within a window of its share.
-        start = np.arange(self.num_stretches + 1) * length // self.num_stretches
+        start = self._stretches(phase)
         stretch_of = np.argsort(-np.diff(start), kind="stable")  # the first slots have the longer ones
         if self.version > 2:
             turn, column = np.divmod(u, self.num_stretches)
@@ -233,6 +200,12 @@ class Tape:
         longer_lanes, longer_columns = divmod(longer, self.num_stretches)
         before = lane * rows + np.minimum(lane, longer_lanes + (column < longer_columns))
         return lane, start[stretch_of[column]] + before + row, rows + (slot < longer) - 1 - row
+
+    def _stretches(self, phase: int) -> I64:
+        """[K + 1] the places of a phase at which its stretches begin and end: cut evenly, so that their lengths differ
+        by one at most and each begins within a window of its share."""
+        length = int(self._phase_start(phase + 1) - self._phase_start(phase))
+        return np.arange(self.num_stretches + 1) * length // self.num_stretches
 
     def _phase_lanes(self, epoch: int, phase: int, start: I64) -> PhaseLanes:
         """The lanes of a phase whose stretches begin at `start`. The last few are kept."""
