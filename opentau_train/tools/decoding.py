@@ -27,7 +27,7 @@ def decoded_a_frame(mixture: Mixture, tape: Tape) -> dict[str, float]:
     for d, begins in tape.lane_begins():
         blocks = tape.datasets[d]
         if blocks.groups is not None:
-            group = blocks.groups[np.searchsorted(blocks.groups, begins, side="right") - 1]
+            group = blocks.groups[np.searchsorted(blocks.groups, begins, side="right") - 1].astype(np.int64)
             block = np.searchsorted(blocks.ends, begins, side="right")
             inside = begins > (blocks.ends - blocks.length)[block]
             low[d] += ((begins - group) * blocks.stride).sum() + beyond(mixture, mixture.datasets[d]) * inside.sum()
@@ -38,12 +38,16 @@ def decoded_a_frame(mixture: Mixture, tape: Tape) -> dict[str, float]:
     }
 
 
+def num_lanes(tape: Tape) -> int:
+    """Lanes of the first phase: at most the tape's, fewer where groups of pictures are too long for as many."""
+    return sum(len(begins) for _, begins in tape.lane_begins())
+
+
 def decode_lines(mixture: Mixture, tape: Tape) -> list[str]:
     """The plan's line on decoding, with a warning for each dataset that costs more than it need."""
     if tape.in_order:
         return []
     found = decoded_a_frame(mixture, tape)
-    lanes = sum(len(begins) for _, begins in tape.lane_begins())
     unknown = [
         b.name for b, d in zip(tape.datasets, mixture.datasets, strict=True) if b.lead is None and d.source.frame_sizes
     ]
@@ -51,7 +55,8 @@ def decode_lines(mixture: Mixture, tape: Tape) -> list[str]:
     if not parts:
         return []
     lines = [
-        f"decoding   frames decoded for one used: {', '.join(parts)}; {lanes} lanes in {tape.num_stretches} stretches"
+        f"decoding   frames decoded for one used: {', '.join(parts)}; {num_lanes(tape)} lanes in {tape.num_stretches} "
+        "stretches"
     ]
     for name, cost in found.items():
         dataset = next(d for d in mixture.datasets if d.name == name)

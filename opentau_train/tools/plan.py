@@ -37,7 +37,7 @@ from opentau_train.distributed.rehearsal import Rehearsal, rehearse
 from opentau_train.errors import EXIT_OK
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
-from opentau_train.tools.decoding import decode_lines, proposed_gop
+from opentau_train.tools.decoding import decode_lines, num_lanes, proposed_gop
 
 EPOCH_WARNING = 100
 MOST_VIF = 3.0
@@ -73,7 +73,7 @@ def batch_quality(tape: Tape, steps: int, rho: CorrelationSettings, num_batches:
 
 def lanes_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> int:
     """Lanes that a rank reads: its share of the tape's, or one a worker where the tape reads in order."""
-    return max(1, mixture.settings.num_workers) if tape.in_order else tape.num_lanes // num_ranks
+    return max(1, mixture.settings.num_workers) if tape.in_order else -(-num_lanes(tape) // num_ranks)
 
 
 def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoders:
@@ -119,7 +119,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
 def _decoders(mixture: Mixture, tape: Tape, num_ranks: int) -> str:
     decoders = decoders_a_rank(mixture, tape, num_ranks)
     workers = max(1, mixture.settings.num_workers)
-    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
+    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {num_lanes(tape)}"
     if tape.in_order:
         lanes = "in order: one lane a worker"
     return (
@@ -212,7 +212,7 @@ def _warnings(mixture: Mixture, tape: Tape, epochs: float, batches: BatchQuality
         lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
     elif batches.momentum_vif > MOST_VIF:
         remedy = "raise data.lanes_per_sample, or add episodes"
-        if sum(len(begins) for _, begins in tape.lane_begins()) < tape.num_lanes // 2:
+        if num_lanes(tape) < tape.num_lanes // 2:
             remedy = (
                 f"shorten the videos' groups of pictures (tools.reencode --gop {proposed_gop(tape)}), or add episodes"
             )

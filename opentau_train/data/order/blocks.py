@@ -59,9 +59,9 @@ class DatasetBlocks:
     uses); lengths are above 0 and (number, start) occurs once. `made_of` {"files" or "filter": a hash} identifies what
     the blocks were made from, so that a resume can say what has changed.
 
-    `groups` [K] i64 rising, from 0 on: the windows, counted through the blocks as they stand here, at which a lane can
-    begin without decoding frames in vain; each block's first is one. None: at all, as far as is known. `lead` [N] i32:
-    the frames that are decoded before each block's first."""
+    `groups` [K] rising, from 0 on, u32 where that is wide enough, else i64: the windows, counted through the blocks as
+    they stand here, at which a lane can begin without decoding frames in vain; each block's first is one. None: at all,
+    as far as is known. `lead` [N] i32: the frames that are decoded before each block's first."""
 
     name: str
     episode: NDArray[np.int32]
@@ -71,7 +71,7 @@ class DatasetBlocks:
     shuffle: bool = True
     stride: int = 1
     made_of: Mapping[str, str] = field(default_factory=dict)
-    groups: I64 | None = None
+    groups: NDArray[np.uint32] | I64 | None = None
     lead: NDArray[np.int32] | None = None
 
     @cached_property
@@ -105,6 +105,8 @@ class DatasetBlocks:
         key = keys[np.arange(len(block)) + np.repeat(low - np.cumsum(inside) + inside, inside)]
         first = self.ends - self.length
         groups = np.unique(np.concatenate([first, first[block] - (begins[block] - key) // self.stride]))
+        if self.num_windows < 2**32:
+            groups = groups.astype(np.uint32)
         before = self.start - frame[np.maximum(low - 1, (ends - num)[self.episode])]
         return replace(self, groups=groups, lead=np.maximum(before, 0).astype(np.int32))
 

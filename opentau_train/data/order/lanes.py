@@ -9,7 +9,10 @@ follows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.data.order.blocks import I64, DatasetBlocks
 
@@ -37,12 +40,13 @@ def cost_of_a_cut(blocks: DatasetBlocks) -> float:
     return float((size * (size - 1)).sum() / 2 / blocks.num_windows * blocks.stride)
 
 
-def snapped(groups: I64, num_windows: int, place: I64, most: int) -> I64:
+def snapped(groups: NDArray[np.uint32] | I64, num_windows: int, place: I64, most: int) -> I64:
     """[N] the places nearest to `place` [N] at which a group begins or ends. One of more than `most` windows counts as
     several, evenly cut."""
     at = np.searchsorted(groups, place, side="right") - 1
-    begins = groups[at]
-    size = np.append(groups, num_windows)[at + 1] - begins
+    begins = groups[at].astype(np.int64)
+    after = groups[np.minimum(at + 1, len(groups) - 1)].astype(np.int64)
+    size = np.where(at + 1 < len(groups), after, num_windows) - begins
     parts = -(-size // most)
     part = ((place - begins) * parts * 2 + size) // (2 * size)
     return begins + part * size // parts
@@ -86,7 +90,7 @@ class PhaseLanes:
         return low, place, self.cuts[stretch, low + 1] - 1 - place
 
 
-def phase_cuts(starts: I64, lanes: int, ends: I64, snap) -> I64:
+def phase_cuts(starts: I64, lanes: int, ends: I64, snap: Callable[[I64], I64]) -> I64:
     """[K, L + 1] the cuts of a phase whose stretches begin at `starts` [K + 1], each in `lanes` lanes, and more where
     a dataset's share ends (`ends` [D]) inside one; `snap` moves the places [N] of even cuts."""
     length = np.diff(starts)
