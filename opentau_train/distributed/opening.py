@@ -7,15 +7,10 @@ import os
 
 from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import statistics
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.open import (
-    open_plan,
-    row_digests,
-    table_digests,
-    with_keyframes,
-    with_statistics,
-)
+from opentau_train.data.mixture.open import open_plan, row_digests, table_digests, with_statistics
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World

@@ -26,8 +26,9 @@ from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.open import open_plan, with_keyframes
+from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs

@@ -25,8 +25,9 @@ from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.decode.video import OpenDecoders
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.mixture.open import open_plan, with_keyframes
+from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, modes_table, weight_cell
 from opentau_train.data.order import quality

@@ -21,12 +21,13 @@ from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.conventions.sources import check_parts, convert
 from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.groups import groups_of, with_shares
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.split import held_out_error, must_be_whole, ranges, validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
-from opentau_train.data.source import Source, SourceOptions, VideoSource
+from opentau_train.data.source import Source, SourceOptions
 from opentau_train.data.transforms.base import Transform
 from opentau_train.data.transforms.drop import BlankImages, DropInputs
 from opentau_train.data.transforms.pipeline import Pipeline, compose, with_fields
@@ -68,19 +69,6 @@ def open_plan(settings: Settings, sources: dict[str, SourceSettings]) -> Mixture
     _warn_of_rates(datasets)
     spec = _batch_spec(data, datasets, groups)
     return _drawn(Mixture(data, settings.seed, tuple(datasets), (), tuple(groups), {}, (), spec))
-
-
-def with_keyframes(mixture: Mixture, cache: Path) -> Mixture:
-    """The mixture with what its videos' keyframes say of where lanes should begin, read from the files' indices or from
-    what an earlier run kept below `cache`. All ranks must see the same. Raises `UserError`."""
-    datasets = []
-    for d in mixture.datasets:
-        known = d.source.keyframes(cache) if isinstance(d.source, VideoSource) else None
-        if known is not None:
-            reach = chunk_rows(mixture.settings.history + 1, row_step(d.source.fps, d.settings.fps)) - 1
-            d = dataclasses.replace(d, train=d.train.entered_at(known.ends, known.frame, reach))
-        datasets.append(d)
-    return dataclasses.replace(mixture, datasets=tuple(datasets))
 
 
 def _drawn(mixture: Mixture) -> Mixture:

@@ -24,14 +24,7 @@ from numpy.typing import NDArray
 
 from opentau_train import rng
 from opentau_train.data.order.blocks import I64, DatasetBlocks
-from opentau_train.data.order.lanes import (
-    CONSECUTIVE,
-    PhaseLanes,
-    cost_of_a_cut,
-    num_stretches,
-    phase_cuts,
-    snapped,
-)
+from opentau_train.data.order.lanes import CONSECUTIVE, PhaseLanes, cost_of_a_cut, num_stretches, phase_cuts, snapped
 from opentau_train.data.order.windows import RESOLVED, Windows
 from opentau_train.errors import UserError
 
