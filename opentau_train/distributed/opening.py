@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 
 from opentau_train.config.settings import Settings
@@ -15,6 +16,8 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
 
+log = logging.getLogger(__name__)
+
 
 def open_together(settings: Settings, world: World) -> Mixture:
     """The mixture as far as metadata tell it, opened by all ranks: files prepared once a node. Collective; raises
@@ -22,7 +25,11 @@ def open_together(settings: Settings, world: World) -> Mixture:
     num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     sources = resolve_sources(settings, world.once_a_node, num_nodes)
     plan = world.agree(lambda: open_plan(settings, sources))
-    plan = world.once_a_node(lambda: with_keyframes(plan, settings.paths.cache))
+    known = world.once_a_node(lambda: with_keyframes(plan, settings.paths.cache))
+    if len(set(world.gather("".join(d.train.groups_digest for d in known.datasets)))) == 1:
+        plan = known
+    else:  # a node's cache may know the videos of a dataset on a server, from a copy
+        log.warning("the nodes don't know the same of the videos' keyframes: lanes begin anywhere")
     _check_same_tables(plan, world)
     return plan
 

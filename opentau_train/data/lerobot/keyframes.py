@@ -40,11 +40,12 @@ _ALIKE = 0.3
 
 def read_keyframes(stored: StoredEpisodes, fps: float, fingerprint: str, cache: Path) -> Keyframes | None:
     """The keyframes of the camera that has the fewest: a lane decodes all cameras of an episode from the same frame on.
-    None of a dataset without videos, and of one on a server, whose files are not fetched for it.
+    None of a dataset without videos, and of one on a server, whose files are not fetched for it, unless a copy of it was
+    read into `cache`.
 
     Raises `UserError` where they can't be stored in `cache`.
     """
-    if not stored.videos or mirror_at(stored.data.root) is not None:
+    if not stored.videos:
         return None
     digest = hashlib.blake2b(f"{VERSION} {fingerprint} {list(stored.videos)}".encode(), digest_size=16).hexdigest()
     path = cache / "keyframes" / f"{digest}.npz"
@@ -54,6 +55,8 @@ def read_keyframes(stored: StoredEpisodes, fps: float, fingerprint: str, cache: 
                 return Keyframes(columns["ends"], columns["frame"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             log.warning("%s can't be read, and the videos' keyframes are read again: %s", path, error)
+    if mirror_at(stored.data.root) is not None:
+        return None
     found, whole = _of_episodes(_sparsest(stored.videos), stored.table.length, fps)
     if whole:
         _store(path, found)
