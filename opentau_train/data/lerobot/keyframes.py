@@ -40,8 +40,8 @@ _ALIKE = 0.3
 
 def read_keyframes(stored: StoredEpisodes, fps: float, fingerprint: str, cache: Path) -> Keyframes | None:
     """The keyframes of the camera that has the fewest: a lane decodes all cameras of an episode from the same frame on.
-    None of a dataset without videos, and of one on a server, whose files are not fetched for it, unless a copy of it was
-    read into `cache`.
+    None of a dataset without videos, and of one on a server, whose files are not fetched for it, unless `cache` knows
+    them from a copy.
 
     Raises `UserError` where they can't be stored in `cache`.
     """
