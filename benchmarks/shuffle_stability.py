@@ -34,7 +34,7 @@ from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.order import quality
-from opentau_train.data.order.tape import Windows
+from opentau_train.data.order.windows import Windows
 from opentau_train.distributed.parallel import Replicas
 from opentau_train.distributed.world import World, launch
 from opentau_train.models.draws import Draws

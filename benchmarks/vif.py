@@ -33,7 +33,7 @@ from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
 from opentau_train.data.mixture.table import align
 from opentau_train.data.order.quality import ShuffleQuality
-from opentau_train.data.order.tape import Windows, frames_ahead
+from opentau_train.data.order.windows import Windows, frames_ahead
 from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import Policy

@@ -33,7 +33,7 @@ from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.split import check_split, held_out_episodes
 from opentau_train.data.mixture.table import mixture_table
-from opentau_train.data.order.state import changed, resume_offset, save_state
+from opentau_train.data.order.state import changed, order_version, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
 from opentau_train.distributed.memory import announce, saved_bytes
 from opentau_train.distributed.opening import normalise_together, open_together
@@ -275,6 +275,7 @@ def _resume(job: Job, checkpoint: Path) -> None:
 
     def same_stream() -> int:
         with strangers.understood("the stream's state", checkpoint / contents.RUN):
+            job.tape = job.mixture.tape(job.settings.trainer.global_batch_size, order_version(saved["stream"]))
             return resume_offset(job.tape, saved["stream"], job.state.step, restart=restart)
 
     job.world.agree(same_split)

@@ -27,7 +27,7 @@ from opentau_train.config.typed import build
 from opentau_train.data.load.stream import RankBatch, training_batches
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_mixture
-from opentau_train.data.source import whole_episodes
+from opentau_train.data.source import Keyframes, whole_episodes
 from opentau_train.distributed.world import World
 from opentau_train.errors import BadSample
 from opentau_train.types import EpisodeTable, RawWindow, WindowSpec
@@ -40,13 +40,15 @@ ONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
 @dataclass(frozen=True)
 class FakeSource:
-    """Its options: the frames of each episode, the share of unreadable windows, whether reads take their time."""
+    """Its options: the frames of each episode, the share of unreadable windows, whether reads take their time, and the
+    frames from one keyframe to the next, 0 where nobody knows."""
 
     selects: ClassVar[bool] = False
 
     lengths: tuple[int, ...]
     bad: float = 0.0
     slow: bool = False
+    gop: int = 0
 
     def open(self, name: str, settings: SourceSettings) -> FakeDataset:
         table = EpisodeTable(
@@ -55,7 +57,7 @@ class FakeSource:
             control_mode=np.zeros(len(self.lengths), np.int16),
             control_modes=("joint",),
         )
-        return FakeDataset(name, table, self.bad, self.slow, name, repr(self.lengths))
+        return FakeDataset(name, table, self.bad, self.slow, self.gop, name, repr(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class FakeDataset:
     episodes: EpisodeTable
     bad: float
     slow: bool
+    gop: int
     robot_type: str
     fingerprint: str
     rows_stamp: str = ""
@@ -75,6 +78,12 @@ class FakeDataset:
 
     def get_shuffle_blocks(self):
         return whole_episodes(self.episodes.length)
+
+    def keyframes(self, cache: Path) -> Keyframes | None:
+        if not self.gop:
+            return None
+        frames = [np.arange(0, n, self.gop, dtype=np.int32) for n in self.episodes.length.tolist()]
+        return Keyframes(np.cumsum([len(f) for f in frames]), np.concatenate(frames))
 
     def cursors(self, window: WindowSpec) -> FakeCursors:
         return FakeCursors(self, window)
@@ -128,8 +137,8 @@ def _base() -> Settings:
 
 
 def mixture_of(specs: dict[str, str], cache: Path, *, source: dict | None = None, **data) -> Mixture:
-    """A mixture of fake datasets {name: `5,7,3`, the frames of each episode, with `;bad=0.2` and `;slow` where wanted};
-    `source` are settings of all of them, `data` of the mixture."""
+    """A mixture of fake datasets {name: `5,7,3`, the frames of each episode, with `;bad=0.2`, `;gop=3` and `;slow`
+    where wanted}; `source` are settings of all of them, `data` of the mixture."""
     chosen = {"_target_": "tests.fake_source.FakeSource", "val_split_ratio": 0.0, **(source or {})}
     base = _base()
     sources = {n: build(SourceSettings, {**chosen, **options_of(spec)}, n) for n, spec in specs.items()}
@@ -145,7 +154,8 @@ def options_of(spec: str) -> dict:
     """A SPEC of `mixture_of` as options of `FakeSource`."""
     lengths, *words = spec.split(";")
     bad = [float(word.removeprefix("bad=")) for word in words if word.startswith("bad=")]
-    return {"lengths": [int(n) for n in lengths.split(",")], "slow": "slow" in words, "bad": sum(bad)}
+    gop = [int(word.removeprefix("gop=")) for word in words if word.startswith("gop=")]
+    return {"lengths": [int(n) for n in lengths.split(",")], "slow": "slow" in words, "bad": sum(bad), "gop": sum(gop)}
 
 
 def with_data(mixture: Mixture, **data) -> Mixture:

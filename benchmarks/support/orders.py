@@ -9,7 +9,8 @@ import numpy as np
 
 from opentau_train import rng
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.order.tape import Tape, Windows
+from opentau_train.data.order.tape import Tape
+from opentau_train.data.order.windows import Windows
 
 BATCH, RANKS, WORKERS = 32, 2, 2
 NAMES = ("in order", "episode streams", "lanes", "random")

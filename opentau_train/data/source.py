@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,25 @@ class PromptedSource(Source, Protocol):
     def prompts(self, positions: NDArray[np.int64]) -> Iterator[str]:
         """The texts that windows of the episodes at `positions` may have as prompts, some several times; never decodes
         video. Raises `UserError`."""
+        ...
+
+
+class Keyframes(NamedTuple):
+    """At which frames an episode's videos can be entered: `frame` [K] i32 by rising episode and frame, those of episode
+    e ending at `ends[e]` ([E] i64). An episode's first may be negative: so many frames before its own must be decoded
+    for them."""
+
+    ends: NDArray[np.int64]
+    frame: NDArray[np.int32]
+
+
+@runtime_checkable
+class VideoSource(Source, Protocol):
+    """A source that can tell where its videos can be entered: lanes begin there, and decode no frame in vain."""
+
+    def keyframes(self, cache: Path) -> Keyframes | None:
+        """Those of all episodes; None where they aren't known. May keep below `cache` what takes long to find out.
+        Raises `UserError`."""
         ...
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 
 from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import statistics
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_plan, row_digests, table_digests, with_statistics
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.distributed.preflight import check_same
 from opentau_train.distributed.world import World
+
+log = logging.getLogger(__name__)
 
 
 def open_together(settings: Settings, world: World) -> Mixture:
@@ -21,6 +25,11 @@ def open_together(settings: Settings, world: World) -> Mixture:
     num_nodes = max(world.num_nodes, int(os.environ.get("SLURM_NNODES", "1")))
     sources = resolve_sources(settings, world.once_a_node, num_nodes)
     plan = world.agree(lambda: open_plan(settings, sources))
+    known = world.once_a_node(lambda: with_keyframes(plan, settings.paths.cache))
+    if len(set(world.gather("".join(d.train.groups_digest for d in known.datasets)))) == 1:
+        plan = known
+    else:  # a node's cache may know the videos of a dataset on a server, from a copy
+        log.warning("the nodes don't know the same of the videos' keyframes: lanes begin anywhere")
     _check_same_tables(plan, world)
     return plan
 

@@ -26,6 +26,7 @@ from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings
 from opentau_train.data.batch import Batch, stack
 from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -77,7 +78,7 @@ def samples(mixture: Mixture, batch_size: int, num: int) -> Iterator[tuple[str, 
 def sheet(settings: Settings, num: int) -> Image.Image:
     """The picture of `num` samples. Raises `UserError` where the data have no cameras or none of the samples can be
     read."""
-    mixture = open_plan(settings, resolve_sources(settings))
+    mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
     if not mixture.spec.cameras:
         raise UserError("the data have no cameras", where="data.sources", remedy="name some: data.sources.NAME.cameras")
     blocks = [block(*sample) for sample in samples(mixture, settings.trainer.global_batch_size, num)]

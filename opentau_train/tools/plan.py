@@ -3,8 +3,8 @@
     python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 1,8] [--batches 64]
         [--device-memory 80]
 
-Takes the arguments of `python -m opentau_train`. Reads metadata only: no video is decoded, the policy has no weights,
-and nothing is written.
+Takes the arguments of `python -m opentau_train`. Reads metadata and the videos' indices: no video is decoded, the
+policy has no weights, and nothing is written but to the cache.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.config.settings import Settings
 from opentau_train.data.decode.video import OpenDecoders
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -37,8 +38,11 @@ from opentau_train.distributed.rehearsal import Rehearsal, rehearse
 from opentau_train.errors import EXIT_OK
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
+from opentau_train.tools.decoding import decode_lines, num_lanes, proposed_gop
 
 EPOCH_WARNING = 100
+MOST_VIF = 3.0
+"""Over a momentum of 0.9: the optimizer moves by gradients as noisy as those of a third of the windows."""
 TOKEN_WINDOWS = 1024
 """Windows whose tokens are counted."""
 
@@ -70,7 +74,7 @@ def batch_quality(tape: Tape, steps: int, rho: CorrelationSettings, num_batches:
 
 def lanes_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> int:
     """Lanes that a rank reads: its share of the tape's, or one a worker where the tape reads in order."""
-    return max(1, mixture.settings.num_workers) if tape.in_order else tape.num_lanes // num_ranks
+    return max(1, mixture.settings.num_workers) if tape.in_order else -(-num_lanes(tape) // num_ranks)
 
 
 def decoders_a_rank(mixture: Mixture, tape: Tape, num_ranks: int) -> OpenDecoders:
@@ -106,6 +110,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
             f"VIF        {batches.vif:.2f} a batch (at most {batches.max_vif:.2f}), {batches.momentum_vif:.2f} over "
             f"a momentum of {quality.MOMENTUM}; 1 = drawn at random "
             f"(correlation {rho.episode:g} + {rho.neighbours:g} exp(-d/{rho.frames:g}))",
+            *decode_lines(mixture, tape),
             *(_decoders(mixture, tape, ranks) for ranks in num_ranks),
             *_warnings(mixture, tape, epochs, batches),
         ]
@@ -115,7 +120,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
 def _decoders(mixture: Mixture, tape: Tape, num_ranks: int) -> str:
     decoders = decoders_a_rank(mixture, tape, num_ranks)
     workers = max(1, mixture.settings.num_workers)
-    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {tape.num_lanes}"
+    lanes = f"{lanes_a_rank(mixture, tape, num_ranks)} lanes of {num_lanes(tape)}"
     if tape.in_order:
         lanes = "in order: one lane a worker"
     return (
@@ -206,8 +211,13 @@ def _warnings(mixture: Mixture, tape: Tape, epochs: float, batches: BatchQuality
             lines.append(f"warning    '{dataset.name}' is repeated {repeats:.0f} times: lower its weight")
     if tape.in_order:
         lines.append("warning    iterable_shuffle=false: windows are read in order, for debugging only")
-    elif batches.momentum_vif > 5:
-        lines.append("warning    the windows are correlated: raise data.lanes_per_sample, or add episodes")
+    elif batches.momentum_vif > MOST_VIF:
+        remedy = "raise data.lanes_per_sample, or add episodes"
+        if num_lanes(tape) < tape.num_lanes // 2:
+            remedy = (
+                f"shorten the videos' groups of pictures (tools.reencode --gop {proposed_gop(tape)}), or add episodes"
+            )
+        lines.append(f"warning    the windows are correlated: {remedy}")
     return lines
 
 
@@ -235,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for ranks in options.ranks:
             check_batch(settings.trainer.global_batch_size, ranks)
         device_bytes = None if options.device_memory is None else int(options.device_memory * 2**30)
-        mixture = open_plan(settings, resolve_sources(settings))
+        mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
         print(describe(settings, mixture, options.ranks, options.batches))
         rehearsal, trainer = rehearsed(settings, mixture), settings.trainer
         cap = settings.data.max_num_tokens_after_packing

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from opentau_train.config.modes import MODES
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.blocks import DatasetBlocks
-from opentau_train.data.order.tape import Windows, frames_ahead
+from opentau_train.data.order.windows import Windows, frames_ahead
 
 
 def validation_windows(

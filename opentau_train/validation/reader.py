@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from opentau_train.data.load.stream import Shard, ShardDataset
 from opentau_train.data.load.workers import passes
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.order.tape import Windows
+from opentau_train.data.order.windows import Windows
 from opentau_train.threads import InterruptibleIterator
 from opentau_train.validation.plan import ValidationPlan
 

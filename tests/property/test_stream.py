@@ -19,7 +19,9 @@ WORKERS = [0, 1, 3, 8]
 RANKS = [1, 2, 4, 8]
 BATCH = 8
 
-lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(lambda ns: ",".join(map(str, ns)))
+lengths = st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from(["", ";gop=1", ";gop=4"])).map(
+    lambda drawn: ",".join(map(str, drawn[0])) + drawn[1]
+)
 mixtures = st.lists(lengths, min_size=1, max_size=3).map(lambda specs: {f"d{i}": s for i, s in enumerate(specs)})
 few = settings(
     max_examples=max(4, settings.default.max_examples // 10),
@@ -85,7 +87,7 @@ def test_every_window_of_a_natural_epoch_exactly_once(tmp_path, mix, size, epoch
     wanted = {
         (d, epoch, 1000 + e, f)
         for d, spec in enumerate(mix.values())
-        for e, n in enumerate(map(int, spec.split(",")))
+        for e, n in enumerate(map(int, spec.partition(";")[0].split(",")))
         for f in range(n)
     }
     assert set(seen) == wanted and len(seen) == len(wanted)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.strangers import MAX_PIXELS, check_plain
 
@@ -105,6 +107,13 @@ class VideoFile:
         if self._stream.duration is not None:
             ends = (begins + self._stream.duration) * base
         return Clock(begins * base, ends - interval, frames)
+
+    @property
+    def keyframes(self) -> NDArray[np.float64]:
+        """[K] seconds from the first frame to each keyframe that the file's index knows: of a container without one,
+        the first only."""
+        ticks = [entry.timestamp for entry in self._index if entry.is_keyframe]
+        return (np.array(ticks or [0], np.float64) - (self._index[0].timestamp if ticks else 0)) * self.time_base
 
     def shown(self, begin: int, end: int) -> list[int]:
         """When frames are shown, in ticks by rising time: at least all of those from `begin` to `end`."""

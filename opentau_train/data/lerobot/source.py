@@ -46,6 +46,7 @@ from opentau_train.data.lerobot.episodes import (
 from opentau_train.data.lerobot.files import number_files
 from opentau_train.data.lerobot.identity import check_place, identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
+from opentau_train.data.lerobot.keyframes import read_keyframes
 from opentau_train.data.lerobot.locate import row_keys
 from opentau_train.data.lerobot.modality import named_slices
 from opentau_train.data.lerobot.options import LeRobotSource
@@ -53,7 +54,7 @@ from opentau_train.data.lerobot.presence import check_columns, check_rows, prese
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
-from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
+from opentau_train.data.source import UNKNOWN_ROBOT, Keyframes, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
 
@@ -90,6 +91,10 @@ class LeRobotDataset:
     def cursors(self, window: WindowSpec) -> LeRobotCursorFactory:
         """See `Source.cursors`."""
         return LeRobotCursorFactory(self.reading, window)
+
+    def keyframes(self, cache: Path) -> Keyframes | None:
+        """See `VideoSource.keyframes`."""
+        return read_keyframes(self.reading.stored, self.fps, self.fingerprint, cache)
 
     def files(self, position: int) -> list[Path]:
         """See `FileSource.files`."""

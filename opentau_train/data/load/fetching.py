@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.order.tape import Windows
+from opentau_train.data.order.windows import Windows
 from opentau_train.data.remote.ahead import fetch_ahead
 from opentau_train.data.remote.mirror import Mirror, mirror_at
 from opentau_train.data.source import FileSource

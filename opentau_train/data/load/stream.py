@@ -24,7 +24,8 @@ from opentau_train.data.load.fetching import files_fetched
 from opentau_train.data.load.samples import SampleBuilder
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.order.tape import Tape, Windows
+from opentau_train.data.order.tape import Tape
+from opentau_train.data.order.windows import Windows
 from opentau_train.errors import BadSample, Explained, UserError, machine_fault
 from opentau_train.types import Address
 

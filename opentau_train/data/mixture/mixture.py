@@ -19,7 +19,7 @@ from opentau_train.data.conventions.steps import Conversions
 from opentau_train.data.decode.video import OpenDecoders, reader_bytes
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.order.blocks import DatasetBlocks
-from opentau_train.data.order.tape import Tape
+from opentau_train.data.order.tape import VERSION, Tape
 from opentau_train.data.source import PromptedSource, Source
 from opentau_train.data.transforms.base import Transforms, Wants
 from opentau_train.data.transforms.pipeline import Pipeline, meet
@@ -170,8 +170,8 @@ class Mixture:
         for transform in wants.transforms.values():
             transform.check_prompts(prompts)
 
-    def tape(self, batch_size: int) -> Tape:
-        """The plan of the training stream for a global batch of `batch_size` samples."""
+    def tape(self, batch_size: int, version: int = VERSION) -> Tape:
+        """The plan of the training stream for a global batch of `batch_size` samples, in the order of that version."""
         return Tape(
             [d.train for d in self.datasets],
             list(self.draws),
@@ -179,4 +179,5 @@ class Mixture:
             batch_size=batch_size,
             lanes_per_sample=self.settings.lanes_per_sample,
             phase_rows=self.settings.phase_rows,
+            version=version,
         )

@@ -21,6 +21,7 @@ from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.conventions.sources import check_parts, convert
 from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.groups import groups_of, with_shares
+from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -47,7 +48,7 @@ def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) 
     What several processes do together is in `distributed/opening.py`, of the same parts. Raises
     `UserError`.
     """
-    mixture = open_plan(settings, resolve_sources(settings))
+    mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
     if stats is None:
         stats = statistics.compute(settings, mixture.datasets, mixture.groups)
     return with_statistics(mixture, stats)
@@ -129,7 +130,10 @@ def _without(mixture: Mixture, left_out: set[tuple[str, int]]) -> Mixture:
 
 def table_digests(mixture: Mixture) -> dict[str, str]:
     """{dataset: a hash of its episodes and windows}: the same in all processes that read the same files."""
-    return {f"dataset '{d.name}'": f"{d.train.digest()} {d.validation.digest()}" for d in mixture.datasets}
+    return {
+        f"dataset '{d.name}'": f"{d.train.digest()} {d.train.groups_digest} {d.validation.digest()}"
+        for d in mixture.datasets
+    }
 
 
 def row_digests(mixture: Mixture) -> dict[str, str]:

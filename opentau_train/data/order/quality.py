@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.data import CorrelationSettings
-from opentau_train.data.order.tape import Tape, Windows
+from opentau_train.data.order.tape import Tape
+from opentau_train.data.order.windows import Windows
 
 MOMENTUM = 0.9
 NEGLIGIBLE = 0.01

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from opentau_train.data.order.blocks import DatasetBlocks
-from opentau_train.data.order.tape import VERSION, Tape
+from opentau_train.data.order.tape import VERSION, VERSIONS, Tape
 from opentau_train.errors import UserError
 
 MAX_BYTES = 3500
@@ -24,14 +24,19 @@ _PLAN = {
     "lanes": "data.lanes_per_sample * trainer.global_batch_size",
     "phase_rows": "data.phase_rows",
 }
-_CAUSES = {"filter": "the filter file", "files": "the dataset's files", "blocks": "its windows"}
+_CAUSES = {
+    "filter": "the filter file",
+    "files": "the dataset's files",
+    "blocks": "its windows",
+    "keyframes": "what is known of its videos' keyframes (nothing of a dataset on a server)",
+}
 """Most specific first. Which settings have changed is for the configuration to say (`config/drift`)."""
 
 
 def save_state(tape: Tape, step: int) -> dict[str, Any]:
     """The state after `step` optimizer steps: JSON, below 4 KiB."""
     return {
-        "version": VERSION,
+        "version": tape.version,
         "t": tape.first_sample(step),
         "seed": tape.seed,
         "batch_size": tape.batch_size,
@@ -40,6 +45,11 @@ def save_state(tape: Tape, step: int) -> dict[str, Any]:
         "epoch_size": tape.epoch_size,
         "sources": _sources(tape),
     }
+
+
+def order_version(state: dict[str, Any]) -> int:
+    """The version of the order that the run which saved `state` goes on with: its own, if that can still be read."""
+    return state["version"] if state["version"] in VERSIONS else VERSION
 
 
 def resume_offset(tape: Tape, state: dict[str, Any], step: int, *, restart: bool = False) -> int:
@@ -97,7 +107,7 @@ def _source_change(name: str, before: Any, after: Any) -> str:
 def _sources(tape: Tape) -> Any:
     """{name: what it is made of}, where that is too long {name: a hash}, where that is too long one hash."""
     pairs = list(zip(tape.datasets, tape.draws.tolist(), strict=True))
-    full = {b.name: _identity(b, draws) for b, draws in pairs}
+    full = {b.name: _identity(b, draws, tape.version) for b, draws in pairs}
     hashes = {name: _hash(json.dumps(identity)) for name, identity in full.items()}
     for form in (full, hashes):
         if len(json.dumps(form)) <= MAX_BYTES:
@@ -105,8 +115,9 @@ def _sources(tape: Tape) -> Any:
     return _hash(json.dumps(hashes))
 
 
-def _identity(blocks: DatasetBlocks, draws: int) -> dict[str, Any]:
-    return {**blocks.made_of, "blocks": blocks.digest(), "draws": draws}
+def _identity(blocks: DatasetBlocks, draws: int, version: int) -> dict[str, Any]:
+    known = {"keyframes": blocks.groups_digest} if version > 2 and blocks.groups is not None else {}
+    return {**blocks.made_of, "blocks": blocks.digest(), "draws": draws, **known}
 
 
 def _hash(text: str) -> str:

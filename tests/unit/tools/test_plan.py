@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
-from opentau_train.tools import plan
+from opentau_train.tools import plan, reencode
+from tests.lerobot_writer import Camera, Dataset, write
 from tests.modal import MODAL
-from tests.program import DATA, TOY, metrics, train_here
+from tests.program import DATA, TINY_POLICY, TOY, metrics, train_here
 
 
 def arguments(tmp_path, *more: str) -> list[str]:
@@ -70,11 +71,32 @@ def test_shares_and_repeats_follow_the_weights(tmp_path, capsys):
 
 
 def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
-    one = re.search(r"decoders +(\d+) a rank \((\d+) lanes of 16\), about (\d+) MB", report(tmp_path, capsys))
+    one = re.search(r"decoders +(\d+) a rank \((\d+) lanes of 17\), about (\d+) MB", report(tmp_path, capsys))
     two = re.search(r"decoders +(\d+) a rank \((\d+) lanes", report(tmp_path, capsys, "--ranks", "2"))
-    assert int(one[2]) == 16 and int(two[2]) == 8
-    assert int(one[1]) == pytest.approx(2 * int(two[1]), abs=1)
-    assert 16 <= int(one[1]) <= 32  # a source with one camera, one with two
+    assert int(one[2]) == 17 and int(two[2]) == 9  # 16, and one more where two sources meet in a stretch
+    assert int(one[1]) == pytest.approx(2 * int(two[1]), abs=2)
+    assert 17 <= int(one[1]) <= 34  # a source with one camera, one with two
+
+
+def test_decoding_is_told_beside_the_variance_inflation_with_what_helps(tmp_path, capsys):
+    """Four episodes of one group each: a batch of 64 has more of each than a lane may give it."""
+    camera = {"observation.images.front": Camera(gop=250, episodes_per_file=1, size=(16, 16), options={"bf": "0"})}
+    root = write(tmp_path / "long", Dataset((60, 45, 52, 61), cameras=camera))
+    cache = f"paths.cache_dir={tmp_path / 'cache'}"
+    batch = ["trainer.global_batch_size=64", "trainer.steps=4", "data.sources.main.val_split_ratio=0.0", cache]
+
+    def planned(root) -> str:
+        assert plan.main(["+recipe=lerobot", f"data.sources.main.root={root}", *batch, *TINY_POLICY]) == EXIT_OK
+        return capsys.readouterr().out
+
+    before = planned(root)
+    cost = float(re.search(r"decoding +frames decoded for one used: (\d+\.\d\d) main; \d+ lanes", before)[1])
+    assert cost > 1.5 and re.search(r"VIF +\d", before)
+    gop = re.search(rf"tools\.reencode {root} --out NEW --gop (\d+)", before)[1]
+    assert reencode.main([str(root), "--out", str(tmp_path / "new"), "--gop", gop, "--psnr", "15"]) == EXIT_OK
+    capsys.readouterr()
+    after = planned(tmp_path / "new")
+    assert float(re.search(r"one used: (\d+\.\d\d) main", after)[1]) < 1.2 and "reencode" not in after
 
 
 def test_modes_are_told_and_what_lanes_hold_of_the_future(tmp_path, capsys):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from opentau_train.config.data import CorrelationSettings
 from opentau_train.data.order import quality
 from opentau_train.data.order.blocks import DatasetBlocks
-from opentau_train.data.order.tape import Tape, Windows
+from opentau_train.data.order.tape import Tape
+from opentau_train.data.order.windows import Windows
 
 RHO = CorrelationSettings(episode=0.1, neighbours=0.4, frames=8.0)
 

@@ -194,7 +194,8 @@ def test_a_file_that_the_server_has_not_is_a_bad_sample_that_names_it(local, pro
     assert all(name in cause and "the server has no such file" in cause for cause in causes)
 
 
-def test_a_cache_smaller_than_the_dataset_is_kept_to_and_gives_the_same_batches(local, here, proxy, tmp_path):
+def test_a_cache_smaller_than_the_dataset_is_kept_to_and_gives_the_same_batches(local, proxy, tmp_path):
+    here = mixture_of(local, tmp_path)  # the cache knows the keyframes then
     metadata = sum(p.stat().st_size for p in (local / "meta").rglob("*") if p.is_file())
     room = metadata + 2000 + sum(sizes(local).values()) // 2
     mixture = mixture_of("s3://bucket/set", tmp_path, f"data.cache_gb={room / 1e9:.9f}")
