@@ -31,3 +31,43 @@ def test_demonstrations_are_a_dataset_of_lerobots(lerobot, tmp_path):
             row += 1
     stats = dataset.meta.stats["action"]
     np.testing.assert_allclose(stats["mean"], np.concatenate([d.actions for d in made]).mean(0), atol=1e-6)
+
+
+def test_statistics_of_pictures_are_lerobots(lerobot, tmp_path):
+    """As its own recorder computes them of an episode's pictures, and adds them up; in the shapes that it reads."""
+    tree, wanted = line(), Wanted(3)
+    write(tmp_path / "set", tree, wanted, 1, 60.0)
+    meta = lerobot.Dataset("own/set", root=tmp_path / "set", video_backend="pyav").meta
+    made = [d.images["eye"].transpose(0, 3, 1, 2) for d in demonstrate(tree, wanted, 1, 60.0)]
+    each = [lerobot.stats.get_feature_stats(frames, axis=(0, 2, 3), keepdims=True) for frames in made]
+    each = [{k: v if k == "count" else v[0] / 255 for k, v in stats.items()} for stats in each]
+    theirs = lerobot.stats.aggregate_stats([{"observation.images.eye": stats} for stats in each])
+    ours = meta.stats["observation.images.eye"]
+    assert ours.keys() == theirs["observation.images.eye"].keys()
+    for kind in ("min", "max", "mean", "std", "count"):
+        assert ours[kind].shape == theirs["observation.images.eye"][kind].shape
+        np.testing.assert_allclose(ours[kind], theirs["observation.images.eye"][kind], atol=1e-6)
+    for number, stats in enumerate(each):
+        for kind, value in stats.items():
+            told = np.array(meta.episodes[number][f"stats/observation.images.eye/{kind}"])
+            bin_width = 1 / 255 if kind.startswith("q") else 1e-6
+            np.testing.assert_allclose(told, value, atol=bin_width)
+
+
+def test_lerobots_training_takes_the_demonstrations_as_they_are(lerobot, tmp_path):
+    """Its factory, which puts ImageNet's statistics into the cameras' place, and its normalisation with the dataset's."""
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.datasets.factory import make_dataset
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.factory import make_pre_post_processors
+
+    write(tmp_path / "set", line(), Wanted(2), 1, 60.0)
+    policy = ACTConfig(chunk_size=4, n_action_steps=4, device="cpu", push_to_hub=False)
+    for own in (False, True):
+        chosen = DatasetConfig("own/set", root=str(tmp_path / "set"), video_backend="pyav", use_imagenet_stats=not own)
+        dataset = make_dataset(TrainPipelineConfig(dataset=chosen, policy=policy))
+        seen = make_pre_post_processors(policy, dataset_stats=dataset.meta.stats)[0](dataset[3])
+        assert seen["action"].shape[-2:] == (4, 1)
+        mean, std = (dataset.meta.stats["observation.images.eye"][kind] for kind in ("mean", "std"))
+        assert np.shape(mean) == np.shape(std) == (3, 1, 1) and (mean[0] == 0.485) is not own
