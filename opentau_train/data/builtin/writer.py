@@ -67,8 +67,8 @@ INDEX_FEATURES = {"timestamp": Feature("float32", (1,))} | {
 class Episode:
     """`columns` {feature: [L] or [L, D] array; [L, H, W, 3] uint8 pictures; an arrow array, stored as it is; or one
     string for all rows}; `task`, its text; `seconds` [L] of its rows since its start, None = i / fps; `meta`, more
-    columns of the episodes' metadata, also in place of the writer's; `colours` {camera: of its pictures}, where the metadata
-    are to hold their statistics."""
+    columns of the episodes' metadata, also in place of the writer's; `colours` {camera: of its pictures}, where the
+    metadata are to hold their statistics."""
 
     task: str
     length: int
