@@ -122,7 +122,7 @@ def lerobot(options: argparse.Namespace, data: Path, run: Path, task: str, way: 
         sizes = ["--steps", str(options.steps), "--seed", str(seed)]
         program(python, str(BASELINE), "train", str(data), str(run), *sizes, *blind)
     if not (out / "rollout.json").is_file():
-        words = ["--task", task, "--episodes", str(options.episodes), "--horizon", str(HORIZON), *blind]
+        words = ["--set", f"env.task={task}", "--episodes", str(options.episodes), "--horizon", str(HORIZON), *blind]
         words += ["--simulators", str(SIMULATORS), "--packages", sysconfig.get_path("purelib")]
         program(python, str(BASELINE), "play", str(run), str(out), *words)
 

@@ -2,14 +2,14 @@
 
     PYTHON benchmarks/baselines/lerobot_act.py train DATASET OUT [--steps 2400] [--batch 32] [--seed 0] [--blind]
         [--chunk 16] [--published] [--own-statistics]
-    PYTHON benchmarks/baselines/lerobot_act.py play OUT SUCCESS --task reach-v3 [--episodes 100] [--horizon 4]
-        [--simulators 4] [--blind] [--packages PATH]
+    PYTHON benchmarks/baselines/lerobot_act.py play OUT SUCCESS [--env metaworld] [--set env.task=reach-v3 ...]
+        [--episodes 100] [--horizon 4] [--simulators 4] [--seed 0] [--blind] [--packages PATH]
 
-`train` is LeRobot's `train` command, called with its own settings; the sizes, rate and betas' place are those of
-`model=act_tiny` and `recipe=lerobot` here, or with `--published` LeRobot's defaults, whose backbone starts from nothing
-too. `play` takes its chunks from LeRobot's policy and processors, and runs them as `tools.rollout` does: the same
-starts, the same number of steps of each chunk. `--packages`: the folder with the simulator, which may be another
-environment's. Both run offline.
+`train` is LeRobot's `train` command, called with its own settings; the sizes and the rate are those of
+`model=act_tiny` and `recipe=lerobot` here, or with `--published` LeRobot's defaults; the backbone starts from nothing.
+`play` takes its chunks from LeRobot's policy and processors, and runs them as `tools.rollout` does: the same starts, the
+same number of steps of each chunk. `--packages`: the folder with the simulator, which may be another environment's.
+Both run offline.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> None:
     playing.set_defaults(work=play)
     playing.add_argument("out", type=Path)
     playing.add_argument("success", type=Path)
-    playing.add_argument("--task", required=True)
+    playing.add_argument("--env", default="metaworld")
+    playing.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     for name, value in (("episodes", 100), ("horizon", 4), ("simulators", 4), ("seed", 0)):
         playing.add_argument(f"--{name}", type=int, default=value)
     playing.add_argument("--blind", action="store_true")
@@ -140,7 +141,7 @@ def play(options: argparse.Namespace) -> None:
     folder = options.out / "checkpoints" / "last" / "pretrained_model"
     policy = ACTPolicy.from_pretrained(folder).eval()
     before, after = make_pre_post_processors(policy.config, pretrained_path=str(folder))
-    tree = cli.compose(["+simulation@env=metaworld", f"env.task={options.task}"], primary=None)["env"]
+    tree = cli.compose([f"+simulation@env={options.env}", *options.set], primary=None)["env"]
     cameras = [key.removeprefix("observation.images.") for key in policy.config.image_features]
     rollouts = Rollouts(options.episodes, options.seed, options.horizon, options.simulators, 3600.0, videos=0)
     with closing(Running("env", tree, rollouts, 0, 1)) as running:
