@@ -7,8 +7,8 @@
 
 `train` is LeRobot's `train` command, called with its own settings; the sizes and the rate are those of
 `model=act_tiny` and `recipe=lerobot` here, or with `--published` LeRobot's defaults; the backbone starts from nothing.
-`play` takes its chunks from LeRobot's policy and processors, and runs them as `tools.rollout` does: the same starts, the
-same number of steps of each chunk. `--packages`: the folder with the simulator, which may be another environment's.
+`play` takes its chunks from LeRobot's policy and processors, and runs them as `tools.rollout` does: the same starts,
+the same number of steps of each chunk. `--packages`: the folder with the simulator, which may be another environment's.
 Both run offline.
 """
 

@@ -21,6 +21,7 @@ def script(*words):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_lerobots_act_trains_on_demonstrations_and_plays_the_evaluations_starts(lerobot, tmp_path):
     short = "env.max_steps=6"
     assert demos.main(["env=reach", "episodes=2", f"out={tmp_path / 'set'}"]) == EXIT_OK
