@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from opentau_train import rng
 from opentau_train.data.builtin import video, writer
+from opentau_train.data.builtin.colours import Colours
 from opentau_train.errors import UserError
 from opentau_train.simulation.environment import Environment, declared
 from opentau_train.simulation.pool import Pool
@@ -78,7 +79,8 @@ def write(root: Path, tree: Mapping[str, Any], wanted: Wanted, num_processes: in
     for made in demonstrate(tree, wanted, num_processes, timeout):
         layout = layout or _layout(environment, made, dict(tree), wanted)
         columns = {"action": made.actions} | ({"observation.state": made.state} if environment.state_names else {})
-        episodes.append(writer.Episode(environment.text, len(made.actions), columns))
+        colours = {f"observation.images.{camera}": Colours.of(frames) for camera, frames in made.images.items()}
+        episodes.append(writer.Episode(environment.text, len(made.actions), columns, colours=colours))
         pictures.append(made.images)
         if len(pictures) == EPISODES_PER_FILE or len(episodes) == wanted.num_episodes:
             _write_videos(root, layout, (len(episodes) - 1) // EPISODES_PER_FILE, pictures)

@@ -69,6 +69,9 @@ class Environment:
             )
 
 
+_ABSENT = object()
+
+
 def declared(tree: Mapping[str, Any], path: str) -> Environment:
     """The environment that `tree` declares. Raises `UserError` for mistakes in it."""
     return typed.build(Environment, tree, path)
@@ -78,12 +81,14 @@ def at(observation: Any, place: str) -> Any:
     """The entry of nested mappings that `place` leads to, "" being the observation itself. Raises `UserError`."""
     value = observation
     for key in filter(None, place.split("/")):
-        if not isinstance(value, Mapping) or key not in value:
+        # Asked for once: a mapping may draw its pictures when they are read, `in` among the ways.
+        entry = value.get(key, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+        if entry is _ABSENT:
             known = list(value) if isinstance(value, Mapping) else []
             raise UserError(
                 f"the observation has no '{place}'{did_you_mean(key, known)}",
                 where="the environment's cameras and state",
                 remedy=f"it has {', '.join(map(str, known)) or f'no entries: it is {type(value).__name__}'}",
             )
-        value = value[key]
+        value = entry
     return value

@@ -68,13 +68,14 @@ class Simulator:
 
     def act(self, actions: NDArray[np.float32], record: bool) -> Moved:
         """Take the steps `actions` [T, A], as far as the episode goes; `record`: keep what the cameras see."""
-        frames = []
+        frames: list[dict[str, NDArray[np.uint8]]] = []
         for number, action in enumerate(actions, start=1):
             observation, success, over = self._step(action)
-            if record:
-                frames.append(self._see(observation).images)
+            if record or over or number == len(actions):
+                seen = self._see(observation)
+                frames += [seen.images] if record else []
             if over or number == len(actions):
-                return Moved(self._see(observation), number, success, over, frames)
+                return Moved(seen, number, success, over, frames)
         raise ValueError("no actions were given")
 
     def demonstrate(self, seed: int, hold: int) -> Demonstration:

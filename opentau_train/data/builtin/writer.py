@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opentau_train.data.builtin.colours import QUANTILES, Colours
 from opentau_train.data.builtin.video import Camera, png
 
 _PATHS = {
@@ -31,7 +32,6 @@ _PATHS = {
         "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     ),
 }
-_QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ INDEX_FEATURES = {"timestamp": Feature("float32", (1,))} | {
 class Episode:
     """`columns` {feature: [L] or [L, D] array; [L, H, W, 3] uint8 pictures; an arrow array, stored as it is; or one
     string for all rows}; `task`, its text; `seconds` [L] of its rows since its start, None = i / fps; `meta`, more
-    columns of the episodes' metadata, also in place of the writer's."""
+    columns of the episodes' metadata, also in place of the writer's; `colours` {camera: of its pictures}, where the
+    metadata are to hold their statistics."""
 
     task: str
     length: int
     columns: Mapping[str, NDArray | pa.Array | str]
     seconds: NDArray[np.float64] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    colours: Mapping[str, Colours] = field(default_factory=dict)
 
     def duration(self, fps: int) -> Fraction:
         last = Fraction(self.length - 1, fps) if self.seconds is None else Fraction(float(self.seconds[-1]))
@@ -143,7 +145,8 @@ def write_tables(root: Path, layout: Layout, episodes: Sequence[Episode]) -> Non
         _write_episodes(root, layout, rows)
         _write_tasks(root / "meta" / "tasks.parquet", tasks, layout.task_column)
     if layout.statistics:
-        (root / "meta" / "stats.json").write_text(json.dumps(_statistics(layout, pa.concat_tables(tables)), indent=4))
+        statistics = _statistics(layout, pa.concat_tables(tables), episodes)
+        (root / "meta" / "stats.json").write_text(json.dumps(statistics, indent=4))
     data_path, video_path = _PATHS[layout.version]
     features = {name: feature.describe() for name, feature in layout.features.items()}
     features |= {key: camera.describe(layout.fps) for key, camera in layout.cameras.items()}
@@ -221,7 +224,7 @@ def _episode_rows(layout: Layout, episodes: Sequence[Episode], tables: list[pa.T
                 row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = 0, file
                 row[f"videos/{key}/from_timestamp"] = float(start)
                 row[f"videos/{key}/to_timestamp"] = float(start + episode.duration(layout.fps))
-            for name, numbers in _statistics(layout, table).items() if layout.statistics else ():
+            for name, numbers in _statistics(layout, table, [episode]).items() if layout.statistics else ():
                 row |= {f"stats/{name}/{kind}": value for kind, value in numbers.items()}
             row["meta/episodes/chunk_index"] = 0
             row["meta/episodes/file_index"] = number // layout.episodes_per_meta_file
@@ -257,8 +260,9 @@ def _write_tasks(path: Path, tasks: list[str], text_column: str) -> None:
     pq.write_table(pa.table(arrays, metadata={"pandas": json.dumps(pandas)}), path)
 
 
-def _statistics(layout: Layout, table: pa.Table) -> dict[str, dict[str, list]]:
-    """{numeric column: {min, max, mean, std, count, q01, ...: a list, one number a dimension}} over the rows."""
+def _statistics(layout: Layout, table: pa.Table, episodes: Sequence[Episode]) -> dict[str, dict[str, list]]:
+    """{numeric column: {min, max, mean, std, count, q01, ...: a list, one number a dimension}} over the rows, which are
+    those of `episodes`; of cameras as `Colours` has them, where all episodes have."""
     statistics = {}
     for name, feature in layout.columns.items():
         if feature.dtype in ("string", "image"):
@@ -267,6 +271,10 @@ def _statistics(layout: Layout, table: pa.Table) -> dict[str, dict[str, list]]:
         flat = chunks.flatten() if feature.shape != (1,) else chunks
         values = flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(table), -1)
         numbers = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-        numbers |= dict(zip(_QUANTILES, np.quantile(values, list(_QUANTILES.values()), axis=0)))
+        numbers |= dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values()), axis=0)))
         statistics[name] = {kind: value.tolist() for kind, value in numbers.items()} | {"count": [len(table)]}
+    for camera in layout.cameras:
+        colours = [episode.colours[camera] for episode in episodes if camera in episode.colours]
+        if len(colours) == len(episodes):
+            statistics[camera] = Colours.total(colours).statistics()
     return statistics
