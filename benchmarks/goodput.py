@@ -9,8 +9,8 @@ rank, a loader worker, torchrun's agent or all processes; when the launch is gon
 Where the time went is read from the rows of metrics.jsonl and metrics.superseded.jsonl (`time`, `Timing/Step`,
 `Timing/Save`) and from launches.jsonl, in which this script notes when it started, killed and saw the end:
 
-- useful: between rows of steps, saves apart, of each step the attempt that counts in the end;
-- lost: the same of steps that a later attempt made again, and the time since the last row when the kill came;
+- useful: between rows of steps that the newest checkpoint has, saves apart;
+- lost: the same of steps that a later attempt makes again, and the time since the last row when the kill came;
 - detection: from the kill until no process of the launch is left;
 - restart: from the launch to the begin of its first step, or to a kill before it;
 - saves: what `Timing/Save` says that they stopped training for.
@@ -42,6 +42,7 @@ from typing import Any
 from benchmarks.kill_campaign import CONFIG
 from benchmarks.support.processes import descendants, kill, victims, wait_gone
 from benchmarks.support.program import machine
+from opentau_train.checkpoints import commit
 
 MINUTE = 60.0
 ENDLESS = ["trainer.steps=10000000", "data.num_workers=1", "validation.every=0", "trainer.ema_decay=null"]
@@ -108,10 +109,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def figures(run_dir: Path) -> Figures:
     """Where the time of the run's launches went."""
-    made, found = rows_of(run_dir / "metrics.jsonl") + rows_of(run_dir / "metrics.superseded.jsonl"), Figures()
-    counts: dict[int, float] = {}
-    for row in made:
-        counts[row["step"]] = max(counts.get(row["step"], 0.0), row["time"])
+    found, newest = Figures(), commit.newest(run_dir / "checkpoints")
+    kept = rows_of(run_dir / "metrics.jsonl")
+    made = kept + rows_of(run_dir / "metrics.superseded.jsonl")
+    useful = {row["time"] for row in kept if newest is not None and row["step"] <= int(newest.name)}
     for note in map(json.loads, (run_dir / "launches.jsonl").read_text().splitlines()):
         rows = sorted((r for r in made if note["start"] < r["time"] < note["stop"]), key=lambda row: row["time"])
         begun = rows[0]["time"] - rows[0]["Timing/Step"] if rows else note["stop"]
@@ -121,7 +122,7 @@ def figures(run_dir: Path) -> Figures:
             save = row.get("Timing/Save", 0.0)
             found.saves += [save] if save else []
             found.seconds["saves"] += save
-            found.seconds["useful" if counts[row["step"]] == row["time"] else "lost"] += row["time"] - begun - save
+            found.seconds["useful" if row["time"] in useful else "lost"] += row["time"] - begun - save
             begun = row["time"]
         if "victim" not in note:
             continue  # it was told to save and end: the cut step counts nowhere

@@ -5,7 +5,8 @@
     python benchmarks/kill_campaign.py --kills 500 --only "2 ranks" --only "2 hosts"
 
 A run is killed during steps, saves and validations, and started again with resume=auto until it ends. The victim is a
-rank, a loader worker, torchrun's agent, all processes, or, of two hosts (network namespaces; needs root), the network. After every kill the newest checkpoint must be whole and never older than the one before;
+rank, a loader worker, torchrun's agent, all processes, or, of two hosts (network namespaces; needs root), the
+network. After every kill the newest checkpoint must be whole and never older than the one before;
 `last` must point to a whole one. In the end parameters, moments, average and every logged number must be bit-equal to
 those of the uninterrupted run. Exit code 0 if so.
 """
@@ -140,6 +141,7 @@ def killed_once(
         return False
     phase = next(name for name, holds in PHASES.items() if holds(run_dir))
     report.kills[phase, victim] += 1
+    print(f"kill {sum(report.kills.values())}: {victim}, in a {phase}, {run_dir.name}", file=sys.stderr, flush=True)
     newest = commit.newest(run_dir / "checkpoints")
     last = run_dir / "checkpoints" / "last"
     if before is not None:
