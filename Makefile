@@ -95,7 +95,7 @@ $(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
 test-simulation: $(SIMULATION)/.installed ## Demonstrations, training and success rates in Meta-World, gym-pusht, gym-aloha
 	$(SIMULATION)/bin/python -m pytest -m simulation tests/simulation $(ARGS)
 
-test-nightly: setup $(WEIGHTS) ## Property tests with 2,000 examples each, random kills, 100,000 damaged files, what pictures are worth
+test-nightly: setup $(WEIGHTS) ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth
 	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 

@@ -1,10 +1,12 @@
 """Kill -9 at random moments, resume, and compare with a run that was never killed.
 
-    python benchmarks/kill_campaign.py                  # 56 kills: 1 and 2 ranks, saving at once and in the background
+    python benchmarks/kill_campaign.py                  # 70 kills: 1 and 2 ranks, saving at once and in the background
     python benchmarks/kill_campaign.py --kills 8 --seed 1
+    python benchmarks/kill_campaign.py --kills 500 --only "2 ranks" --only "2 hosts"
 
-A run is killed during steps, saves and validations, all its ranks or one of them at a time, and started again with
-resume=auto until it ends. After every kill the newest checkpoint must be whole and never older than the one before;
+A run is killed during steps, saves and validations, and started again with resume=auto until it ends. The victim is a
+rank, a loader worker, torchrun's agent, all processes, or, of two hosts (network namespaces; needs root), the
+network. After every kill the newest checkpoint must be whole and never older than the one before;
 `last` must point to a whole one. In the end parameters, moments, average and every logged number must be bit-equal to
 those of the uninterrupted run. Exit code 0 if so.
 """
@@ -22,24 +24,31 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from benchmarks.support.hosts import Hosts, two_hosts
+from benchmarks.support.processes import kill as strike
+from benchmarks.support.processes import victims
+from benchmarks.support.program import machine
 from opentau_train.checkpoints import commit
 
 REPO = Path(__file__).parent.parent
 DATA = REPO / "tests" / "data"
 VALIDATE_EVERY = 5
 MINUTE = 60.0
+LIMITS = {"network": 2 * MINUTE}
+"""Seconds in which the survivors of a victim end, where it isn't a minute: this many on a machine that is busy."""
 
 CONFIG = [
     "+recipe=lerobot",
     f"data.sources.main.root={DATA / 'lerobot_v30'}",
     "data.sources.main.val_split_ratio=0.3",
-    "data.num_workers=0",
+    "data.num_workers=1",
     "data.image_size=[32,32]",
     "model.width=32",
     "model.depth=1",
@@ -69,30 +78,41 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "1 rank, async": (1, ["checkpoint.async=true"]),
     "2 ranks": (2, []),
     "2 ranks sharded, async": (2, ["parallelism=fsdp", "checkpoint.async=true"]),
+    "2 hosts": (2, []),
 }
+HOSTS = "2 hosts"
 
 
 @dataclass
 class Report:
-    """What a campaign did: kills by (phase, how many ranks), rounds it took, the longest end of the surviving ranks."""
+    """What a campaign did: kills by (phase, victim), rounds it took, the longest end of the survivors in seconds."""
 
     kills: Counter = field(default_factory=Counter)
     rounds: int = 0
-    slowest_end: float = 0.0
+    slowest: dict[str, float] = field(default_factory=dict)
 
 
-def campaign(folder: Path, *, kills: int, seed: int, ranks: int, overrides: Sequence[str], steps: int = 40) -> Report:
+def campaign(
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    ranks: int,
+    overrides: Sequence[str],
+    steps: int = 40,
+    hosts: Hosts | None = None,
+) -> Report:
     """At least `kills` kills, over as many runs of `steps` steps as that takes. Raises AssertionError where a promise
     is broken."""
     draw, report = random.Random(seed), Report()
     arguments = [*CONFIG, f"trainer.steps={steps}", *overrides]
-    start(arguments, folder / "whole", ranks).communicate()
+    start(arguments, folder / "whole", ranks, hosts).communicate()
     expected = everything(folder / "whole")
     while sum(report.kills.values()) < kills:
         run_dir = folder / f"round_{report.rounds}"
-        while killed_once(arguments, run_dir, ranks, draw, report):
+        while killed_once(arguments, run_dir, ranks, draw, report, hosts):
             if sum(report.kills.values()) >= kills:
-                done = start([*arguments, "resume=auto"], run_dir, ranks)
+                done = start([*arguments, "resume=auto"], run_dir, ranks, hosts)
                 output, _ = done.communicate()
                 assert done.returncode == 0, output
                 break
@@ -104,22 +124,24 @@ def campaign(folder: Path, *, kills: int, seed: int, ranks: int, overrides: Sequ
     return report
 
 
-def killed_once(arguments: Sequence[str], run_dir: Path, ranks: int, draw: random.Random, report: Report) -> bool:
+def killed_once(
+    arguments: Sequence[str], run_dir: Path, ranks: int, draw: random.Random, report: Report, hosts: Hosts | None
+) -> bool:
     """Start or resume the run and kill it at a random moment; False when it came to its end before."""
     before = commit.newest(run_dir / "checkpoints")
-    process = start([*arguments, "resume=auto"], run_dir, ranks)
+    process = start([*arguments, "resume=auto"], run_dir, ranks, hosts)
     moment = draw.choice([in_step, in_save, in_validation])
     rows = len(read_rows(run_dir)) + draw.randint(1, 5)
     came = wait_until(lambda: len(read_rows(run_dir)) >= rows and moment(run_dir), process)
     time.sleep(draw.random() * 0.1)
-    one = ranks > 1 and draw.random() < 0.5
-    ended = kill(process, one, draw, report) if came and process.poll() is None else False
-    if not ended:
+    victim = kill(process, ranks, draw, report, hosts) if came and process.poll() is None else None
+    if victim is None:
         output, _ = process.communicate()
         assert process.returncode == 0, output
         return False
     phase = next(name for name, holds in PHASES.items() if holds(run_dir))
-    report.kills[phase, "one rank" if one else "all"] += 1
+    report.kills[phase, victim] += 1
+    print(f"kill {sum(report.kills.values())}: {victim}, in a {phase}, {run_dir.name}", file=sys.stderr, flush=True)
     newest = commit.newest(run_dir / "checkpoints")
     last = run_dir / "checkpoints" / "last"
     if before is not None:
@@ -130,31 +152,43 @@ def killed_once(arguments: Sequence[str], run_dir: Path, ranks: int, draw: rando
     return True
 
 
-def kill(process: subprocess.Popen, one: bool, draw: random.Random, report: Report) -> bool:
-    """SIGKILL to all, or to one rank, after which the others must end by themselves. False if it had ended."""
-    if one:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if not children:
-            return False
-        started = time.monotonic()
-        os.kill(int(draw.choice(children)), signal.SIGKILL)
-        process.communicate(timeout=2 * MINUTE)
-        report.slowest_end = max(report.slowest_end, time.monotonic() - started)
-        assert report.slowest_end < MINUTE, "the other ranks outlived a killed one by more than a minute"
-        assert process.returncode != 0
-        return True
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
+def kill(process: subprocess.Popen, ranks: int, draw: random.Random, report: Report, hosts: Hosts | None) -> str | None:
+    """SIGKILL to a random victim, after which the others must end by themselves. None if the run had ended."""
+    kinds = victims(process.pid, ranks, hosts is not None)
+    victim = draw.choice([*kinds, *(["network"] if hosts else [])])
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+        strike(kinds["all"])  # torchrun gives each rank a group of its own
+        process.communicate()
+        return victim if process.returncode == -signal.SIGKILL else None
+    started = time.monotonic()
+    if victim == "network":
+        hosts.cable("down")  # type: ignore[union-attr]
+    else:
+        strike([draw.choice(kinds[victim])])
+    try:
+        process.communicate(timeout=3 * MINUTE)
+    finally:
+        if victim == "network":
+            hosts.cable("up")  # type: ignore[union-attr]
+    if process.returncode == 0:
+        return None  # the last step was over
+    took = time.monotonic() - started
+    report.slowest[victim] = max(report.slowest.get(victim, 0.0), took)
+    assert took < LIMITS.get(victim, MINUTE), f"the others outlived a killed {victim} by {took:.0f} s"
+    return victim
 
 
-def start(arguments: Sequence[str], run_dir: Path, ranks: int) -> subprocess.Popen:
-    launcher = ["-m", "opentau_train"]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
+def start(arguments: Sequence[str], run_dir: Path, ranks: int, hosts: Hosts | None = None) -> subprocess.Popen:
+    program = ["-m", "opentau_train", *arguments, f"paths.run_dir={run_dir}"]
+    command = [sys.executable, *program]
+    if hosts:
+        command = hosts.command(program)
+    elif ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *arguments, f"paths.run_dir={run_dir}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "cable"} if hosts else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -229,28 +263,36 @@ def equal(left: object, right: object) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=56)
+    parser.add_argument("--kills", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="this launch, may be given again (all)")
     options = parser.parse_args()
-    total: Counter = Counter()
-    for number, (name, (ranks, overrides)) in enumerate(VARIANTS.items()):
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="kill_campaign_") as folder:
+    names = options.only or list(VARIANTS)
+    total, began = 0, time.monotonic()
+    print(f"{machine()}\n\n| launch | victim | in a step | in a save | in a validation | slowest end of the others |")
+    print("|---|---|---|---|---|---|")
+    for name in names:
+        ranks, overrides = VARIANTS[name]
+        with (
+            tempfile.TemporaryDirectory(prefix="kill_campaign_") as folder,
+            two_hosts() if name == HOSTS else nullcontext() as hosts,
+        ):
             report = campaign(
                 Path(folder),
-                kills=-(-options.kills // len(VARIANTS)),
-                seed=options.seed * len(VARIANTS) + number,
+                kills=-(-options.kills // len(names)),
+                seed=options.seed * len(VARIANTS) + list(VARIANTS).index(name),
                 ranks=ranks,
                 overrides=overrides,
+                hosts=hosts,
             )
-        total += report.kills
-        kinds = ", ".join(f"{num} in a {phase} ({who})" for (phase, who), num in sorted(report.kills.items()))
-        print(
-            f"{name}: {sum(report.kills.values())} kills, {report.rounds} runs, {time.monotonic() - began:.0f} s: "
-            f"{kinds}; slowest end of surviving ranks {report.slowest_end:.1f} s",
-            flush=True,
-        )
-    print(f"{sum(total.values())} kills; every run ended bit-equal to its uninterrupted one")
+        total += sum(report.kills.values())
+        for victim in sorted({victim for _, victim in report.kills}):
+            nums = " | ".join(str(report.kills[phase, victim]) for phase in ("step", "save", "validation"))
+            slowest = f"{report.slowest[victim]:.1f} s" if victim in report.slowest else ""
+            print(f"| {name} | {victim} | {nums} | {slowest} |", flush=True)
+    hours = (time.monotonic() - began) / 3600
+    print(f"\n{total} kills in {hours * 60:.0f} minutes, {total / hours:.0f} an hour; {machine()}")
+    print("every run ended bit-equal to its uninterrupted one")
     return 0
 
 
