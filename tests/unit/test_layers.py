@@ -129,7 +129,9 @@ POLICIES = (
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
 FORECASTS = ("checkpoints/room", "distributed/memory", "distributed/rehearsal")
-EDGES = (*FORECASTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "deploy/", "simulation/", "sinks/", "tools/")
+SHORTCUTS = ("data/load/together",)
+UNNOTICED = (*FORECASTS, *SHORTCUTS)
+EDGES = (*UNNOTICED, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, "deploy/", "simulation/", "sinks/", "tools/")
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

@@ -221,6 +221,8 @@ def _whole(rows: pa.Table, column: str) -> NDArray[np.int64]:
     """[L] the numbers of an index column; -1 where a row has none: null, not finite, negative or a fraction. Such a row
     is nobody's, and costs its own episode alone."""
     array = one_array(rows.column(column))
+    if pa.types.is_signed_integer(array.type) and not array.null_count:
+        return np.maximum(array.to_numpy(), -1).astype(np.int64)
     if array.null_count and (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
         absent = np.asarray(array.is_null())
         array = array.fill_null(0)
