@@ -194,11 +194,11 @@ def _listing(
     """(the episodes that the settings choose, with the rows and control modes that the files tell; the `cameras`
     {name: column} that have files, `videos` being those stored as video). Raises `UserError`."""
     ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
-    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, info.where), "length", *ends])
+    listed = read_episodes(info, videos.values(), wanted_columns(settings, info.where), ["length", *ends])
     tell_unlisted(info, listed.episode_index)
     stored = replace(_stored(info, listed, videos), excluded=tuple(settings.exclude_episodes))
     stored = present_cameras(info, stored, videos, options.cameras is not None)
-    listing = Listing(info, stored, listed.extra, listed.names)
+    listing = Listing(info, stored, listed.extra, listed.names, listed.told.get("length"))
     listing = settle_lengths(listing.select(kept_positions(listing, settings)))
     there = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
     return with_control_mode(listing, settings), there
@@ -270,8 +270,7 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
             continue
         chunk, file, start = listed.videos[column]
         files, number = number_files(info, "video_path", chunk, file, column)
-        told = listed.extra.get(f"videos/{column}/to_timestamp", [None] * len(start))
-        to = np.array([end if isinstance(end, int | float) else np.nan for end in told], np.float64)
+        to = listed.told.get(f"videos/{column}/to_timestamp", np.full(len(start), np.nan))
         places[camera] = video_places(info, listed, files, number, start, to)
     table = EpisodeTable(
         episode_index=listed.episode_index,
