@@ -53,6 +53,7 @@ from opentau_train.data.lerobot.presence import check_columns, check_rows, prese
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
+from opentau_train.data.lerobot.stretches import read_in_stretches
 from opentau_train.data.source import UNKNOWN_ROBOT, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -105,13 +106,17 @@ class LeRobotDataset:
         reading, stored = self.reading, self.reading.stored
         names = [c.name for c in (*reading.state, *reading.actions)]
         positions = np.asarray(positions, np.int64)
-        ordered = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))].tolist()
+        ordered, num = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))], 0
+        for position, (state, actions) in read_in_stretches(reading, ordered):
+            num += 1
+            yield position, state, actions
 
         def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
             return state_and_actions(rows, reading)
 
         where, left_out = f"data.sources.{self.name}", dict[int, str]()
-        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take, left_out=left_out):
+        rest = ordered[num:].tolist()
+        for position, (state, actions) in rows.of_episodes(where, stored, rest, names, take, left_out=left_out):
             yield position, state, actions
         if left_out:
             episodes = some(self.episodes.episode_index[list(left_out)].tolist())
