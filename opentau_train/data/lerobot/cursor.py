@@ -10,12 +10,13 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.chunk import chunk_places, future_rows, history_rows, next_rows, row_step, rows_at
+from opentau_train.data.chunk import chunk_places, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.parquet import RowError
 from opentau_train.data.decode.video import BURST, FrameCursor, TimeError, VideoPool
 from opentau_train.data.decode.video_file import DepthVideoError, VideoError
 from opentau_train.data.lerobot.locate import EpisodeReader
+from opentau_train.data.lerobot.near_frames import future_rows, history_rows
 from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, encoded
 from opentau_train.data.lerobot.shared_rows import SharedRows, windows_of
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times

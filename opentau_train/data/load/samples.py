@@ -44,14 +44,13 @@ class SampleBuilder:
 
         Raises `BadSample` for a window that can't be read; the builder stays usable.
         """
-        d, window = address.dataset, self._windows[address.dataset]
-        dataset = self.mixture.datasets[d]
+        d, dataset = address.dataset, self.mixture.datasets[address.dataset]
         number = int(dataset.source.episodes.episode_index[address.episode])
         key = rng.fold_one(self.keys[d], number, address.frame, address.pass_index)
         place = address.mode if address.mode >= 0 else self.place(d, key)
         mode, group = self._modes[d][place], int(dataset.group_of[address.episode]) + place
         # A window that is validated in several modes can be read in all of them, or in none.
-        future = window.future > 0 and (mode in WITH_FUTURE or not self.training)
+        future = self._windows[d].future > 0 and (mode in WITH_FUTURE or not self.training)
         read, where = self.cursor(lane, d).read, (address.episode, address.frame, ahead)
         raw = read(*where, future=True) if future else read(*where)
         values = {"state": raw.state, "actions": raw.actions, "action_is_pad": raw.is_pad, "prompts": raw.prompts}
