@@ -113,6 +113,7 @@ def _stacked(field: Field, record: Record, num: int, spec: BatchSpec) -> Any:
         return value if isinstance(value, list) else [value] * num
     if type(field) is not Field or isinstance(value, list):
         return field.stack([_row(record, i) for i in range(num)], spec)
+    made: NDArray[Any]
     if isinstance(value, np.ndarray):
         made = np.array(value, field.dtype)
     else:
