@@ -21,7 +21,7 @@ SIMULATION := .venv/simulation
 WEIGHTS := .venv/.weights
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants lint fmt type docs bench golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants lint fmt type docs bench bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -119,6 +119,9 @@ type: setup ## Check the types (mypy)
 
 docs: setup ## Check that the documentation's links resolve and its commands are tested
 	$(BIN)/python -m pytest tests/docs
+
+bench-quick: setup ## See that the benchmarks which have a quick form run (their numbers mean nothing)
+	for script in $$(grep -l -- --quick benchmarks/*.py); do echo "== $$script"; timeout 120 $(BIN)/python "$$script" --quick; done
 
 bench: setup $(WEIGHTS) ## Run every benchmark of benchmarks/
 	for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done

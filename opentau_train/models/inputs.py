@@ -39,6 +39,9 @@ class TokenizeBytes(Transform):
         record["prompt_tokens"] = _bytes(record["prompt"], self.num_bytes)
         return record
 
+    def many(self, record: Record, num: int) -> Record:
+        return record | {"prompt_tokens": np.array([_bytes(text, self.num_bytes) for text in record["prompt"]])}
+
     def longest(self, record: Record) -> Record:
         text = "x" * self.num_bytes if record["prompt"] is None else record["prompt"]
         return {**record, "prompt_tokens": _bytes(text, self.num_bytes)}
@@ -61,6 +64,9 @@ class Supervise(Transform):
         if "mode" in record:
             record["supervised"] = self._masks[record["mode"]]
         return record
+
+    def many(self, record: Record, num: int) -> Record:
+        return record | {"supervised": np.broadcast_to(self._masks[record["mode"]], (num, len(self.terms)))}
 
     @cached_property
     def _masks(self) -> dict[str, NDArray[np.bool_]]:

@@ -8,9 +8,10 @@ its sample count and standard error; `Validation/{MSE,CE,Loss}` for the mixture.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.typed import TARGET, instantiate
+from opentau_train.data.names import fits
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,24 @@ class Sinks(Sink):
             if error is None:
                 raise
             log.warning("the last numbers are lost: %s", lost)  # the error that ends the run is told, not this one
+
+
+def of_groups(row: Mapping[str, float], groups: Sequence[str] | None) -> dict[str, float]:
+    """The numbers of a row that a tracker is sent: those of the mixture, and of the groups (what stands in a tag before
+    the term, such as `droid/joint` or a norm head) that fit one of the patterns `groups`; all where it is None."""
+    if groups is None:
+        return dict(row)
+
+    @cache
+    def is_chosen(group: str) -> bool:
+        return not group or any(fits(group, pattern) for pattern in groups)
+
+    return {tag: value for tag, value in row.items() if is_chosen(_group_of(tag))}
+
+
+def _group_of(tag: str) -> str:
+    """`dataset/control_mode` of `Validation/dataset/control_mode/MSE/N`; "" of a number of the mixture."""
+    return "/".join(tag.removesuffix("/N").removesuffix("/StdErr").split("/")[1:-1])
 
 
 def open_sinks(tree: Mapping[str, Mapping[str, Any]], context: SinkContext) -> Sinks:

@@ -3,57 +3,87 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from opentau_train.errors import check_machine
-from opentau_train.sinks.base import Sink, SinkContext
+from opentau_train.sinks.base import Sink, SinkContext, of_groups
 
 
 class TensorBoardSink(Sink):
-    """Scalars, images and texts; `flush_seconds` is how long a row may wait before it is on disk.
+    """Scalars, images and texts; `flush_seconds` is how long a row may wait before it is on disk. `groups`: see
+    `of_groups`.
+
+    Events are made on a thread of the sink's own, a row being one event: with thousands of groups they would hold up
+    the training for a quarter of a second. What goes wrong there is raised by the next call, at the latest by `flush`
+    or `close`, which wait for all rows. A full disk is a `Fault`.
 
     A resumed run tells TensorBoard to forget the steps after its checkpoint (they come again).
     """
 
-    def __init__(self, *, context: SinkContext, flush_seconds: int = 30):
-        self._start_step = context.start_step
+    def __init__(self, *, context: SinkContext, flush_seconds: int = 30, groups: list[str] | None = None):
+        self._start_step, self._groups = context.start_step, groups
         first = context.start_step + 1 if context.start_step else 0
         self._folder = context.run_dir / "tensorboard"
-        with self._written():
-            self._writer = SummaryWriter(str(self._folder), purge_step=first, flush_secs=flush_seconds)
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        self._pending: deque[Future[None]] = deque()
+        self._writer: SummaryWriter
+        self._make(lambda: self._open(first, flush_seconds))
+        self._wait()
         self.text("Config", "```json\n" + json.dumps(context.config, indent=2, default=str) + "\n```")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        with self._written():
-            for tag, value in row.items():
-                self._writer.add_scalar(tag, value, step)
+        values, now = of_groups(row, self._groups), time.time()
+        self._make(lambda: self._add(step, values, now))
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
-        with self._written():
-            self._writer.add_image(tag, array, step, dataformats="HWC")
+        self._make(lambda: self._writer.add_image(tag, array, step, dataformats="HWC"))
 
     def text(self, tag: str, text: str) -> None:
-        with self._written():
-            self._writer.add_text(tag, text, self._start_step)
+        self._make(lambda: self._writer.add_text(tag, text, self._start_step))
 
     def flush(self) -> None:
-        with self._written():
-            self._writer.flush()
+        self._make(lambda: self._writer.flush())
+        self._wait()
 
     def close(self) -> None:
-        with self._written():
-            self._writer.close()
-
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        """TensorBoard's own thread writes; its errors come with the calls after. A full disk becomes a `Fault`."""
         try:
-            yield
+            self._make(lambda: self._writer.close())
+        finally:
+            self._thread.shutdown()
+        self._wait()
+
+    def _make(self, call: Callable[[], None]) -> None:
+        """Make the call on the thread after those before it. Raises what one of these has raised."""
+        self._pending.append(self._thread.submit(call))
+        while self._pending and self._pending[0].done():
+            self._settle(self._pending.popleft())
+
+    def _wait(self) -> None:
+        while self._pending:
+            self._settle(self._pending.popleft())
+
+    def _settle(self, call: Future[None]) -> None:
+        """TensorBoard writes on one more thread, too, whose errors come with the calls after."""
+        try:
+            call.result()
         except OSError as error:
             check_machine(error, self._folder)
             raise
+
+    # -- on the thread -----------------------------------------------------------------------------------------------
+
+    def _open(self, first: int, flush_seconds: int) -> None:
+        self._writer = SummaryWriter(str(self._folder), purge_step=first, flush_secs=flush_seconds)
+
+    def _add(self, step: int, values: Mapping[str, float], now: float) -> None:
+        assert self._writer.file_writer is not None, "it is there until the writer is closed"
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()])
+        self._writer.file_writer.add_summary(summary, step, now)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from opentau_train.errors import UserError
 from opentau_train.sinks.background import Background
-from opentau_train.sinks.base import Sink, SinkContext
+from opentau_train.sinks.base import Sink, SinkContext, of_groups
 from opentau_train.threads import first_line
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class TrackerSink(Sink):
     A resumed run continues the same tracker run. The configuration is stored as its parameters, with dotted keys.
 
     Training never waits for the tracker: the calls are made on a thread, the first failure is logged as a warning and
-    ends them, and at the end they have `close_seconds`. `metrics.jsonl` has every row all the same.
+    ends them, and at the end they have `close_seconds`. `metrics.jsonl` has every row all the same, and the numbers of
+    all groups, whichever `groups` (see `of_groups`) are sent.
 
     Accelerate's process state is used as it stands: in a run of several processes the program has made it before.
     Raises `UserError` when the tracker's package is missing, or when it can't be started for a new run. It has worked
@@ -58,7 +59,9 @@ class TrackerSink(Sink):
         project: str,
         options: dict[str, Any] | None = None,
         close_seconds: float = 20.0,
+        groups: list[str] | None = None,
     ):
+        self._groups = groups
         self._project, self._context, self._close_seconds = project, context, close_seconds
         if self.tracker not in {str(name.value) for name in get_available_trackers()}:
             raise UserError(
@@ -82,8 +85,8 @@ class TrackerSink(Sink):
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         self._last_step = step
-        values = {self.name_of(tag): float(value) for tag, value in row.items()}
-        self._post(lambda: self._log(step, values))
+        sent = of_groups(row, self._groups)
+        self._post(lambda: self._log(step, {self.name_of(tag): float(value) for tag, value in sent.items()}))
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
         if self.takes_images:

@@ -131,7 +131,8 @@ MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
 FORECASTS = ("checkpoints/room", "distributed/memory", "distributed/rehearsal")
 ENDS = ("config/reference", "deploy/", "simulation/", "sinks/", "sweep", "tools/", "validate")
-EDGES = (*FORECASTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, *ENDS)
+SHORTCUTS = ("data/load/together",)
+EDGES = (*FORECASTS, *SHORTCUTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, *ENDS)
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 
 

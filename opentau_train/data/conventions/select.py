@@ -22,6 +22,7 @@ class Select(Transform):
 
     reads: ClassVar = ("state", "actions")
     writes: ClassVar = ("state", "actions")
+    broadcasts: ClassVar = True
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         for name, places in (("state", self.state), ("actions", self.actions)):

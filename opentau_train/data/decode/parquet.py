@@ -33,10 +33,11 @@ class RowError(Exception):
 
 
 class _RowFile(NamedTuple):
-    """An open file, and after which of its rows each row group ends."""
+    """An open file, after which of its rows each row group ends, and its columns that are read, without rows."""
 
     handle: pq.ParquetFile
     ends: NDArray[np.int64]
+    empty: pa.Table
 
     def close(self) -> None:
         self.handle.close()
@@ -58,16 +59,16 @@ class RowReader:
 
     def num_rows(self, path: Path) -> int:
         """Rows of the file."""
-        with self._reading(path) as (_, ends):
+        with self._reading(path) as (_, ends, _):
             return int(ends[-1]) if len(ends) else 0
 
     def slice(self, path: Path, start: int, length: int) -> pa.Table:
         """The reader's columns of `length` rows from row `start` on, fewer where the file ends, each in one contiguous
         chunk that shares no memory with the file's other rows."""
-        with self._reading(path) as (handle, ends):
+        with self._reading(path) as (handle, ends, empty):
             length = max(min(length, (int(ends[-1]) if len(ends) else 0) - start), 0)
             first, last = np.searchsorted(ends, [start, start + length - 1], side="right") if length else (0, -1)
-            parts = [handle.schema_arrow.empty_table().select(self._columns)]
+            parts = [empty]
             for group in range(first, last + 1):
                 begin = ends[group - 1] if group else 0
                 table = self._group(path, handle, group)
@@ -87,12 +88,12 @@ class RowReader:
 
     def whole(self, path: Path, columns: Sequence[str]) -> pa.Table:
         """`columns` of all of the file's rows."""
-        with self._reading(path) as (handle, _):
+        with self._reading(path) as (handle, _, _):
             return handle.read(columns=list(columns), use_threads=False).select(columns)
 
     def extremes(self, path: Path, column: str) -> tuple[float, float]:
         """(least, greatest) value of a column of numbers by the file's statistics; -inf and inf where it has none."""
-        with self._reading(path) as (handle, _):
+        with self._reading(path) as (handle, _, _):
             metadata = handle.metadata
             place = next(
                 i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column
@@ -132,7 +133,7 @@ class RowReader:
             handle.close()
             raise RowError(f"{path} has {sum(rows):,} rows, or fewer than none in a group: {MOST_ROWS:,} are the most")
         ends = np.cumsum(rows, dtype=np.int64)
-        return _RowFile(handle, ends)
+        return _RowFile(handle, ends, handle.schema_arrow.empty_table().select(self._columns))
 
     def _group(self, path: Path, handle: pq.ParquetFile, group: int) -> pa.Table:
         table = self._groups.get((path, group))

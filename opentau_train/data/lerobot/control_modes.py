@@ -22,7 +22,7 @@ def with_control_mode(listing: Listing, settings: SourceSettings) -> Listing:
     info, stored, column = listing.info, listing.stored, settings.control_mode_column
     same = settings.control_mode or info.tree.get("control_mode")
     if same:
-        modes = [str(same)] * len(stored.table)
+        modes = [str(same)]
     elif column in listing.extra:
         modes = [str(mode) if mode else DEFAULT_CONTROL_MODE for mode in listing.extra[column]]
     elif column in info.features:
@@ -34,9 +34,11 @@ def with_control_mode(listing: Listing, settings: SourceSettings) -> Listing:
             remedy=f"name a column of the dataset, or set {info.where}.control_mode=NAME",
         )
     else:
-        modes = [DEFAULT_CONTROL_MODE] * len(stored.table)
-    known, code = np.unique(modes, return_inverse=True)
-    table = replace(stored.table, control_mode=code.astype(np.int16), control_modes=tuple(str(k) for k in known))
+        modes = [DEFAULT_CONTROL_MODE]
+    known = sorted(set(modes))
+    place = {mode: number for number, mode in enumerate(known)}
+    code = np.broadcast_to(np.array([place[mode] for mode in modes], np.int16), len(stored.table)).copy()
+    table = replace(stored.table, control_mode=code, control_modes=tuple(known))
     return replace(listing, stored=replace(stored, table=table))
 
 

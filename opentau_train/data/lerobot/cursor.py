@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.data.chunk import chunk_places, future_rows, history_rows, next_rows, row_step, rows_at
+from opentau_train.data.chunk import chunk_places, next_rows, row_step, rows_at
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.parquet import RowError
 from opentau_train.data.decode.video import BURST, FrameCursor, TimeError, VideoPool
 from opentau_train.data.decode.video_file import DepthVideoError, VideoError
 from opentau_train.data.lerobot.locate import EpisodeReader
-from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, encoded, load_rows
+from opentau_train.data.lerobot.near_frames import future_rows, history_rows
+from opentau_train.data.lerobot.rows import EpisodeRows, Reading, check_finite, encoded
+from opentau_train.data.lerobot.shared_rows import SharedRows, windows_of
 from opentau_train.data.lerobot.spans import FrameTimes, Span, enough, frame_times
 from opentau_train.data.remote.mirror import opener_at
+from opentau_train.data.source import Cursor
+from opentau_train.data.transforms.base import Record
 from opentau_train.errors import BadSample, check_machine
 from opentau_train.types import RawWindow, WindowSpec
 
@@ -33,7 +37,8 @@ class LeRobotCursorFactory:
         self.reading, self.window = reading, window
         self.opener = opener_at(reading.root)
         self.pool = VideoPool(self.opener, window.max_pixels)
-        self.rows = EpisodeReader(reading.stored, reading.columns)
+        self.reader = EpisodeReader(reading.stored, reading.columns)
+        self.rows = SharedRows(reading, self.reader)
         self.frame_s = 1.0 / reading.fps
         self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
@@ -52,7 +57,18 @@ class LeRobotCursorFactory:
 
     def close(self) -> None:
         self.pool.close()
-        self.rows.close()
+        self.rows.clear()
+        self.reader.close()
+
+    def gather(self, cursors: Sequence[Cursor], episodes: Sequence[int], frames: NDArray[np.int64]) -> Record | None:
+        """See `opentau_train.data.load.together.Gathering`."""
+        if self.reading.cameras or self.window.fps is not None:
+            return None
+        try:
+            rows = [cast(LeRobotCursor, own).enter(at) for own, at in zip(cursors, episodes, strict=True)]
+        except RowError:
+            return None
+        return windows_of(rows, frames, self.window.chunk_length)
 
 
 class LeRobotCursor:
@@ -77,7 +93,7 @@ class LeRobotCursor:
         if not 0 <= frame < length:
             raise IndexError(f"frame {frame} of an episode of {length}")
         try:
-            rows = self._enter(episode)
+            rows = self.enter(episode)
             actions, is_pad = self._actions(rows, frame)
             if not rows.finite:
                 check_finite(self._reading, rows.state[frame], actions)
@@ -113,10 +129,12 @@ class LeRobotCursor:
         for ring in self._rings.values():
             ring.clear()
 
-    def _enter(self, episode: int) -> EpisodeRows:
+    def enter(self, episode: int) -> EpisodeRows:
+        """The rows of the episode at `episode` of the table, which the next windows are of. Raises `RowError` and
+        `VideoError`."""
         if episode != self._episode or self._rows is None:
             self._leave()
-            self._rows = load_rows(self._factory.rows, self._reading, episode)
+            self._rows = self._factory.rows.at(episode)
             self._frames = {c: self._locate(c, span) for c, span in self._reading.spans(episode).items()}
             self._episode = episode
         return self._rows
@@ -161,7 +179,7 @@ class LeRobotCursor:
     def drift_of(self, episode: int) -> float:
         """How far, at most, the frames of the episode at `episode` are from its rows' times, see `drifts`. Raises
         `RowError` and `VideoError`."""
-        self._enter(episode)
+        self.enter(episode)
         return max(self.drifts().values(), default=0.0)
 
     def drifts(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.data.lerobot.columns import CAMERA
-from opentau_train.data.lerobot.files import FileTable
+from opentau_train.data.lerobot.files import FileTable, distinct_pairs
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
@@ -97,8 +97,8 @@ class Episodes:
     """The episodes that the metadata list, as columns by rising `episode_index`.
 
     An episode is the `length` rows from `row_start` on of the file (`chunk`, `file`); `videos` {column: (chunk, file,
-    seconds at which the episode starts)}; `extra` {column: values} of the further columns that were asked for and are
-    there; `names`: all columns of the per-episode metadata.
+    seconds at which the episode starts)}; `extra` {column: values} and `told` {column: [E] f64, NaN where nothing is
+    told} of the further columns that were asked for and are there; `names`: all columns of the per-episode metadata.
     """
 
     episode_index: NDArray[np.int64]
@@ -108,39 +108,47 @@ class Episodes:
     row_start: NDArray[np.int64]
     videos: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]
     extra: Mapping[str, list[Any]]
+    told: Mapping[str, NDArray[np.float64]]
     names: tuple[str, ...]
 
+    def select(self, keep: NDArray) -> Episodes:
+        """The episodes at the positions `keep`, in that order."""
+        return replace(
+            self,
+            episode_index=self.episode_index[keep],
+            length=self.length[keep],
+            chunk=self.chunk[keep],
+            file=self.file[keep],
+            row_start=self.row_start[keep],
+            videos={column: (c[keep], f[keep], start[keep]) for column, (c, f, start) in self.videos.items()},
+            extra={name: [values[i] for i in keep] for name, values in self.extra.items()},
+            told={name: values[keep] for name, values in self.told.items()},
+        )
 
-def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str]) -> Episodes:
-    """Every episode of the dataset. `extra` names columns that may be there. Raises `UserError`."""
+
+def read_episodes(info: Info, video_columns: Iterable[str], extra: Iterable[str], told: Iterable[str] = ()) -> Episodes:
+    """Every episode of the dataset. `extra` and `told` name columns that may be there. Raises `UserError`."""
     where = str(info.root / "meta")
     listing = info.root / "meta" / ("episodes.jsonl" if info.file_an_episode else "episodes")
     if info.tree.get("total_episodes") == 0 and not listing.exists():
         raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
     read = _episodes_v21 if info.file_an_episode else _episodes_v30
-    episodes = read(info, tuple(video_columns), tuple(extra))
-    order = np.argsort(episodes.episode_index, kind="stable")
-    index = episodes.episode_index[order]
+    episodes = read(info, tuple(video_columns), tuple(extra), tuple(told))
+    if (np.diff(episodes.episode_index) <= 0).any():
+        order = np.argsort(episodes.episode_index, kind="stable")
+        index = episodes.episode_index[order]
+        again = np.append(False, np.diff(index) == 0)
+        if again.any():
+            twice = np.unique(index[again])
+            log.warning("%s: of episodes that are listed twice the first line counts: %s", where, twice)
+        episodes = episodes.select(order[~again])
+    index, length = episodes.episode_index, episodes.length
     if len(index) == 0:
         raise UserError("the dataset has no episodes", where=where, remedy=NO_EPISODES)
-    again = np.append(False, np.diff(index) == 0)
-    if again.any():
-        log.warning("%s: of episodes that are listed twice the first line counts: %s", where, np.unique(index[again]))
-        order, index = order[~again], index[~again]
-    length = episodes.length[order]
     if (abs(length) > MOST_ROWS).any():
         wrong = int(np.argmax(abs(length) > MOST_ROWS))
         raise UserError(f"episode {index[wrong]} has {length[wrong]} rows", where=where, remedy=RESTORE)
-    return Episodes(
-        episode_index=index,
-        length=length,
-        chunk=episodes.chunk[order],
-        file=episodes.file[order],
-        row_start=episodes.row_start[order],
-        videos={c: (chunk[order], file[order], start[order]) for c, (chunk, file, start) in episodes.videos.items()},
-        extra={name: [values[i] for i in order] for name, values in episodes.extra.items()},
-        names=episodes.names,
-    )
+    return episodes
 
 
 def read_tasks(info: Info, needed: bool) -> dict[int, str]:
@@ -169,13 +177,14 @@ def read_tasks(info: Info, needed: bool) -> dict[int, str]:
     return dict(zip(table.numbers["task_index"].tolist(), (text or "" for text in texts), strict=True))
 
 
-def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
+def _episodes_v30(
+    info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...], told: tuple[str, ...]
+) -> Episodes:
     paths = parquet_files(info.root / "meta" / "episodes")
     names = ["episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index"]
-    table = read_parquet(paths, dict.fromkeys(names, int), extra)
+    table = read_parquet(paths, dict.fromkeys(names, int), extra, told)
     chunk, file, start = (table.numbers[n] for n in ("data/chunk_index", "data/file_index", "dataset_from_index"))
-    _, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
-    number = number.reshape(-1)
+    *_, number = distinct_pairs(chunk, file)
     first_row = np.full(number.max() + 1 if len(number) else 0, np.iinfo(np.int64).max)
     np.minimum.at(first_row, number, start)
     videos = {}
@@ -195,6 +204,7 @@ def _episodes_v30(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
         row_start=start - first_row[number] if len(number) else start,
         videos=videos,
         extra=table.values,
+        told=table.told,
         names=table.names,
     )
 
@@ -225,8 +235,10 @@ def _check_whole_seconds(info: Info, paths: list[Path], key: str, begins: NDArra
         )
 
 
-def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...]) -> Episodes:
-    table = read_jsonl(info.root / "meta" / "episodes.jsonl", {"episode_index": int, "length": int}, extra)
+def _episodes_v21(
+    info: Info, video_columns: tuple[str, ...], extra: tuple[str, ...], told: tuple[str, ...]
+) -> Episodes:
+    table = read_jsonl(info.root / "meta" / "episodes.jsonl", {"episode_index": int, "length": int}, extra, told)
     index = table.numbers["episode_index"]
     chunk = index // int(info.tree.get("chunks_size") or 1000)
     zero = np.zeros(len(index))
@@ -238,5 +250,6 @@ def _episodes_v21(info: Info, video_columns: tuple[str, ...], extra: tuple[str, 
         row_start=zero.astype(np.int64),
         videos={key: (chunk, index, zero) for key in video_columns},
         extra=table.values,
+        told=table.told,
         names=table.names,
     )

@@ -54,13 +54,34 @@ class FileTable:
         return sorted(self.root / name for name in names if re.fullmatch(pattern, name))
 
 
+def distinct_pairs(
+    first: NDArray[np.int64], second: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(the distinct pairs of numbers from 0 on [E] in lexical order: those of `first` [F], of `second` [F]; which of
+    them each of the E is). Pairs that rise already, as metadata list them, aren't sorted."""
+    base = int(second.max(initial=0)) + 1
+    if int(first.max(initial=0)) >= 2**63 // base:  # no file is numbered so; its number tells as much as it does
+        first_known, first_code = np.unique(first, return_inverse=True)
+        second_known, second_code = np.unique(second, return_inverse=True)
+        codes = distinct_pairs(first_code.reshape(-1), second_code.reshape(-1))
+        return first_known[codes[0]], second_known[codes[1]], codes[2]
+    key = first * base + second
+    step = np.diff(key)
+    if (step >= 0).all():
+        begins = np.append(len(key) > 0, step > 0)[: len(key)]
+        known, number = key[begins], np.cumsum(begins) - 1
+    else:
+        known, number = np.unique(key, return_inverse=True)
+    return known // base, known % base, number.reshape(-1)
+
+
 def number_files(
     info: Info, key: str, chunk: NDArray[np.int64], file: NDArray[np.int64], video_key: str = ""
 ) -> tuple[FileTable, NDArray[np.int32]]:
     """(the files that the template `key` gives for the pairs of `chunk` and `file` [E], each episode's place among them
     [E]). Raises `UserError` for a template that can't be filled in."""
-    pairs, number = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
-    files = FileTable(info.root, str(info.get(key)), pairs[0], pairs[1], video_key)
+    chunks, names, number = distinct_pairs(chunk, file)
+    files = FileTable(info.root, str(info.get(key)), chunks, names, video_key)
     try:
         made = PurePosixPath(files.relative(0))
         if made.is_absolute() or ".." in made.parts or "\0" in str(made):
@@ -71,4 +92,4 @@ def number_files(
             where=str(info.path),
             remedy="use LeRobot's placeholders: chunk_index, file_index, episode_chunk, episode_index, video_key",
         ) from error
-    return files, number.reshape(-1).astype(np.int32)
+    return files, number.astype(np.int32)

@@ -49,7 +49,11 @@ def stored_files(info: Info, stored: StoredEpisodes) -> list[StoredFile]:
     """The files of the episodes in use: those of rows, then those of each camera."""
     kinds: list[tuple[str | None, FileTable, NDArray]] = [(None, stored.data, stored.data_file)]
     kinds += [(camera, places.files, places.file) for camera, places in stored.videos.items()]
-    named = [(camera, n, files.relative(n)) for camera, files, used in kinds for n in np.unique(used).tolist()]
+    named = [
+        (camera, n, files.relative(n))
+        for camera, files, used in kinds
+        for n in np.flatnonzero(np.bincount(used)).tolist()
+    ]
     if mirror_at(info.root) is None:
         for _, _, relative in named:
             check_place(info, f"{info.root}/{relative}")

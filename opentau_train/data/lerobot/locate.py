@@ -84,6 +84,24 @@ class EpisodeReader:
             return rows.take(pa.array(np.argsort(frames))).combine_chunks()
         return None
 
+    def read_stretch(self, positions: NDArray[np.int64]) -> pa.Table | None:
+        """The rows of a file from the first of the episodes at `positions` to the last, which the metadata place there
+        one after another; None if one of them isn't just there."""
+        stored = self._stored
+        file, lengths = int(stored.data_file[positions[0]]), stored.table.length[positions].astype(np.int64)
+        path, start = stored.data.path(file), stored.row_start[positions]
+        rows = self._reader.slice(path, int(start[0]), int(start[-1] + lengths[-1] - start[0]))
+        ends = np.cumsum(lengths)
+        own = np.repeat(start - start[0] - ends + lengths, lengths) + np.arange(ends[-1])
+        if self._reader.num_rows(path) != int(stored.rows_in_file[file]) or own[-1] >= rows.num_rows:
+            return None
+        numbers = np.repeat(stored.table.episode_index[positions], lengths)
+        frames = _order(rows, stored.order)[own]
+        rises = np.diff(frames, prepend=0) == 1
+        rises[ends - lengths] = True  # from one episode to the next they may do what they like
+        good = (_whole(rows, EPISODE_COLUMN)[own] == numbers) & rises & (frames >= 0)
+        return rows if good.all() else None
+
     def read_one(self, position: int, *, last: bool) -> pa.Table:
         """The first or last row of the episode at `position` of the table."""
         stored = self._stored
@@ -221,6 +239,8 @@ def _whole(rows: pa.Table, column: str) -> NDArray[np.int64]:
     """[L] the numbers of an index column; -1 where a row has none: null, not finite, negative or a fraction. Such a row
     is nobody's, and costs its own episode alone."""
     array = one_array(rows.column(column))
+    if pa.types.is_signed_integer(array.type) and not array.null_count:
+        return np.maximum(array.to_numpy(), -1).astype(np.int64)
     if array.null_count and (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
         absent = np.asarray(array.is_null())
         array = array.fill_null(0)

@@ -233,9 +233,9 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
         codes.append(numbers(rows, reading.task_column, 1, np.int64)[:, 0])
     if not codes:
         return np.zeros(rows.num_rows, np.int64), [()]
-    distinct, code = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+    first, code = _combinations(codes)
     prompts = []
-    for combination in distinct.tolist():
+    for combination in zip(*(column[first].tolist() for column in codes)):
         own = [known[c] for (_, known), c in zip(columns, combination) if c >= 0]
         chosen = _clean(own, reading.prompt_separator)
         if not chosen and reading.task_column:
@@ -243,7 +243,18 @@ def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[
                 raise RowError(f"{reading.task_column} {combination[-1]} is not in the dataset's tasks")
             chosen = _clean([reading.tasks[combination[-1]]], reading.prompt_separator)
         prompts.append(chosen)
-    return code.reshape(-1), prompts
+    return code, prompts
+
+
+def _combinations(columns: list[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(a row of each of the K combinations of values that `columns` [L] have side by side, in lexical order; [L] which
+    one each row has). Column by column: an episode's have one value or few, and `np.unique` of rows sorts bytes."""
+    first, code = np.zeros(min(1, len(columns[0])), np.int64), np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        if len(column) and (column != column[0]).any():
+            values, own = np.unique(column, return_inverse=True)
+            _, first, code = np.unique(code * len(values) + own, return_index=True, return_inverse=True)
+    return first, code
 
 
 def _prompt_column(rows: pa.Table, name: str, tasks: Mapping[int, str]) -> tuple[NDArray[Any], list[str]]:

@@ -34,17 +34,21 @@ COMPUTED = "; or compute a file by episode number: python -m opentau_train.tools
 @dataclass(frozen=True)
 class Listing:
     """The episodes to choose among: `extra` {column: a value an episode} of the per-episode metadata that was asked
-    for, `names` all of its columns."""
+    for, `names` all of its columns; `told` [E] f64 how many rows these say that each has (None: they say nothing)."""
 
     info: Info
     stored: StoredEpisodes
     extra: Mapping[str, Sequence[Any]]
     names: tuple[str, ...]
+    told: NDArray[np.float64] | None = None
 
     def select(self, keep: NDArray[np.int64]) -> Listing:
         """The episodes at the positions `keep`, in that order."""
+        if np.array_equal(keep, np.arange(len(self.stored.table))):
+            return self
         extra = {name: [values[i] for i in keep] for name, values in self.extra.items()}
-        return replace(self, stored=self.stored.select(keep), extra=extra)
+        told = None if self.told is None else self.told[keep]
+        return replace(self, stored=self.stored.select(keep), extra=extra, told=told)
 
     def values(self, column: str, row: OneRow, key: str) -> Sequence[Any]:
         """A value of `column` for each episode: its metadata's, else that of its first or last row.
@@ -87,7 +91,7 @@ def kept_positions(listing: Listing, settings: SourceSettings) -> NDArray[np.int
     unknown episodes or columns, and where nothing is left."""
     where, numbers = listing.info.where, listing.stored.table.episode_index
     for key, wanted in (("episodes", settings.episodes), ("exclude_episodes", settings.exclude_episodes)):
-        unknown = set(wanted or ()) - set(numbers.tolist())
+        unknown = set(wanted or ()) - set(numbers[np.isin(numbers, wanted or ())].tolist())
         if unknown:
             raise UserError(
                 f"episode {min(unknown)} is not in the dataset",

@@ -43,8 +43,8 @@ def settle_lengths(listing: Listing) -> Listing:
     without the episodes that have none. Raises `UserError` where nothing is left."""
     stored, where = listing.stored, listing.info.where
     length, numbers = stored.table.length.copy(), stored.table.episode_index
-    told = listing.extra.get("length", length.tolist())
-    disputed = [e for e in range(len(length)) if length[e] <= 0 or told[e] != length[e]]
+    told = length if listing.told is None else listing.told
+    disputed = np.flatnonzero((length <= 0) | (told != length)).tolist()
     if not disputed:
         return listing
     reader, causes = EpisodeReader(stored, []), {}

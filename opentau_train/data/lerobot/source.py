@@ -54,6 +54,7 @@ from opentau_train.data.lerobot.presence import check_columns, check_rows, prese
 from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
+from opentau_train.data.lerobot.stretches import read_in_stretches
 from opentau_train.data.source import UNKNOWN_ROBOT, Keyframes, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -110,13 +111,17 @@ class LeRobotDataset:
         reading, stored = self.reading, self.reading.stored
         names = [c.name for c in (*reading.state, *reading.actions)]
         positions = np.asarray(positions, np.int64)
-        ordered = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))].tolist()
+        ordered, num = positions[np.lexsort((stored.row_start[positions], stored.data_file[positions]))], 0
+        for position, (state, actions) in read_in_stretches(reading, ordered):
+            num += 1
+            yield position, state, actions
 
         def take(rows: pa.Table) -> tuple[NDArray, NDArray]:
             return state_and_actions(rows, reading)
 
         where, left_out = f"data.sources.{self.name}", dict[int, str]()
-        for position, (state, actions) in rows.of_episodes(where, stored, ordered, names, take, left_out=left_out):
+        rest = ordered[num:].tolist()
+        for position, (state, actions) in rows.of_episodes(where, stored, rest, names, take, left_out=left_out):
             yield position, state, actions
         if left_out:
             episodes = some(self.episodes.episode_index[list(left_out)].tolist())
@@ -199,11 +204,11 @@ def _listing(
     """(the episodes that the settings choose, with the rows and control modes that the files tell; the `cameras`
     {name: column} that have files, `videos` being those stored as video). Raises `UserError`."""
     ends = [f"videos/{column}/to_timestamp" for column in videos.values()]
-    listed = read_episodes(info, videos.values(), [*wanted_columns(settings, info.where), "length", *ends])
+    listed = read_episodes(info, videos.values(), wanted_columns(settings, info.where), ["length", *ends])
     tell_unlisted(info, listed.episode_index)
     stored = replace(_stored(info, listed, videos), excluded=tuple(settings.exclude_episodes))
     stored = present_cameras(info, stored, videos, options.cameras is not None)
-    listing = Listing(info, stored, listed.extra, listed.names)
+    listing = Listing(info, stored, listed.extra, listed.names, listed.told.get("length"))
     listing = settle_lengths(listing.select(kept_positions(listing, settings)))
     there = {c: column for c, column in cameras.items() if c in stored.videos or c not in videos}
     return with_control_mode(listing, settings), there
@@ -275,8 +280,7 @@ def _stored(info: Info, listed: Episodes, videos: Mapping[str, str]) -> StoredEp
             continue
         chunk, file, start = listed.videos[column]
         files, number = number_files(info, "video_path", chunk, file, column)
-        told = listed.extra.get(f"videos/{column}/to_timestamp", [None] * len(start))
-        to = np.array([end if isinstance(end, int | float) else np.nan for end in told], np.float64)
+        to = listed.told.get(f"videos/{column}/to_timestamp", np.full(len(start), np.nan))
         places[camera] = video_places(info, listed, files, number, start, to)
     table = EpisodeTable(
         episode_index=listed.episode_index,

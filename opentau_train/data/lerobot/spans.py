@@ -67,7 +67,8 @@ def boundaries(file: NDArray[np.int32], start: F64, to: F64, length_s: F64, fram
     it may have room for all of its rows without them: then its start may be wrong, and they are nobody's. Where two
     have the same start, one of them is wrong, and neither has frames.
     """
-    order = np.lexsort((start, file))
+    rises = (np.diff(file) > 0) | ((np.diff(file) == 0) & (np.diff(start) >= 0))
+    order = np.arange(len(file)) if rises.all() else np.lexsort((start, file))
     half = frame_s / 2
     first, end = start[order].copy(), np.where(to > start, to, np.inf)[order]
     follows = np.append(file[order][1:] == file[order][:-1], False)

@@ -35,11 +35,13 @@ _VALUES = (*UNREADABLE, ValueError, OverflowError)
 @dataclass(frozen=True)
 class Table:
     """Rows of metadata: `numbers` {column: [N] i64 or f64}, `values` {column: N Python objects, None where a row or its
-    file has none}, `names` of all columns. `integers` are the numbers that a file has as integers."""
+    file has none}, `told` {column: [N] f64, NaN there and for what is no number}, `names` of all columns. `integers`
+    are the numbers that a file has as integers."""
 
     numbers: Mapping[str, NDArray[Any]]
     values: Mapping[str, list[Any]]
     names: tuple[str, ...]
+    told: Mapping[str, NDArray[np.float64]]
     integers: frozenset[str] = frozenset()
 
 
@@ -70,25 +72,33 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def read_parquet(
-    paths: Sequence[Path], numbers: Mapping[str, type], values: Sequence[str] = (), remedy: str = RESTORE
+    paths: Sequence[Path],
+    numbers: Mapping[str, type],
+    values: Sequence[str] = (),
+    told: Sequence[str] = (),
+    remedy: str = RESTORE,
 ) -> Table:
-    """The rows of all files: the columns `numbers` {name: int or float}, which must be there, and of `values` those
-    that a file has. Raises `UserError`, whose remedy is `remedy` where a number is none."""
+    """The rows of all files: the columns `numbers` {name: int or float}, which must be there, and of `values` and
+    `told` those that a file has. Raises `UserError`, whose remedy is `remedy` where a number is none."""
     names: dict[str, None] = {}
     integers: set[str] = set()
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in numbers}
     objects: dict[str, list[Any]] = {name: [] for name in values}
+    floats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in told}
     for path in paths:
-        table, there = _read_file(path, [*numbers], values)
+        table, there = _read_file(path, [*numbers], [*values, *told])
         names |= dict.fromkeys(there)
         integers |= {name for name in numbers if pa.types.is_integer(table.schema.field(name).type)}
         for name, kind in numbers.items():
             parts[name].append(_numbers(table, Cells(name, kind, path, remedy)))
         for name, column in objects.items():
             column += _objects(table, name, path)
+        for name in told:
+            floats[name].append(_told(table, name, path))
     objects = {name: column for name, column in objects.items() if name in names}
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return Table(joined, objects, tuple(names), frozenset(integers))
+    given = {name: np.concatenate(arrays) for name, arrays in floats.items() if name in names}
+    return Table(joined, objects, tuple(names), given, frozenset(integers))
 
 
 def text_columns(path: Path) -> list[str]:
@@ -109,7 +119,7 @@ def _schema(path: Path) -> pa.Schema:
         raise unreadable(path, error) from error
 
 
-def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = ()) -> Table:
+def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = (), told: Sequence[str] = ()) -> Table:
     """The same of a file with one JSON object a line. Raises `UserError`."""
     rows, lines, number = [], [], 0
     try:
@@ -124,11 +134,12 @@ def read_jsonl(path: Path, numbers: Mapping[str, type], values: Sequence[str] = 
         missing = [name for name in numbers if not isinstance(row, dict) or name not in row]
         if missing:
             raise UserError(f"line {number} has no '{missing[0]}'", where=str(path), remedy=RESTORE)
-    found = [name for name in values if any(name in row for row in rows)]
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
     return Table(
         {n: _from_json([row[n] for row in rows], Cells(n, kind, path, lines=lines)) for n, kind in numbers.items()},
-        {name: [row.get(name) for row in rows] for name in found},
-        tuple(dict.fromkeys(name for row in rows for name in row)),
+        {name: [row.get(name) for row in rows] for name in values if name in names},
+        names,
+        {name: _floats([row.get(name) for row in rows]) for name in told if name in names},
     )
 
 
@@ -212,3 +223,16 @@ def _objects(table: pa.Table, name: str, path: Path) -> list[Any]:
         return table.column(name).to_pylist()
     except _VALUES as error:
         raise UserError(f"column '{name}' can't be read: {error}", where=str(path), remedy=RESTORE) from error
+
+
+def _told(table: pa.Table, name: str, path: Path) -> NDArray[np.float64]:
+    """[N] the numbers of a column, NaN where a row has none."""
+    if name in table.column_names:
+        kind = table.schema.field(name).type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            return table.column(name).to_numpy().astype(np.float64)  # nulls are NaN
+    return _floats(_objects(table, name, path))
+
+
+def _floats(values: list[Any]) -> NDArray[np.float64]:
+    return np.array([value if isinstance(value, int | float) else np.nan for value in values], np.float64)

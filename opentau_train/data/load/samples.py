@@ -28,13 +28,13 @@ class SampleBuilder:
     def __init__(self, mixture: Mixture, *, training: bool):
         self.mixture = mixture
         self.training = training
-        self._keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
+        self.keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
         windows = (d.window(mixture.spec) for d in mixture.datasets)
         self._windows = [replace(window, max_pixels=mixture.settings.max_pixels) for window in windows]
         self._decoders = [d.decoders(w) for d, w in zip(mixture.datasets, self._windows, strict=True)]
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]
-        self._factories: dict[int, CursorFactory] = {}
+        self.factories: dict[int, CursorFactory] = {}
         self._lanes: dict[int, tuple[int, Cursor]] = {}
         self.open_decoders = OpenDecoders()
 
@@ -44,63 +44,65 @@ class SampleBuilder:
 
         Raises `BadSample` for a window that can't be read; the builder stays usable.
         """
-        dataset, window = self.mixture.datasets[address.dataset], self._windows[address.dataset]
+        d, dataset = address.dataset, self.mixture.datasets[address.dataset]
         number = int(dataset.source.episodes.episode_index[address.episode])
-        key = rng.fold_one(self._keys[address.dataset], number, address.frame, address.pass_index)
-        place = self._place(address, key)
-        mode, group = self._modes[address.dataset][place], int(dataset.group_of[address.episode]) + place
+        key = rng.fold_one(self.keys[d], number, address.frame, address.pass_index)
+        place = address.mode if address.mode >= 0 else self.place(d, key)
+        mode, group = self._modes[d][place], int(dataset.group_of[address.episode]) + place
         # A window that is validated in several modes can be read in all of them, or in none.
-        future = window.future > 0 and (mode in WITH_FUTURE or not self.training)
-        read, where = self._cursor(lane, address.dataset).read, (address.episode, address.frame, ahead)
+        future = self._windows[d].future > 0 and (mode in WITH_FUTURE or not self.training)
+        read, where = self.cursor(lane, d).read, (address.episode, address.frame, ahead)
         raw = read(*where, future=True) if future else read(*where)
-        record: Record = {
-            **raw.extra,
-            "images": raw.images,
-            "state": raw.state,
-            "actions": raw.actions,
-            "action_is_pad": raw.is_pad,
-            "prompts": raw.prompts,
-            "mode": mode,
+        values = {"state": raw.state, "actions": raw.actions, "action_is_pad": raw.is_pad, "prompts": raw.prompts}
+        record = self.record({**raw.extra, "images": raw.images, **values}, d, place, group)
+        record |= {
             "key": key,
-            # Only training weighs samples: held-out losses stay those of the data.
-            "weight": raw.extra.get("weight", 1.0) if self.training else 1.0,
-            "group": group,
-            "dataset_index": address.dataset,
-            "dataset_repo_id": dataset.repo_id,
-            "norm_head": self.mixture.groups[group].norm_head,
             "episode_index": number,
             "frame_index": address.frame,
             "pass_index": address.pass_index,
         }
-        sample = self.mixture.pipelines[address.dataset](record, key, training=self.training)
+        sample = self.mixture.pipelines[d](record, key, training=self.training)
         return _parted(sample, self.mixture.spec.history + 1, mode in WITH_FUTURE) if future else sample
+
+    def record(self, values: Record, d: int, place: int, group: int) -> Record:
+        """What is read of a window of dataset `d`, or of several, with what they are: the mode at `place`, `group`."""
+        return {
+            **values,
+            "mode": self._modes[d][place],
+            # Only training weighs samples: held-out losses stay those of the data.
+            "weight": values.get("weight", 1.0) if self.training else 1.0,
+            "group": group,
+            "dataset_index": d,
+            "dataset_repo_id": self.mixture.datasets[d].repo_id,
+            "norm_head": self.mixture.groups[group].norm_head,
+        }
 
     def close(self) -> None:
         """Close all files. A later `build` opens them again."""
         for _, cursor in self._lanes.values():
             cursor.close()
-        for factory in self._factories.values():
+        for factory in self.factories.values():
             factory.close()
         self._lanes.clear()
-        self._factories.clear()
+        self.factories.clear()
         self.open_decoders = OpenDecoders()
 
-    def _place(self, address: Address, key: int) -> int:
-        """Which of the dataset's modes the sample has."""
-        if address.mode >= 0 or not self._bounds[address.dataset]:
-            return max(address.mode, 0)
-        return bisect_right(self._bounds[address.dataset], SampleDraws(key, "mode").uniform())
+    def place(self, d: int, key: int) -> int:
+        """Which of the modes of dataset `d` the sample has, where it is drawn."""
+        bounds = self._bounds[d]
+        return bisect_right(bounds, SampleDraws(key, "mode").uniform()) if bounds else 0
 
-    def _cursor(self, lane: int, dataset: int) -> Cursor:
+    def cursor(self, lane: int, dataset: int) -> Cursor:
+        """The lane's cursor, a new one where it comes from another dataset."""
         held = self._lanes.get(lane)
         if held is not None and held[0] == dataset:
             return held[1]
         if held is not None:
             held[1].close()
             self.open_decoders -= self._decoders[held[0]]
-        if dataset not in self._factories:
-            self._factories[dataset] = self.mixture.datasets[dataset].source.cursors(self._windows[dataset])
-        cursor = self._factories[dataset].cursor()
+        if dataset not in self.factories:
+            self.factories[dataset] = self.mixture.datasets[dataset].source.cursors(self._windows[dataset])
+        cursor = self.factories[dataset].cursor()
         self._lanes[lane] = dataset, cursor
         self.open_decoders += self._decoders[dataset]
         return cursor

@@ -22,6 +22,7 @@ from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.fields import Sample
 from opentau_train.data.load.fetching import files_fetched
 from opentau_train.data.load.samples import SampleBuilder
+from opentau_train.data.load.together import built_together
 from opentau_train.data.load.workers import one_pass
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.tape import Tape
@@ -100,6 +101,9 @@ class ShardDataset(IterableDataset[Shard]):
             builder.close()
 
     def _build(self, builder: SampleBuilder, windows: Windows) -> Shard:
+        batch = built_together(builder, windows)
+        if batch is not None:
+            return Shard(windows.t, batch)
         samples, substituted, left_out = [], 0, {}
         mode = np.full(len(windows), -1) if windows.mode is None else windows.mode
         columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index, mode

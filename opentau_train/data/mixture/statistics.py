@@ -157,7 +157,7 @@ def _check_shared(head: str, one: Dataset, other: Dataset) -> None:
 
 
 def _in_head(dataset: Dataset, groups: Sequence[Group], head: str) -> NDArray[np.bool_]:
-    return np.array([groups[g].norm_head == head for g in dataset.group_of], bool)
+    return np.array([group.norm_head == head for group in groups], bool)[dataset.group_of]
 
 
 def check(stats: dict[str, HeadStats], datasets: Sequence[Dataset], groups: Sequence[Group]) -> None:

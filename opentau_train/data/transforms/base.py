@@ -19,6 +19,8 @@ It begins with `images` {camera: [h+1, H, W, 3] uint8 RGB}, `state` [S] f32, `pr
 (dataset, episode, frame, pass), and whatever else its source reads (`RawWindow.extra`). A sample whose mode has future
 frames has them behind the others, [h+1+F, H, W, 3], so that what is done to a camera's pictures is done to all of them,
 and `future_is_pad` [F] bool.
+
+A record of N windows at once has a row for each in its arrays [N, ...] and lists [N]; other values are all windows'.
 """
 
 
@@ -54,6 +56,8 @@ class Transform:
     writes: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
     """True = left out where nothing may be random or dropped: in validation and on a robot."""
+    broadcasts: ClassVar[bool] = False
+    """True = a call draws nothing, and does with a record of N windows at once what it does with each."""
 
     @property
     def per_chunk(self) -> bool:
@@ -68,6 +72,11 @@ class Transform:
         """What takes the call's place in validation and on a robot: the call, or nothing where it is for training
         only."""
         return record if self.training_only else self(record, draws)
+
+    def many(self, record: Record, num: int) -> Record | None:
+        """The record of N windows at once: bit for bit what calls give of each, in training as elsewhere. None where
+        the class knows no way but one after another."""
+        return self(record, SampleDraws(0, "")) if self.broadcasts else None
 
     def picture_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) that pictures are to be read in, for the transform to give them inside `size`."""

@@ -53,6 +53,7 @@ class Normalize(Transform):
 
     reads: ClassVar = ("state", "actions", "norm_head")
     writes: ClassVar = ("state", "actions")
+    broadcasts: ClassVar = True
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         for name, affine in self.affine[record["norm_head"]].items():

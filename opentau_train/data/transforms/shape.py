@@ -25,6 +25,11 @@ class ChoosePrompt(Transform):
         record["prompt"] = prompts[place] if prompts else ""
         return record
 
+    def many(self, record: Record, num: int) -> Record | None:
+        if max(map(len, record["prompts"])) > 1:
+            return None
+        return record | {"prompt": [prompts[0] if prompts else "" for prompts in record["prompts"]]}
+
 
 @dataclass(frozen=True)
 class Pad(Transform):
@@ -41,20 +46,26 @@ class Pad(Transform):
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         state_dim, action_dim = self.dims[record["norm_head"]]
-        state = np.zeros(self.state_dim, np.float32)
-        state[:state_dim] = record["state"]
+        lead = record["state"].shape[:-1]
+        state = np.zeros((*lead, self.state_dim), np.float32)
+        state[..., :state_dim] = record["state"]
         record["state"] = state
         record["state_dim_mask"] = _first(self.state_dim, state_dim)
         record["action_dim_mask"] = _first(self.action_dim, action_dim)
         if "actions" in record:
-            steps = len(record["actions"])
-            actions = np.zeros((self.chunk_length, self.action_dim), np.float32)
-            actions[:steps, :action_dim] = record["actions"]
+            steps = record["actions"].shape[-2]
+            actions = np.zeros((*lead, self.chunk_length, self.action_dim), np.float32)
+            actions[..., :steps, :action_dim] = record["actions"]
             record["actions"] = actions
             if steps < self.chunk_length:
-                missing = np.ones(self.chunk_length - steps, bool)
-                record["action_is_pad"] = np.append(record["action_is_pad"], missing)
+                missing = np.ones((*lead, self.chunk_length - steps), bool)
+                record["action_is_pad"] = np.append(record["action_is_pad"], missing, axis=-1)
         return record
+
+    def many(self, record: Record, num: int) -> Record:
+        masks = ("state_dim_mask", "action_dim_mask")
+        record = self(record, SampleDraws(0, ""))
+        return record | {mask: np.broadcast_to(record[mask], (num, len(record[mask]))) for mask in masks}
 
     def inverse(self, record: Record) -> Record:
         """Takes away the dimensions that the norm head's robot hasn't, not the steps: a policy fills the chunk."""

@@ -33,6 +33,7 @@ class Scale(Transform):
 
     reads: ClassVar = ("state", "actions")
     writes: ClassVar = ("state", "actions")
+    broadcasts: ClassVar = True
 
     def __call__(self, record: Record, draws: SampleDraws) -> Record:
         for name, (factors, offsets) in self._maps.items():

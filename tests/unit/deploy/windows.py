@@ -52,7 +52,7 @@ def validated(run: Path, policy: RobotPolicy, num: int | None = None) -> Windows
     columns = (plan.windows.dataset, plan.windows.episode, plan.windows.frame)
     for dataset, episode, frame in list(zip(*(column.tolist() for column in columns), strict=True))[:num]:
         sample = builder.build(0, Address(dataset, episode, frame, 0))
-        raw = builder._cursor(0, dataset).read(episode, frame)
+        raw = builder.cursor(0, dataset).read(episode, frame)
         windows.append(Window(raw, sample, sample["norm_head"]))
     builder.close()
     batch = stack([window.sample for window in windows], mixture.spec)

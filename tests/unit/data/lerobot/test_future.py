@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opentau_train.data.chunk import chunk_places, future_rows
+from opentau_train.data.chunk import chunk_places
+from opentau_train.data.lerobot.near_frames import future_rows
 from opentau_train.errors import BadSample
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import Camera, Dataset, write

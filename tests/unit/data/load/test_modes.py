@@ -48,7 +48,7 @@ def test_any_topology_and_a_resume_draw_the_same_modes_and_futures(tmp_path, mon
 def test_modes_are_drawn_anew_in_each_pass_as_often_as_is_set(tmp_path):
     opened = mixture(tmp_path, *JOINT)
     with closing(SampleBuilder(opened, training=True)) as builder:
-        places = [builder._place(Address(0, 0, 3, p), int(rng)) for p, rng in enumerate(keys(3000))]
+        places = [builder.place(0, int(key)) for key in keys(3000)]
     shares = np.bincount(places) / len(places)
     assert np.abs(shares - [0.5, 0.25, 0.25]).max() < 0.03
     drawn = Counter(sample["mode"] for sample in build(opened, [Address(0, 0, 3, p) for p in range(12)]))
@@ -98,9 +98,9 @@ def test_a_window_is_validated_in_each_mode_with_that_mode_s_fields_alone(tmp_pa
     opened, places = mixture(tmp_path, *JOINT), range(3)
     with closing(SampleBuilder(opened, training=False)) as builder:
         samples = [builder.build(0, Address(0, 0, 2, 0, place)) for place in places]
-        decoded = next(iter(builder._factories.values())).frames_decoded
+        decoded = next(iter(builder.factories.values())).frames_decoded
         builder.build(0, Address(0, 0, 2, 0, 1))
-        assert next(iter(builder._factories.values())).frames_decoded == decoded
+        assert next(iter(builder.factories.values())).frames_decoded == decoded
     batch = stack(samples, opened.spec)
     assert batch.mode == ["policy", "wam", "inverse_dynamics"]
     assert [opened.groups[g].mode for g in batch.group.tolist()] == batch.mode
@@ -117,11 +117,11 @@ def test_a_policy_s_sample_of_a_joint_source_decodes_no_future(tmp_path):
     for pass_index in range(12):
         with closing(SampleBuilder(opened, training=True)) as builder:
             sample = builder.build(0, Address(0, 0, 2, pass_index))
-            decoded[sample["mode"]] = next(iter(builder._factories.values())).frames_decoded
+            decoded[sample["mode"]] = next(iter(builder.factories.values())).frames_decoded
     alone = mixture(tmp_path)
     with closing(SampleBuilder(alone, training=True)) as builder:
         builder.build(0, Address(0, 0, 2, 0))
-        assert next(iter(builder._factories.values())).frames_decoded == decoded["policy"] < decoded["wam"]
+        assert next(iter(builder.factories.values())).frames_decoded == decoded["policy"] < decoded["wam"]
 
 
 def test_a_batch_has_the_chosen_cameras_frames_and_says_which_are_there(tmp_path):

@@ -9,11 +9,10 @@ from opentau_train.data.chunk import (
     chunk_places,
     chunk_rows,
     chunks_reaching,
-    future_rows,
-    history_rows,
     next_rows,
     rows_at,
 )
+from opentau_train.data.lerobot.near_frames import future_rows, history_rows
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import DatasetBlocks, make_blocks
 from opentau_train.types import EpisodeTable

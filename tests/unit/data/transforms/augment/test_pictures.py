@@ -234,7 +234,7 @@ def test_each_frame_is_decoded_once_and_a_crop_is_of_more_pixels_than_the_batch_
     for opened in (plain, cropped):
         builder = SampleBuilder(opened, training=True)
         samples = [builder.build(0, Address(0, 0, frame, 0), ahead=5 - frame) for frame in range(6)]
-        counts.append(next(iter(builder._factories.values())).frames_decoded)
+        counts.append(next(iter(builder.factories.values())).frames_decoded)
         batch = stack(samples, opened.spec)
         assert {v.shape for v in batch.images.values()} == {(6, 2, 3, 32, 32)}
         builder.close()
