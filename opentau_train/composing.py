@@ -70,10 +70,11 @@ def _said_again(words: Sequence[str]) -> str:
     groups = [o for o in parsed if (o.key_or_group in SECTIONS or "/" in o.key_or_group) and o.package is None]
     choices = {o.key_or_group: str(o.value()) for o in groups if not o.is_delete()}
     if choices:
-        rest = [o.input_line for o in parsed if o.key_or_group not in choices]
+        rest = [str(o.input_line) for o in parsed if o.key_or_group not in choices]
         usual = hydra.compose("train", rest, return_hydra_config=True).hydra.runtime.choices
         choices = {group: option for group, option in choices.items() if usual.get(group) != option}
-    searched = [str(place) for o in parsed if o.key_or_group == "hydra.searchpath" for place in o.value()]
+    places = next((o.value() for o in parsed if o.key_or_group == "hydra.searchpath"), None)
+    searched = [str(place) for place in places] if isinstance(places, list) else []
     folders = [p.removeprefix("file://") for p in searched if p.startswith("file://")]
     said = own_words(choices.items(), [files("opentau_train.conf"), *map(Path, folders)])
     ConfigStore.instance().store(group="chosen", name="options", node=said, package="_global_", provider="command line")
