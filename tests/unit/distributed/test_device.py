@@ -9,7 +9,7 @@ from opentau_train.errors import UserError
 
 def test_cuda_that_was_asked_for_and_is_missing_is_an_error_not_a_slow_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="sees no CUDA device") as caught:
-        with launch(device="cuda", precision="no", timeout=60, identity={}):
-            pass
+    launched = launch(device="cuda", precision="no", timeout=60, identity={})
+    with pytest.raises(UserError, match="sees no CUDA device") as caught, launched:
+        pass
     assert caught.value.where == "trainer.device" and "auto" in caught.value.remedy
