@@ -138,6 +138,7 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
                     recorder.write(state, arrival.part.batch, taken)
                 meter.open_decoders = arrival.part.open_decoders
                 meter.add(taken, agreement.num_tokens)
+                sinks.advance(state.step)
                 _account(job, meter, sinks, agreement)
                 traced_step()
                 collect(state.step)

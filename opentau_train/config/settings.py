@@ -50,8 +50,8 @@ class TrainerSettings:
     """Samples of the training that a recipe follows: the start says at which step this run has seen as many."""
     max_skipped_steps: Count = field(default=20, metadata=SAFE)
     """Consecutive steps with a non-finite gradient before the run stops; noticed at the next row, see `log_every`."""
-    device: Literal["auto", "cpu"] = field(default="auto", metadata=SAFE)
-    """auto = an accelerator where there is one."""
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=SAFE)
+    """auto = an accelerator where there is one; cuda = an error where there is none."""
     deterministic: bool = False
     """Only kernels that give the same result each time."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

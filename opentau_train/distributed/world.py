@@ -186,6 +186,8 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
     `UserError` on all ranks when one of them is missing, there twice, or not what `identity` says (see `preflight`).
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and device == "cuda":
+        raise UserError("this process sees no CUDA device", where="trainer.device", remedy="set it to auto or cpu")
     roll = None
     # Longer than a step may take: the watchdog, which says where every rank was, comes first.
     limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)

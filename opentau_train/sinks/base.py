@@ -42,6 +42,9 @@ class Sink(Protocol):
     A resumed run repeats the steps after its checkpoint: a sink shows each step once, from whichever attempt.
     """
 
+    def advance(self, step: int) -> None:
+        """An optimizer step was taken; its scalars come only once an interval."""
+
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """The scalars of one optimizer step (1 = after the first). A step may come in several rows."""
 
@@ -70,6 +73,10 @@ class Sinks(Sink):
         self._closing = ExitStack()
         for sink in sinks:
             self._closing.callback(sink.close)
+
+    def advance(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.advance(step)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for sink in self.sinks:

@@ -1,25 +1,47 @@
-"""Progress for people: a bar on a terminal, one line an interval elsewhere, a table after each validation pass."""
+"""Progress for people: a bar on a terminal, one line an interval elsewhere, a table after each validation pass.
+
+All of it goes through the program's log, so that `train.log` holds it too.
+"""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from opentau_train.sinks.base import Sink, SinkContext
 
+log = logging.getLogger(__name__)
+ROOT = logging.getLogger("opentau_train")
+
 VALIDATION = "Validation/"
+NORM_HEAD = "::"
+"""Stands in the names of norm heads, `robot::control_mode`."""
+
 COLUMNS = (
-    ("Training/Loss", "loss", "{:.4f}"),
-    ("Training/GradNorm", "grad", "{:.3g}"),
-    ("Training/LearningRate", "lr", "{:.2e}"),
-    ("Training/SamplesPerSecond", "samples/s", "{:.0f}"),
+    ("Training/Loss", "loss", "{:.4f}", 8),
+    ("Training/Epoch", "epoch", "{:.2f}", 6),
+    ("wait", "wait", "{:.0%}", 4),
+    ("Training/GradNorm", "grad", "{:.3g}", 8),
+    ("Training/LearningRate", "lr", "{:.2e}", 8),
+    ("Training/SamplesPerSecond", "samples/s", "{:.0f}", 6),
 )
+"""(tag, label, format, width), what matters most first: a narrow terminal shows the first ones. `wait` is the share of
+a step's time that went by without data."""
+
+ENDS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+"""The bar of a terminal that has room for nothing else."""
+
+ONLY_IN_FILE = {"only_in_file": True}
+"""Marks a record that the bar shows already."""
 
 
 class ConsoleSink(Sink):
@@ -27,42 +49,75 @@ class ConsoleSink(Sink):
 
     def __init__(self, *, context: SinkContext):
         self._total, self._start, self._began = context.total_steps, context.start_step, time.monotonic()
+        self._every = context.config.get("trainer", {}).get("log_every")
         self._last_pass: dict[str, float] = {}
         self._bar: tqdm | None = None
+        self._fields: list[str] = []
+        self._closing = ExitStack()
         if _has_terminal():
+            # Without smoothing the rate is the average since the start: the time left counts validations and saves.
             self._bar = tqdm(
                 total=context.total_steps, initial=context.start_step, desc=context.run_name, unit="step",
-                file=sys.stderr, dynamic_ncols=True,
+                file=sys.stderr, dynamic_ncols=True, smoothing=0, miniters=1, bar_format=ENDS,
             )  # fmt: skip
+            self._closing.callback(self._bar.close)
+            self._closing.enter_context(logging_redirect_tqdm([ROOT]))  # else a line of the log is glued to the bar
+            *others, terminal = ROOT.handlers  # where tqdm has put its own
+            terminal.addFilter(lambda record: not hasattr(record, "only_in_file"))
+            ROOT.handlers = [terminal, *others]  # the terminal's comes first, as `log.Console` has it
+
+    def advance(self, step: int) -> None:
+        """Move the bar. Without one, tell the first step, so that nobody waits an interval to see that it runs."""
+        if self._bar is not None:
+            self._bar.bar_format = fitting(self._bar, self._fields)
+            self._bar.update(step - self._bar.n)
+        elif step == self._start + 1 and self._every != 1:
+            seconds = time.monotonic() - self._began
+            then = "" if self._every is None else f"; from now on a line every {self._every} steps"
+            log.info("step %d/%d taken after %.1f s%s", step, self._total, seconds, then)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         if any(tag.startswith("Training/") for tag in row):
-            self._progress(step, {label: form.format(row[tag]) for tag, label, form in COLUMNS if tag in row}, row)
+            self._progress(step, row)
         scores = read_scores(row)
         if scores:
-            self._print(f"validation at step {step}\n{table(scores, self._last_pass)}")
+            log.info("validation at step %d\n%s", step, table(scores, self._last_pass))
             self._last_pass = {f"{s.group}/{s.term}": s.value for s in scores}
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._closing.close()
 
-    def _progress(self, step: int, parts: dict[str, str], row: Mapping[str, float]) -> None:
-        if row.get("Training/SkippedSteps", 0):
-            parts["skipped"] = f"{row['Training/SkippedSteps']:.0f}"
-        if self._bar is not None:
-            self._bar.set_postfix(parts, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
+    def _progress(self, step: int, row: Mapping[str, float]) -> None:
+        row = dict(row)
+        if row.get("Timing/Step", 0) > 0 and "Timing/DataWait" in row:
+            row["wait"] = row["Timing/DataWait"] / row["Timing/Step"]
+        parts = [(label, form.format(row[tag]), width) for tag, label, form, width in COLUMNS if tag in row]
         seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
-        parts["eta"] = str(datetime.timedelta(seconds=round(seconds)))
-        self._print("  ".join([f"step {step}/{self._total}", *(f"{label} {text}" for label, text in parts.items())]))
-
-    def _print(self, text: str) -> None:
+        parts.append(("eta", str(datetime.timedelta(seconds=round(seconds))), 8))
+        if row.get("Training/SkippedSteps", 0):
+            parts.append(("skipped", f"{row['Training/SkippedSteps']:.0f}", 0))
+        self._fields = [f"{label} {text}" for label, text, _ in parts if label != "eta"]
+        texts = [f"step {step:>{len(str(self._total))}}/{self._total}", *(f"{n} {t:>{w}}" for n, t, w in parts)]
+        log.info("  ".join(texts), extra=None if self._bar is None else ONLY_IN_FILE)
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+            self.advance(step)
+
+
+def fitting(bar: tqdm, fields: Sequence[str]) -> str:
+    """The `bar_format` of a line that the terminal's width holds: with as many `fields` as fit, the first ones first,
+    beside a bar of ten columns; where not even the run's name fits, without it."""
+    about = {**bar.format_dict, "prefix": bar.desc.removesuffix(": "), "ncols": None, "postfix": None}
+    shown = bar.format_dict["ncols"] or 80
+    ends, needed = ENDS, len(tqdm.format_meter(**{**about, "bar_format": ENDS.replace("{bar}", "")})) + 10
+    name = about["prefix"]
+    if needed + len(name) + 1 <= shown // 2:
+        ends, needed = "{desc} " + ends, needed + len(name) + 3
+    for field in fields:
+        needed += len(field) + 2
+        if needed > shown:
+            break
+        ends += "  " + field.replace("{", "{{").replace("}", "}}")
+    return ends
 
 
 def _has_terminal() -> bool:
@@ -94,8 +149,14 @@ def read_scores(row: Mapping[str, float]) -> list[Score]:
 
 def table(scores: list[Score], before: Mapping[str, float]) -> str:
     """An aligned table, one line a group and the mixture last: N, each term with its standard error, and the change
-    against `before` ({`group/term`: value} of the last pass)."""
-    groups = sorted({s.group for s in scores}, key=lambda group: (group == "", group))
+    against `before` ({`group/term`: value} of the last pass). A norm head has a line where it is of several groups:
+    that of a single one would say the same again."""
+    numbers: dict[str, list[tuple[str, float, float | None]]] = {}
+    for s in scores:
+        numbers.setdefault(s.group, []).append((s.term, s.value, s.stderr))
+    own = [one for group, one in numbers.items() if NORM_HEAD not in group]
+    told = [group for group, one in numbers.items() if NORM_HEAD not in group or one not in own]
+    groups = sorted(told, key=lambda group: (group == "", group))
     terms = list(dict.fromkeys(s.term for s in scores))
     cells = {(s.group, s.term): s for s in scores}
     lines = [["group", "N", *(label for term in terms for label in (term, "change"))]]

@@ -1,6 +1,8 @@
 """Draw a run's curves from its metrics.jsonl as one PNG:
 
 python -m opentau_train.tools.report RUN --out curves.png
+
+A file that is there is overwritten only with --force. Exit codes: 0, or 2 for a mistake in what was given.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.sinks.jsonl import ABOUT, read_rows
+from opentau_train.tools.out import check_format, writing
 
 PANELS = (
     ("loss", ("Training/MSE", "Training/CE")),
@@ -66,9 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.report", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     options = parser.parse_args(arguments)
     try:
-        draw(read_curves(options.run), options.run.name).savefig(options.out, dpi=110)
+        if options.out.exists() and not options.force:
+            raise UserError(
+                f"{options.out} is there already", where="--out", remedy="name another file, or add --force"
+            )
+        check_format(options.out)
+        figure = draw(read_curves(options.run), options.run.name)
+        with writing(options.out):
+            figure.savefig(options.out, dpi=110)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER

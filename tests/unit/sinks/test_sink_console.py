@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import os
 import pty
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import termios
 import textwrap
+import time
+from pathlib import Path
 
-from opentau_train.sinks.console import ConsoleSink, read_scores
+import pytest
+
+from opentau_train.log import log_to
+from opentau_train.sinks.console import ConsoleSink, read_scores, table
 
 TRAINING = {
     "Training/Loss": 0.43211,
@@ -27,20 +35,50 @@ PASS = {
 
 
 def test_plain_line_tells_step_numbers_and_eta(make_context, capsys):
-    sink = ConsoleSink(context=make_context(start_step=10))
-    sink.write(20, TRAINING)
-    sink.write(30, {**TRAINING, "Training/SkippedSteps": 2.0})
-    sink.close()
+    with log_to(sys.stderr, is_main=True):
+        sink = ConsoleSink(context=make_context(start_step=10))
+        sink.write(20, TRAINING)
+        sink.write(100, {**TRAINING, "Training/Loss": 123.4567, "Training/SkippedSteps": 2.0})
+        sink.close()
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 20/100  loss 0.4321  grad 1.92  lr 3.00e-04  samples/s 312  eta 0:00:00")
+    assert " ".join(first.split()).startswith("step 20/100 loss 0.4321 grad 1.92 lr 3.00e-04 samples/s 312 eta")
     assert "skipped 2" in second and "skipped" not in first
+    for label in ("loss", "grad", "lr", "samples/s", "eta"):
+        assert first.index(label) == second.index(label), "the columns are not aligned"
+
+
+def test_wait_is_told_as_a_share_of_a_step_beside_the_epoch(make_context, capsys):
+    with log_to(sys.stderr, is_main=True):
+        row = {**TRAINING, "Timing/Step": 0.4, "Timing/DataWait": 0.1, "Training/Epoch": 1.5}
+        ConsoleSink(context=make_context()).write(20, row)
+    assert "epoch   1.50  wait  25%" in capsys.readouterr().err
+
+
+def test_first_step_is_told_at_once_and_later_ones_only_by_their_rows(make_context, capsys):
+    with log_to(sys.stderr, is_main=True):
+        sink = ConsoleSink(context=make_context(start_step=10))
+        for step in (11, 12, 13):
+            sink.advance(step)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 11/100 taken after ")
+
+
+def test_log_file_holds_the_lines_and_the_tables(make_context, tmp_path, capsys):
+    with log_to(sys.stderr, is_main=True) as console:
+        console.also_to(tmp_path / "train.log")
+        sink = ConsoleSink(context=make_context())
+        sink.write(20, {**TRAINING, **PASS})
+    printed = capsys.readouterr().err.splitlines()
+    kept = (tmp_path / "train.log").read_text()
+    assert len(printed) > 4 and all(line in kept for line in printed)
 
 
 def test_validation_table_is_aligned_and_shows_the_change(make_context, capsys):
-    sink = ConsoleSink(context=make_context())
-    sink.write(10, PASS)
-    first = capsys.readouterr().err.splitlines()
-    sink.write(20, {**PASS, "Validation/droid/joint/MSE": 0.2})
+    with log_to(sys.stderr, is_main=True):
+        sink = ConsoleSink(context=make_context())
+        sink.write(10, PASS)
+        first = capsys.readouterr().err.splitlines()
+        sink.write(20, {**PASS, "Validation/droid/joint/MSE": 0.2})
     second = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in first] == ["validation", "group", "droid/joint", "lab/arm/ee", "mixture"]
     assert first[2].split() == ["droid/joint", "40", "0.25000", "±", "0.01000"]
@@ -49,6 +87,14 @@ def test_validation_table_is_aligned_and_shows_the_change(make_context, capsys):
     header, droid, lab = second[1], second[2], second[3]
     assert droid.index("0.01000") + 7 == header.index("MSE") + 3  # right-aligned under its title
     assert lab.index("2.00000") + 7 == header.index("CE") + 2
+
+
+def test_a_norm_head_has_a_row_only_where_its_numbers_are_no_groups():
+    alone = {"Validation/a/joint/MSE": 0.5, "Validation/a/joint/MSE/N": 4.0}
+    same = {"Validation/arm::joint/MSE": 0.5, "Validation/arm::joint/MSE/N": 4.0}
+    other = {"Validation/b/joint/MSE": 0.3, "Validation/b/joint/MSE/N": 4.0, "Validation/arm::joint/MSE": 0.4}
+    assert "arm::joint" not in table(read_scores(alone | same), {})
+    assert "arm::joint" in table(read_scores(alone | same | other), {})
 
 
 def test_scores_keep_dataset_names_with_slashes():
@@ -63,13 +109,16 @@ def test_scores_keep_dataset_names_with_slashes():
 def shown_on_a_terminal(columns: int) -> str:
     """What a resumed run's sink writes to a terminal of that width."""
     code = """
+        import sys
         from pathlib import Path
+        from opentau_train.log import log_to
         from opentau_train.sinks.base import SinkContext
         from opentau_train.sinks.console import ConsoleSink
-        sink = ConsoleSink(context=SinkContext(Path("."), "droid", 100, 40, {}))
-        sink.write(50, {"Training/Loss": 0.5})
-        sink.write(50, {"Validation/MSE": 0.25})
-        sink.close()
+        with log_to(sys.stderr, is_main=True):
+            sink = ConsoleSink(context=SinkContext(Path("."), "droid", 100, 40, {}))
+            sink.write(50, {"Training/Loss": 0.5})
+            sink.write(50, {"Validation/MSE": 0.25})
+            sink.close()
     """
     main, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
@@ -87,8 +136,58 @@ def shown_on_a_terminal(columns: int) -> str:
 
 def test_terminal_gets_a_bar_that_starts_where_the_run_resumes():
     text = shown_on_a_terminal(120)
-    assert "40/100" in text and "50/100" in text and "loss=0.5000" in text and "validation at step 50" in text
+    assert "40/100" in text and "50/100" in text and "loss 0.5000" in text and "validation at step 50" in text
 
 
 def test_terminal_without_a_width_gets_lines():
-    assert shown_on_a_terminal(0).startswith("step 50/100  loss 0.5000")
+    assert shown_on_a_terminal(0).startswith("step  50/100  loss   0.5000")
+
+
+PANE = """
+import logging, sys, time
+from pathlib import Path
+from opentau_train.log import log_to
+from opentau_train.sinks.base import SinkContext
+from opentau_train.sinks.console import ConsoleSink
+row = {"Training/Loss": 0.5, "Training/Epoch": 1.25, "Timing/Step": 0.4, "Timing/DataWait": 0.1,
+       "Training/GradNorm": 1.9, "Training/LearningRate": 3e-4, "Training/SamplesPerSecond": 312.0}
+with log_to(sys.stderr, is_main=True):
+    sink = ConsoleSink(context=SinkContext(Path("."), "droid_policy", 1000, 0, {}))
+    for step in range(1, 558):
+        sink.advance(step)
+        if step % 50 == 0:
+            sink.write(step, row)
+            logging.getLogger("opentau_train.x").info("saved checkpoint %d", step)
+    sink._bar.refresh()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux isn't installed")
+@pytest.mark.parametrize("columns", [60, 80, 110, 200])
+def test_pane_shows_one_whole_bar_between_steps_and_whole_lines_of_the_log(columns, tmp_path):
+    code = tmp_path / "pane.py"
+    code.write_text(PANE)
+    tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null"]
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(code))}"
+    size = ["-x", str(columns), "-y", "40"]
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    subprocess.run([*tmux, "new-session", "-d", *size, command], env=environment, cwd=root, check=True)
+    try:
+        for _ in range(600):
+            shown = subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+            if "557/1000" in shown:
+                break
+            time.sleep(0.1)
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True)
+    lines = [line.rstrip() for line in shown.splitlines() if line.strip()]
+    saved = [f"saved checkpoint {step}" for step in range(50, 551, 50)]
+    assert lines[:-1] == saved, "a line of the log is glued to the bar, or the bar left a trace"
+    bar = lines[-1]
+    assert re.search(r"56%\|.+\| 557/1000 \[\d+:\d\d<\d+:\d\d\]", bar) and len(bar) <= columns
+    every = ["loss 0.5000", "epoch 1.25", "wait 25%", "grad 1.9", "lr 3.00e-04", "samples/s 312"]
+    num = {60: 1, 80: 3, 110: 4, 200: 6}[columns]
+    assert [field for field in every if field in bar] == every[:num]
+    assert ("droid_policy" in bar) == (columns >= 110)
