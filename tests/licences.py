@@ -16,8 +16,9 @@ REPO = Path(__file__).parents[1]
 PAGE = REPO / "docs" / "licences.md"
 HEAD = """# Licences of dependencies
 
-opentau_train is under Apache-2.0. It contains no code of these packages; they are installed beside it, each under its own
-licence. `python -m tests.licences` writes this page from the packages' own metadata; `uv.lock` lists what they bring in turn.
+opentau_train is under Apache-2.0. It contains no code of these packages; they are installed beside it, each under its
+own licence. `python -m tests.licences` writes this page from the packages' own metadata; `uv.lock` lists what they
+bring in turn.
 
 | package | licence | for |
 | --- | --- | --- |

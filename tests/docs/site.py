@@ -1,4 +1,4 @@
-"""mkdocs' hook: the documents at the repository's root become pages, and links to files that are no pages become code."""
+"""mkdocs' hook: the documents at the repository's root become pages, links to files that are no pages become code."""
 
 from __future__ import annotations
 
