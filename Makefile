@@ -148,12 +148,12 @@ lock: ## uv.lock anew, with the versions of constraints.txt (needs uv)
 	cp build/lock/uv.lock uv.lock
 	$(UV) lock --default-index https://pypi.org/simple
 
-# The lower bounds of pyproject.toml are true: the oldest releases that they allow, with Python 3.11.
-$(LOWEST)/.installed: pyproject.toml tests/requirements-lowest.txt
+# The lower bounds of pyproject.toml are true: the oldest releases that they allow. Python 3.11: some have no wheel for a newer one.
+$(LOWEST)/.installed: pyproject.toml tests/lowest.py
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --no-compile --no-deps -r tests/requirements-lowest.txt
-	$(LOWEST)/bin/python -m pip install --no-compile --no-deps -e .
+	$(LOWEST)/bin/python -m pip install --no-compile $$($(PYTHON) tests/lowest.py) pytest pytest-timeout pytest-xdist hypothesis setuptools
+	$(LOWEST)/bin/python -m pip install --no-compile --no-deps --no-build-isolation -e .
 	touch $@
 
 test-lowest: $(LOWEST)/.installed ## A part of the fast tests with the lowest versions that pyproject.toml states

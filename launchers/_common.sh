@@ -136,6 +136,7 @@ launch_container() {
   [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
   local mounts="$OPENTAU_ROOT,$RUN_DIR,$LOG_DIR,$PWD" first
   [[ ${DATASET_PATH:-} != /* ]] || mounts+=",$DATASET_PATH"
+  # shellcheck disable=SC2034 # the caller's
   container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD"
     "--container-mounts=$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
   if [[ -z ${MASTER_ADDR:-} ]]; then
