@@ -1,4 +1,4 @@
-"""Print the lowest version that pyproject.toml states of each dependency, as pip's requirements (`make test-lowest`)."""
+"""Print the lowest version that pyproject.toml states of each dependency, as pip's requirements."""
 
 import re
 import tomllib
