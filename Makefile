@@ -19,9 +19,15 @@ STAMP := .venv/.installed
 LEROBOT := .venv/lerobot
 SIMULATION := .venv/simulation
 WEIGHTS := .venv/.weights
-SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*) .ci/run
+SITE := .venv/site
+LOWEST := .venv/lowest
+LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data/order tests/unit/config -k "not pi0 and not pi05 and not diffusion"
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants lint fmt type docs bench bench-quick golden clean
+# From one public index, whatever else the machine's settings name: the lock is for every machine.
+UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
+SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
+
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,7 +54,7 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-all mutants: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
@@ -117,11 +123,44 @@ fmt: setup ## Format the Python code and fix what ruff can
 type: setup ## Check the types (mypy)
 	$(BIN)/mypy opentau_train
 
-docs: setup ## Check that the documentation's links resolve and its commands are tested
+# mkdocs gets an environment of its own: nothing else needs it.
+$(SITE)/.installed: pyproject.toml constraints.txt
+	rm -rf $(SITE)
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --no-compile -c constraints.txt \
+	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+site: $(SITE)/.installed ## The documentation as a site, in build/site (a link that leads nowhere is an error)
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+
+docs: setup site ## The site, and tests of the documentation's links and commands
 	$(BIN)/python -m pytest tests/docs
 
 bench-quick: setup ## See that the benchmarks which have a quick form run (their numbers mean nothing)
 	for script in $$(grep -l -- --quick benchmarks/*.py); do echo "== $$script"; timeout 120 $(BIN)/python "$$script" --quick; done
+
+# uv has no option for constraints here: they are written into a copy, which is locked, and a second run over that lock
+# keeps its versions without them.
+lock: ## uv.lock anew, with the versions of constraints.txt (needs uv)
+	rm -rf build/lock
+	mkdir -p build/lock
+	cp -r pyproject.toml setup.py README.md LICENSE opentau_train conf launchers docs build/lock
+	{ echo; echo "[tool.uv]"; echo "constraint-dependencies = ["; sed -E '/^#/d; s/.*/    "&",/' constraints.txt; echo "]"; } >> build/lock/pyproject.toml
+	cd build/lock && $(UV) lock --default-index https://pypi.org/simple
+	cp build/lock/uv.lock uv.lock
+	$(UV) lock --default-index https://pypi.org/simple
+
+# The lower bounds of pyproject.toml are true: the oldest releases that they allow. Python 3.11: some have no wheel for a newer one.
+$(LOWEST)/.installed: pyproject.toml tests/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --no-compile $$($(PYTHON) tests/lowest.py) pytest pytest-timeout pytest-xdist hypothesis setuptools
+	$(LOWEST)/bin/python -m pip install --no-compile --no-deps --no-build-isolation -e .
+	touch $@
+
+test-lowest: $(LOWEST)/.installed ## A part of the fast tests with the lowest versions that pyproject.toml states
+	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(ARGS)
 
 bench: setup $(WEIGHTS) ## Run every benchmark of benchmarks/
 	for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -83,6 +83,18 @@ launch_require_command() {
   fi
 }
 
+# launch_find_torchrun: fill the array `torchrun` with the command, which needn't be on PATH: it is a module of torch.
+launch_find_torchrun() {
+  if command -v -- torchrun >/dev/null; then
+    torchrun=(torchrun)
+  elif "${PYTHON:-python}" -I -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    torchrun=("${PYTHON:-python}" -m torch.distributed.run)
+  else
+    launch_fail "neither 'torchrun' nor torch found" "PATH, and the environment variable PYTHON (${PYTHON:-python})" \
+      "activate the environment, e.g. source .venv/bin/activate"
+  fi
+}
+
 # DATASET_PATH is set, and becomes the root of the sources of `data=droid`, `droid_cosmos` and `lerobot`.
 launch_take_dataset() {
   if [[ -z ${DATASET_PATH:-} ]]; then
@@ -117,6 +129,23 @@ launch_check() {
   "${PYTHON:-python}" -m opentau_train.tools.check "$@"
 }
 
+# launch_container: fill the array `container` with srun's options for CONTAINER_IMAGE: none where it isn't set. There is no
+# scontrol in an image, so that MASTER_ADDR is looked up here.
+launch_container() {
+  container=()
+  [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
+  local mounts="$OPENTAU_ROOT,$RUN_DIR,$LOG_DIR,$PWD" first
+  [[ ${DATASET_PATH:-} != /* ]] || mounts+=",$DATASET_PATH"
+  # shellcheck disable=SC2034 # the caller's
+  container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD"
+    "--container-mounts=$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+  if [[ -z ${MASTER_ADDR:-} ]]; then
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=$(launch_node_address "${first%%$'\n'*}")
+    export MASTER_ADDR
+  fi
+}
+
 # launch_quote_value TEXT: print TEXT as a value of an override, in Hydra's quotes where it holds more than a plain path.
 launch_quote_value() {
   local text=$1
@@ -129,10 +158,13 @@ launch_quote_value() {
 
 # launch_torchrun LOG ARGUMENT...: run `torchrun [topology] -m opentau_train ARGUMENT...`, its output to stdout and
 # appended to the file LOG, and return its status. TERM, INT, HUP and QUIT are handed on to torchrun, and waited for.
+# Where torchrun isn't on PATH it is started as a module of PYTHON.
 # With RDZV_ID the nodes meet by torchrun's c10d rendezvous at MASTER_ADDR, in any order, else by its static one.
 launch_torchrun() {
-  local log=$1 command=(torchrun)
+  local log=$1 torchrun command
   shift
+  launch_find_torchrun || return
+  command=("${torchrun[@]}")
   [[ -z ${NPROC_PER_NODE:-} ]] || command+=(--nproc-per-node "$NPROC_PER_NODE")
   [[ -z ${NNODES:-} ]] || command+=(--nnodes "$NNODES")
   if [[ -n ${RDZV_ID:-} ]]; then

@@ -19,7 +19,7 @@
 #   EXTRA_TAIL_OVERRIDES  overrides in one string, read with a shell's quoting but never executed, after TAIL_OVERRIDES:
 #                         EXTRA_TAIL_OVERRIDES='trainer.steps=5 "name=my run"'.
 #   CHECK_CONFIG          0: start torchrun without checking configuration and dataset first.
-#   PYTHON                interpreter of the checks; unset: python. torchrun is taken from PATH.
+#   PYTHON                interpreter of the checks; unset: python. torchrun is taken from PATH, else it is PYTHON's.
 #
 # Under `srun` NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from SLURM when they are not given;
 # launchers/slurm/train.sbatch is a whole job with preemption and requeue.
@@ -34,7 +34,8 @@ train_droid_policy() {
   launch_topology_from_slurm
   launch_check_topology || return
   launch_require_command "${PYTHON:-python}" "the environment variable PYTHON" || return
-  launch_require_command torchrun PATH || return
+  local torchrun
+  launch_find_torchrun || return
   launch_take_dataset || return
 
   local overrides=(+recipe=droid_policy) words

@@ -19,11 +19,18 @@ from tests import warm
 from tests.lerobot_writer import Dataset, vector, write
 from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
 
-DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", REPO / "SECURITY.md", *sorted((REPO / "docs").rglob("*.md"))]
+ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+DOCUMENTS = [*(REPO / name for name in ROOT), *sorted((REPO / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {
     "make test-nightly": "tests/property",
     "make mutants": "tests/unit/test_mutants.py",
     "make": ".ci/run",
+    "docker": "tests/launchers/test_image.py",
+    "kubectl apply": "tests/launchers/test_shipped.py",
+    "sky launch": "tests/launchers/test_shipped.py",
+    "python launchers/slurm/sweep.py": "tests/launchers/test_sweep.py",
+    "opentau-train launcher": "tests/unit/tools/test_launcher_copy.py",
+    "python -m tests.licences": "tests/docs/test_site.py",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
     "launchers/slurm/train.sbatch": "tests/slurm",
     "sbatch": "tests/slurm",

@@ -380,9 +380,27 @@ def test_what_does_not_fit_is_refused(node, texts, variables):
     node.refuses(*texts, **variables)
 
 
-def test_a_missing_torchrun_is_refused(node):
-    (node.path / "bin" / "torchrun").rename(node.path / "bin" / "elsewhere")
-    node.refuses("'torchrun'", "PATH", PATH=f"{node.path / 'bin'}:/usr/bin:/bin", PYTHON=sys.executable)
+INTERPRETER = """#!/usr/bin/env bash
+if [[ $1 == -I && $3 == *torch* ]]; then exit "$LACKS_TORCH"; fi
+[[ $2 == torch.distributed.run ]] || exec {python} "$@"
+shift 2
+exec {torchrun} "$@"
+"""
+
+
+@pytest.mark.parametrize("lacks_torch", [0, 1])
+def test_without_torchrun_on_path_it_is_started_as_a_module_if_there_is_torch(node, lacks_torch):
+    torchrun = (node.path / "bin" / "torchrun").rename(node.path / "bin" / "elsewhere")
+    python = node.path / "bin" / "interpreter"
+    python.write_text(INTERPRETER.format(python=sys.executable, torchrun=torchrun))
+    python.chmod(0o755)
+    place = {"PATH": f"{node.path / 'bin'}:/usr/bin:/bin", "PYTHON": python, "LACKS_TORCH": lacks_torch}
+    if lacks_torch:
+        return node.refuses("'torchrun'", "PATH", **place)
+    answer = node.run(NPROC_PER_NODE=2, **place)
+    assert answer.returncode == 0, answer.stderr
+    assert node.arguments == ["--nproc-per-node", "2", *HEAD]
+    assert f"+ {python} -m torch.distributed.run --nproc-per-node 2" in answer.stdout
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])

@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[2]
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: setuptools writes beside the sources, and an old build/ would leak into it."""
     source, out = tmp_path_factory.mktemp("source") / "repo", tmp_path_factory.mktemp("wheel")
-    kept = ("opentau_train", "conf", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+    kept = ("opentau_train", "conf", "launchers", "docs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
     source.mkdir()
     for name in kept:
         path = REPO / name
@@ -42,6 +42,8 @@ def test_the_wheel_holds_every_module_and_configuration_file(wheel):
     modules = {p.relative_to(REPO).as_posix() for p in (REPO / "opentau_train").rglob("*.py")}
     conf = [*(REPO / "conf").rglob("*.yaml"), *(REPO / "conf").rglob("*.py")]
     assert conf
+    for folder in ("launchers", "docs"):
+        conf += [path for path in (REPO / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert held == modules | {f"opentau_train/{p.relative_to(REPO).as_posix()}" for p in conf}
     assert any(name.endswith("/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
@@ -67,3 +69,7 @@ def test_the_installed_wheel_composes_a_recipe_from_an_empty_directory(wheel, tm
     assert all(path.startswith(str(site)) for path in python("-c", where).split())
     assert "name: droid_policy" in python("-m", "opentau_train", "--cfg", "job", "+recipe=droid_policy")
     assert not list(empty.iterdir())
+    assert "launchers: " in python("-m", "opentau_train.tools.launcher", "--copy", str(empty), "--docs")
+    for file in ("launchers/slurm/train.sbatch", "launchers/kubernetes/jobset.yaml", "docs/quickstart.md"):
+        assert (empty / file).read_bytes() == (REPO / file).read_bytes()
+    assert os.access(empty / "launchers" / "train_droid_policy.sh", os.X_OK)
