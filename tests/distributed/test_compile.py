@@ -23,8 +23,8 @@ RUNS = {
     "fsdp_2_checkpointed_bf16": (2, [*COMPILED, *FSDP, "parallelism.activation_checkpointing=true", *BF16]),
 }
 ALWAYS = ("eager", "eager_bf16", "ddp_2", "fsdp_2_checkpointed_bf16")
-"""`alone` is ddp_2 without its reduction. Of fsdp_2 the sharding is in the other run, and in float32, traced alike but with
-other kernels, in test_policies.py's fsdp_2_compiled."""
+"""`alone` is ddp_2 without its reduction. What fsdp_2 shards the other sharded run does too, and in float32, traced
+alike but with other kernels, test_policies.py's fsdp_2_compiled."""
 
 
 @NEEDS_COMPILER

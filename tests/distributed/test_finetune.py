@@ -79,8 +79,8 @@ def test_adapters_and_frozen_layers_train_alike_in_every_layout(tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_adapters_train_alike_in_further_layouts(tmp_path):
-    """By day shards have adapters (fsdp_2_checkpointed), four ranks the policy without them (test_topology.py), and pi0's
-    adapters are compiled: these are their combinations."""
+    """By day shards have adapters (fsdp_2_checkpointed), four ranks the policy without them (test_topology.py), and
+    pi0's adapters are compiled: these are their combinations."""
     layouts = ["alone", "fsdp_2", "hsdp_2x2", "compiled"]
     train_all(of_adapters("flow", layouts, tmp_path))
     assert_alike(tmp_path / "flow", layouts)

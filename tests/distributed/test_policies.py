@@ -17,8 +17,7 @@ LAYOUTS = {
     "four_micro_batches": (1, ["data.max_samples_per_batch=1"]),
 }
 NIGHTLY_LAYOUTS = {"fsdp_2": (2, ["parallelism=fsdp"])}
-"""Shards whose blocks aren't computed again: less of what LAYOUTS has. The flow policy has it always (test_topology.py)."""
-
+"""Shards that keep their activations: less of what LAYOUTS has. By day test_topology.py has it for the flow policy."""
 AOT_EAGER = ["trainer.compile=true", "trainer.compile_backend=aot_eager"]
 MORE_LAYOUTS = {
     "aot_eager": (1, AOT_EAGER),
@@ -106,8 +105,8 @@ def test_pretrained_encoders_train_alike_in_every_layout(tmp_path):
     ids=" and ".join,
 )
 def test_policies_train_alike_compiled_and_on_four_ranks(names, tmp_path):
-    """The one with the most kinds of tokens always, the others at night: five take four minutes. pi0's layers are compiled
-    by aot_eager in test_finetune.py too."""
+    """The one with the most kinds of tokens always, the others at night: five take four minutes. By day
+    test_finetune.py compiles pi0's layers by aot_eager."""
     trained_alike({name: POLICIES[name] for name in names}, MORE_LAYOUTS, tmp_path)
 
 
@@ -117,6 +116,6 @@ def test_policies_train_alike_compiled_and_on_four_ranks(names, tmp_path):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,
-    has one shape of batches to compile for: aot_eager is tried with several. By day test_compile.py has inductor for the
-    flow policy; what differs in another policy, its graph, aot_eager traces."""
+    has one shape of batches to compile for: aot_eager is tried with several. By day test_compile.py has inductor for
+    the flow policy; what differs in another policy, its graph, aot_eager traces."""
     trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow  # transformers takes 5 s to import
 BF16, CHECKPOINTED = "trainer.precision=bf16", "parallelism.activation_checkpointing=true"
 ALWAYS = (f"parallelism=fsdp {BF16} {CHECKPOINTED}",)
 AT_NIGHT = ("", f"{BF16} {CHECKPOINTED} data.max_samples_per_batch=16", f"parallelism=fsdp {BF16}")
-"""Arguments of the documented table: each plan of pi0 takes ten seconds. The first has all that the others have but whole
-parameters, which smaller policies' tests have."""
+"""Arguments of the documented table: each plan of pi0 takes ten seconds. The first has all that the others have but
+whole parameters, which smaller policies' tests have."""
 
 
 @pytest.mark.parametrize("changes", [{}, {**TOKENS, "insulate": True}], ids=["flow", "tokens"])
