@@ -380,8 +380,8 @@ def test_overfitted_modes_sample_what_they_were_shown():
     }
     batch = batch.replace(future=smooth)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    for step in range(600):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 600)
+    for step in range(1200):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 1200)
         optimizer.zero_grad()
         flow_cases.total(policy, policy(batch, draws(batch, step))).backward()
         optimizer.step()
