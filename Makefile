@@ -9,7 +9,7 @@ PYTHON ?= python3
 ARGS ?=
 
 # How many tests run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 
 # An environment that forbids compiled modules would compile the package anew in each of the thousands of processes.
 unexport PYTHONDONTWRITEBYTECODE
