@@ -9,7 +9,7 @@ PYTHON ?= python3
 ARGS ?=
 
 # How many tests run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 
 # An environment that forbids compiled modules would compile the package anew in each of the thousands of processes.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,7 +27,7 @@ LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data
 UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,24 +54,28 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
 	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation" -n $(WORKERS) --dist worksteal $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
-	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), a CUDA card (make test-cuda),"
+	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), two hosts (make test-hosts),"
+	@echo "          a CUDA card (make test-cuda),"
 	@echo "          the comparison with LeRobot itself (make test-lerobot), real simulators (make test-simulation)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm and not hosts and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
+
+test-hosts: setup ## Two hosts: network namespaces with a cable between them (iproute2; needs root)
+	$(BIN)/python -m pytest -m hosts tests/distributed/test_two_hosts.py $(ARGS)
 
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)

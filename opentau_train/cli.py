@@ -148,7 +148,7 @@ def _answer_only(arguments: Sequence[str]) -> None:
     try:
         if shown:  # what a run would say of them: Hydra only shows
             checked(compose(rest))
-            sys.argv.append(SAID_AGAIN)
+            sys.argv += [word for word in HydraConfig.get().overrides.task if word.startswith(SAID_AGAIN)]
         _quietly(_show)
     except ValueError as error:  # what Hydra refuses with a plain ValueError is the user's mistake too
         if isinstance(error, _USER_ERRORS):

@@ -1,17 +1,14 @@
 """Fixtures that several files share. Tests run on one thread a process: they share two cores."""
 
-import copy
 import gc
 import logging
 import os
 import signal
 
 import pytest
-from hydra.core.plugins import Plugins
-from hydra.plugins.config_source import ConfigSource
 from hypothesis import settings
 
-from tests import retry
+from tests import compose_once, retry
 from tests.retry import pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401  pytest takes its hooks from here
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,18 +19,7 @@ for number in (signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-# The program's own YAML files are the same in all tests: parsing them anew is half of what composing takes.
-Packaged = next(p for p in Plugins.instance().discover(ConfigSource) if p.__name__ == "ImportlibResourcesConfigSource")
-_read, _parsed = Packaged._read_config, {}
-
-
-def _read_once(source, file):
-    if str(file) not in _parsed:
-        _parsed[str(file)] = _read(source, file)
-    return copy.deepcopy(_parsed[str(file)])
-
-
-Packaged._read_config = _read_once
+compose_once.remember()
 
 
 def pytest_collection_modifyitems(items):

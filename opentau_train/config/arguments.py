@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 _VALUE_OVERRIDE = re.compile(r"^(?!hydra\.)[A-Za-z_][\w-]*(\.[\w\-]+)+=")
 _RESUME = re.compile(r"^\+{0,2}resume=(?!\{)")
-SAID_AGAIN = "+chosen=options"
-"""Names what the chosen options say themselves, where Hydra hears it after all recipes."""
+SAID_AGAIN = "+chosen="
+"""Begins the argument by which Hydra hears what the chosen options say after all recipes."""
 CONFIG_DIR = ("--config-dir", "-cd")
 MULTIRUN = ("--multirun", "-m")
 HELPING = ("--help", "-h")

@@ -13,10 +13,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # several laun
 
 LAYOUTS = {
     "ddp_2": (2, []),
-    "fsdp_2": (2, ["parallelism=fsdp"]),
     "fsdp_2_checkpointed": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true"]),
     "four_micro_batches": (1, ["data.max_samples_per_batch=1"]),
 }
+NIGHTLY_LAYOUTS = {"fsdp_2": (2, ["parallelism=fsdp"])}
+"""Shards that keep their activations: less of what LAYOUTS has. By day test_topology.py has it for the flow policy."""
 AOT_EAGER = ["trainer.compile=true", "trainer.compile_backend=aot_eager"]
 MORE_LAYOUTS = {
     "aot_eager": (1, AOT_EAGER),
@@ -84,6 +85,13 @@ def test_policies_train_alike_in_every_layout(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_trains_alike_in_shards_that_keep_their_activations(policy, tmp_path):
+    trained_alike({policy: POLICIES[policy]}, NIGHTLY_LAYOUTS, tmp_path)
+
+
+@pytest.mark.slow
 def test_pretrained_encoders_train_alike_in_every_layout(tmp_path):
     encoders = [*TINY_POLICY, *drawn(tmp_path)]
     frozen = {f"frozen_{value}": [*encoders, f"model.freeze_encoders={value}"] for value in ("true", "false")}
@@ -93,20 +101,21 @@ def test_pretrained_encoders_train_alike_in_every_layout(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
-    [("wam", "pi05"), pytest.param(("act", "diffusion", "pi0"), marks=pytest.mark.nightly)],
+    [("wam",), pytest.param(("act", "diffusion", "pi0", "pi05"), marks=pytest.mark.nightly)],
     ids=" and ".join,
 )
 def test_policies_train_alike_compiled_and_on_four_ranks(names, tmp_path):
-    """The two with the most kinds of tokens always, the others at night: five take four minutes."""
+    """The one with the most kinds of tokens always, the others at night: five take four minutes. By day
+    test_finetune.py compiles pi0's layers by aot_eager."""
     trained_alike({name: POLICIES[name] for name in names}, MORE_LAYOUTS, tmp_path)
 
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy", [pytest.param(name, marks=() if name == "pi0" else pytest.mark.nightly) for name in POLICIES]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,
-    has one shape of batches to compile for: aot_eager is tried with several."""
+    has one shape of batches to compile for: aot_eager is tried with several. By day test_compile.py has inductor for
+    the flow policy; what differs in another policy, its graph, aot_eager traces."""
     trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")

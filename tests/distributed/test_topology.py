@@ -7,7 +7,7 @@ from tests.program import TOY, assert_close, metrics, run, train_all, train_here
 
 pytestmark = pytest.mark.distributed
 
-STEPS = ["trainer.steps=20", "validation.every=10", "validation.max_samples_per_group=9", "checkpoint.every=10"]
+STEPS = ["trainer.steps=10", "validation.every=5", "validation.max_samples_per_group=9", "checkpoint.every=5"]
 
 
 VARIANTS = {

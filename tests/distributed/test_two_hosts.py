@@ -15,7 +15,8 @@ import pytest
 
 from tests.program import REPO, TINY_POLICY, environment, metrics, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timed, pytest.mark.timeout(600)]
+MARKS = ("slow", "distributed", "hosts", "timed")
+pytestmark = [*(getattr(pytest.mark, name) for name in MARKS), pytest.mark.timeout(600)]
 
 ADDRESSES = ("10.251.97.1", "10.251.97.2")
 RUN = [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=6", "trainer.log_every=1"]

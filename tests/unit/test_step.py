@@ -252,6 +252,7 @@ def test_ambient_randomness_differs_by_seed_step_rank_and_micro_batch_and_by_not
 
 def test_validation_and_a_resume_change_nothing_in_a_policy_with_dropout(tmp_path):
     run = [*TOY, "model._target_=tests.misbehaving.Dropout", "trainer.steps=4", "checkpoint.every=2"]
+    run.append("validation.max_samples_per_group=4")
     without = metrics(train_here([*run, "validation.every=0"], tmp_path / "without"))
     train_here([*run, "trainer.steps=2", "validation.every=1", "scheduler=constant"], tmp_path / "halves")
     halves = metrics(train_here([*run, "validation.every=1", "resume=auto", "scheduler=constant"], tmp_path / "halves"))

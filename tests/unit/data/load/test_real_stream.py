@@ -53,11 +53,19 @@ def collect(found, tmp_path, *, size=1, workers=0, first=0, last=6, **data):
     return samples, sorted((r["dataset"], r["episode"], r["frame"], r["pass"], r["cause"]) for r in rows)
 
 
-@pytest.mark.parametrize(("size", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2), (2, 8)])
-def test_any_topology_sees_the_same_pixels_actions_and_prompts(size, workers, tmp_path):
-    found = mixture(tmp_path, "data.history=1", "data.dropout.camera=0.3", "data.dropout.prompt=0.3")
-    whole, _ = collect(found, tmp_path)
+@pytest.fixture(scope="module")
+def read_whole(tmp_path_factory):
+    """(mixture, its samples as one process reads them)."""
+    folder = tmp_path_factory.mktemp("whole")
+    found = mixture(folder, "data.history=1", "data.dropout.camera=0.3", "data.dropout.prompt=0.3")
+    whole, _ = collect(found, folder)
     assert len(set(whole)) == len(whole) == 6 * BATCH
+    return found, whole
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2), (2, 8)])
+def test_any_topology_sees_the_same_pixels_actions_and_prompts(size, workers, read_whole, tmp_path):
+    found, whole = read_whole
     assert collect(found, tmp_path, size=size, workers=workers)[0] == whole
 
 
