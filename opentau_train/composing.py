@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from omegaconf import OmegaConf, open_dict
 from opentau_train.config.arguments import CONFIG_DIR, SAID_AGAIN, is_override, settable
 from opentau_train.config.choices import own_words
 from opentau_train.config.explain import SECTIONS, refused_flags, refused_override, refused_section
+from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.typed import bind
+from opentau_train.config.weights import completed
 from opentau_train.errors import UserError
 
 
@@ -79,6 +82,60 @@ def said_again(words: Sequence[str]) -> list[str]:
     name = hashlib.blake2b(OmegaConf.to_yaml(said).encode(), digest_size=8).hexdigest()
     ConfigStore.instance().store(group="chosen", name=name, node=said, package="_global_", provider="command line")
     return [SAID_AGAIN + name]
+
+
+def checked(tree: dict[str, Any]) -> Settings:
+    """The typed settings of a composed tree, in which the options of every `_target_` are right too, before data are
+    opened or ranks started. Raises `UserError`. Users wait for it, so it may import what a run's classes need to be
+    looked at, and no more (`tests/unit/test_layers.py`)."""
+    settings = load_settings(tree)
+    from opentau_train.models.packing.limits import check_packing
+    from opentau_train.models.policy import check_model
+    from opentau_train.optim import check_optimizer
+    from opentau_train.validation.passes import open_evaluators
+
+    check_model(settings.model, settings.data)
+    check_packing(settings)
+    bind(settings.scheduler, "scheduler", [])
+    check_optimizer(settings.optimizer)
+    for name, options in settings.logger.items():
+        bind(options, f"logger.{name}", ["context"])
+    open_evaluators(settings.validation)
+    return settings
+
+
+def plain(composed: Any) -> dict[str, Any]:
+    """The composed configuration as dicts, lists and scalars, interpolations resolved, the model's `completed`."""
+    tree: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return {str(key): completed(value, os.environ) if key == "model" else value for key, value in tree.items()}
+
+
+def recompose(tree: Mapping[str, Any], arguments: Sequence[str], fixed: Collection[str]) -> dict[str, Any]:
+    """A run's composed configuration with the command line's `arguments` over it.
+
+    `data=NAME` takes the sources, and nothing else, of that file: the form of a window stays the run's. Top-level keys
+    in `fixed` can't be changed. Raises `UserError`.
+    """
+    _check_overrides(arguments)
+    overrides = OverridesParser.create().parse_overrides([a.lstrip("+") for a in arguments])
+    changed = OmegaConf.create(dict(tree))
+    for override in overrides:
+        key = override.key_or_group
+        if key.split(".")[0] in fixed:
+            raise UserError(f"{key} is the run's and can't be changed", remedy=f"leave out {override.input_line}")
+        if override.is_delete() or "/" in key or "@" in key:
+            raise UserError(
+                f"'{override.input_line}' is no KEY=VALUE",
+                remedy="only values of the run's own keys can be changed here",
+            )
+        if key == "data":
+            with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
+                chosen = plain(hydra.compose("train", [f"data={override.value()}"]))["data"]
+            changed.data.sources, changed.data.builtin_sample = chosen["sources"], chosen["builtin_sample"]
+    for override in overrides:
+        if override.key_or_group != "data":
+            OmegaConf.update(changed, override.key_or_group, override.value(), force_add=True)
+    return plain(changed)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

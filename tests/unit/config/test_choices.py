@@ -16,7 +16,7 @@ from tests.program import run
 
 CONF = Path(cli.__file__).parents[1] / "conf"
 RECIPES = sorted(file.stem for file in CONF.glob("recipe/*.yaml"))
-BUNDLES = ("recipe", "scale", "debug")
+BUNDLES = ("recipe", "scale", "debug", "experiment", "hparams_search")
 GROUPS = {
     str(folder.relative_to(CONF)): sorted(file.stem for file in folder.glob("*.yaml"))
     for folder in [*CONF.glob("*/"), CONF / "data" / "augment"]
