@@ -129,8 +129,8 @@ POLICIES = (
 )
 MEASURES = ("validation/video",)
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
-FORECASTS = ("checkpoints/room", "distributed/memory", "distributed/rehearsal")
-ENDS = ("config/reference", "deploy/", "simulation/", "sinks/", "sweep", "tools/", "validate")
+FORECASTS = ("checkpoints/room", "data/order/quality", "distributed/memory", "distributed/rehearsal")
+ENDS = ("config/pointers", "config/reference", "deploy/", "simulation/", "sinks/", "sweep", "tools/", "validate")
 SHORTCUTS = ("data/load/together",)
 EDGES = (*FORECASTS, *SHORTCUTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, *ENDS)
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
