@@ -95,7 +95,7 @@ def counted(mixture: Mixture, tape: Tape) -> float:
     columns = windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index
     for slot, ahead, *address in zip(*(column.tolist() for column in columns), strict=True):
         builder.build(slot, Address(*address), ahead=ahead)
-    (factory,) = builder._factories.values()
+    (factory,) = builder.factories.values()
     builder.close()
     return factory.frames_decoded / tape.epoch_size
 

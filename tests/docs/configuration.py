@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -41,15 +42,21 @@ def page() -> str:
     usual = found()
     text = HEAD.format(groups=groups()) + as_tables(usual)
     said = {key.path for key in usual}
-    for group in ("model", "optimizer", "scheduler", "logger"):
-        for file in sorted((CONF / group).glob("*.yaml")):
-            others = [
-                key for key in found(f"{group}={file.stem}") if key.path not in said and key.path.startswith(group)
-            ]
+    # Files of classes: the others have the keys of the file that they begin from. One of each group at a time.
+    options = {
+        group: sorted(file.stem for file in (CONF / group).glob("*.yaml") if "_target_" in file.read_text())
+        for group in ("model", "optimizer", "scheduler", "logger")
+    }
+    besides = dict.fromkeys(options, "")
+    for row in zip_longest(*options.values()):
+        chosen = {group: option for group, option in zip(options, row, strict=True) if option is not None}
+        now = found(*(f"{group}={option}" for group, option in chosen.items()))
+        for group, option in chosen.items():
+            others = [key for key in now if key.path not in said and key.path.startswith(f"{group}.")]
             if others:
                 said |= {key.path for key in others}
-                text += as_tables(others).replace(f"## {group}", f"## {group}={file.stem}, besides")
-    return text + "\n"
+                besides[group] += as_tables(others).replace(f"## {group}", f"## {group}={option}, besides")
+    return text + "".join(besides.values()) + "\n"
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "scontrol": "tests/slurm",
     "touch runs/slurm-1234/PREEMPT": "tests/distributed/test_never_hang.py",
     ".venv/bin/tensorboard": "tests/unit/sinks",
+    "python -m tests.docs.configuration": "tests/unit/config/test_reference.py",
     "python -m opentau_train --multirun": "tests/unit/test_sweep.py",
     "python -m opentau_train.tools.plan +recipe=droid_policy model=pi0": "tests/unit/distributed/test_memory_of_pi.py",
     "python -m opentau_train.tools.demos": "tests/unit/simulation/test_demonstrations.py",

@@ -14,6 +14,7 @@ class Mutant(NamedTuple):
     after: str
 
 
+WINDOWS, NEAR = "data/order/windows.py", "data/lerobot/near_frames.py"
 STEP, SUMS, TAPE, BLOCKS = "step.py", "metrics/sums.py", "data/order/tape.py", "data/order/blocks.py"
 CHUNK, STATISTICS, NORMALIZE = "data/chunk.py", "data/mixture/statistics.py", "data/mixture/normalize.py"
 AFFINE, SPLIT, SAMPLES = "data/transforms/normalize.py", "data/mixture/split.py", "data/load/samples.py"
@@ -57,15 +58,15 @@ MUTANTS = [
         'row[f"{tag}/N"] = float(means.windows[g, k])',
         'row[f"{tag}/N"] = float(means.windows[:, k].sum())',
     ),
-    Mutant(TAPE, "several modes end a run of frames", "((step == 1) | (step == 0))", "(step == 1)"),
+    Mutant(WINDOWS, "several modes end a run of frames", "((step == 1) | (step == 0))", "(step == 1)"),
     Mutant(TAPE, "workers share slots", "((slot // size) % num_workers == worker)", "(slot % num_workers == worker)"),
     Mutant(TAPE, "stretches in their order", "start[stretch_of[column]] + before", "start[column] + before"),
     Mutant(TAPE, "a longer lane too many", "(column < longer_columns)", "(column <= longer_columns)"),
     Mutant(
         TAPE,
         "lanes reach into the next dataset",
-        "left = np.minimum(left, ends[dataset] - 1 - place)",
-        "left = np.minimum(left, left)",
+        "of_lane = np.minimum(left[chosen], ends[d] - 1 - place[chosen])",
+        "of_lane = left[chosen]",
     ),
     Mutant(
         TAPE,
@@ -76,14 +77,12 @@ MUTANTS = [
     Mutant(TAPE, "the same order in each pass", '"order", blocks.name, k)', '"order", blocks.name)'),
     Mutant(TAPE, "the same order of all seeds", 'rng.key(self.seed, "order"', 'rng.key(0, "order"'),
     Mutant(TAPE, "a resume's offset is lost", "step * self.batch_size + self.offset", "step * self.batch_size"),
-    Mutant(
-        TAPE, "epochs of another length", "line = epoch * self.draws[dataset]", "line = epoch * self.sizes[dataset]"
-    ),
+    Mutant(TAPE, "epochs of another length", "line = epoch * self.draws[d]", "line = epoch * self.sizes[d]"),
     Mutant(
         TAPE,
-        "blocks end a window early",
-        'place = np.searchsorted(ends, offset, side="right")',
-        'place = np.searchsorted(ends, offset + 1, side="right")',
+        "blocks begin a window late",
+        "inside = offset - (ends[place] - blocks.length[block])",
+        "inside = offset - (ends[place] - blocks.length[block]) + 1",
     ),
     Mutant(BLOCKS, "a window less with drop_tail", "table.length[episode] - rows + 1", "table.length[episode] - rows"),
     Mutant(BLOCKS, "the last strided window is lost", "length = -(-length // stride)", "length = length // stride"),
@@ -98,9 +97,9 @@ MUTANTS = [
     Mutant(CHUNK, "the last row is padding", "is_pad = place > last", "is_pad = place >= last"),
     Mutant(CHUNK, "the first padded row is real", "np.arange(num) >= len(rows)", "np.arange(num) > len(rows)"),
     Mutant(CHUNK, "padding repeats the first row", "np.repeat(rows[-1:]", "np.repeat(rows[:1]"),
-    Mutant(CHUNK, "history wraps round", "return np.maximum(place, 0)", "return np.abs(place)"),
+    Mutant(NEAR, "history wraps round", "return np.maximum(place, 0)", "return np.abs(place)"),
     Mutant(
-        CHUNK,
+        NEAR,
         "a frame's nearest neighbour",
         "np.floor(place + 0.5 + SNAP_ROWS), num - 1)",
         "np.floor(place + SNAP_ROWS), num - 1)",
@@ -141,8 +140,8 @@ MUTANTS = [
     Mutant(
         SAMPLES,
         "held-out losses are weighted",
-        'raw.extra.get("weight", 1.0) if self.training else 1.0',
-        'raw.extra.get("weight", 1.0)',
+        'values.get("weight", 1.0) if self.training else 1.0',
+        'values.get("weight", 1.0)',
     ),
     Mutant(
         SAMPLES,
@@ -153,8 +152,8 @@ MUTANTS = [
     Mutant(
         SAMPLES,
         "noise by place, not by episode",
-        "self._keys[address.dataset], number,",
-        "self._keys[address.dataset], address.episode,",
+        "self.keys[d], number, address.frame",
+        "self.keys[d], address.episode, address.frame",
     ),
     Mutant(
         SHAPE,

@@ -118,7 +118,7 @@ def test_the_plan_foretells_what_the_readers_decode(tmp_path, gop, batch, histor
     columns = (windows.slot, windows.ahead, windows.dataset, windows.episode, windows.frame, windows.pass_index)
     for slot, ahead, *address in zip(*(column.tolist() for column in columns), strict=True):
         builder.build(slot, Address(*address), ahead=ahead)
-    decoded = builder._factories[0].frames_decoded
+    decoded = builder.factories[0].frames_decoded
     builder.close()
     expected = decoded_a_frame(mixture, tape)["main"]
     assert decoded / tape.epoch_size == pytest.approx(expected, rel=1e-9 if not history else 0.05)
