@@ -55,7 +55,7 @@ ROOMS = {
     "data/chunk.py": ("tests/unit/data/order", REFERENCE, "tests/unit/data/lerobot/test_future.py"),
     "data/lerobot/near_frames.py": (
         "tests/unit/data/lerobot/test_future.py",
-        "tests/unit/data/lerobot/test_windows.py",
+        "tests/unit/data/load",
     ),
     "data/mixture": (REFERENCE, "tests/unit/data/mixture", VALIDATION),
     "data/transforms": (REFERENCE, "tests/unit/data/transforms", "tests/unit/data/mixture", "tests/unit/deploy"),
