@@ -41,7 +41,7 @@ from opentau_train.config.arguments import (
 from opentau_train.config.explain import HELP, explain, refused_flags
 from opentau_train.config.reference import keys, page
 from opentau_train.data.decode.open_files import raise_file_limit
-from opentau_train.distributed.stopping import end_on_signals
+from opentau_train.distributed.stopping import end_on_signals, end_with_agent
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.sinks.background import THREAD
 
@@ -53,6 +53,7 @@ _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYA
 def main() -> None:
     """Parse the command line, run, and end the process with the exit codes of `errors`."""
     end_on_signals()
+    end_with_agent()  # before torch is imported: that may take a minute, and an agent that went meanwhile isn't missed
     threading.excepthook = _tell_of_thread
     sys.argv[1:] = [settable(argument) for argument in sys.argv[1:]]
     end(answer(_compose_and_run))

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -126,8 +127,11 @@ def serve(channel: socket.socket) -> tuple[dict, list[int]]:
             os._exit(0)
         between = os.fork()
         if between == 0:
+            between = os.getpid()
             child = os.fork()
             if child == 0:
+                while os.getppid() == between:  # until who asked has adopted it: a rank looks for its agent at once
+                    time.sleep(0.001)
                 return json.loads(message), streams
             channel.send(str(child).encode())
             os._exit(0)

@@ -99,24 +99,34 @@ def end_on_signals() -> None:
 
 AGENT = "TORCHELASTIC_RUN_ID"
 """A variable that torchrun sets for its ranks."""
+FOLLOWING = "agent"
+"""The thread that looks for the agent."""
 LOOK_SECONDS, ORPHAN_SECONDS = 1.0, 20.0
 
 
 def end_with_agent() -> None:
     """A rank of torchrun whose agent is gone is preempted, as nobody else can stop it now and a new start may follow:
-    it saves with the others, if that works within `ORPHAN_SECONDS`, and ends."""
-    if AGENT in os.environ:
-        threading.Thread(target=_follow, args=(os.getppid(),), name="agent", daemon=True).start()
+    it saves with the others, if that works within `ORPHAN_SECONDS`, and ends. To be called as early as can be: an
+    agent that goes before isn't missed. Further calls do nothing."""
+    if AGENT in os.environ and not any(thread.name == FOLLOWING for thread in threading.enumerate()):
+        threading.Thread(target=_follow, args=(os.getppid(),), name=FOLLOWING, daemon=True).start()
 
 
 def _follow(agent: int) -> None:
-    while os.getppid() == agent:
+    while os.getppid() == agent and not _is_no_agent(agent):
         time.sleep(LOOK_SECONDS)
     with suppress(OSError):  # what it wrote to may be gone too
         os.write(2, b"\nerror: torchrun's agent is gone: this rank saves and ends; go on with resume=auto\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_SECONDS)
     os._exit(EXIT_FAULT)
+
+
+def _is_no_agent(parent: int) -> bool:
+    """Whether the parent is the machine's first process and runs no Python: who started this one was gone before."""
+    with suppress(OSError):
+        return parent == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+    return False
 
 
 def _end_early(number: int, frame: object) -> None:

@@ -188,6 +188,7 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
     cpu = device == "cpu" or not torch.cuda.is_available()
     if cpu and device == "cuda":
         raise UserError("this process sees no CUDA device", where="trainer.device", remedy="set it to auto or cpu")
+    end_with_agent()
     roll = None
     # Longer than a step may take: the watchdog, which says where every rank was, comes first.
     limit = timedelta(seconds=timeout + COLLECTIVE_MARGIN)
@@ -223,7 +224,6 @@ def launch(*, device: str, precision: str, timeout: float, identity: Mapping[str
         roll=roll,
         timeout=limit,
     )
-    end_with_agent()  # not before: whoever starts a rank may hand it over to its agent
     yield world
     # A rank that ended early would break the others' last collectives. The group itself is left to the process's end.
     world.barrier()

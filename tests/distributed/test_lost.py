@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from opentau_train.checkpoints import commit
 from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED, EXIT_USER
 from opentau_train.sinks.jsonl import read_rows
-from tests.program import TOY, children, metrics, ranks_of, run, start, train_here
+from tests.program import TOY, children, command, environment, metrics, ranks_of, run, start, train_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
@@ -74,6 +75,23 @@ def test_ranks_and_workers_of_a_killed_agent_are_gone_within_half_a_minute_and_l
     process.communicate()
     (saved,) = commit.complete(run_dir / "checkpoints")
     assert int(saved.name) == max(metrics(run_dir)) and not (run_dir / "lock").exists()
+
+
+def test_ranks_whose_agent_is_killed_before_they_have_met_end_too(tmp_path):
+    words = [*ENDLESS, f"paths.run_dir={tmp_path / 'run'}"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command(words, 2), env=environment(), **pipes) as agent:  # with all its imports, as for users
+        end = time.monotonic() + 100
+        while len(ranks := list(children(agent.pid).values())) < 2:
+            assert agent.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(3.0)  # they import torch
+        agent.kill()
+    end = time.monotonic() + 30  # the promise
+    while not all(map(is_gone, ranks)):
+        assert time.monotonic() < end, [pid for pid in ranks if not is_gone(pid)]
+        time.sleep(0.1)
+    assert not commit.complete(tmp_path / "run" / "checkpoints")
 
 
 def test_workers_of_a_killed_rank_die_with_it(tmp_path):
