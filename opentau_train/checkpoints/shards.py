@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,11 @@ _CLASSES = {
     "pathlib._local": {"PosixPath", "PurePosixPath"},
 }
 """{module: what `.metadata` may name of it}, besides the types of tensors."""
+DEEPEST = 100
+"""Levels of such a pickle; PyTorch's have a dozen."""
+
+
+_FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -54,6 +60,31 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def check_nesting(data: bytes) -> None:
+    """Raises `pickle.UnpicklingError` where a pickle nests deeper than `DEEPEST`: a deep tuple's hash overflows the C
+    stack, which ends the process. Nothing is made here; the depth of each value on the stack is followed."""
+    depths: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "MARK":
+            marks.append(len(depths))
+        elif opcode.name == "MEMOIZE" or opcode.name.endswith("PUT"):
+            memo[len(memo) if argument is None else int(argument)] = depths[-1]
+        elif opcode.name.endswith("GET"):
+            depths.append(memo[int(argument)])
+        else:
+            inputs, marked = opcode.stack_before, pickletools.markobject in opcode.stack_before
+            start = marks.pop() - inputs.index(pickletools.markobject) if marked else len(depths) - len(inputs)
+            taken, depths[start:] = depths[start:], []
+            # What is put into a container leaves it one level deeper than itself at most, however many there are.
+            container = taken.pop(0) if opcode.name in _FILLING else 0
+            depth = max(container, 1 + max(taken, default=0))
+            if depth > DEEPEST:
+                raise pickle.UnpicklingError(f"it nests deeper than {DEEPEST} levels")
+            depths += [depth] * len(opcode.stack_after)
+
+
 class Reader(dcp.FileSystemReader):
     """Of the directory `folder`. Raises `UserError` where it has no metadata, or none that may be read."""
 
@@ -64,7 +95,9 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self.folder / METADATA
         try:
-            metadata = _Unpickler(io.BytesIO(strangers.read_bytes(path, METADATA_BYTES))).load()
+            data = strangers.read_bytes(path, METADATA_BYTES)
+            check_nesting(data)
+            metadata = _Unpickler(io.BytesIO(data)).load()
             for place in metadata.storage_data.values():
                 self._check_place(place)
             if not isinstance(metadata.state_dict_metadata, Mapping):

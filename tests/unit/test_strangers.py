@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from opentau_train.data.decode.video_file import VideoError
 from opentau_train.errors import EXIT_USER, UserError
 from opentau_train.tools.export import ExportSettings, export
 from opentau_train.tools.export import main as export_main
-from tests.program import TOY, train_here
+from tests.program import TOY, environment, train_here
 from tests.unit.data.lerobot.test_layout import copy, open_source, sets  # noqa: F401  (fixtures)
 
 
@@ -87,6 +89,43 @@ def test_a_pickle_in_place_of_the_table_of_tensors_is_refused_with_code_2(checkp
 def test_no_builtin_is_called_by_the_table(name, checkpoint):
     (checkpoint / "state/.metadata").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n(\x8c\x011tR.")
     with pytest.raises(UserError, match=f"it names builtins.{name}"):
+        shards.kinds(checkpoint)
+
+
+DEEP = 1_000_000
+NESTS = {
+    "a tuple": b"\x80\x04})" + b"\x85" * DEEP + b"Ns.",
+    "a tuple with marks": b"\x80\x04}" + b"(" * DEEP + b"t" * DEEP + b"Ns.",
+    "a tuple that is kept in the memo": b"\x80\x04})" + b"\x85\x94" * DEEP + b"Ns.",
+    "two and three": b"\x80\x04})" + b"N\x86NN\x87" * DEEP + b"Ns.",
+}
+
+
+@pytest.mark.parametrize("kind", NESTS)
+def test_a_table_nested_a_million_deep_is_refused_and_the_process_lives(kind, checkpoint):
+    """Its hash would overflow the C stack: in a process of its own, which may die."""
+    (checkpoint / "state/.metadata").write_bytes(NESTS[kind])
+    reseal(checkpoint)
+    command = [sys.executable, "-m", "opentau_train.tools.export", f"checkpoint={checkpoint}", "out=policy.safetensors"]
+    ended = subprocess.run(
+        command, cwd=checkpoint, env=environment(), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert ended.returncode == EXIT_USER, ended.stderr
+    assert "nests deeper than" in ended.stderr and len(ended.stderr.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("data", [{(("w", 0), (1, (2, 3))): [{"a": (1,)}] * 500}, list(range(5000)), {1: {2, 3}}])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_long_and_shallow_tables_are_not_deep(data, protocol):
+    shards.check_nesting(pickle.dumps(data, protocol))
+    one_by_one = b"\x80\x04]" + b"Na" * 5000 + b"."
+    shards.check_nesting(one_by_one)
+
+
+@pytest.mark.parametrize("data", [b"\x85.", b"t.", b"h\x05.", b"\x94.", b"s.", b"\x80\x04", b""])
+def test_a_table_whose_stack_runs_dry_is_refused(data, checkpoint):
+    (checkpoint / "state/.metadata").write_bytes(data)
+    with pytest.raises(UserError, match="can't be read"):
         shards.kinds(checkpoint)
 
 
