@@ -73,7 +73,7 @@ class Cluster:
         text = self.call("scontrol", "show", "job", job, "--oneliner")
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, done, seconds: float = 200) -> dict[str, str]:
+    def wait(self, job: str, done, seconds: float = 300) -> dict[str, str]:
         """Wait until `done(state)`; fails with the last words of job and daemons, at once when the job has ended."""
         end = time.monotonic() + seconds
         while not done(state := self.state(job)):
