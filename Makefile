@@ -68,7 +68,7 @@ test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, res
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm and not hosts and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slurm and not hosts and not lerobot and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
