@@ -72,7 +72,7 @@ def check_nesting(data: bytes) -> None:
         elif opcode.name == "MEMOIZE" or opcode.name.endswith("PUT"):
             memo[len(memo) if argument is None else int(argument)] = depths[-1]
         elif opcode.name.endswith("GET"):
-            depths.append(memo[int(argument)])
+            depths.append(memo[int(argument or 0)])
         else:
             inputs, marked = opcode.stack_before, pickletools.markobject in opcode.stack_before
             start = marks.pop() - inputs.index(pickletools.markobject) if marked else len(depths) - len(inputs)
