@@ -86,6 +86,7 @@ def launch(run_dir: Path, number: int, *, mtbf: float, ranks: int, seed: int, le
     except subprocess.TimeoutExpired:
         everybody = descendants(process.pid)
     except BaseException:
+        # Broad, and raised again: whatever ends the waiting, an interrupt too, no process of the run is left.
         kill([process.pid, *descendants(process.pid)])
         raise
     note["stop"] = time.time()

@@ -107,17 +107,20 @@ class FlowPolicy(FlowSampler):
         self._num_others = 1 + bool(spec.state_dim)
         steps, context = 2 * spec.chunk_length, self._num_others + self.num_prompt_tokens
         self.padded_tokens = steps + context + len(spec.cameras) * self._tokens_a_camera
-        self.action_in = nn.Linear(spec.action_dim, width, bias=False)
-        self.time_in = nn.Linear(width, width, bias=False)
-        self.time_out = nn.Linear(width, width, bias=False)
-        self.action_embed = nn.Parameter(torch.empty(spec.chunk_length, width))
-        self.bin_embed = nn.Parameter(torch.empty(spec.chunk_length, width))
-
+        self._make_actions(width)
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm_actions, self.norm_bins = RMSNorm(width), RMSNorm(width)
         self.velocity_out = nn.Linear(width, spec.action_dim, bias=False)
         self.bins_out = nn.Linear(width, spec.action_dim * num_bins, bias=False)
         self.init_weights()
+
+    def _make_actions(self, width: int) -> None:
+        """The layers that turn noised actions, their flow time and the places of their bins into tokens."""
+        self.action_in = nn.Linear(self.spec.action_dim, width, bias=False)
+        self.time_in = nn.Linear(width, width, bias=False)
+        self.time_out = nn.Linear(width, width, bias=False)
+        self.action_embed = nn.Parameter(torch.empty(self.spec.chunk_length, width))
+        self.bin_embed = nn.Parameter(torch.empty(self.spec.chunk_length, width))
 
     def _make_pictures(self, stem: ImageStem | VisionEncoder, width: int) -> None:
         """The layers that turn pictures into tokens."""

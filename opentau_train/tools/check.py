@@ -142,8 +142,8 @@ def check(tree: dict[str, Any], schema: str, num_episodes: int) -> tuple[str, Us
     """Open what the composed configuration `tree` trains on, as far as metadata go: (its description, what the rows of
     `num_episodes` contradict of it, if anything). Raises the errors that a training would."""
     from opentau_train.checkpoints.weight_files import local_path, open_weights
-    from opentau_train.data.lerobot.cursor import proposed_tolerance  # these import torch
     from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.lerobot.tolerance import proposed_tolerance  # these import torch
     from opentau_train.data.lint.report import contradiction, lint, report
     from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources

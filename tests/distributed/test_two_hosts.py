@@ -9,51 +9,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.hosts import ADDRESSES, Hosts, two_hosts
 
 from tests.program import REPO, TINY_POLICY, environment, metrics, run
 
 MARKS = ("slow", "distributed", "hosts", "timed")
 pytestmark = [*(getattr(pytest.mark, name) for name in MARKS), pytest.mark.timeout(600)]
 
-ADDRESSES = ("10.251.97.1", "10.251.97.2")
 RUN = [*TINY_POLICY, "data.num_workers=0", "trainer.global_batch_size=4", "trainer.steps=6", "trainer.log_every=1"]
 RUN += ["validation.every=3", "validation.max_samples_per_group=4", "checkpoint.every=3", "logger=none"]
 
 
-def ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+@pytest.fixture
+def network() -> Iterator[Hosts]:
+    if shutil.which("ip") is None:
+        pytest.skip("left out: no program `ip` to make network namespaces with")
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(two_hosts())
+        except OSError as error:
+            pytest.skip(f"left out: no network namespaces can be made here: {error}")
+        yield made
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[str, str]]:
+def hosts(network) -> tuple[str, str]:
     """Names of two namespaces; the interface of each is named `cable` and has its address of `ADDRESSES`."""
-    if shutil.which("ip") is None:
-        pytest.skip("left out: no program `ip` to make network namespaces with")
-    names = tuple(f"host{i}-{os.getpid()}" for i in (0, 1))
-    made = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            made.append(name)
-        ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/30", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-    except OSError as error:
-        for name in made:
-            ip("netns", "delete", name)
-        pytest.skip(f"left out: no network namespaces can be made here: {error}")
-    try:
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "delete", name)
+    return network.names
 
 
 def start(name: str, rank: int, dataset: Path, cwd: Path, overrides: list[str], **extra: str) -> subprocess.Popen:
@@ -145,22 +131,22 @@ def test_a_rank_killed_on_one_host_is_named_on_the_other(hosts, tmp_path):
     assert "error: rank 1 is gone" in outputs[0] and f"{hosts[1]}, process {victim}" in outputs[0], outputs[0]
 
 
-def test_a_cable_that_is_pulled_ends_both_hosts_long_before_the_steps_limit(hosts, tmp_path):
+def test_a_cable_that_is_pulled_ends_both_hosts_long_before_the_steps_limit(hosts, network, tmp_path):
     """Nothing closes a connection then, and a step may take half an hour."""
     nodes = training(hosts, tmp_path)
-    ip("-n", hosts[0], "link", "set", "cable", "down")
+    network.cable("down")
     outputs = finish(nodes)
     assert all(n.returncode for n in nodes)
     assert "error: rank 1 is gone" in outputs[0] and hosts[1] in outputs[0], outputs[0]
     assert "error: the connection to rank 0's node is lost" in outputs[1], outputs[1]
 
 
-def test_a_network_that_is_away_for_a_quarter_of_a_minute_costs_no_step(hosts, tmp_path):
+def test_a_network_that_is_away_for_a_quarter_of_a_minute_costs_no_step(hosts, network, tmp_path):
     nodes = training(hosts, tmp_path)
-    ip("-n", hosts[0], "link", "set", "cable", "down")
+    network.cable("down")
     time.sleep(15)
     before = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
-    ip("-n", hosts[0], "link", "set", "cable", "up")
+    network.cable("up")
     wait_for_rows(nodes, tmp_path / "run", before + 20)
     for node in nodes:
         node.send_signal(signal.SIGTERM)

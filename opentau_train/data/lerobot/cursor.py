@@ -288,16 +288,3 @@ class LeRobotCursor:
             kind = type(error) if isinstance(error, ImageError) else ImageError
             raise kind(f"{path}: column '{reading.images[camera]}': {error}") from error
         return av.VideoFrame.from_ndarray(pixels, "rgb24")
-
-
-def proposed_tolerance(reading: Reading) -> str | None:
-    """The `tolerance_s` that takes every frame of the first, last and longest episodes, where the present one doesn't
-    and their clocks, not missing frames, are the reason. Reads these episodes' rows and the times of their frames."""
-    cursor, worst = LeRobotCursorFactory(reading, WindowSpec(chunk_length=1)).cursor(), 0.0
-    for position in {0, len(reading.episodes) - 1, int(np.argmax(reading.episodes.length))}:
-        try:
-            worst = max(worst, cursor.drift_of(position))
-        except (RowError, VideoError):
-            continue  # a training names what it can't read
-    cursor.close()
-    return enough(worst) if worst > 0 else None
