@@ -98,3 +98,8 @@ def test_an_option_of_the_users_own_folder_beats_the_recipe_too(tmp_path):
     for words in (["--config-dir", str(tmp_path)], [f'hydra.searchpath=["file://{tmp_path}"]']):
         tree = cli.compose(["+recipe=droid_policy", "validation=rare", *words])
         assert tree["validation"]["every"] == 12345 and tree["validation"]["evaluators"] == ["loss", "action"]
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
+def test_no_mixture_lifts_the_mode_that_a_recipe_is_named_for(data):
+    assert cli.compose(["+recipe=droid_policy", f"data={data}"])["data"]["expect_mode"] == "policy"

@@ -116,7 +116,7 @@ def test_a_resume_may_change_modes_with_a_warning_and_no_future():
     old = copy.deepcopy(before)  # of a version that had neither
     for source in old["data"]["sources"].values():
         source.pop("mode_probabilities", None)
-    del old["data"]["future"], old["data"]["expect_mode"]
+    del old["data"]["future"]
     assert compare(old, tree([*TOY, *MODAL, "data.future.num_frames=0"])) == []
 
 
