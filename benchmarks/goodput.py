@@ -39,9 +39,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_campaign import CONFIG
-from benchmarks.support.processes import descendants, kill, victims, wait_gone
-from benchmarks.support.program import machine
+from kill_campaign import CONFIG
+from support.processes import descendants, kill, victims, wait_gone
+from support.program import machine
+
 from opentau_train.checkpoints import commit
 
 MINUTE = 60.0

@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from support.hosts import Hosts, two_hosts
+from support.processes import kill as strike
+from support.processes import victims
+from support.program import machine
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from benchmarks.support.hosts import Hosts, two_hosts
-from benchmarks.support.processes import kill as strike
-from benchmarks.support.processes import victims
-from benchmarks.support.program import machine
 from opentau_train.checkpoints import commit
 
 REPO = Path(__file__).parent.parent
