@@ -100,6 +100,18 @@ def torn(folder: Path) -> None:
 BEFORE: dict[str, Callable[[Path], object]] = {"whole": lambda folder: None, "torn": torn}
 
 
+def test_a_step_that_is_whole_is_not_written_over(tmp_path):
+    """A reader may have it open, and nothing is gained: the same step has the same bytes."""
+    first = save(tmp_path, 3)
+    inode, bytes_ = first.stat().st_ino, (first / "state" / "shard").read_bytes()
+    partial = write(tmp_path, 3)
+    (partial / "state" / "shard").write_bytes(b"of another save of the step")
+    commit.seal(partial)
+    commit.sweep(commit.publish(partial, Retention()))
+    assert (first.stat().st_ino, (first / "state" / "shard").read_bytes()) == (inode, bytes_)
+    assert commit.flaw(first) is None and not partial.exists() and (tmp_path / "last").resolve() == first
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("keep_last", [1, 2])
 @pytest.mark.parametrize("state", BEFORE)

@@ -1,4 +1,4 @@
-"""`SampleBuilder`'s account of what it holds open."""
+"""`SampleBuilder`: what it holds open, and by what a sample's randomness is keyed."""
 
 from __future__ import annotations
 
@@ -24,3 +24,17 @@ def test_open_decoders_are_those_of_the_lanes_cursors_whatever_datasets_they_cha
         assert builder.open_decoders == OpenDecoders(len(sizes), held)
     builder.close()
     assert builder.open_decoders == OpenDecoders()
+
+
+def test_a_samples_key_is_its_episodes_whatever_other_episodes_are_left_out(tmp_path):
+    def keys(*overrides):
+        found = mixture(tmp_path, *overrides)
+        builder = SampleBuilder(found, training=True)
+        numbers = found.datasets[0].source.episodes.episode_index.tolist()
+        made = {number: builder.build(0, Address(0, place, 1, 0))["key"] for place, number in enumerate(numbers)}
+        builder.close()
+        return made
+
+    whole, fewer = keys(), keys("data.sources.main.exclude_episodes=[0]")
+    assert len(set(whole.values())) == len(whole) > len(fewer) > 1
+    assert fewer == {number: key for number, key in whole.items() if number != 0}
