@@ -28,6 +28,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")
 PROCESSORS = "policy_p*processor*"
 """LeRobot's files beside the weights."""
 HUB_FILES = ["*.safetensors", "*.json", "*.model"]
+STATE = "training_state"
+"""The directory of a policy's repository that no robot needs (`tools.push`)."""
 """What is downloaded of a repository: weights, configurations, tokenizers."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -93,7 +95,9 @@ def locate(given: str, where: str) -> Path:
     refusals = hub.HfHubHTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled
     name, _, revision = given.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=[f"{STATE}/*"])
+        )
     except (*refusals, OSError) as error:
         check_machine(error)
         raise UserError(
