@@ -34,8 +34,8 @@ class Background:
     def __init__(self, name: str, lost: str):
         self.name, self.lost = name, lost
         self.failed = False
-        self._left_out = 0
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.left_out = 0
+        self._calls: queue.SimpleQueue[Callable[[], object] | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=THREAD + name, daemon=True)
         self._thread.start()
 
@@ -52,9 +52,15 @@ class Background:
     def post(self, call: Callable[[], object]) -> None:
         """Make `call` when the ones before it are done; returns at once."""
         if self.failed or self._calls.qsize() >= LIMIT:
-            self._left_out += 1
+            self.left_out += 1
         else:
             self._calls.put(call)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until the calls posted so far are done or left out, for at most `seconds`."""
+        reached = threading.Event()
+        self._calls.put(reached)
+        reached.wait(seconds)
 
     def close(self, seconds: float) -> bool:
         """Let the thread end after the calls posted so far. Returns whether it did within `seconds`; warns where
@@ -65,8 +71,8 @@ class Background:
             self._thread.join(0.1)  # in short turns: a second Ctrl-C must come through
         if self._thread.is_alive():
             log.warning("%s is not done after %g s and is left behind: %s", self.name, seconds, self.lost)
-        elif self._left_out:
-            log.warning("%s: %d rows were left out: %s", self.name, self._left_out, self.lost)
+        elif self.left_out:
+            log.warning("%s: %d rows were left out: %s", self.name, self.left_out, self.lost)
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
@@ -76,8 +82,11 @@ class Background:
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
+            if isinstance(call, threading.Event):
+                call.set()
+                continue
             if self.failed:
-                self._left_out += 1
+                self.left_out += 1
                 continue
             error = settle(call).exception()
             if error is not None:  # of whatever kind: none of a tracker's is worth the training

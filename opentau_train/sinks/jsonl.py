@@ -33,6 +33,14 @@ def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
+def split(row: Mapping[str, float | None]) -> list[dict[str, float]]:
+    """The numbers of a step as they were written: those of the training, then those of its validation; None is NaN."""
+    numbers = {tag: math.nan if value is None else value for tag, value in row.items() if tag not in ABOUT}
+    validated = {tag: value for tag, value in numbers.items() if tag.startswith(("Validation", "Timing/Validation"))}
+    trained = {tag: value for tag, value in numbers.items() if tag not in validated}
+    return [part for part in (trained, validated) if part]
+
+
 class JsonlSink(Sink):
     """Appends to `RUN_DIR/metrics.jsonl`; every row is flushed, so that `tail -f` and a killed run show it."""
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 START_SECONDS = 120.0
 """How long a tracker may take to start: longer than its own attempts, which end with a reason."""
 
+WAIT_SECONDS = 600.0
+
 
 class TrackerSink(Sink):
     """One run in the tracker's `project`. `options` go to the tracker's own `init`.
@@ -50,6 +52,8 @@ class TrackerSink(Sink):
     tracker: ClassVar[str]
     project_option: ClassVar[str] = "run_name"
     takes_images: ClassVar[bool] = False
+    complete = False
+    """Whether all was sent or written, after `close`."""
     remedy: ClassVar[str] = "look at its server"
 
     def __init__(
@@ -92,15 +96,17 @@ class TrackerSink(Sink):
         if self.takes_images:
             self._post(lambda: self._log_image(step, tag, array))
 
-    def close(self) -> None:
-        self._close()
+    def wait(self, seconds: float = WAIT_SECONDS) -> None:
+        """Until the tracker has taken all rows so far, for at most `seconds`. Training never calls it."""
+        if self._calls is not None:
+            self._calls.drain(seconds)
 
-    def _close(self) -> bool:
-        """Finish the tracker's run; whether it was sent or written whole."""
-        if self._calls is None:
-            return False
-        self._calls.post(lambda: self._run.finish())
-        return self._calls.close(self._close_seconds) and not self._calls.failed
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        if self._calls is not None:
+            self._calls.post(lambda: self._run.finish())
+            ended = self._calls.close(self._close_seconds)
+            self.complete = ended and not self._calls.failed and not self._calls.left_out
 
     def _open(self, options: dict[str, Any]) -> Background | None:
         """The thread on which the tracker has started; None where it can't be for a run that is resumed."""

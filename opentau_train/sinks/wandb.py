@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.sinks.background import Background
-from opentau_train.sinks.jsonl import ABOUT, FILE, read_rows
+from opentau_train.sinks.jsonl import FILE, read_rows, split
 from opentau_train.sinks.trackers import TrackerSink, run_id
 
 INIT_SECONDS = 30.0
@@ -35,7 +35,8 @@ class WandbSink(TrackerSink):
         return {"id": run_id(run_dir), "name": name, "resume": "allow", "dir": str(run_dir)}
 
     def close(self) -> None:
-        if self._close():
+        super().close()
+        if self.complete:
             self._finished_step.write_text(f"{self._last_step}\n")
 
     def _open(self, options: dict[str, Any]) -> Background | None:
@@ -98,11 +99,8 @@ class WandbSink(TrackerSink):
             after = int(self._finished_step.read_text())
         for step, row in read_rows(self._context.run_dir).items() if path.exists() else []:
             if after < step <= self._context.start_step:
-                numbers = {k: float("nan") if v is None else v for k, v in row.items() if k not in ABOUT}
-                validated = {k: v for k, v in numbers.items() if k.startswith(("Validation", "Timing/Validation"))}
-                for part in ({k: v for k, v in numbers.items() if k not in validated}, validated):
-                    if part:  # a validation has a row of its own
-                        self._log(step, part)
+                for part in split(row):  # a validation has a row of its own
+                    self._log(step, part)
 
     @property
     def _finished_step(self) -> Path:
