@@ -147,13 +147,14 @@ def row(found: Figures, mtbf: float, ranks: int) -> str:
     kills = ", ".join(f"{num} {kind}" for kind, num in sorted(found.kills.items())) or "none"
     head = f"| {mtbf / MINUTE:g} | {ranks} | {found.wall / MINUTE:.1f} | {kills} | {shares} |"
     if not (found.saves and found.restarts and found.kills):
-        return f"{head} too few kills or saves | |"
+        return f"{head} too few kills or saves | | |"
     save, restart = statistics.mean(found.saves), statistics.mean(found.restarts)
     interval = (found.seconds["useful"] + found.seconds["lost"]) / len(found.saves)
-    detection = found.seconds["detection"] / sum(found.kills.values())
+    num = sum(found.kills.values())
+    gap, lost = found.wall / num, restart + found.seconds["detection"] / num
     best = math.sqrt(2 * save * mtbf)
-    predicted = daly(mtbf, interval, save, restart + detection)
-    return f"{head} {predicted:.1%} | {daly(mtbf, best, save, restart + detection):.1%} at {best:.0f} s |"
+    came, meant, young = (daly(m, t, save, lost) for m, t in ((gap, interval), (mtbf, interval), (mtbf, best)))
+    return f"{head} {came:.1%} at {gap / MINUTE:.1f} min | {meant:.1%} | {young:.1%} at {best:.0f} s |"
 
 
 def details(found: Figures) -> str:
@@ -187,8 +188,11 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="goodput_") as folder:
         print(f"{machine()}; a checkpoint every {options.every} steps, seed {options.seed}\n")
-        print(f"| MTBF, min | ranks | minutes | kills | {' | '.join(SPLIT)} | useful by Daly | at Young's interval |")
-        print("|" + "---|" * (len(SPLIT) + 6))
+        print(
+            f"| MTBF, min | ranks | minutes | kills | {' | '.join(SPLIT)} | by Daly, the gap that came "
+            "| by Daly, the MTBF | at Young's interval |"
+        )
+        print("|" + "---|" * (len(SPLIT) + 7))
         for mtbf in options.mtbf:
             run_dir = (options.out or Path(folder)) / f"mtbf{mtbf:g}_ranks{options.ranks}_seed{options.seed}"
             try:
