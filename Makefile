@@ -17,6 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 STAMP := .venv/.installed
 LEROBOT := .venv/lerobot
+TRACKERS := .venv/trackers
 SIMULATION := .venv/simulation
 WEIGHTS := .venv/.weights
 SITE := .venv/site
@@ -27,7 +28,7 @@ LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data
 UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,15 +55,16 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
-	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation and not trackers" -n $(WORKERS) --dist worksteal $(ARGS)
 	@echo "left out: several processes (make test-distributed), the slow tests (make test-slow),"
 	@echo "          the SLURM cluster (make test-slurm; it needs slurm-wlm and munge), two hosts (make test-hosts),"
 	@echo "          a CUDA card (make test-cuda),"
-	@echo "          the comparison with LeRobot itself (make test-lerobot), real simulators (make test-simulation)"
+	@echo "          the comparison with LeRobot itself (make test-lerobot), real simulators (make test-simulation),"
+	@echo "          trackers of others (make test-trackers)"
 
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
@@ -105,6 +107,18 @@ $(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
 test-simulation: $(SIMULATION)/.installed ## Demonstrations, training and success rates in Meta-World, gym-pusht, gym-aloha
 	$(SIMULATION)/bin/python -m pytest -m simulation tests/simulation $(ARGS)
 
+# The trackers' own packages bring many others.
+$(TRACKERS)/.installed: $(STAMP) tests/trackers/requirements.txt
+	rm -rf $(TRACKERS)
+	$(BIN)/python -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --no-compile -r tests/trackers/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
+	touch $@
+
+test-trackers: $(TRACKERS)/.installed ## A run in MLflow, trackio and Comet, read back as their own packages do
+	$(TRACKERS)/bin/python -m pytest -m trackers tests/trackers $(ARGS)
+
 test-nightly: setup $(WEIGHTS) ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth
 	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
@@ -112,8 +126,8 @@ test-nightly: setup $(WEIGHTS) ## Property tests with 2,000 examples each, 500 r
 mutants: setup ## Bugs put in on purpose: how many the fast tests notice (an hour; ARGS="--only step.py")
 	$(BIN)/python -m tests.mutants --workers $(WORKERS) $(ARGS)
 
-test-all: setup $(WEIGHTS) test-lerobot test-simulation ## Every test
-	$(BIN)/python -m pytest -m "not lerobot and not simulation" $(ARGS)
+test-all: setup $(WEIGHTS) test-lerobot test-simulation test-trackers ## Every test
+	$(BIN)/python -m pytest -m "not lerobot and not simulation and not trackers" $(ARGS)
 
 lint: setup ## Check Python (ruff) and shell (shellcheck)
 	$(BIN)/ruff check .

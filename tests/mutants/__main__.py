@@ -34,7 +34,7 @@ from tests.mutants.listed import MUTANTS, Mutant
 REPO = Path(__file__).parent.parent.parent
 LIMIT = 600
 """Seconds for the tests of a room: what hangs is noticed, too."""
-FAST = "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation"
+FAST = "not slow and not slurm and not distributed and not cuda and not lerobot and not simulation and not trackers"
 REFERENCE, GOLDEN = "tests/golden/test_reference.py", "tests/golden/test_losses.py"
 VALIDATION = "tests/property/test_validation.py"
 ROOMS = {
