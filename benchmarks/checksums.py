@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from support.program import machine
 from torch import nn
 
 from opentau_train.checkpoints import manifest
@@ -72,8 +73,12 @@ def main() -> None:
     for kind, values in seconds.items():
         kept = values[1:]  # the first pays for fresh memory
         print(f"{kind:8} median {statistics.median(kept):6.2f} s  mean {statistics.mean(kept):6.2f} s")
-    share = statistics.median(seconds["hashing"][1:]) / statistics.median(seconds["without"][1:])
-    print(f"{size / 1e6:,.0f} MB a checkpoint; hashing takes {share:.1%} of a save without it")
+    ratios = [one / other for one, other in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]
+    busy = statistics.median(seconds["hashing"][1:]) / statistics.median(seconds["without"][1:])
+    print(f"{size / 1e6:,.0f} MB a checkpoint; a save with hashes takes {statistics.median(ratios):.3f} of one without")
+    print(
+        f"(median of {len(ratios)} pairs); the hashing itself takes {busy:.1%} of a save, beside the disk. {machine()}"
+    )
 
 
 if __name__ == "__main__":
