@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Place:
 def held(settings: Settings, world: World) -> Iterator[Place]:
     """The place of the run that `settings` describe, no other's while inside. Collective; raises `UserError` on all
     ranks alike: where another run holds it, or `resume` names what can't be gone on from."""
-    run_dir = world.broadcast(world.agree(lambda: _run_dir(settings) if world.is_main else Path()))
+    run_dir = world.broadcast(world.agree(lambda: run_dir_of(settings) if world.is_main else Path()))
     lock = world.agree(lambda: _lock(run_dir) if world.is_main else None)
     try:
         resume = settings.resume.checkpoint
@@ -85,7 +86,8 @@ def as_yaml(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _run_dir(settings: Settings) -> Path:
+def run_dir_of(settings: Settings) -> Path:
+    """The run directory that the settings name, or that `resume` goes on in; else a new one, named after the time."""
     root, resume = Path(settings.paths.root).expanduser(), settings.resume.checkpoint
     if settings.paths.run_dir:
         return Path(settings.paths.run_dir).expanduser().absolute()
@@ -103,17 +105,13 @@ def newest_run(root: Path, name: str, data: Mapping[str, str], restart: bool = F
     changes.
     """
     runs = [(c[-1].stat().st_mtime, r) for r in root.glob(f"{name}-*") if (c := commit.complete(r / "checkpoints"))]
-    passed = []
-    for _, run in sorted(runs, reverse=True):
-        if restart or (other := _data_of(run)) == data:
-            break
-        passed.append(f"{run} ({', '.join(f'{n}: {d}' for n, d in other.items()) or 'its config.yaml names none'})")
-    else:
-        run = None
+    newest_first = [run for _, run in sorted(runs, reverse=True)]
+    passed = list(takewhile(lambda run: not restart and _data_of(run) != data, newest_first))
     if passed:
-        more = f" and {len(passed) - 1} older ones" if len(passed) > 1 else ""
-        log.warning("resume=auto passes over runs of other data: %s%s", passed[0], more)
-    return run
+        named = ", ".join(f"{n}: {d}" for n, d in _data_of(passed[0]).items()) or "its config.yaml names none"
+        more = f" and {len(passed) - 1} older ones" * (len(passed) > 1)
+        log.warning("resume=auto passes over runs of other data: %s (%s)%s", passed[0], named, more)
+    return next(iter(newest_first[len(passed) :]), None)
 
 
 def _data_of(run: Path) -> dict[str, str]:

@@ -66,10 +66,10 @@ def test_a_run_that_does_not_say_of_which_data_it_is_is_passed_over(tmp_path, ca
 )
 def test_a_new_run_is_named_after_its_datasets(tmp_path, sources, label):
     words = ["+recipe=lerobot", f"paths.root={tmp_path}", *(f"data.sources.{source}" for source in sources)]
-    name = place._run_dir(load_settings(compose(words))).name
+    name = place.run_dir_of(load_settings(compose(words))).name
     assert re.fullmatch(rf"lerobot-{re.escape(label)}-\d{{8}}-\d{{6}}", name), name
 
 
 def test_a_source_without_a_place_names_the_run_itself(tmp_path):
     settings = load_settings(compose(["+recipe=droid_policy", f"paths.root={tmp_path}"]))
-    assert place._run_dir(settings).name.startswith("droid_policy-droid-")
+    assert place.run_dir_of(settings).name.startswith("droid_policy-droid-")
