@@ -6,9 +6,11 @@
 The first form is about one dataset, as `+recipe=lerobot data.sources.main.root=ROOT` reads it. The second takes the
 arguments of `python -m opentau_train` and looks at all that a job needs, on a login node: settings, data, rows against
 conventions, room for checkpoints, a rank's memory, time, and the variables by which processes meet; one line each with
-ok, warning or error. Exits 0, or 2 with what is wrong, where and the remedy on stderr, as that training would.
+ok, warning or error. The first mistake is told on stderr too, with where and the remedy, as that training would.
 Of the rows and videos it reads the times of three episodes, to propose a `tolerance_s` where they differ; and the rows
 of `--episodes` (0: of none) and a few pictures, to hold them against what the source's `convention` declares.
+
+Exit codes: 0, with warnings too; 2 where a training would end with 2; 1 for what the machine does.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_s
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.log import log_to
+from opentau_train.tools.options import parser_of
 
 if TYPE_CHECKING:  # imports torch, which a mistake in the arguments needn't wait for
     from opentau_train.config.settings import Settings
@@ -236,9 +239,7 @@ def preflight(composed: Sequence[str], options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.check", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = parser_of("check", __doc__)
     parser.add_argument("--schema", choices=list(SCHEMAS), default="any", help="the columns it must have")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="how many to look at; 0: none")
     parser.add_argument("--ranks", type=int, help="processes that will train; else as NNODES and NPROC_PER_NODE say")
