@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from support.program import machine
 
-from opentau_train import cli, train
+from opentau_train import cli, loop
 
 MODES = ("policy", "wam", "forward_dynamics", "inverse_dynamics")
 SIZE = ["model.width=64", "model.depth=3", "model.stem_channels=16", "model.max_prompt_bytes=32"]
@@ -84,7 +84,7 @@ def trained(run_dir: Path, mode: str, seed: int, options: argparse.Namespace) ->
     words += [f"validation.every={every}", f"validation.evaluators=[loss,{','.join(predicts)}]"]
     words += ["validation.max_samples_per_group=16", f"paths.run_dir={run_dir}"]
     tree = cli.compose(words)
-    if train.run(cli.checked(tree), tree):
+    if loop.run(cli.checked(tree), tree):
         sys.exit(f"stopped: {' '.join(words)}")
     curve: Curve = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from support.program import settings_of
 
-from opentau_train import cli, train
+from opentau_train import cli, loop
 from opentau_train.checkpoints.start import Start, sketch_policy
 from opentau_train.data.mixture.open import open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
@@ -105,7 +105,7 @@ def one(row: str, given: list[str], device: str) -> dict[str, str]:
         arguments = [*MIXTURE, *ROWS[row], *given, *paths]
         settings = settings_of(arguments)
         tree = cli.compose(arguments)
-        assert train.run(settings, tree) == 0
+        assert loop.run(settings, tree) == 0
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         mixture = open_plan(settings, resolve_sources(settings))
         start = Start(finetune=settings.finetune)

@@ -29,7 +29,7 @@ import numpy as np
 from support.datasets import write_dataset
 from support.program import machine
 
-from opentau_train import cli, load_policy, train
+from opentau_train import cli, load_policy, loop
 from opentau_train.deploy.latency import noise
 from opentau_train.deploy.policy import RobotPolicy
 from opentau_train.deploy.serving.client import Client
@@ -154,7 +154,7 @@ def trained(folder: Path) -> str:
     words += ["data.num_workers=0", "trainer.global_batch_size=2", "validation.every=0"]
     words += [f"paths.run_dir={folder / 'run'}", f"paths.cache_dir={folder / 'cache'}"]
     tree = cli.compose(words)
-    assert train.run(cli.checked(tree), tree) == 0
+    assert loop.run(cli.checked(tree), tree) == 0
     return str(folder / "run")
 
 

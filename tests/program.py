@@ -123,14 +123,14 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
 
 def train_here(arguments: list[str], run_dir: Path) -> Path:
     """Train in this process; returns the run directory. Errors are raised, not printed."""
-    from opentau_train import train
+    from opentau_train import loop
 
     overrides = [
         settable(a) for a in [*arguments, f"paths.run_dir={run_dir}", f"paths.cache_dir={run_dir.parent / 'cache'}"]
     ]
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = composing.plain(hydra.compose("train", overrides))
-    assert train.run(cli.checked(tree), tree) == 0
+    assert loop.run(cli.checked(tree), tree) == 0
     return run_dir
 
 

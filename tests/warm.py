@@ -32,7 +32,7 @@ IMPORTS = (
     "torch._dynamo",  # an optimizer imports it when it is first called
     "torch.utils.tensorboard",
     "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
-    "opentau_train.train",
+    "opentau_train.loop",
     "opentau_train.validate",
     "opentau_train.data.builtin.droid",
     "opentau_train.data.lerobot",

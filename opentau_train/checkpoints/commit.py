@@ -205,9 +205,3 @@ def at(given: str, others: str = "") -> Path:
         where=given,
         remedy=f"give a run directory, a checkpoint directory RUN/checkpoints/STEP{others}",
     )
-
-
-def newest_run(root: Path, name: str) -> Path | None:
-    """The run directory `root/name-*` with the most recently written checkpoint."""
-    runs = [(c[-1].stat().st_mtime, r) for r in root.glob(f"{name}-*") if (c := complete(r / "checkpoints"))]
-    return max(runs)[1] if runs else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from opentau_train.distributed.world import World
 from opentau_train.errors import UserError, check_machine
 
 log = logging.getLogger(__name__)
+
+LONGEST_LABEL = 40
+"""Characters of the datasets' names in a run's."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Place:
 def held(settings: Settings, world: World) -> Iterator[Place]:
     """The place of the run that `settings` describe, no other's while inside. Collective; raises `UserError` on all
     ranks alike: where another run holds it, or `resume` names what can't be gone on from."""
-    run_dir = world.broadcast(world.agree(lambda: _run_dir(settings) if world.is_main else Path()))
+    run_dir = world.broadcast(world.agree(lambda: run_dir_of(settings) if world.is_main else Path()))
     lock = world.agree(lambda: _lock(run_dir) if world.is_main else None)
     try:
         resume = settings.resume.checkpoint
@@ -81,14 +86,46 @@ def as_yaml(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _run_dir(settings: Settings) -> Path:
+def run_dir_of(settings: Settings) -> Path:
+    """The run directory that the settings name, or that `resume` goes on in; else a new one, named after the time."""
     root, resume = Path(settings.paths.root).expanduser(), settings.resume.checkpoint
     if settings.paths.run_dir:
         return Path(settings.paths.run_dir).expanduser().absolute()
     if resume not in ("auto", "never"):
         return commit.at(resume).parent.parent.absolute()
-    newest = commit.newest_run(root, settings.name) if resume == "auto" else None
-    return (newest or root / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    data = {name: _dataset(name, source.root, source.repo_id) for name, source in settings.data.sources.items()}
+    newest = newest_run(root, settings.name, data, settings.resume.data == "restart") if resume == "auto" else None
+    label = re.sub(r"[^\w.+-]", "_", "+".join(dict.fromkeys(data.values())))[:LONGEST_LABEL]
+    return (newest or root / f"{settings.name}-{label}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def newest_run(root: Path, name: str, data: Mapping[str, str], restart: bool = False) -> Path | None:
+    """The run directory `root/name-*` with the most recently written checkpoint, of those that train on `data`,
+    {source: its dataset's name}; logs which newer ones are of other data. `restart`: of any data, which a resume then
+    changes.
+    """
+    runs = [(c[-1].stat().st_mtime, r) for r in root.glob(f"{name}-*") if (c := commit.complete(r / "checkpoints"))]
+    newest_first = [run for _, run in sorted(runs, reverse=True)]
+    passed = list(takewhile(lambda run: not restart and _data_of(run) != data, newest_first))
+    if passed:
+        named = ", ".join(f"{n}: {d}" for n, d in _data_of(passed[0]).items()) or "its config.yaml names none"
+        more = f" and {len(passed) - 1} older ones" * (len(passed) > 1)
+        log.warning("resume=auto passes over runs of other data: %s (%s)%s", passed[0], named, more)
+    return next(iter(newest_first[len(passed) :]), None)
+
+
+def _data_of(run: Path) -> dict[str, str]:
+    """{source: its dataset's name} of a run, as it was started; {} where that can't be read."""
+    try:
+        sources = yaml.safe_load((run / "config.yaml").read_text())["data"]["sources"]
+        return {name: _dataset(name, source.get("root"), source.get("repo_id")) for name, source in sources.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
+
+
+def _dataset(name: str, root: str | None, repo_id: str | None) -> str:
+    """The last part of a dataset's place, which it keeps when it is moved; the source's `name` where it has none."""
+    return Path(repo_id or root or name).name
 
 
 def _undamaged(checkpoint: Path | None, settings: Settings, world: World) -> Path | None:

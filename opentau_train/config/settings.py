@@ -182,7 +182,7 @@ class PathSettings:
     root: str = "runs"
     """Where the directories of runs are made."""
     run_dir: str | None = None
-    """Where everything of the run goes; null = a new directory `root/NAME-TIME`."""
+    """Where everything of the run goes; null = a new directory `root/NAME-DATASET-TIME`."""
     cache_dir: str = "~/.cache/opentau_train"
     """Statistics, the built-in sample, and files of servers, for all runs of this machine."""
 

@@ -1,22 +1,27 @@
-"""Say what a LeRobot dataset is, and whether a training on it would start, by all that its metadata can show.
+"""Say what a LeRobot dataset is, and whether a training would start and fit, without starting it.
 
     python -m opentau_train.tools.check ROOT [--schema droid|droid_cosmos|any] [--episodes 20] [KEY=VALUE ...]
-    python -m opentau_train.tools.check +recipe=droid_policy data=droid_cosmos data.sources.droid.root=ROOT
+    python -m opentau_train.tools.check +recipe=droid_policy data.sources.droid.root=ROOT [--ranks 16] [--json]
 
-The first form stands for `+recipe=lerobot data.sources.main.root=ROOT`, the second takes the arguments of
-`python -m opentau_train`. Exits 0, or 2 with what is wrong, where and the remedy on stderr, as that training would.
+The first form is about one dataset, as `+recipe=lerobot data.sources.main.root=ROOT` reads it. The second takes the
+arguments of `python -m opentau_train` and looks at all that a job needs, on a login node: settings, data, rows against
+conventions, room for checkpoints, a rank's memory, time, and the variables by which processes meet; one line each with
+ok, warning or error. The first mistake is told on stderr too, with where and the remedy, as that training would.
 Of the rows and videos it reads the times of three episodes, to propose a `tolerance_s` where they differ; and the rows
 of `--episodes` (0: of none) and a few pictures, to hold them against what the source's `convention` declares.
+
+Exit codes: 0, with warnings too; 2 where a training would end with 2; 1 for what the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +34,11 @@ from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_s
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.log import log_to
+from opentau_train.tools.options import parser_of
+
+if TYPE_CHECKING:  # imports torch, which a mistake in the arguments needn't wait for
+    from opentau_train.config.settings import Settings
+    from opentau_train.data.mixture.mixture import Mixture
 
 _DROID_ACTIONS = ("action.joint_position", "action.gripper_position")
 
@@ -138,21 +148,25 @@ def _vectors(features: Features, prefix: str) -> str:
     return ", ".join(columns) or "none"
 
 
-def check(tree: dict[str, Any], schema: str, num_episodes: int) -> tuple[str, UserError | None]:
-    """Open what the composed configuration `tree` trains on, as far as metadata go: (its description, what the rows of
-    `num_episodes` contradict of it, if anything). Raises the errors that a training would."""
-    from opentau_train.checkpoints.weight_files import local_path, open_weights
-    from opentau_train.data.lerobot.source import LeRobotDataset
-    from opentau_train.data.lerobot.tolerance import proposed_tolerance  # these import torch
-    from opentau_train.data.lint.report import contradiction, lint, report
-    from opentau_train.data.mixture.open import open_plan
-    from opentau_train.data.mixture.resolve import resolve_sources
-    from opentau_train.data.mixture.statistics import check_heads
+def check_weights(settings: Settings) -> list[str]:
+    """The files of first weights that the settings name, and that are here. Raises the errors that a training would."""
+    from opentau_train.checkpoints.weight_files import local_path, open_weights  # these import torch
 
-    settings = cli.checked(tree)
+    there = []
     for key, given in weight_settings(settings.model).paths.items() if settings.resume.checkpoint == "never" else ():
         if path := local_path(given, f"model.{key}"):  # else it will be downloaded
             open_weights(path, f"model.{key}")
+            there.append(str(path))
+    return there
+
+
+def open_data(settings: Settings, schema: str) -> tuple[Mixture, list[Info]]:
+    """(The mixture, what each LeRobot dataset says of itself) as far as metadata go. Raises the errors that a training
+    would."""
+    from opentau_train.data.mixture.open import open_plan
+    from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.data.mixture.statistics import check_heads  # these import torch
+
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]
     infos = []
@@ -163,34 +177,76 @@ def check(tree: dict[str, Any], schema: str, num_episodes: int) -> tuple[str, Us
             _check_named(infos[-1], source.options)
     plan = open_plan(settings, sources)
     check_heads(plan.datasets, plan.groups)
-    lines = [f"{describe(info)}\n" for info in infos]
+    return plan, infos
+
+
+def describe_mixture(plan: Mixture) -> dict[str, list[str]]:
+    """{dataset: what of it is trained on, in a line; what to set where its times need it}."""
+    from opentau_train.data.lerobot.source import LeRobotDataset
+    from opentau_train.data.lerobot.tolerance import proposed_tolerance  # these import torch
+
+    described = {}
     for dataset in plan.datasets:
         cameras = ", ".join(dataset.source.cameras) or "none"
         num_trained = len(np.unique(dataset.train.episode))
-        lines.append(
+        lines = described[dataset.name] = [
             f"{dataset.name}: {dataset.train.num_windows} windows of {num_trained} episodes to train on, "
             f"{dataset.held_out.sum()} episodes held out; {len(dataset.state_names)} dimensions of state, "
             f"{len(dataset.action_names)} of actions; cameras {cameras}"
-        )
+        ]
         tolerance = proposed_tolerance(dataset.source.reading) if isinstance(dataset.source, LeRobotDataset) else None
         if tolerance is not None:
             lines.append(
                 f"{dataset.name}: the rows' times miss the video's frames by more than tolerance_s; where the nearest "
                 f"frames are the right ones, set data.sources.{dataset.name}.tolerance_s={tolerance}"
             )
+    return described
+
+
+def check(tree: dict[str, Any], schema: str, num_episodes: int) -> tuple[str, UserError | None]:
+    """Open what the composed configuration `tree` trains on, as far as metadata go: (its description, what the rows of
+    `num_episodes` contradict of it, if anything). Raises the errors that a training would."""
+    from opentau_train.data.lint.report import contradiction, lint, report
+
+    settings = cli.checked(tree)
+    check_weights(settings)
+    plan, infos = open_data(settings, schema)
+    lines = [f"{describe(info)}\n" for info in infos]
+    lines += [line for of_dataset in describe_mixture(plan).values() for line in of_dataset]
     judged = lint(plan.datasets, plan.groups, num_episodes) if num_episodes else {}
     for name, of_source in judged.items():
         lines += report(name, of_source)
     return "\n".join(lines), contradiction(judged)
 
 
+def preflight(composed: Sequence[str], options: argparse.Namespace) -> int:
+    """Print a line for each thing that a training with the arguments `composed` needs; the exit code. Raises the first
+    mistake once all lines are printed."""
+    from opentau_train.tools.preflight.all import look_at  # these import torch
+    from opentau_train.tools.preflight.lines import table
+
+    lines, details = look_at(composed, options)
+    if options.json:
+        wrong = [line for line in lines if line.status == "error"]
+        print(json.dumps({"ok": not wrong, "checks": [vars(line) for line in lines]}, indent=1))
+    else:
+        print("\n".join([table(lines), *details]))
+    for line in lines:
+        if line.status == "error":
+            raise UserError(line.text, where=line.where, remedy=line.remedy)
+    return EXIT_OK
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.check", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = parser_of("check", __doc__)
     parser.add_argument("--schema", choices=list(SCHEMAS), default="any", help="the columns it must have")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="how many to look at; 0: none")
+    parser.add_argument("--ranks", type=int, help="processes that will train; else as NNODES and NPROC_PER_NODE say")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="of a device that a rank trains on")
+    parser.add_argument("--rate", type=float, help="steps a second; else those of an earlier run")
+    parser.add_argument("--walltime", help="what the job has, D-HH:MM:SS; else what is left of this job of SLURM's")
+    parser.add_argument("--json", action="store_true", help="print all lines as one JSON object")
     parser.add_argument("root", nargs="?", metavar="ROOT", help="the dataset's directory, or the first override")
     options, composed = parser.parse_known_args(arguments)
     root = options.root or ""
@@ -202,9 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not root and not composed:
             raise UserError("nothing to check", remedy="give ROOT, or the arguments of a training")
         at_least("--episodes", options.episodes, 0)
-        tree = cli.compose(["+recipe=lerobot", *composed] if root else composed)
-        if root:
-            tree["data"]["sources"]["main"]["root"] = root
+        if not root:
+            return preflight(composed, options)
+        tree = cli.compose(["+recipe=lerobot", *composed])
+        tree["data"]["sources"]["main"]["root"] = root
         text, wrong = check(tree, options.schema, options.episodes)
         print(text)
         if wrong is not None:

@@ -6,6 +6,8 @@
 Noise is put on what the expert does (`env.expert_noise`), not on what is written, so that the data show how errors are
 mended. An attempt that misses the goal is left out; one that reaches it goes on for `hold` steps. The same seed gives
 the same episodes, whatever `processes`, which are the simulators at a time.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations

@@ -18,7 +18,13 @@ the action sampler alone, a graph for ONNX runtimes or `torch.export.load`; docs
 
 After writing, the files are read back (adapters by peft itself) and must predict the same actions, bit for bit, for a
 golden batch: keyed random inputs with every kind of gap; a graph the same within 1e-5 for an observation of each robot.
-Else what was written is removed and the exit code is 1.
+Else nothing is left.
+
+What is at `out` already stays, and is an error, unless `force=true` is given: it is then replaced once the new file is
+written and verified. Directories above `out` are made, but none at the root of the filesystem.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 where the policy that is read back predicts
+other actions, or for what the machine does.
 """
 
 from __future__ import annotations
@@ -26,13 +32,19 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from opentau_train.config.typed import build
-from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError, check_machine, did_you_mean
+from opentau_train.errors import EXIT_FAULT, EXIT_OK, UserError, check_machine, did_you_mean
+from opentau_train.tools.options import answer
+from opentau_train.tools.out import check_place
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,21 @@ class ExportSettings:
     trust: tuple[str, ...] = ()
     """Modules that the checkpoint may name classes of, besides this package's and those of installed plugins."""
 
+    force: bool = False
+    """true = what lies at `out` is replaced."""
+
     def check(self, path: str) -> None:
         out = Path(self.out).expanduser()
-        if self.format in ("lerobot", "adapter"):
-            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise UserError(f"out={self.out} is there already", remedy="name a directory that isn't, or is empty")
-        elif out.suffix != f".{self.format}":
+        is_folder = self.format in ("lerobot", "adapter")
+        if not is_folder and out.suffix != f".{self.format}":
             raise UserError(f"out={self.out} doesn't end in .{self.format}", remedy=f"set out=policy.{self.format}")
+        check_place(out, "out")
+        if out.is_dir() and not is_folder:
+            raise UserError(
+                f"{out} can't be written: it is a directory", where="out", remedy=f"set out={out}/policy{out.suffix}"
+            )
+        if out.exists() and not self.force and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already", where="out", remedy="add force=true to replace it")
 
 
 MERGED_WITHIN = 1e-4
@@ -86,18 +106,32 @@ def export(settings: ExportSettings) -> tuple[Path, str]:
     out = Path(settings.out).expanduser()
     write = {"safetensors": _write_file, "lerobot": _write_lerobot, "adapter": _write_adapters}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if settings.format == "onnx" or settings.format == "pt2":
-            return out, _write_graph(out, policy, card, settings.format)
-        again = write[settings.format](out, policy, card, settings.norm_head)
+        with replacing(out) as fresh:
+            if settings.format == "onnx" or settings.format == "pt2":
+                return out, _write_graph(fresh, policy, card, settings.format)
+            again = write[settings.format](fresh, policy, card, settings.norm_head)
+            if predict(again) != expected:
+                raise RuntimeError(f"{out} was not written: its policy predicts other actions than the checkpoint's")
     except (OSError, SafetensorError) as error:
         check_machine(error, out)
         what = f"the policy can't be written: {error}"
         raise UserError(what, where=str(out), remedy="set out to a place that you can write") from error
-    if predict(again) != expected:
-        out.unlink() if out.is_file() else shutil.rmtree(out)
-        raise RuntimeError(f"{out} was removed: its policy predicts other actions than the checkpoint's")
     return out, holds
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """The path beside `out`, of the same name, that is written instead: it takes the place of what is at `out` when the
+    block ends, and goes where an error ends it. Raises OSError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        fresh = Path(folder) / out.name
+        yield fresh
+        for path in Path(folder).iterdir():  # a graph may have its weights in a file of their own
+            place = out.with_name(path.name)
+            if place.is_dir():
+                shutil.rmtree(place)
+            path.replace(place)
 
 
 def _merge(policy: Any) -> str:
@@ -220,29 +254,34 @@ def golden_batch(policy: Any, num: int = 4) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__.strip())
-        return EXIT_OK
+    return answer(__doc__, work, given or ["--help"])
+
+
+def work(words: Sequence[str]) -> int:
+    """Export as the arguments say. Raises `UserError`."""
+    settings = build(ExportSettings, dict(_split(word) for word in words), "")
     try:
-        settings = build(ExportSettings, dict(_split(a) for a in given), "")
         out, holds = export(settings)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER
     except RuntimeError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir())) / 1e6
-    print(f"{out}: {size:.1f} MB, {settings.weights} weights; {holds}")
+    print(f"written to {out.absolute()}: {size:.1f} MB, {settings.weights} weights; {holds}")
     return EXIT_OK
 
 
-def _split(argument: str) -> tuple[str, Any]:
-    key, equals, value = argument.partition("=")
+def _split(word: str) -> tuple[str, Any]:
+    """The key and the value of KEY=VALUE. Raises `UserError`."""
+    key, equals, value = word.partition("=")
+    names = [field.name for field in dataclasses.fields(ExportSettings)]
     if not equals:
-        names = ", ".join(f"{f.name}=..." for f in dataclasses.fields(ExportSettings))
-        raise UserError(f"'{argument}' is not of the form KEY=VALUE", remedy=f"give {names}")
-    return key, [name.strip() for name in value.strip("[]").split(",")] if key == "trust" else value
+        likely = word if word in names else "checkpoint" if Path(word).expanduser().exists() else "KEY"
+        remedy = f"write {likely}={'VALUE' if likely in (word, 'KEY') else word}; there are {', '.join(names)}"
+        raise UserError(f"'{word}' is not of the form KEY=VALUE", where="the arguments", remedy=remedy)
+    if key not in names:
+        near = did_you_mean(key, names)
+        raise UserError(f"unknown key '{key}'{near}", where="the arguments", remedy=f"there are {', '.join(names)}")
+    return key, yaml.safe_load(value) if key in ("trust", "force") else value
 
 
 if __name__ == "__main__":

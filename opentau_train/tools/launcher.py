@@ -3,7 +3,7 @@
     opentau-train launcher --copy DIR            DIR/launchers: torchrun, SLURM, Kubernetes, SkyPilot
     opentau-train launcher --copy DIR --docs     DIR/docs too
 
-Files that are there already stay, and are named; --force replaces them. Exit code 0, or 2 for a mistake.
+Files that are there already stay, and are named; --force replaces them. Exit codes: 0, or 2 for a mistake.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The command line of tools that take KEY=VALUE and compose nothing."""
+"""The command lines of tools: of those that take options, and of those that take KEY=VALUE and compose nothing."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,16 @@ T = TypeVar("T")
 
 TOKEN = "OPENTAU_SERVE_TOKEN"
 """The variable that holds a server's token. Not an argument, which every user of a machine can see."""
+
+
+def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """That of the tool `name`, whose --help shows its module's `doc` as it is: an example, and the exit codes."""
+    return argparse.ArgumentParser(
+        prog=f"python -m opentau_train.tools.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def answer(doc: str | None, work: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:

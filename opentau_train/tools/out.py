@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,28 @@ def writing(path: Path, argument: str = "--out") -> Iterator[None]:
         ) from error
 
 
+def check_place(path: Path, argument: str = "--out") -> None:
+    """Raises `UserError` where the file or folder `path` can't be made: below what is no directory or can't be written,
+    or in a directory at the root of the filesystem that isn't there, which is most often a typing mistake."""
+    path = path.absolute()
+    there = next(above for above in path.parents if above.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = f"{there} is not a directory" if not there.is_dir() else f"{there} doesn't allow it"
+        remedy = "give a place that can be written"
+        raise UserError(f"{path} can't be written: {what}", where=argument, remedy=remedy)
+    _check_root(path, argument)
+
+
+def _check_root(path: Path, argument: str) -> None:
+    top = Path(path.anchor).joinpath(*path.parts[1:2])
+    if len(path.parts) > 2 and not top.exists():
+        remedy = f"make it first, or leave out the first '/' of {path}"
+        raise UserError(f"there is no directory {top}", where=argument, remedy=remedy)
+
+
 def make_directory(path: Path, argument: str = "--out") -> None:
     """Make the directory of the file `path`, and those above it, before anything is computed. Raises `UserError`."""
+    _check_root(path.absolute(), argument)
     with writing(path, argument):
         path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -5,11 +5,12 @@
 
 Takes the arguments of `python -m opentau_train`. Reads metadata and the videos' indices: no video is decoded, the
 policy has no weights, and nothing is written but to the cache.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from opentau_train.errors import EXIT_OK
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
 from opentau_train.tools.decoding import decode_lines, num_lanes, proposed_gop
+from opentau_train.tools.options import parser_of
 
 EPOCH_WARNING = 100
 MOST_VIF = 3.0
@@ -227,9 +229,7 @@ def whole_numbers(argument: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.plan", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = parser_of("plan", __doc__)
     parser.add_argument(
         "--ranks", type=whole_numbers, default=[1], help="processes that will train (1); several: 1,8,64"
     )

@@ -7,6 +7,8 @@
 `dataset`: the directory of a LeRobot dataset, read as the policy's own was; `source.KEY` are settings as those of
 data.sources.NAME where it is another one. `episodes`: so many, or those with these numbers. `every`: a chunk every N
 frames, by default end to end.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations

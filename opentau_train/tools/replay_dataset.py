@@ -7,6 +7,8 @@
 The first two ask for chunks as `python -m opentau_train.tools.record` does, and take its other arguments; the third
 draws what it wrote. The page has the mean absolute error of each dimension in the robot's units, over the chunk, and
 both chunks over time. It needs no network.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations

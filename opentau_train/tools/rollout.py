@@ -8,6 +8,8 @@
 `checkpoint`: what `load_policy` reads. Writes `rollout.json` (success rate with its 95 % interval, each episode's
 outcome) and films of the first `videos` episodes to `out`, by default a folder `rollout_ENV_TASK` beside the
 checkpoint's weights. The same arguments give the same episodes, on any number of processes.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@
 names mean, null: passed over. With `token_file`, or OPENTAU_SERVE_TOKEN in the environment, clients must show the
 token, as openpi-client's `api_key` does. SIGINT or SIGTERM ends it with code 0 after the answers that clients wait for,
 a second one at once with 130.
+
+Exit codes: 0 once it was ended; 2 for a mistake in what was given; 1 for what the machine does; 130 ended at once.
 """
 
 from __future__ import annotations

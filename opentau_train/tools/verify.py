@@ -2,19 +2,20 @@
 
     python -m opentau_train.tools.verify RUN/checkpoints/00001000 [MORE ...]
 
-Reads every file and compares it with its hash in files.json. A run stands for its newest whole checkpoint. Exit code 0
-where all are as they were written, 2 where one isn't.
+Reads every file and compares it with its hash in files.json. A run stands for its newest whole checkpoint.
+
+Exit codes: 0 where all are as they were written, 2 where one isn't or none is there.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from opentau_train import cli
 from opentau_train.checkpoints import commit, manifest
 from opentau_train.errors import EXIT_OK, EXIT_USER
+from opentau_train.tools.options import parser_of
 
 
 def verify(given: str) -> bool:
@@ -34,9 +35,7 @@ def verify(given: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.verify", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = parser_of("verify", __doc__)
     parser.add_argument("checkpoints", nargs="+", help="checkpoints, or runs")
     options = parser.parse_args(arguments)
     return cli.answer(lambda: EXIT_OK if all([verify(given) for given in options.checkpoints]) else EXIT_USER)

@@ -5,13 +5,12 @@
 
 Trains a few steps without a stop on the first number of ranks; stops a second run after some of them; resumes it on
 each number of ranks. The sample ids of every step must be equal, the losses bit for bit on the same number of ranks and
-within --tolerance on others, where sums are rounded in another order. Prints a certificate; exit code 0 if it holds, 1
-if not, 2 for a mistake in the settings.
+within --tolerance on others, where sums are rounded in another order. Prints a certificate. Exit codes: 0 if it holds,
+1 if not, 2 for a mistake in the settings.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -26,6 +25,7 @@ from opentau_train import __version__
 from opentau_train.checkpoints import commit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
 from opentau_train.sinks.jsonl import read_rows
+from opentau_train.tools.options import parser_of
 
 SAMPLES = "Training/BatchId"
 OURS = ("resume=", "paths.run_dir=", "trainer.steps=", "trainer.stop_after=")
@@ -147,11 +147,7 @@ def _numbers(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.verify_resume",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("verify_resume", __doc__)
     parser.add_argument(
         "--ranks",
         type=_numbers,

@@ -5,6 +5,8 @@
 Lists the step's samples, the largest share of its loss first, and writes their frames side by side as one picture. The
 frames are read from where the run's config.yaml says that the data are; `KEY=VALUE` changes that, for instance
 `data.sources.main.root=/new/place` for a dataset that was moved since, or given relative to another directory.
+
+Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align
 from opentau_train.errors import EXIT_OK, BadSample, UserError
 from opentau_train.tools.flight import Recorded, RecordedStep, read_step
+from opentau_train.tools.options import parser_of
 from opentau_train.tools.out import check_format, make_directory, writing
 from opentau_train.types import WindowSpec
 
@@ -158,7 +161,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.why", description=__doc__.splitlines()[0])
+    parser = parser_of("why", __doc__)
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("--top", type=int, default=16, help="samples to show (16)")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from opentau_train import cli, train
+from opentau_train import cli, loop
 from tests.program import DATA, metrics
 from tests.reference import Reference, Robot, initial
 
@@ -54,7 +54,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     tree = cli.compose([*WORDS, f"paths.run_dir={folder / 'run'}", f"paths.cache_dir={folder / 'cache'}"])
     tree["model"] = {"_target_": "tests.reference.LinearPolicy"}
-    assert train.run(cli.checked(tree), tree) == 0
+    assert loop.run(cli.checked(tree), tree) == 0
     return folder / "run"
 
 

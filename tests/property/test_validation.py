@@ -340,9 +340,9 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
     class Stop(Exception):
         """Ends the first half as a kill would."""
 
-    from opentau_train import train
+    from opentau_train import loop
 
-    take = train.train_step
+    take = loop.train_step
 
     def until_seven(state, *arguments, **options):
         if state.step == 7:
@@ -350,7 +350,7 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
         return take(state, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "train_step", until_seven)
+        patch.setattr(loop, "train_step", until_seven)
         train_here(run, tmp_path / "halves")
     resumed = train_here([*run, "resume=auto"], tmp_path / "halves")
     assert (resumed / "checkpoints" / "best").resolve().name == best.name

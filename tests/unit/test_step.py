@@ -151,16 +151,16 @@ def test_a_rank_of_fewer_micro_batches_adds_blank_ones_where_a_forward_is_a_coll
 
 def test_an_interval_reads_the_device_once(world, tmp_path, monkeypatch):
     """Counted in the loop as it runs, from one step to another: those of an interval, with its row."""
-    from opentau_train import train
+    from opentau_train import loop
 
     seen: list[Counter] = []
-    reads, take = Reads(), train.train_step
+    reads, take = Reads(), loop.train_step
 
     def counted(state, *arguments):
         seen.append(+reads.counts)
         return take(state, *arguments)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     with reads:
         train_here([*TOY, "trainer.steps=13", "trainer.log_every=4", "validation.every=0"], tmp_path / "run")
     first, last = seen[0], seen[12]  # before steps 1 and 13: three intervals lie between

@@ -226,11 +226,3 @@ def test_a_run_is_never_written_over_by_a_branch_of_its_past(tmp_path):
     assert commit.resolve(str(first), tmp_path / "branch") == first.resolve()
     assert commit.resolve(str(tmp_path / "checkpoints" / "last"), tmp_path / "branch").name == "00000006"
     assert commit.resolve("never", tmp_path / "branch") is None and commit.resolve("auto", tmp_path / "branch") is None
-
-
-def test_newest_run_is_the_one_saved_last(tmp_path):
-    for number, name in enumerate(("toy-1", "toy-2", "other-3")):
-        path = save(tmp_path / name / "checkpoints", 1)
-        os.utime(path, (number, number))
-    assert commit.newest_run(tmp_path, "toy").name == "toy-2"
-    assert commit.newest_run(tmp_path, "none") is None

@@ -25,7 +25,7 @@ PROCESSES = {
     "metrics/meter.py",  # what each process's device does
     "step.py",  # ambient randomness of each process
     "tools/rollout.py",  # how many processes there were
-    "train.py",  # the watchdog of each process
+    "loop.py",  # the watchdog of each process
     "validation/evaluator.py",  # which process failed
     "validate.py",  # how many processes there were
 }

@@ -1,6 +1,7 @@
 """An exported file is the policy: alone, with all that is needed to use it, and bit for bit the checkpoint's."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,14 +103,20 @@ def test_a_file_that_predicts_otherwise_is_removed(run_dir, tmp_path, monkeypatc
         (["checkpoint=RUN", "out=x.safetensors", "format=gguf"], "not a choice"),
         (["checkpoint=RUN", "out=x.safetensors", "format=onnx"], "doesn't end in .onnx"),
         (["checkpoint=RUN", "outt=x.safetensors"], "did you mean 'out'"),
-        (["checkpoint"], "not of the form KEY=VALUE"),
+        (["checkpoint"], "write checkpoint=VALUE"),
+        (["checkpont=RUN", "out=x.safetensors"], "unknown key 'checkpont': did you mean 'checkpoint'"),
+        (["RUN", "out=x.safetensors"], "write checkpoint=RUN"),
+        (["nowhere", "out=x.safetensors"], "write KEY=VALUE"),
+        (["checkpoint=RUN", "out=/no_such_folder/deep/x.safetensors"], "there is no directory /no_such_folder"),
+        (["checkpoint=RUN", "out=x.safetensors", "force=perhaps"], "force"),
     ],
 )
 def test_mistakes_are_answered_with_a_remedy(arguments, words, run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export.main([a.replace("RUN", str(run_dir)) for a in arguments]) == 2
     found = capsys.readouterr().err
-    assert words in found and "remedy" in found
+    assert words.replace("RUN", str(run_dir)) in found and "remedy" in found and "Traceback" not in found
+    assert not Path("/no_such_folder").exists()
 
 
 def test_a_run_without_average_and_files_of_others_are_refused(run_dir, tmp_path):
@@ -142,3 +149,27 @@ def test_a_place_that_cannot_be_written_is_told_by_name(run_dir, tmp_path, capsy
     for name in ("folder.safetensors", "file/policy.safetensors"):
         assert export.main([f"checkpoint={run_dir}", f"out={tmp_path / name}"]) == 2
         assert "can't be written: " in (said := capsys.readouterr().err) and str(tmp_path / name) in said
+
+
+def test_what_is_there_stays_unless_its_replacement_is_asked_for_and_verified(run_dir, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "policy.safetensors"
+    out.write_text("mine")
+    arguments = [f"checkpoint={run_dir}", f"out={out}"]
+    assert export.main(arguments) == 2
+    assert "is there already" in (said := capsys.readouterr().err) and "force=true" in said
+    from opentau_train.checkpoints import card as cards
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cards, "write_tensors", lambda path, *_: Path(path).write_text("torn"))
+        assert export.main([*arguments, "force=true"]) != 0
+    assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
+    capsys.readouterr()
+    assert export.main([*arguments, "force=true"]) == 0
+    assert capsys.readouterr().out.startswith(f"written to {out}: ")
+    assert load_policy(out) and list(tmp_path.iterdir()) == [out]
+
+
+def test_it_says_where_a_relative_place_is(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert export.main([f"checkpoint={run_dir}", "out=deep/policy.safetensors"]) == 0
+    assert f"written to {tmp_path}/deep/policy.safetensors: " in capsys.readouterr().out
