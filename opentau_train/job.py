@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng, strangers
 from opentau_train.checkpoints import assets, base, contents
-from opentau_train.checkpoints.best import Best
+from opentau_train.checkpoints.best import Ranking
 from opentau_train.checkpoints.card import FOLDER, Pretrained, convention_of, read_card, read_stats
 from opentau_train.checkpoints.place import Place, begin_run
 from opentau_train.checkpoints.published import published_statistics
@@ -64,7 +64,7 @@ class Job:
     mixture: Mixture
     tape: Tape
     validation: Validation
-    best: Best | None
+    ranking: Ranking | None
     state: TrainState
     schedule: Any
     saver: Saver
@@ -104,9 +104,9 @@ class Job:
         return due and self.validation.has_work and self.counters["validated"] < step
 
     @property
-    def is_best(self) -> bool:
-        """Whether the state's weights are the best that were validated."""
-        return self.best is not None and self.best.step == self.state.step
+    def is_ranked(self) -> bool:
+        """Whether the state's weights are the best that were validated, or those of the lowest loss."""
+        return self.ranking is not None and self.state.step in self.ranking.steps
 
     @property
     def lr(self) -> float:
@@ -121,9 +121,9 @@ class Job:
         return due or stop is not Stop.NONE or step == self.settings.trainer.steps
 
     def must_save_validated(self, stop: Stop) -> bool:
-        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best or the last
-        one, and wasn't saved before."""
-        return (self.is_best or stop is not Stop.NONE) and self.saver.step != self.state.step
+        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best, the
+        lowest or the last one, and wasn't saved before."""
+        return (self.is_ranked or stop is not Stop.NONE) and self.saver.step != self.state.step
 
     def step_setup(self) -> StepSetup:
         """How this job's steps are taken."""
@@ -169,9 +169,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
     validation = Validation(mixture, settings.validation, evaluators, world, max_samples)
-    margin = settings.validation.best_margin
     compared = validation.compared(policy)
-    best = None if margin is None or compared is None else Best(run_dir, compared, margin)
+    ranking = None if compared is None else Ranking(run_dir, compared, settings.validation.best_margin)
     convention = convention_of(mixture)
     convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
     if policy.borrowed:
@@ -181,7 +180,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     num_bytes = saved_bytes(rehearsal, settings, policy.borrowed) if world.is_main else None
     saver = Saver(run_dir, world, settings.checkpoint, card, num_bytes)
     job = Job(
-        *(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples),
+        *(settings, world, place, mixture, tape, validation, ranking, state, schedule, saver, max_samples),
         progress=progress,
     )
     if world.is_main:
@@ -198,20 +197,10 @@ def _tell(job: Job, rehearsal: Rehearsal) -> None:
     """Say what is going to be trained, on what, and what it takes."""
     settings, world, policy, mixture = job.settings, job.world, job.state.policy, job.mixture
     log.info(mixture_table(mixture, job.validation.num_windows))
-    facts = Facts(
-        settings,
-        job.run_dir,
-        device=name_of(world.device),
-        numbers=PRECISIONS[settings.trainer.precision],
-        trains=summary(policy),
-        memory=f"{footprint(rehearsal, settings, world.data_size)}",
-        num_parameters=sum(p.numel() for p in policy.parameters()),
-        num_ranks=world.data_size,
-        max_samples=job.max_samples,
-        num_windows=sum(mixture.draws),
-        encoders=tuple(policy.encoders),
-    )
-    log.info("%s", start_summary(facts))
+    held = footprint(rehearsal, settings, world.data_size)
+    words = name_of(world.device), PRECISIONS[settings.trainer.precision], summary(policy), str(held)
+    sizes = sum(p.numel() for p in policy.parameters()), world.data_size, job.max_samples, sum(mixture.draws)
+    log.info("%s", start_summary(Facts(settings, job.run_dir, *words, *sizes, tuple(policy.encoders))))
     for line in schedule_warnings(settings.scheduler, settings.trainer.steps):
         log.warning(line)
     announce(rehearsal, settings, world.data_size, world.device)
@@ -274,8 +263,8 @@ def _resume(job: Job, checkpoint: Path) -> None:
     job.counters.update(saved["counters"])
     job.saver.run = saved
     job.state.skipped = torch.tensor([job.counters["skipped"], 0])
-    if job.best is not None:
-        job.best.restore(job.world, job.state.step)
+    if job.ranking is not None:
+        job.ranking.restore(job.world, job.state.step)
     if job.world.is_main:
         log.info("resumed from %s at step %d", checkpoint, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):

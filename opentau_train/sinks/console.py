@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from opentau_train.sinks.base import Sink, SinkContext
+from opentau_train.sinks.jsonl import last_validation
+from opentau_train.sinks.table import SHOWN, headline, table
 
 log = logging.getLogger(__name__)
 ROOT = logging.getLogger("opentau_train")
-
-VALIDATION = "Validation/"
-NORM_HEAD = "::"
-"""Stands in the names of norm heads, `robot::control_mode`."""
 
 COLUMNS = (
     ("Training/Loss", "loss", "{:.4f}", 8),
@@ -50,7 +48,9 @@ class ConsoleSink(Sink):
     def __init__(self, *, context: SinkContext):
         self._total, self._start, self._began = context.total_steps, context.start_step, time.monotonic()
         self._every = context.config.get("trainer", {}).get("log_every")
-        self._last_pass: dict[str, float] = {}
+        self._chance = {term.upper(): math.log(num) for term, num in context.classes.items()}
+        self._before = last_validation(context.run_dir) if context.start_step else {}
+        self._changes: dict[str, float] = {}
         self._bar: tqdm | None = None
         self._fields: list[str] = []
         self._closing = ExitStack()
@@ -79,10 +79,14 @@ class ConsoleSink(Sink):
     def write(self, step: int, row: Mapping[str, float]) -> None:
         if any(tag.startswith("Training/") for tag in row):
             self._progress(step, row)
-        scores = read_scores(row)
-        if scores:
-            log.info("validation at step %d\n%s", step, table(scores, self._last_pass))
-            self._last_pass = {f"{s.group}/{s.term}": s.value for s in scores}
+        if any(tag.startswith(SHOWN) for tag in row):
+            loss = headline(row, self._before, self._changes)
+            below = table(row, self._before, self._changes, self._chance, _width())
+            log.info("validation at step %d%s\n%s", step, loss and f": {loss}", below)
+            self._before, self._changes = dict(row), {}
+
+    def compare(self, changes: Mapping[str, float]) -> None:
+        self._changes = dict(changes)
 
     def close(self) -> None:
         self._closing.close()
@@ -120,62 +124,11 @@ def fitting(bar: tqdm, fields: Sequence[str]) -> str:
     return ends
 
 
+def _width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return max(60, os.get_terminal_size(sys.stderr.fileno()).columns) if _has_terminal() else 80
+
+
 def _has_terminal() -> bool:
     """Whether a bar can be drawn: some containers give a terminal without a width, where it would stay empty."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of a validation pass: `group` is `dataset/control_mode`, "" for the mixture; `num` and `stderr` are
-    None where the row doesn't tell them."""
-
-    group: str
-    term: str
-    value: float
-    num: float | None
-    stderr: float | None
-
-
-def read_scores(row: Mapping[str, float]) -> list[Score]:
-    """The scores among the tags of a row, in its order; `/N` and `/StdErr` tags belong to the score before them."""
-    scores = []
-    for tag, value in row.items():
-        if tag.startswith(VALIDATION) and not tag.endswith(("/N", "/StdErr")):
-            group, _, term = tag.removeprefix(VALIDATION).rpartition("/")
-            scores.append(Score(group, term, value, row.get(f"{tag}/N"), row.get(f"{tag}/StdErr")))
-    return scores
-
-
-def table(scores: list[Score], before: Mapping[str, float]) -> str:
-    """An aligned table, one line a group and the mixture last: N, each term with its standard error, and the change
-    against `before` ({`group/term`: value} of the last pass). A norm head has a line where it is of several groups:
-    that of a single one would say the same again."""
-    numbers: dict[str, list[tuple[str, float, float | None]]] = {}
-    for s in scores:
-        numbers.setdefault(s.group, []).append((s.term, s.value, s.stderr))
-    own = [one for group, one in numbers.items() if NORM_HEAD not in group]
-    told = [group for group, one in numbers.items() if NORM_HEAD not in group or one not in own]
-    groups = sorted(told, key=lambda group: (group == "", group))
-    terms = list(dict.fromkeys(s.term for s in scores))
-    cells = {(s.group, s.term): s for s in scores}
-    lines = [["group", "N", *(label for term in terms for label in (term, "change"))]]
-    for group in groups:
-        nums = [s.num for s in scores if s.group == group and s.num is not None]
-        line = [group or "mixture", f"{max(nums):.0f}" if nums else ""]
-        for term in terms:
-            line += _cell(cells.get((group, term)), before)
-        lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
-
-
-def _cell(score: Score | None, before: Mapping[str, float]) -> tuple[str, str]:
-    if score is None:
-        return "", ""
-    last = before.get(f"{score.group}/{score.term}")
-    value = f"{score.value:.5f}" if score.stderr is None else f"{score.value:.5f} ± {score.stderr:.5f}"
-    return value, "" if last is None else f"{score.value - last:+.5f}"

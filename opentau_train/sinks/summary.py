@@ -1,8 +1,9 @@
-"""What a run is about to do, told before its first step in lines of at most 80 columns."""
+"""What a run is about to do, told before its first step in lines of at most 80 columns, and at its end what it left."""
 
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,3 +116,25 @@ def _to_open(logger: Mapping[str, Mapping[str, Any]], run_dir: Path) -> str:
     """What shows the run while it goes: files of its directory, named once above."""
     curves = any(str(options.get(TARGET, "")).endswith(".TensorBoardSink") for options in logger.values())
     return (f"tensorboard --logdir {shown(run_dir)}, " if curves else "") + "train.log there"
+
+
+def next_steps(run_dir: Path, how: str, num_bad: int, goes_on: bool) -> str:
+    """The last words: `how` it ended, where everything is and what to look at. `num_bad`: windows that were replaced;
+    `goes_on`: it was stopped, and can be resumed."""
+    folder = shown(run_dir)
+    lines = [f"{how}. Run directory: {run_dir}"]
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"  curves:      tensorboard --logdir {folder}")
+    lines.append(f"  numbers:     {folder}/metrics.jsonl")
+    links = [name for name in ("last", "best", "lowest") if (run_dir / "checkpoints" / name).is_symlink()]
+    lines += [f"  {name}:{' ' * (12 - len(name))}{folder}/checkpoints/{name}{_step(run_dir, name)}" for name in links]
+    if num_bad:
+        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {folder}/quarantine.jsonl")
+    if goes_on:
+        lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={folder}")
+    return "\n".join(lines)
+
+
+def _step(run_dir: Path, link: str) -> str:
+    target = os.readlink(run_dir / "checkpoints" / link)
+    return f" (step {int(target)})" if target.isdigit() else ""

@@ -64,13 +64,14 @@ class Attachment:
 class Compared:
     """What two passes can be compared over: the names of E `episodes`, `group_of` [E] i64 each one's place among
     `groups`, and the `weights` of the K terms that are summed by episode; `episode_of` [E] i64: those of the same
-    number are one episode, in several modes."""
+    number are one episode, in several modes. `terms`: the K names of losses whose tags are `Validation/...`."""
 
     episodes: tuple[str, ...]
     group_of: NDArray[np.int64]
     groups: tuple[Group, ...]
     weights: tuple[float, ...]
     episode_of: NDArray[np.int64]
+    terms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
