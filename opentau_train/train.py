@@ -81,6 +81,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        job.progress.shown = sinks.stage
         stack.enter_context(closing(job.validation))
         stack.push(partial(_name_last_good, job))
         stack.enter_context(job.saver)

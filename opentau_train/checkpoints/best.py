@@ -58,8 +58,8 @@ class Ranking:
         num = len(np.unique(compared.episode_of))
         if num < FEW_EPISODES:
             log.warning(
-                "%d validation episodes are too few to tell one checkpoint from another: checkpoints/best may stay "
-                "behind checkpoints/lowest\n  remedy: hold out more, by data.sources.NAME.val_split_ratio",
+                "%d validation episodes can't tell checkpoints apart: best may stay behind lowest\n  remedy: hold out "
+                "more, by data.sources.NAME.val_split_ratio",
                 num,
             )
 

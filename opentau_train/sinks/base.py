@@ -50,6 +50,10 @@ class Sink(Protocol):
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """The scalars of one optimizer step (1 = after the first). A step may come in several rows."""
 
+    def stage(self, part: str, done: int, total: int) -> None:
+        """A part of the run begins ("save", "validation", "data wait", ...), or `done` of its `total` pieces are; 0 of
+        0 where it has none. Called several times a step."""
+
     def compare(self, changes: Mapping[str, float]) -> None:
         """How the next row's validation differs from the pass before: {tag: difference}, and beside it the standard
         error of that, {tag/StdErr: ...}, from paired differences. Of the losses only, and not where it isn't known."""
@@ -87,6 +91,10 @@ class Sinks(Sink):
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for sink in self.sinks:
             sink.write(step, row)
+
+    def stage(self, part: str, done: int, total: int) -> None:
+        for sink in self.sinks:
+            sink.stage(part, done, total)
 
     def compare(self, changes: Mapping[str, float]) -> None:
         for sink in self.sinks:

@@ -76,7 +76,7 @@ def _policy(model: Mapping[str, Any], facts: Facts) -> str:
     if given:
         return f"{name}, its first weights from {', '.join(given)}"
     size = "a small one trained" if facts.num_parameters < SMALL else "trained"
-    return f"{name}, {size} from scratch (model={'|'.join(PUBLISHED)} have published weights for model.pretrained_path)"
+    return f"{name}, {size} from scratch (model={', '.join(PUBLISHED)} can begin with published weights)"
 
 
 def _batch(settings: Settings, ranks: int, max_samples: int) -> str:

@@ -54,7 +54,7 @@ def headline(row: Mapping[str, float], before: Mapping[str, float] = {}, changes
     if loss is None:
         return ""
     change = _change_of(loss, before, changes)
-    return f"loss {_digits(loss.value)}{change and f', {change} since the last pass'}"
+    return f"loss {_digits(loss.value)}{change and f', change {change}'}"
 
 
 def table(

@@ -183,8 +183,9 @@ class Context:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
         num_own = plan.num_batches_of(self.world.data_rank)
         self.reader.begin(self.number)
-        for number in range(plan.num_batches if sharded else num_own):
-            self.progress.enter("validation")
+        num = plan.num_batches if sharded else num_own
+        for number in range(num):
+            self.progress.enter("validation", done=number, total=num)
             part = self.reader.next(poll) if number < num_own else None
             progress.error = part.error if part is not None else None
             progress.halted = progress.error is not None or poll() > 0

@@ -219,7 +219,7 @@ def test_too_few_episodes_to_tell_checkpoints_apart_are_warned_of(tmp_path, capl
     ranking_of(tmp_path, FEW_EPISODES)
     assert not caplog.records
     ranking_of(tmp_path, FEW_EPISODES - 1)
-    assert "9 validation episodes are too few" in caplog.text and "val_split_ratio" in caplog.text
+    assert "9 validation episodes can't tell checkpoints apart" in caplog.text and "val_split_ratio" in caplog.text
 
 
 def test_changes_since_the_last_pass_are_paired_also_after_a_resume(tmp_path):

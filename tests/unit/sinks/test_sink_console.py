@@ -76,9 +76,9 @@ def test_the_first_table_after_a_resume_shows_the_change_since_the_pass_before_i
         sink.write(30, {**PASS, "Validation/droid/joint/MSE": 0.2, "Validation/Loss": 0.21})
         sink.write(40, PASS)
     first, _, group, second, _, again = capsys.readouterr().err.splitlines()
-    assert first == "validation at step 30: loss 0.2100, -0.0400 since the last pass"
+    assert first == "validation at step 30: loss 0.2100, change -0.0400"
     assert group.split() == ["droid/joint", "40", "0.2000", "-0.050±0.020"]
-    assert again.split()[-1] == "+0.0500" and second.endswith(", +0.0400 since the last pass")
+    assert again.split()[-1] == "+0.0500" and second.endswith(", change +0.0400")
 
 
 def shown_on_a_terminal(columns: int) -> str:
@@ -126,43 +126,71 @@ from opentau_train.sinks.base import SinkContext
 from opentau_train.sinks.console import ConsoleSink
 row = {"Training/Loss": 0.5, "Training/Epoch": 1.25, "Timing/Step": 0.4, "Timing/DataWait": 0.1,
        "Training/GradNorm": 1.9, "Training/LearningRate": 3e-4, "Training/SamplesPerSecond": 312.0}
+log = logging.getLogger("opentau_train.x")
+config = {"validation": {"every": 100}, "checkpoint": {"every": 50}}
 with log_to(sys.stderr, is_main=True):
-    sink = ConsoleSink(context=SinkContext(Path("."), "droid_policy", 1000, 0, {}))
+    sink = ConsoleSink(context=SinkContext(Path("."), "droid_policy", 1000, 0, config))
     for step in range(1, 558):
+        sink.stage("data wait", 0, 0)
         sink.advance(step)
         if step % 50 == 0:
             sink.write(step, row)
-            logging.getLogger("opentau_train.x").info("saved checkpoint %d", step)
+            sink.stage("save", 0, 0)
+            if step == 550:
+                time.sleep(1.2)  # its bar is drawn on a thread
+            log.info("saved checkpoint %d", step)
+        if step % 100 == 0:
+            for done in range(27):
+                sink.stage("validation", done, 27)
+            sink.write(step, {"Validation/Loss": 0.5, "Validation/a/joint/MSE": 0.5})
+    for done in range(13):
+        sink.stage("validation", done, 27)
+    log.warning("a warning within the validation")
     sink._bar.refresh()
+    sink._stage.bar.refresh()
     time.sleep(60)
 """
 
 
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux isn't installed")
-@pytest.mark.parametrize("columns", [60, 80, 110, 200])
-def test_pane_shows_one_whole_bar_between_steps_and_whole_lines_of_the_log(columns, tmp_path):
+def pane(columns: int, tmp_path: Path, until: str) -> list[str]:
+    """The lines of a terminal on which `PANE` runs, once `until` is there."""
     code = tmp_path / "pane.py"
     code.write_text(PANE)
     tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null"]
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(code))}"
-    size = ["-x", str(columns), "-y", "40"]
+    size = ["-x", str(columns), "-y", "50"]
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
     subprocess.run([*tmux, "new-session", "-d", *size, command], env=environment, cwd=root, check=True)
     try:
         for _ in range(600):
             shown = subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
-            if "557/1000" in shown:
+            if until in shown:
                 break
             time.sleep(0.1)
     finally:
         subprocess.run([*tmux, "kill-server"], check=True)
-    lines = [line.rstrip() for line in shown.splitlines() if line.strip()]
-    saved = [f"saved checkpoint {step}" for step in range(50, 551, 50)]
-    assert lines[:-1] == saved, "a line of the log is glued to the bar, or the bar left a trace"
-    bar = lines[-1]
+    return [line.rstrip() for line in shown.splitlines() if line.strip()]
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux isn't installed")
+@pytest.mark.parametrize("columns", [60, 80, 110, 200])
+def test_pane_shows_whole_bars_of_steps_and_of_the_validation_below_whole_lines_of_the_log(columns, tmp_path):
+    lines = pane(columns, tmp_path, "12/27")
+    expected = []
+    for step in range(50, 551, 50):
+        expected.append(f"saved checkpoint {step}")
+        if step % 100 == 0:
+            expected += [f"validation at step {step}: loss 0.5000", "group", "a/joint"]
+    expected.append("a warning within the validation")
+    logged = [line if line.startswith(("saved", "a warning")) else line.split(", ")[0] for line in lines[:-2]]
+    begins = [line.split()[0] for line in expected]
+    assert [line.split()[0] for line in logged] == begins, "a line of the log is glued to a bar, or a bar left a trace"
+    assert all(line in logged for line in expected if line.startswith(("saved", "a warning", "validation")))
+    bar, below = lines[-2:]
     assert re.search(r"56%\|.+\| 557/1000 \[\d+:\d\d<\d+:\d\d\]", bar) and len(bar) <= columns
     every = ["loss 0.5000", "epoch 1.25", "wait 25%", "grad 1.9", "lr 3.00e-04", "samples/s 312"]
     num = {60: 1, 80: 3, 110: 4, 200: 6}[columns]
     assert [field for field in every if field in bar] == every[:num]
     assert ("droid_policy" in bar) == (columns >= 110)
+    assert re.fullmatch(r"validation +44%\|.+\| 12/27 \[\d+:\d\d<(\d+:\d\d|\?)\]", below) and len(below) <= columns

@@ -64,7 +64,7 @@ def test_change_has_the_paired_error_where_it_is_known_and_none_is_made_up():
 def test_the_loss_of_the_mixture_is_the_headline_with_its_change():
     assert headline(PASS) == "loss 0.4500" and headline(ACTIONS) == "" and "Loss" not in table(PASS)
     changes = {"Validation/Loss": -0.031, "Validation/Loss/StdErr": 0.0171}
-    assert headline(PASS, PASS, changes) == "loss 0.4500, -0.031±0.017 since the last pass"
+    assert headline(PASS, PASS, changes) == "loss 0.4500, change -0.031±0.017"
 
 
 def test_no_change_is_told_to_more_than_five_places():

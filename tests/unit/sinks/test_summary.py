@@ -57,7 +57,7 @@ def test_scaling_needs_the_batch_that_the_rate_is_for():
 
 
 def test_a_policy_from_scratch_is_told_apart_from_one_with_weights():
-    assert told()["policy"].startswith("FlowPolicy, a small one trained from scratch (model=act|")
+    assert told()["policy"].startswith("FlowPolicy, a small one trained from scratch (model=act, ")
     assert told(num_parameters=10**9)["policy"].startswith("FlowPolicy, trained from scratch")
     given = told("model.pretrained_path=/weights/a")["policy"]
     assert given == "FlowPolicy, its first weights from pretrained_path=/weights/a"
