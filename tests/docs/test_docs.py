@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "opentau-train launcher": "tests/unit/tools/test_launcher_copy.py",
     "python -m tests.licences": "tests/docs/test_site.py",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
+    "torchrun --nproc-per-node 2 -m opentau_train +recipe=lerobot data.sources.main": "tests/unit/test_cli.py",
     "launchers/slurm/train.sbatch": "tests/slurm",
     "sbatch": "tests/slurm",
     "srun": "tests/slurm",
