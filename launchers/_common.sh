@@ -158,7 +158,8 @@ launch_quote_value() {
 
 # launch_torchrun LOG ARGUMENT...: run `torchrun [topology] -m opentau_train ARGUMENT...`, its output to stdout and
 # appended to the file LOG, and return its status. TERM, INT, HUP and QUIT are handed on to torchrun, and waited for.
-# Where torchrun isn't on PATH it is started as a module of PYTHON.
+# Where torchrun isn't on PATH it is started as a module of PYTHON. What its agent adds to a mistake of the user is left
+# out (screen.py).
 # With RDZV_ID the nodes meet by torchrun's c10d rendezvous at MASTER_ADDR, in any order, else by its static one.
 launch_torchrun() {
   local log=$1 torchrun command
@@ -185,9 +186,10 @@ launch_torchrun() {
     return
   fi
 
-  # tee ignores the signals: it must outlive torchrun to take down how it ended.
-  local output tee
-  exec {output}> >(trap '' TERM INT HUP QUIT && exec tee -a -- "$log")
+  # What reads its output ignores the signals: it must outlive torchrun to take down how it ended.
+  local output tee screen=(cat) script=${BASH_SOURCE[0]%/*}/screen.py
+  ! command -v -- "${PYTHON:-python}" >/dev/null || [[ ! -f $script ]] || screen=("${PYTHON:-python}" -I "$script")
+  exec {output}> >(trap '' TERM INT HUP QUIT && "${screen[@]}" | tee -a -- "$log")
   tee=$!
   { printf '+' && printf ' %q' "${command[@]}" && printf '\n'; } >&"$output"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -95,7 +97,9 @@ def answer(work: Callable[[], int]) -> int:
     except _USER_ERRORS as error:
         if full_error:
             traceback.print_exc()
-        _print_once(str(explain(error)))
+        text = str(explain(error))
+        if not _told_by_agent(text):
+            sys.stderr.write(f"error: {text}\n")
         return EXIT_USER
     except Fault as error:
         if full_error:
@@ -195,6 +199,30 @@ def _run(tree: dict[str, Any]) -> int:
     from opentau_train import loop
 
     return loop.run(settings, tree)
+
+
+def _told_by_agent(text: str) -> bool:
+    """Leave a mistake to torchrun's agent: its summary of the failed ranks is the last thing on a screen. Rank 0 does,
+    whom the agent takes for the cause; another rank of its node then waits to be ended. False: this rank speaks.
+    """
+    path, end = os.environ.get("TORCHELASTIC_ERROR_FILE"), time.monotonic() + HEAD_START_S
+    if os.environ.get("RANK", "0") != "0":
+        first = Path(path).parents[1] / "0" / Path(path).name if path else None
+        while time.monotonic() < end:
+            if first is not None and first.exists():
+                time.sleep(HEAD_START_S / 10)
+                return True
+            time.sleep(HEAD_START_S / 200)
+        return False
+    if not path:  # no torchrun, or one that keeps no files
+        return False
+    shown = {"py_callstack": f"\nerror: {text}", "timestamp": str(int(time.time()))}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text, "extraInfo": shown}}, file)
+    except OSError:
+        return False
+    return True
 
 
 def _print_once(text: str) -> None:

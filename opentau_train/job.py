@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from opentau_train import rng, strangers
 from opentau_train.checkpoints import assets, base, contents
-from opentau_train.checkpoints.best import Best
-from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.checkpoints.best import Ranking
+from opentau_train.checkpoints.card import FOLDER, Pretrained, convention_of, read_card, read_stats
 from opentau_train.checkpoints.place import Place, begin_run
 from opentau_train.checkpoints.published import published_statistics
 from opentau_train.checkpoints.room import warn_of_room
@@ -28,14 +27,13 @@ from opentau_train.checkpoints.start import Start, begin, sketch_policy, spread_
 from opentau_train.config import drift
 from opentau_train.config.settings import Settings, current
 from opentau_train.config.typed import instantiate
-from opentau_train.data.conventions.sources import record
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.split import check_split, held_out_episodes
+from opentau_train.data.mixture.split import check_split
 from opentau_train.data.mixture.table import mixture_table
 from opentau_train.data.order.state import changed, order_version, resume_offset, save_state
 from opentau_train.data.order.tape import Tape
-from opentau_train.distributed.memory import announce, saved_bytes
+from opentau_train.distributed.memory import announce, footprint, name_of, saved_bytes
 from opentau_train.distributed.opening import normalise_together, open_together
 from opentau_train.distributed.parallel import PRECISIONS, Execution, check_batch, data_mesh
 from opentau_train.distributed.performance import ForwardFlops
@@ -44,11 +42,11 @@ from opentau_train.distributed.stopping import Stop
 from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 from opentau_train.errors import Explained, machine_fault
-from opentau_train.metrics.budget import budget
 from opentau_train.models.average import Ema
 from opentau_train.models.finetune import summary
 from opentau_train.models.packing.limits import check_cap
 from opentau_train.optim import build_optimizer, schedule_warnings
+from opentau_train.sinks.summary import Facts, start_summary
 from opentau_train.step import StepSetup, TrainState
 from opentau_train.validation.passes import Validation, open_evaluators
 
@@ -66,7 +64,7 @@ class Job:
     mixture: Mixture
     tape: Tape
     validation: Validation
-    best: Best | None
+    ranking: Ranking | None
     state: TrainState
     schedule: Any
     saver: Saver
@@ -106,9 +104,9 @@ class Job:
         return due and self.validation.has_work and self.counters["validated"] < step
 
     @property
-    def is_best(self) -> bool:
-        """Whether the state's weights are the best that were validated."""
-        return self.best is not None and self.best.step == self.state.step
+    def is_ranked(self) -> bool:
+        """Whether the state's weights are the best that were validated, or those of the lowest loss."""
+        return self.ranking is not None and self.state.step in self.ranking.steps
 
     @property
     def lr(self) -> float:
@@ -123,9 +121,9 @@ class Job:
         return due or stop is not Stop.NONE or step == self.settings.trainer.steps
 
     def must_save_validated(self, stop: Stop) -> bool:
-        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best or the last
-        one, and wasn't saved before."""
-        return (self.is_best or stop is not Stop.NONE) and self.saver.step != self.state.step
+        """Whether the state must be saved after its validation, which `stop` may have ended: it is the best, the
+        lowest or the last one, and wasn't saved before."""
+        return (self.is_ranked or stop is not Stop.NONE) and self.saver.step != self.state.step
 
     def step_setup(self) -> StepSetup:
         """How this job's steps are taken."""
@@ -171,9 +169,8 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     share = trainer.global_batch_size // world.data_size
     max_samples = min(settings.data.max_samples_per_batch or share, share)
     validation = Validation(mixture, settings.validation, evaluators, world, max_samples)
-    margin = settings.validation.best_margin
     compared = validation.compared(policy)
-    best = None if margin is None or compared is None else Best(run_dir, compared, margin)
+    ranking = None if compared is None else Ranking(run_dir, compared, settings.validation.best_margin)
     convention = convention_of(mixture)
     convention[assets.KEY] = world.agree(lambda: assets.collect(policy) if world.is_main else {})
     if policy.borrowed:
@@ -183,7 +180,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     num_bytes = saved_bytes(rehearsal, settings, policy.borrowed) if world.is_main else None
     saver = Saver(run_dir, world, settings.checkpoint, card, num_bytes)
     job = Job(
-        *(settings, world, place, mixture, tape, validation, best, state, schedule, saver, max_samples),
+        *(settings, world, place, mixture, tape, validation, ranking, state, schedule, saver, max_samples),
         progress=progress,
     )
     if world.is_main:
@@ -199,9 +196,11 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
 def _tell(job: Job, rehearsal: Rehearsal) -> None:
     """Say what is going to be trained, on what, and what it takes."""
     settings, world, policy, mixture = job.settings, job.world, job.state.policy, job.mixture
-    log.info("%s; %s", summary(policy), PRECISIONS[settings.trainer.precision])
-    log.info(mixture_table(mixture, job.validation.num_windows, sum(p.numel() for p in policy.parameters())))
-    log.info(budget(settings, world.data_size, job.max_samples, sum(mixture.draws)))
+    log.info(mixture_table(mixture, job.validation.num_windows))
+    held = footprint(rehearsal, settings, world.data_size)
+    words = name_of(world.device), PRECISIONS[settings.trainer.precision], summary(policy), str(held)
+    sizes = sum(p.numel() for p in policy.parameters()), world.data_size, job.max_samples, sum(mixture.draws)
+    log.info("%s", start_summary(Facts(settings, job.run_dir, *words, *sizes, tuple(policy.encoders))))
     for line in schedule_warnings(settings.scheduler, settings.trainer.steps):
         log.warning(line)
     announce(rehearsal, settings, world.data_size, world.device)
@@ -244,27 +243,6 @@ def mesh_of(settings: Settings, world: World) -> DeviceMesh | None:
     return data_mesh(world, degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree)
 
 
-def convention_of(mixture: Mixture) -> dict[str, Any]:
-    """What a user of the weights must know of inputs and outputs."""
-    return {
-        "actions": "as the dataset's action columns, after its transforms, normalised by the norm head's statistics",
-        "normalization": mixture.settings.normalization,
-        "conventions": record([d.conversions for d in mixture.datasets]),
-        "spec": mixture.spec.to_json(),
-        "transforms": {
-            d.name: pipeline.to_json() for d, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True)
-        },
-        "datasets": {
-            d.name: sorted({mixture.groups[g].norm_head for g in np.unique(d.group_of)}) for d in mixture.datasets
-        },
-        "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
-        "fps": {d.name: d.source.fps for d in mixture.datasets},
-        "action_names": {d.name: list(d.action_names) for d in mixture.datasets},
-        "robots": {d.name: d.robot() for d in mixture.datasets},
-        "held_out": held_out_episodes(mixture),
-    }
-
-
 def _resume(job: Job, checkpoint: Path) -> None:
     """Put the new job back to where `checkpoint` left its run."""
     restart = job.settings.resume.data == "restart"
@@ -285,8 +263,8 @@ def _resume(job: Job, checkpoint: Path) -> None:
     job.counters.update(saved["counters"])
     job.saver.run = saved
     job.state.skipped = torch.tensor([job.counters["skipped"], 0])
-    if job.best is not None:
-        job.best.restore(job.world, job.state.step)
+    if job.ranking is not None:
+        job.ranking.restore(job.world, job.state.step)
     if job.world.is_main:
         log.info("resumed from %s at step %d", checkpoint, job.state.step)
         for change in changed(saved["stream"], save_state(job.tape, job.state.step)):

@@ -1,4 +1,4 @@
-"""What the program says to a person: the log's destinations, the mixture's table, what to look at next."""
+"""Where the program's log goes: a terminal, and a file of the run."""
 
 from __future__ import annotations
 
@@ -94,18 +94,3 @@ def log_to(stream: TextIO, is_main: bool) -> Iterator[Console]:
         for handler in handlers:
             with suppress(OSError):  # of a disk that was full before: `check` has told
                 handler.close()
-
-
-def next_steps(run_dir: Path, how: str, num_bad: int, goes_on: bool) -> str:
-    """The last words: `how` it ended, where everything is and what to look at. `num_bad`: windows that were replaced;
-    `goes_on`: it was stopped, and can be resumed."""
-    lines = [f"{how}. Run directory: {run_dir}"]
-    if (run_dir / "tensorboard").is_dir():
-        lines.append(f"  curves:      tensorboard --logdir {run_dir}/tensorboard")
-    lines.append(f"  numbers:     {run_dir}/metrics.jsonl")
-    lines.append(f"  checkpoint:  {run_dir}/checkpoints/last (weights in pretrained_model/)")
-    if num_bad:
-        lines.append(f"  unreadable:  {num_bad} windows were replaced by others, see {run_dir}/quarantine.jsonl")
-    if goes_on:
-        lines.append(f"  go on with:  the same command and resume=auto paths.run_dir={run_dir}")
-    return "\n".join(lines)

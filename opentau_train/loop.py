@@ -34,13 +34,15 @@ from opentau_train.distributed.watchdog import Progress, watch
 from opentau_train.distributed.world import launch
 from opentau_train.errors import EXIT_OK, Fault
 from opentau_train.job import Job, prepare
-from opentau_train.log import log_to, next_steps
+from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
+from opentau_train.sinks.summary import next_steps
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
+from opentau_train.validation.changes import changes
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
         sinks = stack.enter_context(_open_sinks(job, tree))
+        job.progress.shown = sinks.stage
         stack.enter_context(closing(job.validation))
         stack.push(partial(_name_last_good, job))
         stack.enter_context(job.saver)
@@ -114,7 +117,7 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
     """Train until the last step or a stop; returns the stop that all ranks agreed on."""
     state, world, last_step = job.state, job.world, job.settings.trainer.steps
     stopped = _validate(job, sinks, stop) if job.owes_validation else Stop.NONE
-    _point_to_best(job)  # an owed validation may have found the resumed checkpoint to be it
+    _point_links(job)  # an owed validation may have found the resumed checkpoint to be it
     stop_at = state.step + (job.settings.trainer.stop_after or last_step)
     setup = job.step_setup()
     meter = Meter(job.mixture, job.tape, state, world, setup.flops)
@@ -237,6 +240,8 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
         raise
     job.counters["validated"] = step
     with job.noted():
+        if job.ranking is not None and job.ranking.last is not None and measured.scores is not None:
+            sinks.compare(changes(job.ranking.compared, measured.scores.sums, job.ranking.last.sums))
         sinks.write(step, {**measured.row, "Timing/Validation": time.perf_counter() - started})
         if job.world.is_main:
             measured.keep(job.run_dir / "plots", step)
@@ -244,10 +249,10 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
                 sinks.image(step, picture.tag, picture.pixels)
         sinks.flush()  # the checkpoint says below that the row is there
     with job.noted():
-        if job.best is not None and measured.scores is not None:
-            job.best.update(job.world, step, measured.scores)
+        if job.ranking is not None and measured.scores is not None:
+            job.ranking.update(job.world, step, measured.scores)
     job.saver.recount(step, job.counters)
-    _point_to_best(job)
+    _point_links(job)
     return Stop.NONE
 
 
@@ -257,7 +262,7 @@ def _save(job: Job, sinks: Sinks) -> None:
         sinks.flush()
     stream = save_state(job.tape, job.state.step)
     job.counters["skipped"] = int(job.state.skipped[0])
-    # The one before first, so that `best` holds it where it is to stay before the next one retires what nothing names.
+    # The one before first, so that a link holds it where it is to stay before the next one retires what nothing names.
     job.world.agree(job.place.check)
     _report_save(job, job.saver.finish)
     _report_save(job, partial(job.saver.save, job.state, stream=stream, counters=job.counters))
@@ -273,13 +278,13 @@ def _report_save(job: Job, call: Callable[[], Path | None]) -> None:
         raise
     if path is not None and job.world.is_main:
         log.info("saved %s", path)
-        _point_to_best(job)
+        _point_links(job)
 
 
-def _point_to_best(job: Job) -> None:
-    if job.best is not None and job.world.is_main:
+def _point_links(job: Job) -> None:
+    if job.ranking is not None and job.world.is_main:
         with job.noted():
-            job.best.point()
+            job.ranking.point()
 
 
 def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
@@ -290,5 +295,6 @@ def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
         total_steps=job.settings.trainer.steps,
         start_step=job.state.step,
         config=tree,
+        classes=job.state.policy.classes,
     )
     return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))

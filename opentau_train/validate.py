@@ -44,7 +44,7 @@ from opentau_train.job import mesh_of
 from opentau_train.log import log_to
 from opentau_train.models.average import Ema
 from opentau_train.models.policy import Policy, bind_model, check_modes
-from opentau_train.sinks.console import read_scores, table
+from opentau_train.sinks.table import headline, table
 from opentau_train.types import BatchSpec
 from opentau_train.validation.evaluator import Picture
 from opentau_train.validation.passes import Validation, open_evaluators
@@ -161,7 +161,7 @@ def validate_checkpoint(
             write(out, result, measured.pictures)
             for file in measured.files:
                 out.with_name(f"{out.stem}_{file.file}{file.suffix}").write_bytes(file.content)
-            log.info("%s\nwritten to %s", table(read_scores(measured.row), {}), out)
+            log.info("%s\n%s\nwritten to %s", headline(measured.row), table(measured.row), out)
 
 
 def fit(mixture: Mixture, policy: dict[str, Any]) -> Mixture:

@@ -36,7 +36,7 @@ DAMAGED = ".damaged"
 @dataclass(frozen=True)
 class Retention:
     """Which checkpoints stay: the newest `keep_last` (None = all), and every one whose step is a multiple of
-    `keep_every`. What a link names (`last`, `best`) stays too: see `publish`."""
+    `keep_every`. What a link names (`last`, `best`, `lowest`) stays too: see `publish`."""
 
     keep_last: int | None = None
     keep_every: int | None = None
@@ -73,7 +73,7 @@ def publish(partial: Path, retention: Retention) -> list[Path]:
         partial.rename(final)
         flush(folder)
     point(folder / "last", final.name)
-    named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, and best
+    named = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}  # last, best, lowest
     for name in retention.obsolete([p.name for p in complete(folder)]):
         if name not in named:
             _retire(folder / name)

@@ -18,14 +18,14 @@ REMEDY = "make room, or set checkpoint.keep_last=1 or paths.run_dir to a larger 
 
 def num_at_once(settings: Settings, step: int, num_there: int) -> int:
     """The most checkpoints that are there at one time from `step` on, the `num_there` of before included: the kept
-    ones, `best`, and the one that is being written."""
+    ones, `best` and `lowest`, and the one that is being written."""
     keep, last, every = settings.checkpoint, settings.trainer.steps, settings.checkpoint.every
     num = num_there + ((last - 1) // every - step // every if every else 0) + 1
     if keep.keep_last is None:
         return num
     for_ever = last // math.lcm(every, keep.keep_every) if every and keep.keep_every else 0
-    best = settings.validation.every > 0 and settings.validation.best_margin is not None
-    return min(num, for_ever + keep.keep_last + 1 + best)
+    linked = 1 + (settings.validation.best_margin is not None) if settings.validation.every > 0 else 0
+    return min(num, for_ever + keep.keep_last + 1 + linked)
 
 
 @dataclass(frozen=True)

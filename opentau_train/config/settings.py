@@ -129,7 +129,7 @@ class ValidationSettings:
     """What `checkpoints/best` is the best in: the loss, or the success rate in simulators."""
     best_margin: NotNegative | None = 2.0
     """Standard errors of the paired difference by which a pass must beat the best one to become
-    `checkpoints/best`; null = no best checkpoint."""
+    `checkpoints/best`; null = no best checkpoint. `checkpoints/lowest` needs no margin."""
 
     @property
     def chooses_best(self) -> str:

@@ -57,7 +57,7 @@ class Footprint:
     def __str__(self) -> str:
         cells = [f"{name} {text(size)}" for name, size in self.parts.items() if size != 0]
         at_least = "at least " if None in self.parts.values() else ""
-        return f"{', '.join(cells)} ({self.samples} samples at a time) = {at_least}{text(self.total)}"
+        return f"{at_least}{text(self.total)} a rank: {', '.join(cells)} ({self.samples} samples at a time)"
 
 
 def footprint(rehearsal: Rehearsal, settings: Settings, ranks: int) -> Footprint:
@@ -147,16 +147,22 @@ def _gathered(policy: Policy, low: bool, all_at_once: bool) -> int:
     return held + max(size(unit) + sum(4 * p.numel() for p in unit) for unit in trained)
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that an accelerator has; None of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def name_of(device: torch.device) -> str:
+    """A device in words, with its memory."""
+    has = memory_of(device)
+    return str(device) if has is None else f"{torch.cuda.get_device_name(device)} with {text(has)}"
+
+
 def announce(rehearsal: Rehearsal, settings: Settings, ranks: int, device: torch.device) -> None:
-    """Log what a rank's memory will hold, and what to do where the device hasn't as much."""
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    log.info(
-        "memory of a rank: %s%s",
-        footprint(rehearsal, settings, ranks),
-        "" if has is None else f"; the device has {text(has)}",
-    )
+    """Log what couldn't be known of a rank's memory, and what to do where the device hasn't as much as it takes."""
     for note in rehearsal.notes.values():
         log.info("%s", note)
+    has = memory_of(device)
     warning = None if has is None else shortage(rehearsal, settings, ranks, has)
     if warning is not None:
         log.warning("%s", warning)

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +36,16 @@ class Progress:
     step: int = 0
     part: str = "opening data and policy"
     moved: float = field(default_factory=time.monotonic)
+    shown: Callable[[str, int, int], None] | None = None
+    """Is told what `enter` is."""
 
-    def enter(self, part: str, step: int | None = None) -> None:
-        """Progress was made: `part` begins."""
+    def enter(self, part: str, step: int | None = None, done: int = 0, total: int = 0) -> None:
+        """Progress was made: `part` begins, or `done` of its `total` pieces are."""
         self.part, self.moved = part, time.monotonic()
         if step is not None:
             self.step = step
+        if self.shown is not None:
+            self.shown(part, done, total)
 
     def __str__(self) -> str:
         return f"{self.part}, step {self.step}"

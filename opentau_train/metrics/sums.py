@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from opentau_train.types import Group, LossTerms
 
 QUANTUM = 2.0**-24
+MIN_EPISODES = 2
+"""Of a difference whose error can be told."""
 
 
 def exact(terms: LossTerms) -> LossTerms:
@@ -142,6 +144,54 @@ def aggregate_shares(means: Means, groups: Sequence[Group]) -> NDArray[np.float6
     is trained on, their windows."""
     shares = np.array([group.share for group in groups])[:, None] * (means.count > 0)
     return np.where(shares.sum(0) > 0, shares, means.windows)
+
+
+def paired_difference(
+    new: NDArray[np.float64],
+    old: NDArray[np.float64],
+    group_of: NDArray[np.int64],
+    groups: Sequence[Group],
+    weights: Sequence[float],
+    episode_of: NDArray[np.int64],
+) -> tuple[float, float]:
+    """(`Validation/Loss` of `new` minus that of `old`, its standard error) from sums [E, K, 2] of the same windows.
+
+    The loss is linear in the episodes' sums, so its difference is a weighted sum of the groups' ratio means of
+    differences; their errors are those of `group_means`, the terms of an episode taken together, as are
+    its rows of several modes: `episode_of` [E] numbers the rows' episodes. Groups of a single episode form one stratum
+    together (collapsed strata, Cochran 5A.12), which can only overstate the error; one such group alone counts its
+    whole change as error. Needs `MIN_EPISODES` episodes.
+    """
+    assert len(new) >= MIN_EPISODES
+    counts = new[..., 1]
+    change = np.stack([new[..., 0] - old[..., 0], counts], axis=-1)
+    means = group_means(change, group_of, np.ones(len(new)), len(groups))
+    shares = aggregate_shares(means, groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factor = np.where(means.count > 0, np.asarray(weights) * shares / shares.sum(0), 0.0)
+        per_element = np.where(means.count > 0, factor / means.count, 0.0)[group_of]
+    mean = np.where(means.count > 0, means.mean, 0.0)
+    delta = float((factor * mean).sum())
+    parts = per_element * (change[..., 0] - mean[group_of] * counts), per_element * change[..., 0]
+    _, first, row_of = np.unique(episode_of, return_index=True, return_inverse=True)
+    residual, alone = (np.bincount(row_of, part.sum(1)) for part in parts)
+    group_of = group_of[first]
+    num = np.bincount(group_of, minlength=len(groups))
+    single = num[group_of] == 1
+    correction = np.where(single, 0.0, num[group_of] / np.maximum(num[group_of] - 1, 1))
+    variance = float((correction * np.square(residual)).sum())
+    alone = alone[single]
+    if len(alone) > 1:
+        variance += float(len(alone) / (len(alone) - 1) * np.square(alone - alone.mean()).sum())
+    elif len(alone) == 1:
+        variance += float(np.square(alone[0]))
+    return delta, float(np.sqrt(variance))
+
+
+def in_common(new: NDArray[np.float64], old: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[E], the episodes that two passes with sums and counts [E, K, 2] both saw whole: windows that can't be read may
+    be left out of either."""
+    return (new[..., 1] == old[..., 1]).all(1)
 
 
 def _rows(names: Sequence[str], terms: Sequence[str], means: Means, prefix: str) -> dict[str, float]:

@@ -136,8 +136,8 @@ def summary(policy: Policy) -> str:
     sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
     whole, trained = sum(p.numel() for p in policy.parameters()), sum(sizes.values())
     if trained == whole and not policy.adapters:
-        return f"all {whole:,} parameters train"
-    text = f"{trained:,} of {whole:,} parameters train"
+        return f"all {whole:,} train"
+    text = f"{trained:,} train, {whole - trained:,} are frozen"
     if not policy.adapters:
         return text
     adapters = sum(size for name, size in sizes.items() if is_adapter(name))

@@ -86,7 +86,7 @@ class FlowPolicy(FlowSampler):
         self.time: FlowTime = time
         self.spec, self.num_flow_steps, self.num_bins, self.bin_range = spec, num_flow_steps, num_bins, bin_range
         self.max_prompt_bytes, self.text_encoder, self.packing = max_prompt_bytes, text_encoder, packing
-        self.loss_weights = {"mse": mse_weight, "ce": ce_weight}
+        self.loss_weights, self.classes = {"mse": mse_weight, "ce": ce_weight}, {"ce": num_bins}
 
         # Inputs. What the mixture doesn't have gets no parameters: each one must take part in every forward pass.
         self.start_embed = nn.Parameter(torch.empty(width))

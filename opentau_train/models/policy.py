@@ -43,6 +43,9 @@ class Policy(nn.Module, ABC):
     modules inside sets. The policy is then sharded before it has memory. False: each process builds the whole on its
     CPU and moves it to the device block by block."""
 
+    classes: Mapping[str, int] = {}
+    """{term that is a cross-entropy: among how many classes}: what guessing costs is its logarithm."""
+
     modes: ClassVar[tuple[str, ...]] = ("policy",)
     """The modes of samples that it knows (`config.modes`): what each means to it is in the batch's `mode`."""
 

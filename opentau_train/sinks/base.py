@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,8 @@ class SinkContext:
     total_steps: int
     start_step: int
     config: dict[str, Any]
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """{loss term that is a cross-entropy: among how many classes}"""
 
 
 class Sink(Protocol):
@@ -47,6 +49,14 @@ class Sink(Protocol):
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """The scalars of one optimizer step (1 = after the first). A step may come in several rows."""
+
+    def stage(self, part: str, done: int, total: int) -> None:
+        """A part of the run begins ("save", "validation", "data wait", ...), or `done` of its `total` pieces are; 0 of
+        0 where it has none. Called several times a step."""
+
+    def compare(self, changes: Mapping[str, float]) -> None:
+        """How the next row's validation differs from the pass before: {tag: difference}, and beside it the standard
+        error of that, {tag/StdErr: ...}, from paired differences. Of the losses only, and not where it isn't known."""
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
         """A picture: `array` [H, W, 3] uint8 RGB."""
@@ -81,6 +91,14 @@ class Sinks(Sink):
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for sink in self.sinks:
             sink.write(step, row)
+
+    def stage(self, part: str, done: int, total: int) -> None:
+        for sink in self.sinks:
+            sink.stage(part, done, total)
+
+    def compare(self, changes: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.compare(changes)
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
         for sink in self.sinks:

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, one line an interval elsewhere, a table after each validation pass.
+"""Progress for people: bars on a terminal, one line an interval elsewhere, a table after each validation pass.
 
 All of it goes through the program's log, so that `train.log` holds it too.
 """
@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from opentau_train.sinks.base import Sink, SinkContext
+from opentau_train.sinks.jsonl import last_validation
+from opentau_train.sinks.stages import SAVE, VALIDATION, Clock, StageBar, stage_of
+from opentau_train.sinks.table import SHOWN, headline, table
 
 log = logging.getLogger(__name__)
 ROOT = logging.getLogger("opentau_train")
-
-VALIDATION = "Validation/"
-NORM_HEAD = "::"
-"""Stands in the names of norm heads, `robot::control_mode`."""
 
 COLUMNS = (
     ("Training/Loss", "loss", "{:.4f}", 8),
@@ -37,8 +36,10 @@ COLUMNS = (
 """(tag, label, format, width), what matters most first: a narrow terminal shows the first ones. `wait` is the share of
 a step's time that went by without data."""
 
-ENDS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-"""The bar of a terminal that has room for nothing else."""
+LEFT = "LEFT"
+ENDS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<" + LEFT + "]"
+"""The bar of a terminal that has room for nothing else. `LEFT` is not tqdm's: its own would take each step for as long
+as a validation makes it."""
 
 ONLY_IN_FILE = {"only_in_file": True}
 """Marks a record that the bar shows already."""
@@ -48,17 +49,20 @@ class ConsoleSink(Sink):
     """Writes to standard error, so that what a command prints on standard output can be piped."""
 
     def __init__(self, *, context: SinkContext):
-        self._total, self._start, self._began = context.total_steps, context.start_step, time.monotonic()
+        self._total, self._start = context.total_steps, context.start_step
         self._every = context.config.get("trainer", {}).get("log_every")
-        self._last_pass: dict[str, float] = {}
+        self._clock = Clock(self._start, self._total, _stages_every(context.config))
+        self._stage: StageBar | None = None
+        self._chance = {term.upper(): math.log(num) for term, num in context.classes.items()}
+        self._before = last_validation(context.run_dir) if context.start_step else {}
+        self._changes: dict[str, float] = {}
         self._bar: tqdm | None = None
         self._fields: list[str] = []
         self._closing = ExitStack()
         if _has_terminal():
-            # Without smoothing the rate is the average since the start: the time left counts validations and saves.
             self._bar = tqdm(
                 total=context.total_steps, initial=context.start_step, desc=context.run_name, unit="step",
-                file=sys.stderr, dynamic_ncols=True, smoothing=0, miniters=1, bar_format=ENDS,
+                file=sys.stderr, dynamic_ncols=True, miniters=1, bar_format=ENDS.replace(LEFT, "?"),
             )  # fmt: skip
             self._closing.callback(self._bar.close)
             self._closing.enter_context(logging_redirect_tqdm([ROOT]))  # else a line of the log is glued to the bar
@@ -69,22 +73,44 @@ class ConsoleSink(Sink):
     def advance(self, step: int) -> None:
         """Move the bar. Without one, tell the first step, so that nobody waits an interval to see that it runs."""
         if self._bar is not None:
-            self._bar.bar_format = fitting(self._bar, self._fields)
+            self._bar.bar_format = fitting(self._bar, self._fields, tqdm.format_interval(round(self._clock.left(step))))
             self._bar.update(step - self._bar.n)
         elif step == self._start + 1 and self._every != 1:
-            seconds = time.monotonic() - self._began
+            seconds = self._clock.now() - self._clock.began
             then = "" if self._every is None else f"; from now on a line every {self._every} steps"
             log.info("step %d/%d taken after %.1f s%s", step, self._total, seconds, then)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         if any(tag.startswith("Training/") for tag in row):
             self._progress(step, row)
-        scores = read_scores(row)
-        if scores:
-            log.info("validation at step %d\n%s", step, table(scores, self._last_pass))
-            self._last_pass = {f"{s.group}/{s.term}": s.value for s in scores}
+        if any(tag.startswith(SHOWN) for tag in row):
+            self._end_stage()
+            loss = headline(row, self._before, self._changes)
+            below = table(row, self._before, self._changes, self._chance, _width())
+            log.info("validation at step %d%s\n%s", step, loss and f": {loss}", below)
+            self._before, self._changes = dict(row), {}
+
+    def compare(self, changes: Mapping[str, float]) -> None:
+        self._changes = dict(changes)
+
+    def stage(self, part: str, done: int, total: int) -> None:
+        """Show a validation or a save as a bar of its own, and count its time."""
+        stage = stage_of(part)
+        if stage != self._clock.stage:
+            self._end_stage()
+            self._clock.enter(stage)
+            if stage is not None and self._bar is not None:
+                self._stage = StageBar(stage, self._clock.mean(stage) if stage == SAVE else None)
+        if self._stage is not None:
+            self._stage.move(done, total)
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
     def close(self) -> None:
+        self._end_stage()
         self._closing.close()
 
     def _progress(self, step: int, row: Mapping[str, float]) -> None:
@@ -92,8 +118,7 @@ class ConsoleSink(Sink):
         if row.get("Timing/Step", 0) > 0 and "Timing/DataWait" in row:
             row["wait"] = row["Timing/DataWait"] / row["Timing/Step"]
         parts = [(label, form.format(row[tag]), width) for tag, label, form, width in COLUMNS if tag in row]
-        seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
-        parts.append(("eta", str(datetime.timedelta(seconds=round(seconds))), 8))
+        parts.append(("eta", str(datetime.timedelta(seconds=round(self._clock.left(step)))), 8))
         if row.get("Training/SkippedSteps", 0):
             parts.append(("skipped", f"{row['Training/SkippedSteps']:.0f}", 0))
         self._fields = [f"{label} {text}" for label, text, _ in parts if label != "eta"]
@@ -103,12 +128,18 @@ class ConsoleSink(Sink):
             self.advance(step)
 
 
-def fitting(bar: tqdm, fields: Sequence[str]) -> str:
+def _stages_every(config: Mapping[str, Any]) -> dict[str, int | None]:
+    """{stage: steps between two}, as `Clock` takes it."""
+    validation, save = (config.get(section, {}).get("every") for section in ("validation", "checkpoint"))
+    return {VALIDATION: validation or None, SAVE: save}
+
+
+def fitting(bar: tqdm, fields: Sequence[str], left: str) -> str:
     """The `bar_format` of a line that the terminal's width holds: with as many `fields` as fit, the first ones first,
-    beside a bar of ten columns; where not even the run's name fits, without it."""
+    beside a bar of ten columns; where not even the run's name fits, without it. `left`: the time until the end."""
     about = {**bar.format_dict, "prefix": bar.desc.removesuffix(": "), "ncols": None, "postfix": None}
-    shown = bar.format_dict["ncols"] or 80
-    ends, needed = ENDS, len(tqdm.format_meter(**{**about, "bar_format": ENDS.replace("{bar}", "")})) + 10
+    shown, ends = bar.format_dict["ncols"] or 80, ENDS.replace(LEFT, left)
+    needed = len(tqdm.format_meter(**{**about, "bar_format": ends.replace("{bar}", "")})) + 10
     name = about["prefix"]
     if needed + len(name) + 1 <= shown // 2:
         ends, needed = "{desc} " + ends, needed + len(name) + 3
@@ -120,62 +151,11 @@ def fitting(bar: tqdm, fields: Sequence[str]) -> str:
     return ends
 
 
+def _width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return max(60, os.get_terminal_size(sys.stderr.fileno()).columns) if _has_terminal() else 80
+
+
 def _has_terminal() -> bool:
     """Whether a bar can be drawn: some containers give a terminal without a width, where it would stay empty."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of a validation pass: `group` is `dataset/control_mode`, "" for the mixture; `num` and `stderr` are
-    None where the row doesn't tell them."""
-
-    group: str
-    term: str
-    value: float
-    num: float | None
-    stderr: float | None
-
-
-def read_scores(row: Mapping[str, float]) -> list[Score]:
-    """The scores among the tags of a row, in its order; `/N` and `/StdErr` tags belong to the score before them."""
-    scores = []
-    for tag, value in row.items():
-        if tag.startswith(VALIDATION) and not tag.endswith(("/N", "/StdErr")):
-            group, _, term = tag.removeprefix(VALIDATION).rpartition("/")
-            scores.append(Score(group, term, value, row.get(f"{tag}/N"), row.get(f"{tag}/StdErr")))
-    return scores
-
-
-def table(scores: list[Score], before: Mapping[str, float]) -> str:
-    """An aligned table, one line a group and the mixture last: N, each term with its standard error, and the change
-    against `before` ({`group/term`: value} of the last pass). A norm head has a line where it is of several groups:
-    that of a single one would say the same again."""
-    numbers: dict[str, list[tuple[str, float, float | None]]] = {}
-    for s in scores:
-        numbers.setdefault(s.group, []).append((s.term, s.value, s.stderr))
-    own = [one for group, one in numbers.items() if NORM_HEAD not in group]
-    told = [group for group, one in numbers.items() if NORM_HEAD not in group or one not in own]
-    groups = sorted(told, key=lambda group: (group == "", group))
-    terms = list(dict.fromkeys(s.term for s in scores))
-    cells = {(s.group, s.term): s for s in scores}
-    lines = [["group", "N", *(label for term in terms for label in (term, "change"))]]
-    for group in groups:
-        nums = [s.num for s in scores if s.group == group and s.num is not None]
-        line = [group or "mixture", f"{max(nums):.0f}" if nums else ""]
-        for term in terms:
-            line += _cell(cells.get((group, term)), before)
-        lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
-
-
-def _cell(score: Score | None, before: Mapping[str, float]) -> tuple[str, str]:
-    if score is None:
-        return "", ""
-    last = before.get(f"{score.group}/{score.term}")
-    value = f"{score.value:.5f}" if score.stderr is None else f"{score.value:.5f} ± {score.stderr:.5f}"
-    return value, "" if last is None else f"{score.value - last:+.5f}"

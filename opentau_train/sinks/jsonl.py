@@ -41,6 +41,14 @@ def split(row: Mapping[str, float | None]) -> list[dict[str, float]]:
     return [part for part in (trained, validated) if part]
 
 
+def last_validation(run_dir: Path) -> dict[str, Any]:
+    """The newest row of a validation pass, read from the file's end; empty where there is none."""
+    path = run_dir / FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    whole = (line for line in reversed(lines) if '"Validation' in line and line.endswith("\n"))
+    return next((json.loads(line) for line in whole), {})
+
+
 class JsonlSink(Sink):
     """Appends to `RUN_DIR/metrics.jsonl`; every row is flushed, so that `tail -f` and a killed run show it."""
 

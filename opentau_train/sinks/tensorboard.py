@@ -15,11 +15,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opentau_train.errors import check_machine
 from opentau_train.sinks.base import Sink, SinkContext, of_groups
+from opentau_train.sinks.layout import GUIDE, Layout, layout, place_of
 
 
 class TensorBoardSink(Sink):
-    """Scalars, images and texts; `flush_seconds` is how long a row may wait before it is on disk. `groups`: see
-    `of_groups`.
+    """Scalars, images and texts, under the names and with the charts of `layout`. `flush_seconds` is how long a row may
+    wait before it is on disk; `groups`: see `of_groups`.
 
     Events are made on a thread of the sink's own, a row being one event: with thousands of groups they would hold up
     the training for a quarter of a second. What goes wrong there is raised by the next call, at the latest by `flush`
@@ -29,7 +30,7 @@ class TensorBoardSink(Sink):
     """
 
     def __init__(self, *, context: SinkContext, flush_seconds: int = 30, groups: list[str] | None = None):
-        self._start_step, self._groups = context.start_step, groups
+        self._start_step, self._groups, self._has_layout = context.start_step, groups, False
         first = context.start_step + 1 if context.start_step else 0
         self._folder = context.run_dir / "tensorboard"
         self._thread = ThreadPoolExecutor(1, "tensorboard")
@@ -37,10 +38,14 @@ class TensorBoardSink(Sink):
         self._writer: SummaryWriter
         self._make(lambda: self._open(first, flush_seconds))
         self._wait()
+        self.text("Start here", GUIDE)
         self.text("Config", "```json\n" + json.dumps(context.config, indent=2, default=str) + "\n```")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         values, now = of_groups(row, self._groups), time.time()
+        if not self._has_layout and any(tag.startswith("Training/") for tag in row):
+            charts, self._has_layout = layout(row), True
+            self._make(lambda: self._lay_out(charts))
         self._make(lambda: self._add(step, values, now))
 
     def image(self, step: int, tag: str, array: NDArray[np.uint8]) -> None:
@@ -83,7 +88,13 @@ class TensorBoardSink(Sink):
     def _open(self, first: int, flush_seconds: int) -> None:
         self._writer = SummaryWriter(str(self._folder), purge_step=first, flush_secs=flush_seconds)
 
+    def _lay_out(self, charts: Layout) -> None:
+        self._writer.add_custom_scalars(
+            {category: {name: ["Multiline", tags] for name, tags in of.items()} for category, of in charts.items()}
+        )
+
     def _add(self, step: int, values: Mapping[str, float], now: float) -> None:
         assert self._writer.file_writer is not None, "it is there until the writer is closed"
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()])
+        named = ((place_of(tag, values), float(value)) for tag, value in values.items())
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in named])
         self._writer.file_writer.add_summary(summary, step, now)

@@ -64,13 +64,14 @@ class Attachment:
 class Compared:
     """What two passes can be compared over: the names of E `episodes`, `group_of` [E] i64 each one's place among
     `groups`, and the `weights` of the K terms that are summed by episode; `episode_of` [E] i64: those of the same
-    number are one episode, in several modes."""
+    number are one episode, in several modes. `terms`: the K names of losses whose tags are `Validation/...`."""
 
     episodes: tuple[str, ...]
     group_of: NDArray[np.int64]
     groups: tuple[Group, ...]
     weights: tuple[float, ...]
     episode_of: NDArray[np.int64]
+    terms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ class Context:
         plan, sharded, poll = self.plan, self.replicas.sharded, self.stop.poll
         num_own = plan.num_batches_of(self.world.data_rank)
         self.reader.begin(self.number)
-        for number in range(plan.num_batches if sharded else num_own):
-            self.progress.enter("validation")
+        num = plan.num_batches if sharded else num_own
+        for number in range(num):
+            self.progress.enter("validation", done=number, total=num)
             part = self.reader.next(poll) if number < num_own else None
             progress.error = part.error if part is not None else None
             progress.halted = progress.error is not None or poll() > 0

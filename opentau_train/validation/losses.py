@@ -30,7 +30,8 @@ class LossEvaluator(Evaluator):
 
     def compared(self, plan: ValidationPlan, policy: Policy) -> Compared:
         names = tuple(f"{dataset}/{number}" for dataset, number in plan.episodes)
-        return Compared(names, plan.group_of, plan.mixture.groups, tuple(policy.loss_weights.values()), plan.episode_of)
+        terms, weights = zip(*policy.loss_weights.items(), strict=True)
+        return Compared(names, plan.group_of, plan.mixture.groups, weights, plan.episode_of, terms)
 
     def run(self, context: Context) -> Evaluation:
         """One pass, and one more for the average. Raises as `Context.measure`, and RuntimeError where windows or loss

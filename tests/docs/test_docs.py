@@ -9,15 +9,17 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from opentau_train import cli, validate
 from opentau_train.config.settings import load_settings
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
+from opentau_train.sinks.base import Sink
 from tests import warm
 from tests.lerobot_writer import Dataset, vector, write
-from tests.program import DATA, REPO, TINY_POLICY, TOY, environment, metrics, train_here
+from tests.program import DATA, REPO, TOY, environment, metrics, train_here
 
 ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 DOCUMENTS = [*(REPO / name for name in ROOT), *sorted((REPO / "docs").rglob("*.md"))]
@@ -32,6 +34,7 @@ RUN_ELSEWHERE = {
     "opentau-train launcher": "tests/unit/tools/test_launcher_copy.py",
     "python -m tests.licences": "tests/docs/test_site.py",
     "launchers/train_droid_policy.sh": "tests/launchers/test_launcher.py",
+    "torchrun --nproc-per-node 2 -m opentau_train +recipe=lerobot data.sources.main": "tests/unit/test_cli.py",
     "launchers/slurm/train.sbatch": "tests/slurm",
     "sbatch": "tests/slurm",
     "srun": "tests/slurm",
@@ -270,11 +273,51 @@ def test_the_examples_of_extending_train_together(tmp_path):
         assert refused.returncode == 2 and text in refused.stderr, refused.stderr
 
 
-def test_the_readme_names_what_a_run_leaves(tmp_path):
-    """The table's files are there after a run."""
-    run = train_here(
-        ["+recipe=lerobot", "+debug=smoke", f"data.sources.main.root={DATA / 'lerobot_v30'}", *TINY_POLICY],
-        tmp_path / "run",
-    )
-    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "train.log", "checkpoints/last"):
-        assert (run / name).exists() and f"`{Path(name).name.split('/')[-1]}" in (REPO / "README.md").read_text()
+class Onlooker(Sink):
+    """Keeps what lies in the run directory while the run goes on."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __init__(self, *, context):
+        self.run_dir = context.run_dir
+
+    def write(self, step, row):
+        self.seen.update(left_by(self.run_dir))
+
+
+def left_by(run_dir: Path) -> set[str]:
+    """The names in a run directory, and those in its checkpoints' folder, whose steps are all called 00001000."""
+    inside = (re.sub(r"^\d{8}$", "00001000", path.name) for path in (run_dir / "checkpoints").glob("*"))
+    return {p.name for p in run_dir.iterdir()} - {"checkpoints"} | {f"checkpoints/{name}" for name in inside}
+
+
+ELSEWHERE = {"PREEMPT", "wandb", "wandb_kept_step", "mlflow_run_id"}
+"""What a person, or a tracker that isn't chosen here, would leave: tests/distributed, tests/unit/sinks."""
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_runs_leave(tmp_path):
+    """One that has everything, is preempted, loses the end of its numbers, and goes on."""
+    root = shutil.copytree(DATA / "lerobot_v21", tmp_path / "damaged")
+    (video,) = root.rglob("episode_000002.mp4")
+    video.chmod(0o644)
+    video.write_bytes(video.read_bytes()[:200])
+    words = [*TOY, f"data.sources.old.root={root}", "data.sources.old.val_episodes=[0]"]
+    words += ["data.bad_samples.max_fraction=0.9", "trainer.profile_steps=1", "flight_recorder=true"]
+    words += ["validation.every=4", "validation.evaluators=[loss,action]", "validation.max_samples_per_group=4"]
+    words += ["trainer.steps=8", "trainer.global_batch_size=16"]
+    words += [f"+logger.onlooker._target_={__name__}.Onlooker"]
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError):  # its exit code says that it was stopped
+        train_here([*words, "trainer.stop_after=2"], run)
+    seen = left_by(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "time": 0.0, "attempt": 1, "Training/Loss": 1.0}\n')  # of a step that is made again
+    train_here([*words, "resume=auto"], run)
+    seen |= left_by(run) | Onlooker.seen
+    table = (REPO / "README.md").read_text().partition("| in the run directory |")[2].partition("\n\n")[0]
+    told = {name.rstrip("/") for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.M) for name in
+            re.findall(r"`([^`]+)`", cell)}  # fmt: skip
+    assert told - ELSEWHERE == seen
+    inside = {path.name for path in (run / "checkpoints/last").iterdir()}
+    assert all(f"`{name}" in table for name in inside) and len(inside) == 4

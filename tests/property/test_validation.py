@@ -18,6 +18,7 @@ from opentau_train.config.modes import MODES
 from opentau_train.data.mixture.split import validation_split
 from opentau_train.data.order.blocks import draws_per_epoch, make_blocks
 from opentau_train.data.order.tape import Tape
+from opentau_train.deploy.policy import load_policy
 from opentau_train.errors import EXIT_FAULT, UserError
 from opentau_train.metrics.sums import Sums, validation_row
 from opentau_train.types import EpisodeTable
@@ -336,6 +337,8 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
     assert (best / "run.json").is_file() and int(best.name) % 3 == 0
     losses = {s: row["Validation/Loss"] for s, row in metrics(whole).items() if "Validation/Loss" in row}
     assert losses[int(best.name)] < losses[3]
+    lowest = (whole / "checkpoints" / "lowest").resolve()
+    assert losses[int(lowest.name)] == min(losses.values())
 
     class Stop(Exception):
         """Ends the first half as a kill would."""
@@ -353,7 +356,8 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
         patch.setattr(loop, "train_step", until_seven)
         train_here(run, tmp_path / "halves")
     resumed = train_here([*run, "resume=auto"], tmp_path / "halves")
-    assert (resumed / "checkpoints" / "best").resolve().name == best.name
+    names = [(resumed / "checkpoints" / link).resolve().name for link in ("best", "lowest")]
+    assert names == [best.name, lowest.name]
     assert metrics(resumed) == metrics(whole)
 
 
@@ -372,12 +376,16 @@ def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(asynchron
     run = train_here(frozen, tmp_path / "run")
     folder = run / "checkpoints"
     assert (folder / "best").resolve().name == "00000002" and (folder / "last").resolve().name == "00000006"
-    assert sorted(p.name for p in folder.iterdir()) == ["00000002", "00000006", "best", "last"]
+    assert sorted(p.name for p in folder.iterdir()) == ["00000002", "00000006", "best", "last", "lowest"]
 
 
 def test_without_a_margin_no_checkpoint_is_the_best(tmp_path):
     off = train_here([*FROZEN, "validation.best_margin=null", "validation.max_samples_per_group=8"], tmp_path / "off")
-    assert (off / "checkpoints" / "last").exists() and not (off / "checkpoints" / "best").exists()
+    lowest = off / "checkpoints" / "lowest"
+    assert lowest.exists() and not (off / "checkpoints" / "best").is_symlink()
+    assert load_policy(lowest).robots
+    again = train_here([*FROZEN, "trainer.steps=3", "validation.every=0", f"resume={lowest}"], tmp_path / "on")
+    assert min(metrics(again)) == int(lowest.resolve().name) + 1
 
 
 # -- windows that can't be read ----------------------------------------------------------------------------------------

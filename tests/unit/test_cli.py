@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from opentau_train import cli
 from tests.program import REPO, environment, run
@@ -268,12 +269,31 @@ def test_two_ranks_say_it_once(tmp_path):
     done = run([DROID, "trainer.stesp=3"], ranks=2, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("unknown key 'trainer.stesp'") == 1, done.stderr
+    *_, error, remedy, border = done.stderr.strip().splitlines()
+    assert error.strip().startswith("error: unknown key") and "remedy:" in remedy and set(border) == {"="}
+    screen = [sys.executable, "-I", REPO / "launchers" / "screen.py"]
+    ended = subprocess.run(screen, input="step 1\n" + done.stderr, text=True, capture_output=True, check=True)
+    first, *_, error, remedy = ended.stdout.strip().splitlines()
+    assert first == "step 1" and error.startswith("error: unknown key") and remedy.startswith("  remedy: ")
+    assert "Traceback" not in ended.stdout and "elastic" not in ended.stdout, ended.stdout
 
 
 def test_a_rank_that_fails_alone_says_so_after_a_while(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cli, "HEAD_START_S", 0.1)
     assert_clear(*in_process(monkeypatch, capsys, [DROID, "trainer.stesp=3"]), "'trainer.stesp'")
+
+
+def test_a_mistake_that_rank_0_has_left_to_torchrun_is_not_told_again(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "HEAD_START_S", 0.1)
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        assert in_process(monkeypatch, capsys, [DROID, "trainer.stesp=3"]) == (2, "")
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "0" / "error.json"))
+    assert "error: unknown key 'trainer.stesp'" in ChildFailedError("opentau_train", {0: failure}).format_msg()
+    assert not (tmp_path / "1" / "error.json").exists()
 
 
 @pytest.mark.parametrize(

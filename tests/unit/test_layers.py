@@ -127,7 +127,7 @@ POLICIES = (
     "models/packing/",
     *("models/layers", "models/pi/", "models/prompts", "models/resnet", "models/sampling", "models/unet", "models/wam"),
 )
-MEASURES = ("validation/video",)
+MEASURES = ("validation/changes", "validation/video")
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
 FORECASTS = ("checkpoints/room", "data/order/quality", "distributed/memory", "distributed/rehearsal")
 ENDS = ("api", "config/pointers", "config/reference", "deploy/", "simulation/", "sinks/", "sweep", "tools/", "validate")

@@ -1,6 +1,8 @@
 """The pieces of a validation that need no training: means, pairs, splits, units, pictures, what is refused."""
 
 import json
+import logging
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -13,14 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opentau_train import cli, validate
-from opentau_train.checkpoints.best import Best, paired_difference
+from opentau_train.checkpoints.best import FEW_EPISODES, Ranking
 from opentau_train.checkpoints.commit import seal
 from opentau_train.data.mixture.split import numbers, ranges
 from opentau_train.errors import EXIT_USER, UserError
-from opentau_train.metrics.sums import exact, group_means
+from opentau_train.metrics.sums import exact, group_means, paired_difference
 from opentau_train.models.average import Ema
 from opentau_train.types import Group
 from opentau_train.validation.actions import unit_of
+from opentau_train.validation.changes import changes
 from opentau_train.validation.evaluator import Compared, Scores
 from opentau_train.validation.plots import Panel, draw_panels
 from tests.program import DATA, TOY, metrics, train_here
@@ -142,9 +145,10 @@ def test_groups_of_one_episode_make_the_noise_larger_never_zero():
     assert error == pytest.approx(0.25)  # the lone group's whole change, at its share
 
 
-def best_of(tmp_path, num_episodes=6):
+def ranking_of(tmp_path, num_episodes=6, margin=2.0):
     names, each = tuple(f"a/{n}" for n in range(num_episodes)), np.arange(num_episodes)
-    return Best(tmp_path, Compared(names, np.zeros(num_episodes, int), tuple(GROUPS[:1]), (1.0,), each), 2.0)
+    compared = Compared(names, np.zeros(num_episodes, int), tuple(GROUPS[:1]), (1.0,), each, ("mse",))
+    return Ranking(tmp_path, compared, margin)
 
 
 def scores_of(means, counts=8.0):
@@ -157,40 +161,78 @@ def saved(tmp_path, step):
     (tmp_path / "checkpoints" / f"{step:08d}" / "run.json").write_text("{}")
 
 
-def test_the_best_moves_for_more_than_noise_and_a_resume_takes_up_the_record_of_its_step(tmp_path):
-    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, agree=lambda work: work())
+def links(tmp_path):
+    return {p.name: int(os.readlink(p)) for p in (tmp_path / "checkpoints").iterdir() if p.is_symlink()}
+
+
+WORLD = SimpleNamespace(is_main=True, broadcast=lambda value: value, agree=lambda work: work())
+
+
+def test_the_best_moves_for_more_than_noise_the_lowest_always_and_a_resume_takes_up_the_record_of_its_step(tmp_path):
     rng = np.random.default_rng(0)
     start = rng.normal(5, 3, 6)
-    best = best_of(tmp_path)
-    assert best.update(world, 10, scores_of(start))
-    assert not best.update(world, 20, scores_of(start + rng.normal(-0.01, 0.1, 6)))
-    assert not best.update(world, 25, scores_of(np.full(6, np.nan)))
-    assert best.update(world, 30, scores_of(start - 0.5 + rng.normal(0, 0.05, 6)))
-    for step in (10, 30):
+    ranking = ranking_of(tmp_path)
+    assert ranking.update(WORLD, 10, scores_of(start)) == {"best", "lowest"}
+    other = np.array([0.3, 0.2, 0.1, -0.2, 0.1, 0.0])
+    assert ranking.update(WORLD, 20, scores_of(start + other)) == set()
+    assert ranking.update(WORLD, 22, scores_of(start - other)) == {"lowest"}
+    assert ranking.update(WORLD, 25, scores_of(np.full(6, np.nan))) == set()
+    assert ranking.steps == {10, 22}
+    for step in (10, 22):
         saved(tmp_path, step)
-    best.point()
-    assert (tmp_path / "checkpoints" / "best").resolve().name == "00000030"
+    ranking.point()
+    assert links(tmp_path) == {"best": 10, "lowest": 22}
+    assert ranking.update(WORLD, 30, scores_of(start - 0.5 + rng.normal(0, 0.05, 6))) == {"best", "lowest"}
+    ranking.point()
+    assert links(tmp_path) == {"best": 10, "lowest": 22}, "a link never names a checkpoint that isn't whole"
+    saved(tmp_path, 30)
+    ranking.point()
+    assert links(tmp_path) == {"best": 30, "lowest": 30}
 
-    later, earlier = best_of(tmp_path), best_of(tmp_path)
-    later.restore(world, 35)
-    assert later.step == 30 and not later.update(world, 40, scores_of(start - 0.5))
-    earlier.restore(world, 29)  # step 30 is still to come: what it left is forgotten
-    assert earlier.step == 10 and (tmp_path / "checkpoints" / "best").resolve().name == "00000010"
-    assert earlier.update(world, 30, scores_of(start - 0.5))
+    later, earlier = ranking_of(tmp_path), ranking_of(tmp_path)
+    later.restore(WORLD, 35)
+    assert later.steps == {30} and later.update(WORLD, 40, scores_of(start - 0.45)) == set()
+    earlier.restore(WORLD, 29)  # step 30 is still to come: what it left is forgotten
+    assert earlier.steps == {10, 22} and links(tmp_path) == {"best": 10, "lowest": 22}
+    assert earlier.update(WORLD, 30, scores_of(start - 0.5)) == {"best", "lowest"}
 
 
 def test_other_windows_start_the_comparison_anew_and_left_out_ones_are_left_out_of_it(tmp_path):
-    world = SimpleNamespace(is_main=True, broadcast=lambda value: value, agree=lambda work: work())
     start = np.linspace(1, 6, 6)
-    best = best_of(tmp_path)
-    best.update(world, 10, scores_of(start))
+    ranking = ranking_of(tmp_path)
+    ranking.update(WORLD, 10, scores_of(start))
     fewer = np.array([8.0, 8.0, 8.0, 8.0, 8.0, 2.0])  # the hardest episode couldn't be read
-    assert not best.update(world, 20, scores_of(start * np.array([1, 1, 1, 1, 1, 0]), fewer))
-    assert best.update(world, 30, scores_of(start - np.linspace(0.9, 1.1, 6), fewer))
-    other = best_of(tmp_path, 5)
-    other.restore(world, 30)
-    assert other.step is None
-    assert not best_of(tmp_path / "one", 1).update(world, 10, scores_of(np.ones(1)))
+    assert "best" not in ranking.update(WORLD, 20, scores_of(start * np.array([1, 1, 1, 1, 1, 0]), fewer))
+    assert "best" in ranking.update(WORLD, 30, scores_of(start - np.linspace(0.9, 1.1, 6), fewer))
+    other = ranking_of(tmp_path, 5)
+    other.restore(WORLD, 30)
+    assert other.last is None and not other.steps
+
+
+def test_without_a_margin_or_with_one_episode_there_is_a_lowest_pass_and_no_best_one(tmp_path):
+    assert ranking_of(tmp_path, margin=None).update(WORLD, 10, scores_of(np.ones(6))) == {"lowest"}
+    assert ranking_of(tmp_path / "one", 1).update(WORLD, 10, scores_of(np.ones(1))) == {"lowest"}
+
+
+def test_too_few_episodes_to_tell_checkpoints_apart_are_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("opentau_train"), "propagate", True)
+    ranking_of(tmp_path, FEW_EPISODES)
+    assert not caplog.records
+    ranking_of(tmp_path, FEW_EPISODES - 1)
+    assert "9 validation episodes can't tell checkpoints apart" in caplog.text and "val_split_ratio" in caplog.text
+
+
+def test_changes_since_the_last_pass_are_paired_also_after_a_resume(tmp_path):
+    rng = np.random.default_rng(1)
+    start, change = rng.normal(5, 3, 6), rng.normal(-0.2, 0.1, 6)
+    ranking = ranking_of(tmp_path)
+    ranking.update(WORLD, 10, scores_of(start))
+    resumed = ranking_of(tmp_path)
+    resumed.restore(WORLD, 15)
+    told = changes(resumed.compared, scores_of(start + change).sums, resumed.last.sums)
+    tag, error = f"Validation/{GROUPS[0].tag}/MSE", change.std(ddof=1) / np.sqrt(6)
+    for name in (tag, "Validation/Loss", "Validation/MSE"):
+        assert told[name] == pytest.approx(change.mean()) and told[f"{name}/StdErr"] == pytest.approx(error)
 
 
 # -- units, pictures, averages ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 
 
-def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters: int) -> str:
+def mixture_table(mixture: Mixture, num_validation_windows: int) -> str:
     """The summary printed when a run starts: one line for each source, then the
     transforms that the configuration names, and the batch's shape."""
     head = ("source", "episodes", "val", "windows", "weight", "share", "windows/epoch", "control mode", "cameras")
@@ -37,7 +37,7 @@ def mixture_table(mixture: Mixture, num_validation_windows: int, num_parameters:
             *([f"transforms of {'; '.join(made)}"] if made else []),
             f"batch: state {spec.state_dim}, actions {spec.chunk_length} x {spec.action_dim}, "
             f"{len(spec.cameras)} cameras {spec.image_size[0]}x{spec.image_size[1]}, history {spec.history}; "
-            f"validation: {num_validation_windows} windows; policy: {num_parameters / 1e6:.2f} M parameters",
+            f"validation: {num_validation_windows} windows",
         ]
     )
 

@@ -113,7 +113,7 @@ class PiPolicy(FlowSampler):
             num, bins = max_action_tokens or spec.chunk_length * spec.action_dim, (num_bins, *bin_range)
             made = chunks.make_bins(num, bins) if action_tokens == "binned" else chunks.make_fast(num, self._paths[1])
             self._transforms["tokenize_actions"], vocabulary = made
-            self.loss_weights["ce"] = ce_weight
+            self.loss_weights["ce"], self.classes = ce_weight, {"ce": vocabulary}
         num += len(spec.cameras) * self._patches + max_prompt_tokens
         self.padded_tokens = num + self.state_tokens + spec.chunk_length
         self._make(network, expert, vision, vocabulary, insulate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -289,6 +290,5 @@ def test_the_rehearsal_leaves_no_trace(settings):
 
 def test_a_run_says_what_it_will_hold(tmp_path, capsys):
     train_here([*TOY, "trainer.steps=1", "validation.every=0", "checkpoint.every=0"], tmp_path / "run")
-    said = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in said if line.startswith("memory of a rank: parameters ")]
-    assert "activations" in line and "(4 samples at a time) = " in line and "unknown" not in line
+    told = " ".join(capsys.readouterr().err.partition("\nmemory ")[2].partition("\nlook at")[0].split())
+    assert re.match(r"[\d.]+ MiB a rank: parameters .*activations .* \(4 samples at a time\)$", told), told

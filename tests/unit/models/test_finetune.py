@@ -68,8 +68,8 @@ def test_patterns_say_what_trains():
     assert trained(make(FinetuneSettings(trains=("*_out.*",)))) == heads
     policy = make(FinetuneSettings(trains=("*_out.*", "start_embed"), frozen=("time_*",)))
     assert trained(policy) == {"velocity_out.weight", "bins_out.weight", "start_embed"}
-    assert summary(policy) == "32,928 of 73,488 parameters train"
-    assert summary(make_policy()) == "all 73,488 parameters train"
+    assert summary(policy) == "32,928 train, 40,560 are frozen"
+    assert summary(make_policy()) == "all 73,488 train"
     assert "LoRA adapters on 8 layers" in summary(make(FinetuneSettings(rank=2)))
 
 
@@ -277,8 +277,8 @@ def test_frozen_weights_of_a_file_are_left_out_of_checkpoints(based, run_dir):
     assert load_file(folder / "model.safetensors").keys() == names
     assert read_card(folder).policy["base"]["path"] == str(based[1])
     assert "layers.0.mlp.up.base_layer.weight" in saved(run_dir), "without a file, all is saved"
-    told = "parameters train: LoRA adapters on 4 layers, 2,176, and 57,344 beside them; float32 parameters"
-    assert told in (based[0] / "train.log").read_text()
+    told = "are frozen: LoRA adapters on 4 layers, 2,176, and 57,344 beside them"
+    assert told in " ".join((based[0] / "train.log").read_text().split())
 
 
 def test_a_run_of_adapters_is_no_base_before_it_is_exported(based, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from opentau_train import validate
-from opentau_train.checkpoints.best import Best
+from opentau_train.checkpoints.best import Ranking
 from opentau_train.distributed import stopping
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 from opentau_train.simulation import play
@@ -151,10 +151,10 @@ def test_success_needs_no_held_out_windows_and_chooses_the_best(demonstrated, tm
     more = ["validation.evaluators=[rollout]", "validation.best=rollout/success", "data.sources.main.val_split_ratio=0"]
     run = train_here(arguments(demonstrated, *more, "checkpoint.every=1"), tmp_path / "run")
     rates = [metrics(run)[step]["Rollout/Success"] for step in (1, 2)]
-    assert (run / "checkpoints" / "best").is_symlink() and list((run / "best").glob("*.npz"))
-    with np.load(run / "best" / "00000001.npz") as saved:
+    assert (run / "checkpoints" / "best").is_symlink() and (run / "checkpoints" / "lowest").is_symlink()
+    with np.load(run / "passes" / "00000001.npz") as saved:
         assert list(saved["episodes"]) == [f"line/{e}" for e in range(5)]
-        assert saved["sums"][:, 0, 0].mean() == pytest.approx(1 - rates[0])
+        assert saved["sums"][0, :, 0, 0].mean() == pytest.approx(1 - rates[0])
 
 
 def test_the_best_without_its_evaluator_is_refused(demonstrated, tmp_path):
@@ -168,12 +168,12 @@ def test_more_successes_than_chance_gives_become_the_best(tmp_path):
     compared = Compared(
         tuple(map(str, range(20))), np.zeros(20, int), (Group("line", "Rollout", "", 1.0),), (1.0,), np.arange(20)
     )
-    best = Best(tmp_path, compared, 2.0)
+    ranking = Ranking(tmp_path, compared, 2.0)
 
     def scores(reached):
         failed = (np.arange(20) >= reached).astype(float)
         return Scores(failed.mean(), np.stack([failed, np.ones(20)], -1)[:, None])
 
     world = SimpleNamespace(is_main=True)
-    improves = [best.update(world, step, scores(n)) for step, n in enumerate((5, 6, 14, 4, 14))]
+    improves = ["best" in ranking.update(world, step, scores(n)) for step, n in enumerate((5, 6, 14, 4, 14))]
     assert improves == [True, False, True, False, False]

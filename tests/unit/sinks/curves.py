@@ -10,6 +10,8 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opentau_train.sinks.layout import place_of
+
 BLOCK, HEADER = 32768, 7
 
 
@@ -57,6 +59,6 @@ def check_curves(run_dir: Path, steps: range) -> None:
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for tag in row.keys() - {"step", "time", "attempt"}:
-            expected.setdefault(tag, []).append(row["step"])
+            expected.setdefault(place_of(tag, row), []).append(row["step"])
     assert expected["Training/Loss"] == list(steps)
     assert tensorboard_steps(run_dir) == expected

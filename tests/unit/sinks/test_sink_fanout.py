@@ -102,7 +102,8 @@ def test_tensorboard_reads_back_what_was_written(make_context, tmp_path):
     sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert scalars(tmp_path / "tensorboard", "Training/Loss") == [(1, 0.5)]
-    assert scalars(tmp_path / "tensorboard", "Validation/droid/joint/MSE/N") == [(1, 40.0)]
+    assert scalars(tmp_path / "tensorboard", "counts/Validation/droid/joint/MSE") == [(1, 40.0)]
+    assert b"What to look at" in events.Tensors("Start here/text_summary")[0].tensor_proto.string_val[0]
     assert (events.Images("wrist")[0].height, events.Images("wrist")[0].width) == (8, 6)
     assert events.Tensors("note/text_summary")[0].tensor_proto.string_val == [b"hello"]
     assert b'"width": 8' in events.Tensors("Config/text_summary")[0].tensor_proto.string_val[0]

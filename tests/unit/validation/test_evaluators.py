@@ -114,7 +114,7 @@ def test_actions_alone_keep_no_best_checkpoint(tmp_path):
     train_here(run, tmp_path / "run")
     row = metrics(tmp_path / "run")[1]
     assert {tag.split("/")[0] for tag in row if tag.startswith("Validation")} == {"Validation-Action"}
-    assert not (tmp_path / "run" / "checkpoints" / "best").exists() and not (tmp_path / "run" / "best").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "best").exists() and not (tmp_path / "run" / "passes").exists()
 
 
 def test_two_evaluators_with_one_tag_are_refused(tmp_path):
