@@ -73,9 +73,12 @@ def _finite(tree: Any) -> Any:
 
 
 def tag(name: str, *parts: object, **attributes: object) -> Html:
-    """An element; an attribute whose name Python keeps for itself ends in `_`."""
-    words = "".join(f' {key.rstrip("_")}="{html(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{words}>{joined(map(html, parts))}</{name}>")
+    """An element. `class_` is the attribute class, `data_x` is data-x."""
+    return Html(f"<{name}{_words(attributes)}>{joined(map(html, parts))}</{name}>")
+
+
+def _words(attributes: Mapping[str, object]) -> str:
+    return "".join(f' {key.rstrip("_").replace("_", "-")}="{html(value)}"' for key, value in attributes.items())
 
 
 def paragraph(*parts: object) -> Html:
@@ -114,5 +117,4 @@ def facts(pairs: Mapping[str, object]) -> Html:
 def picture(content: bytes, kind: str, text: str, **attributes: object) -> Html:
     """An image inside the page. `kind`: webp, png, gif; `text`: what it shows, for who doesn't see it."""
     data = base64.b64encode(content).decode()
-    words = "".join(f' {key.rstrip("_")}="{html(value)}"' for key, value in attributes.items())
-    return Html(f'<img src="data:image/{kind};base64,{data}" alt="{html(text)}"{words}>')
+    return Html(f'<img src="data:image/{kind};base64,{data}" alt="{html(text)}"{_words(attributes)}>')

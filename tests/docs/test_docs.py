@@ -204,7 +204,7 @@ def real(before: str, argument: str, run: Path, folder: Path) -> str:
         value = str(write(folder / value, Dataset(lengths=(60, 40), cameras={}, columns=velocities)))
     elif value == "STEP" or before == "--step":
         value = "2"
-    elif value == "FILE" or Path(value).suffix in (".json", ".png", ".safetensors"):
+    elif value == "FILE" or Path(value).suffix in (".json", ".html", ".png", ".safetensors"):
         value = str(folder / value)
     return f"{key}{equals}{value}"
 

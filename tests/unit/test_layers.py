@@ -220,6 +220,7 @@ def test_an_allowed_import_is_not(file, source):
         "opentau_train.simulation.reach",
         "opentau_train.tools.check",
         "opentau_train.tools.demos",
+        "opentau_train.tools.reporting.page",
     ],
 )
 def test_help_and_checks_start_without_torch(module):
