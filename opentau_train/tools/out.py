@@ -42,7 +42,7 @@ def check_page(out: Path) -> None:
         raise UserError(f"{out} names no page", where="--out", remedy="give a file that ends in .html")
 
 
-def check_absent(out: Path, force: bool) -> None:
+def check_absent(out: Path, force: bool, argument: str = "--out") -> None:
     """Raises `UserError` where there is such a file, and nobody said that it may be overwritten."""
     if out.exists() and not force:
-        raise UserError(f"{out} is there already", where="--out", remedy="name another file, or add --force")
+        raise UserError(f"{out} is there already", where=argument, remedy="name another file, or add --force")

@@ -1,0 +1,289 @@
+"""The page on a mixture."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from opentau_train.data.lint.finding import Finding
+from opentau_train.data.lint.judge import Judged
+from opentau_train.data.mixture.mixture import Dataset, Mixture
+from opentau_train.data.mixture.split import ranges
+from opentau_train.data.order.tape import Tape
+from opentau_train.pages.document import Html, document, facts, html, joined, paragraph, picture, section, table, tag
+from opentau_train.pages.drawing import histogram
+from opentau_train.tools.inspecting.clips import Episode
+from opentau_train.tools.inspecting.rows import NUM_BARS, SPAN, Dimension, Read
+from opentau_train.tools.plan import sources_table
+
+MOST_TASKS = 40
+MOST_DIMENSIONS = 32
+"""Of a vector that are drawn."""
+NAMED = 3
+"""Episodes that are named where there may be many."""
+_STYLE = """
+summary { cursor: pointer; font-weight: 600; margin: .6rem 0; } details { margin: 0 0 1rem; }
+.share { height: .8rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
+.films { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
+.film { display: flex; gap: .5rem; align-items: flex-start; } .film img:last-child { min-width: 0; flex: 1 1 auto; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
+"""
+_ANSWERS = {"contradiction": "bad", "doubt": "doubt", "agree": "good", "note": "", "unknown": "doubt"}
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What the page is of: the mixture and its tape, `epochs` that the training takes; by dataset what was `read` of
+    its rows and the episodes that were `filmed`; what was `judged` of the conventions; the `sheet` of what the policy
+    sees, or why there is none; how values were normalised, and which datasets weren't read."""
+
+    title: str
+    mixture: Mixture
+    tape: Tape
+    epochs: float
+    read: Mapping[str, Read]
+    filmed: Mapping[str, Sequence[Episode]]
+    judged: Mapping[str, Judged]
+    sheet: Image.Image | str
+    normalised_by: str
+    left_out: Sequence[str]
+
+
+def page(of: Inspected) -> str:
+    """The whole page."""
+    datasets = of.mixture.datasets
+    parts = [
+        tag("h1", of.title),
+        paragraph(
+            "What a training would read: shares, episodes, rows, conventions and pictures, before it starts. Nothing "
+            "here was trained; all of it was read from the dataset's files."
+        ),
+        facts(_what_was_read(of)),
+        section("Sources", _sources(of), _groups(of)),
+        section("Findings", _doubts(of), _findings(of.judged)),
+        section("What the policy sees", _sheet(of.sheet)),
+        section("Episodes", tag("div", joined(map(_lengths, datasets)), class_="plots")),
+        section("Split and frames in use", _split(datasets)),
+        section("Tasks", joined(_tasks(name, read) for name, read in of.read.items())),
+        section("State and actions", paragraph(_DIMENSIONS), joined(_dimensions(of, d) for d in datasets)),
+        section("Clips", paragraph(_CLIPS), joined(_films(name, films) for name, films in of.filmed.items())),
+    ]
+    return document(of.title, parts, style=_STYLE)
+
+
+_DIMENSIONS = (
+    "Left: in the dataset's units, after its transforms. Right: normalised, as the policy sees it, all on one scale; "
+    "what is beyond stands at the ends. A dimension squeezed into the middle has few far values that set its scale. "
+    "Red marks: values further from the middle 98 % than that is wide, by episode."
+)
+_CLIPS = (
+    "Whole episodes, shortened to a few frames that are evenly over them, in their order; beside each some of them."
+)
+
+
+def _what_was_read(of: Inspected) -> dict[str, object]:
+    told = {
+        name: f"{read.num_rows:,} rows of {len(read.episodes):,} of "
+        f"{len(_dataset(of, name).source.episodes):,} episodes, evenly over the dataset"
+        for name, read in of.read.items()
+    }
+    rest = {"not read": ", ".join(of.left_out) + ": metadata only"} if of.left_out else {}
+    return {**{f"rows of {name}": text for name, text in told.items()}, **rest, "normalised by": of.normalised_by}
+
+
+def _dataset(of: Inspected, name: str) -> Dataset:
+    return next(d for d in of.mixture.datasets if d.name == name)
+
+
+def _sources(of: Inspected) -> Html:
+    head, *rows = sources_table(of.mixture, of.tape, of.epochs)
+    bars = [
+        tag("div", class_="share", style=f"width:{100 * drawn / of.tape.epoch_size:.2f}%") for drawn in of.tape.draws
+    ]
+    cameras = [", ".join(d.source.cameras) or "none" for d in of.mixture.datasets]
+    rates = [f"{d.settings.fps or d.source.fps:g} fps" for d in of.mixture.datasets]
+    return table(
+        [*head, "", "rate", "cameras"],
+        [[*row, tag("div", bar, style="width:8rem"), *more] for row, bar, *more in zip(rows, bars, rates, cameras)],
+    )
+
+
+def _groups(of: Inspected) -> Html:
+    """A row for each (dataset, control mode): what is trained and validated, and whose statistics normalise it."""
+    rows = []
+    for d in of.mixture.datasets:
+        for g in np.unique(d.group_of).tolist():
+            group, own = of.mixture.groups[g], d.group_of == g
+            windows = int(d.train.length[own[d.train.episode]].sum())
+            rows.append(
+                [d.name, group.control_mode, group.norm_head, int(own.sum()), int((own & d.held_out).sum()), windows]
+            )
+    return table(["dataset", "control mode", "norm head", "episodes", "held out", "training windows"], rows)
+
+
+def _doubts(of: Inspected) -> Html:
+    """What was found in the rows that were read, as sentences; the worst first."""
+    lines = []
+    for name, read in of.read.items():
+        if read.not_finite:
+            lines.append(tag("p", f"{name}: NaN or infinities in episodes {ranges(read.not_finite)}", class_="bad"))
+        for same in read.identical:
+            lines.append(
+                tag("p", f"{name}: the rows of episodes {', '.join(map(str, same))} are identical", class_="bad")
+            )
+        flat = [d.name for d in (*read.state, *read.actions) if d.is_constant]
+        if flat:
+            lines.append(tag("p", f"{name}: constant in all rows that were read: {', '.join(flat)}", class_="doubt"))
+        far = Counter({o.episode: 0 for d in (*read.state, *read.actions) for o in d.outliers})
+        far.update(o.episode for d in (*read.state, *read.actions) for o in d.outliers)
+        if far:
+            worst = "; ".join(f"episode {e}: {n} dimensions" for e, n in far.most_common(2 * NAMED))
+            lines.append(tag("p", f"{name}: far from the rest: {worst}", class_="doubt"))
+    return joined(lines)
+
+
+def _findings(judged: Mapping[str, Judged]) -> Html:
+    """What the rows say of the declared conventions: what contradicts them first."""
+    rows = []
+    for name, of_source in judged.items():
+        for verdict in of_source.verdicts:
+            if verdict.answer != "unknown":
+                finding = verdict.finding
+                answer = tag("span", verdict.answer, class_=_ANSWERS[verdict.answer])
+                declared = "" if verdict.declared is None else str(verdict.declared)
+                value = f"{'likely ' * (finding.confidence < 1)}{finding.value}"
+                told = [name, finding.name, _dims(finding), value, declared, answer, finding.evidence, verdict.remedy]
+                rows.append((list(_ANSWERS).index(verdict.answer), told))
+    if not rows:
+        return (
+            paragraph("Too few rows were read to say anything of units, references and grippers.") if judged else Html()
+        )
+    rows.sort(key=lambda row: row[0])
+    head = ["source", "what", "of", "the rows say", "declared", "", "evidence", "remedy"]
+    declare = [tag("p", "to declare: ", tag("code", j.declare)) for j in judged.values() if j.declare]
+    unknown = sum(v.answer == "unknown" for j in judged.values() for v in j.verdicts)
+    more = [paragraph(f"{unknown} things can't be told from these rows.")] if unknown else []
+    return joined([table(head, [told for _, told in rows]), *declare, *more])
+
+
+def _dims(finding: Finding) -> str:
+    dims = finding.dims
+    return ", ".join(dims) if len(dims) <= NAMED else f"{dims[0]} to {dims[-1]} ({len(dims)})"
+
+
+def _sheet(sheet: Image.Image | str) -> Html:
+    if isinstance(sheet, str):
+        return paragraph(sheet)
+    content = io.BytesIO()
+    sheet.save(content, "WEBP", lossless=True)
+    return joined(
+        [
+            paragraph(
+                "The first samples of the run, a row for each camera: as validation sees them, and as training does."
+            ),
+            tag("div", picture(content.getvalue(), "webp", "the first samples of the run"), class_="wide"),
+        ]
+    )
+
+
+def _lengths(dataset: Dataset) -> Html:
+    length, numbers = dataset.source.episodes.length, dataset.source.episodes.episode_index
+    counts, edges = np.histogram(length, min(NUM_BARS, max(1, int(np.ptp(length)) + 1)))
+    drawn = histogram(counts, edges, f"frames of an episode ({dataset.source.fps:g} a second)", "episodes")
+    short, long = (int(f(length)) for f in (np.argmin, np.argmax))
+    told = (
+        f"{dataset.name}: {len(length):,} episodes of {int(length[short]):,} (episode {numbers[short]}) to "
+        f"{int(length[long]):,} frames (episode {numbers[long]}), median {np.median(length):,.0f}, "
+        f"{length.sum(dtype=np.int64) / dataset.source.fps / 3600:.2f} hours in all"
+    )
+    return tag("div", paragraph(told), drawn)
+
+
+def _split(datasets: Sequence[Dataset]) -> Html:
+    """Which episodes are held out, and which part of the frames a keep-ranges filter leaves."""
+    rows = []
+    for d in datasets:
+        table_ = d.source.episodes
+        blocks = d.source.get_shuffle_blocks()
+        kept = np.bincount(blocks[:, 0], weights=blocks[:, 2], minlength=len(table_))
+        share = kept.sum() / max(1, table_.length.sum(dtype=np.int64))
+        none = table_.episode_index[kept == 0]
+        filtered = "all" if share == 1 else f"{share:.1%} in {len(blocks):,} runs"
+        rows.append(
+            [
+                d.name,
+                int((~d.held_out).sum()),
+                int(d.held_out.sum()),
+                _shortened(ranges(table_.episode_index[d.held_out].tolist()) or "none"),
+                filtered,
+                _shortened(ranges(none.tolist())) if len(none) else "none",
+            ]
+        )
+    return table(["source", "training", "held out", "held-out episodes", "frames in use", "episodes without any"], rows)
+
+
+def _shortened(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else f"{text[:most].rpartition(',')[0]}, ..."
+
+
+def _tasks(name: str, read: Read) -> Html:
+    told = sorted(read.tasks.items(), key=lambda pair: (-pair[1], pair[0]))
+    rows = [[name, text, num] for text, num in told[:MOST_TASKS]]
+    left = len(told) - len(rows)
+    more = [paragraph(f"{left} more tasks are left out.")] if left > 0 else []
+    return joined([table(["source", "task", "of the episodes read"], rows), *more]) if rows else Html()
+
+
+def _dimensions(of: Inspected, dataset: Dataset) -> Html:
+    read = of.read.get(dataset.name)
+    if read is None:
+        return Html()
+    span, parts = SPAN[of.mixture.settings.normalization], []
+    for vector in (read.state, read.actions):
+        parts += [_dimension(dimension, span) for dimension in vector[:MOST_DIMENSIONS]]
+        if len(vector) > MOST_DIMENSIONS:
+            parts.append(paragraph(f"{len(vector) - MOST_DIMENSIONS} more dimensions are left out."))
+    opened = tag("summary", dataset.name)
+    return Html(f"<details open>{opened}{tag('div', joined(parts), class_='plots')}</details>")
+
+
+def _dimension(d: Dimension, span: float) -> Html:
+    marks = [o.value for o in d.outliers[: 2 * NAMED]]
+    raw = histogram(d.counts, d.edges, d.name, "rows", marks, width=300)
+    edges = np.linspace(-span, span, NUM_BARS + 1)
+    normalised = histogram(
+        d.normalised, edges, "normalised", "rows", [o.normalised for o in d.outliers[: 2 * NAMED]], 300
+    )
+    told = f"{d.extremes[0]:.4g} to {d.extremes[1]:.4g}, middle 98 % {d.middle[0]:.4g} to {d.middle[1]:.4g}"
+    named = "; ".join(
+        f"episode {o.episode}, frame {o.frame}: {o.value:.4g} (normalised {o.normalised:.3g})"
+        for o in d.outliers[:NAMED]
+    )
+    more = len(d.outliers) - NAMED
+    far = f"{d.num_outliers:,} far values: {named}{f'; and {more} more episodes' if more > 0 else ''}"
+    notes = [tag("figcaption", told)] + ([tag("p", far, class_="bad")] if d.outliers else [])
+    return tag("div", tag("div", raw, normalised, class_="pair"), *notes)
+
+
+def _films(name: str, episodes: Sequence[Episode]) -> Html:
+    made = []
+    for episode in episodes:
+        told = f"{name}, episode {episode.number}, {episode.length:,} frames"
+        made.append(tag("h3", f"{told}: {episode.task}" if episode.task else told))
+        if episode.cause:
+            made.append(tag("p", f"can't be read: {episode.cause}", class_="bad"))
+        films = []
+        for film in episode.films:
+            caption = tag("figcaption", film.camera)
+            pictures = [
+                picture(film.clip, "webp", f"{told}, {film.camera}: clip"),
+                picture(film.stills, "webp", f"{told}, {film.camera}: stills"),
+            ]
+            films.append(tag("figure", caption, tag("div", *pictures, class_="film")))
+        made.append(tag("div", *films, class_="films"))
+    return joined(map(html, made))
