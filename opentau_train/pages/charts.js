@@ -70,14 +70,33 @@
   }
 
   const config = {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"], toImageButtonOptions: { scale: 2 },
+    responsive: true, displaylogo: false, displayModeBar: true, toImageButtonOptions: { scale: 2 },
+    modeBarButtons: [["zoom2d", "pan2d", "autoScale2d", "toImage"]], // none that sends anything anywhere
   };
 
-  function draw() {
-    page.charts.forEach((chart, number) => {
-      const place = element(number);
-      Plotly.react(place, traces(chart), layout(chart, place.closest(".small") !== null), config);
-    });
+  // A chart is drawn when it comes near to what is seen: a page may have a hundred.
+  const stale = new Set(page.charts.keys());
+  const near = new Set();
+
+  function draw(number) {
+    const chart = page.charts[number], place = element(number);
+    stale.delete(number);
+    Plotly.react(place, traces(chart), layout(chart, place.closest(".small") !== null), config);
+  }
+
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const number = Number(entry.target.id.slice("chart-".length));
+      if (entry.isIntersecting) near.add(number);
+      else near.delete(number);
+      if (entry.isIntersecting && stale.has(number)) draw(number);
+    }
+  }, { rootMargin: "400px" });
+  page.charts.forEach((_, number) => observer.observe(element(number)));
+
+  function refresh() {
+    page.charts.forEach((_, number) => stale.add(number));
+    near.forEach(draw);
   }
 
   for (const button of document.querySelectorAll("button[data-series]")) {
@@ -87,22 +106,23 @@
       const shown = hidden.delete(series);
       if (!shown) hidden.add(series);
       button.setAttribute("aria-pressed", String(shown));
-      draw();
+      refresh();
     });
   }
   const chosen = (id, take) => document.getElementById(id).addEventListener("input", (event) => {
     take(event.target);
-    draw();
+    refresh();
   });
   chosen("axis", (select) => { choice.axis = select.value; });
   chosen("log", (box) => { choice.log = box.checked; });
   chosen("smooth", (range) => { choice.smooth = Number(range.value); });
 
-  // Paper has its own width, which the drawings must have before it is printed.
+  // Paper shows all charts, and has its own width, which they must have before it is printed.
   const resize = () => page.charts.forEach((_, number) => Plotly.Plots.resize(element(number)));
-  window.addEventListener("beforeprint", () => { document.body.classList.add("paper"); resize(); });
+  window.addEventListener("beforeprint", () => {
+    document.body.classList.add("paper");
+    [...stale].forEach(draw);
+    resize();
+  });
   window.addEventListener("afterprint", () => { document.body.classList.remove("paper"); resize(); });
-
-  draw();
-  document.documentElement.dataset.drawn = String(page.charts.length);
 })();

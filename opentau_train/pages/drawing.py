@@ -29,7 +29,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """The axes of a drawing: what they are called, from where to where they reach, and how large it is in pixels."""
+    """The axes of a drawing: what they are called, from where to where they reach, how large it is in pixels, and how
+    many rules across it has at most."""
 
     x_name: str
     y_name: str
@@ -37,6 +38,7 @@ class Frame:
     y: tuple[float, float]
     width: int = WIDTH
     height: int = HEIGHT
+    num_ticks: int = 4
 
     def across(self, x: float) -> float:
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - LEFT - RIGHT)
@@ -47,7 +49,7 @@ class Frame:
     def figure(self, parts: Sequence[str]) -> Html:
         """The drawing of `parts` above the rules and numbers of its axes."""
         made = []
-        for tick in ticks(*self.y, 4):
+        for tick in ticks(*self.y, self.num_ticks):
             y = self.down(tick)
             made.append(f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             made.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
@@ -84,7 +86,8 @@ def histogram(
     `marks` are places on the x axis, those outside it at its end."""
     height = 150 if width < WIDTH else HEIGHT
     low, high = _bounds(np.asarray(edges, float))
-    frame = Frame(x_name, y_name, (low, high), (0.0, float(max(1, counts.max(initial=0)))), width, height)
+    most = max(1, int(counts.max(initial=0)))
+    frame = Frame(x_name, y_name, (low, high), (0.0, float(most)), width, height, min(4, most))
     parts = []
     for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if count:

@@ -46,6 +46,9 @@ RUN_ELSEWHERE = {
     "python -m opentau_train.tools.export checkpoint=RUN format=onnx": "tests/unit/deploy/test_graph.py",
     "python -m opentau_train.tools.serve": "tests/unit/deploy/test_documents.py",
     "python -m opentau_train.tools.record": "tests/unit/deploy/test_documents.py",
+    "python -m opentau_train.tools.inspect +recipe=lerobot data.sources.main.root=/data/my_dataset --rerun": (
+        "tests/unit/tools/test_inspect_page.py"
+    ),
     "python -m opentau_train.tools.reencode": "tests/unit/tools/test_reencode.py",
     "python -m opentau_train.tools.replay_dataset": "tests/unit/deploy/test_documents.py",
     "python -m opentau_train.tools.verify_resume": "tests/unit/tools/test_verify_resume.py",

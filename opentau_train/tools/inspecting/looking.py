@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from opentau_train.config.settings import Settings
 from opentau_train.data.lint.reading import chosen_episodes, is_fetched
@@ -15,7 +16,7 @@ from opentau_train.errors import UserError
 from opentau_train.tools.inspecting.clips import films
 from opentau_train.tools.inspecting.page import Inspected
 from opentau_train.tools.inspecting.rows import read, read_statistics
-from opentau_train.tools.inspecting.sheet import sheet
+from opentau_train.tools.inspecting.sheet import blocks, sheet
 
 __all__ = ["filmed", "look", "opened", "sheet"]
 
@@ -44,9 +45,9 @@ def look(settings: Settings, mixture: Mixture, samples: int, episodes: int, clip
     tape = mixture.tape(settings.trainer.global_batch_size)
     method = mixture.settings.normalization
     normalised_by = f"{method}, statistics of the rows that were read: {why}" if why else f"{method}, as in training"
-    seen: Image.Image | str
+    seen: list[NDArray[np.uint8]] | str
     try:
-        seen = sheet(mixture, settings.trainer.global_batch_size, samples)
+        seen = blocks(mixture, settings.trainer.global_batch_size, samples)
     except UserError as error:  # data without cameras, or whose first samples can't be read
         seen = f"{error.what}. {error.remedy}"
     try:
@@ -61,7 +62,7 @@ def look(settings: Settings, mixture: Mixture, samples: int, episodes: int, clip
         read={d.name: read(d, mixture, stats, episodes) for d in few},
         filmed={d.name: films(d, filmed(d, clips)) for d in few},
         judged=judged,
-        sheet=seen,
+        samples=seen,
         normalised_by=normalised_by,
         left_out=[d.name for d in rest],
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from opentau_train.data.lint.finding import Finding
@@ -31,6 +32,7 @@ summary { cursor: pointer; font-weight: 600; margin: .6rem 0; } details { margin
 .share { height: .8rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
 .films { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 .film { display: flex; gap: .5rem; align-items: flex-start; } .film img:last-child { min-width: 0; flex: 1 1 auto; }
+.samples { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-start; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
 """
 _ANSWERS = {"contradiction": "bad", "doubt": "doubt", "agree": "good", "note": "", "unknown": "doubt"}
@@ -39,8 +41,8 @@ _ANSWERS = {"contradiction": "bad", "doubt": "doubt", "agree": "good", "note": "
 @dataclass(frozen=True)
 class Inspected:
     """What the page is of: the mixture and its tape, `epochs` that the training takes; by dataset what was `read` of
-    its rows and the episodes that were `filmed`; what was `judged` of the conventions; the `sheet` of what the policy
-    sees, or why there is none; how values were normalised, and which datasets weren't read."""
+    its rows and the episodes that were `filmed`; what was `judged` of the conventions; pictures of `samples` as the
+    policy sees them, or why there are none; how values were normalised, and which datasets weren't read."""
 
     title: str
     mixture: Mixture
@@ -49,7 +51,7 @@ class Inspected:
     read: Mapping[str, Read]
     filmed: Mapping[str, Sequence[Episode]]
     judged: Mapping[str, Judged]
-    sheet: Image.Image | str
+    samples: Sequence[NDArray[np.uint8]] | str
     normalised_by: str
     left_out: Sequence[str]
 
@@ -66,10 +68,10 @@ def page(of: Inspected) -> str:
         facts(_what_was_read(of)),
         section("Sources", _sources(of), _groups(of)),
         section("Findings", _doubts(of), _findings(of.judged)),
-        section("What the policy sees", _sheet(of.sheet)),
+        section("What the policy sees", _samples(of.samples)),
         section("Episodes", tag("div", joined(map(_lengths, datasets)), class_="plots")),
         section("Split and frames in use", _split(datasets)),
-        section("Tasks", joined(_tasks(name, read) for name, read in of.read.items())),
+        section("Tasks", _tasks(of.read)),
         section("State and actions", paragraph(_DIMENSIONS), joined(_dimensions(of, d) for d in datasets)),
         section("Clips", paragraph(_CLIPS), joined(_films(name, films) for name, films in of.filmed.items())),
     ]
@@ -176,17 +178,20 @@ def _dims(finding: Finding) -> str:
     return ", ".join(dims) if len(dims) <= NAMED else f"{dims[0]} to {dims[-1]} ({len(dims)})"
 
 
-def _sheet(sheet: Image.Image | str) -> Html:
-    if isinstance(sheet, str):
-        return paragraph(sheet)
-    content = io.BytesIO()
-    sheet.save(content, "WEBP", lossless=True)
+def _samples(samples: Sequence[NDArray[np.uint8]] | str) -> Html:
+    if isinstance(samples, str):
+        return paragraph(samples)
+    pictures = []
+    for number, pixels in enumerate(samples):
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "WEBP", lossless=True)
+        pictures.append(picture(content.getvalue(), "webp", f"sample {number} of the run"))
     return joined(
         [
             paragraph(
                 "The first samples of the run, a row for each camera: as validation sees them, and as training does."
             ),
-            tag("div", picture(content.getvalue(), "webp", "the first samples of the run"), class_="wide"),
+            tag("div", *pictures, class_="samples"),
         ]
     )
 
@@ -199,9 +204,13 @@ def _lengths(dataset: Dataset) -> Html:
     told = (
         f"{dataset.name}: {len(length):,} episodes of {int(length[short]):,} (episode {numbers[short]}) to "
         f"{int(length[long]):,} frames (episode {numbers[long]}), median {np.median(length):,.0f}, "
-        f"{length.sum(dtype=np.int64) / dataset.source.fps / 3600:.2f} hours in all"
+        f"{_duration(length.sum(dtype=np.int64) / dataset.source.fps)} in all"
     )
     return tag("div", paragraph(told), drawn)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _split(datasets: Sequence[Dataset]) -> Html:
@@ -231,11 +240,14 @@ def _shortened(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most].rpartition(',')[0]}, ..."
 
 
-def _tasks(name: str, read: Read) -> Html:
-    told = sorted(read.tasks.items(), key=lambda pair: (-pair[1], pair[0]))
-    rows = [[name, text, num] for text, num in told[:MOST_TASKS]]
-    left = len(told) - len(rows)
-    more = [paragraph(f"{left} more tasks are left out.")] if left > 0 else []
+def _tasks(read: Mapping[str, Read]) -> Html:
+    """The tasks of each source, the most frequent first."""
+    rows, left = [], 0
+    for name, own in read.items():
+        told = sorted(own.tasks.items(), key=lambda pair: (-pair[1], pair[0]))
+        rows += [[name, text, num] for text, num in told[:MOST_TASKS]]
+        left += len(told[MOST_TASKS:])
+    more = [paragraph(f"{left} more tasks are left out.")] if left else []
     return joined([table(["source", "task", "of the episodes read"], rows), *more]) if rows else Html()
 
 
@@ -254,7 +266,7 @@ def _dimensions(of: Inspected, dataset: Dataset) -> Html:
 
 def _dimension(d: Dimension, span: float) -> Html:
     marks = [o.value for o in d.outliers[: 2 * NAMED]]
-    raw = histogram(d.counts, d.edges, d.name, "rows", marks, width=300)
+    raw = histogram(d.counts, d.edges, "raw", "rows", marks, width=300)
     edges = np.linspace(-span, span, NUM_BARS + 1)
     normalised = histogram(
         d.normalised, edges, "normalised", "rows", [o.normalised for o in d.outliers[: 2 * NAMED]], 300
@@ -266,8 +278,8 @@ def _dimension(d: Dimension, span: float) -> Html:
     )
     more = len(d.outliers) - NAMED
     far = f"{d.num_outliers:,} far values: {named}{f'; and {more} more episodes' if more > 0 else ''}"
-    notes = [tag("figcaption", told)] + ([tag("p", far, class_="bad")] if d.outliers else [])
-    return tag("div", tag("div", raw, normalised, class_="pair"), *notes)
+    notes = [tag("p", told, class_="told")] + ([tag("p", far, class_="told bad")] if d.outliers else [])
+    return tag("figure", tag("figcaption", d.name), tag("div", raw, normalised, class_="pair"), *notes)
 
 
 def _films(name: str, episodes: Sequence[Episode]) -> Html:

@@ -61,14 +61,19 @@ def samples(mixture: Mixture, batch_size: int, num: int) -> Iterator[tuple[str, 
 
 
 def sheet(mixture: Mixture, batch_size: int, num: int) -> Image.Image:
-    """The picture of `num` samples. Raises `UserError` where the data have no cameras or none of the samples can be
-    read."""
+    """The picture of `num` samples, one below another. Raises as `blocks` does."""
+    return Image.fromarray(np.concatenate(blocks(mixture, batch_size, num)))
+
+
+def blocks(mixture: Mixture, batch_size: int, num: int) -> list[NDArray[np.uint8]]:
+    """[H, W, 3] a picture of each of `num` samples. Raises `UserError` where the data have no cameras or none of the
+    samples can be read."""
     if not mixture.spec.cameras:
         raise UserError("the data have no cameras", where="data.sources", remedy="name some: data.sources.NAME.cameras")
-    blocks = [block(*sample) for sample in samples(mixture, batch_size, num)]
-    if not blocks:
+    made = [block(*sample) for sample in samples(mixture, batch_size, num)]
+    if not made:
         raise UserError("none of the samples can be read", where="data.sources", remedy="see above what each lacks")
-    return Image.fromarray(np.concatenate(blocks))
+    return made
 
 
 def block(where: str, both: Batch) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ MOST_GROUPS = 24
 """Charts of one kind; a mixture of more groups is for TensorBoard's filters."""
 NORM_HEAD = "::"
 """Stands in the names of norm heads, whose numbers are those of their groups again."""
-UNITS = {"MSE": "mean squared error, normalised", "CE": "cross-entropy (nats)", "Loss": "loss, weighted sum of terms"}
+UNITS = {"MSE": "MSE, normalised", "CE": "cross-entropy (nats)", "Loss": "loss"}
 ERROR_UNITS = {
     "rad": "rad",
     "m": "m",

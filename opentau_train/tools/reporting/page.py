@@ -21,7 +21,10 @@ MOST_ROWS = 20
 MOST_PICTURE = 4 * 2**20
 """Bytes of a picture that is put into the page."""
 NONE = Html("<span class=none>–</span>")
-_STYLE = ".none { color: var(--rule); } th:first-child, td:first-child { min-width: 7rem; }"
+_STYLE = """
+.plots:not(.small) { grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
+.none { color: var(--rule); } th:first-child, td:first-child { min-width: 7rem; }
+"""
 
 
 def page(runs: Sequence[Run], out: Path) -> str:
@@ -133,6 +136,9 @@ def _number(value: float | None) -> object:
 
 
 def _value(value: object) -> Html:
+    """A setting as it stands in YAML."""
+    if isinstance(value, list):
+        return html(f"[{', '.join(map(str, value))}]")
     return NONE if value is ABSENT else html("null" if value is None else str(value))
 
 

@@ -84,7 +84,7 @@ def test_episodes_split_and_what_was_read_are_told(page):
 def test_every_dimension_is_drawn_raw_and_normalised(page):
     assert len(re.findall(r'<div class="pair">', page)) == 6
     raw = re.findall(r'aria-label="rows over (.*?)"', page)
-    assert raw.count("normalised") == 6 and "observation.state.b" in raw
+    assert raw.count("normalised") == 6 and raw.count("raw") == 6 and ">observation.state.b<" in page
     counts = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)</title></rect>", page)]
     assert sum(counts) == 2 * 6 * sum(LENGTHS) + len(LENGTHS), "rows of each drawing, and the episodes by length"
 
@@ -93,9 +93,14 @@ def test_clips_and_stills_are_films_of_the_episodes(page):
     images = [
         Image.open(io.BytesIO(base64.b64decode(x))) for x in re.findall(r'"data:image/webp;base64,([^"]+)"', page)
     ]
-    sheet, first, stills, *rest = images
-    assert len(rest) == 2 and first.n_frames == 24 and stills.size == (5 * first.size[0], first.size[1])
-    assert first.size == (192, 128) and sheet.n_frames == 1
+    *samples, first, stills, other, _ = images
+    assert (
+        len(samples) == 4
+        and other.n_frames == 24
+        and first.n_frames == 24
+        and stills.size == (5 * first.size[0], first.size[1])
+    )
+    assert first.size == (192, 128) and samples[0].n_frames == 1
     first.seek(0)
     start = np.asarray(first.convert("RGB"), int)
     first.seek(23)
