@@ -13,20 +13,17 @@ from PIL import Image
 
 from opentau_train.data.lint.finding import Finding
 from opentau_train.data.lint.judge import Judged
+from opentau_train.data.lint.report import QUIET
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.split import ranges
 from opentau_train.data.order.tape import Tape
-from opentau_train.pages.document import Html, document, facts, html, joined, paragraph, picture, section, table, tag
-from opentau_train.pages.drawing import histogram
+from opentau_train.pages.document import Html, document, facts, joined, paragraph, picture, section, table, tag
 from opentau_train.tools.inspecting.clips import Episode
-from opentau_train.tools.inspecting.rows import NUM_BARS, SPAN, Dimension, Read
+from opentau_train.tools.inspecting.figures import NAMED, of_dimensions, of_films, of_lengths
+from opentau_train.tools.inspecting.rows import Read
 from opentau_train.tools.plan import sources_table
 
 MOST_TASKS = 40
-MOST_DIMENSIONS = 32
-"""Of a vector that are drawn."""
-NAMED = 3
-"""Episodes that are named where there may be many."""
 _STYLE = """
 summary { cursor: pointer; font-weight: 600; margin: .6rem 0; } details { margin: 0 0 1rem; }
 .share { height: .8rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
@@ -58,7 +55,8 @@ class Inspected:
 
 def page(of: Inspected) -> str:
     """The whole page."""
-    datasets = of.mixture.datasets
+    datasets, method = of.mixture.datasets, of.mixture.settings.normalization
+    films = [of_films(name, episodes) for name, episodes in of.filmed.items()]
     parts = [
         tag("h1", of.title),
         paragraph(
@@ -69,11 +67,15 @@ def page(of: Inspected) -> str:
         section("Sources", _sources(of), _groups(of)),
         section("Findings", _doubts(of), _findings(of.judged)),
         section("What the policy sees", _samples(of.samples)),
-        section("Episodes", tag("div", joined(map(_lengths, datasets)), class_="plots")),
+        section("Episodes", tag("div", joined(map(of_lengths, datasets)), class_="plots")),
         section("Split and frames in use", _split(datasets)),
         section("Tasks", _tasks(of.read)),
-        section("State and actions", paragraph(_DIMENSIONS), joined(_dimensions(of, d) for d in datasets)),
-        section("Clips", paragraph(_CLIPS), joined(_films(name, films) for name, films in of.filmed.items())),
+        section(
+            "State and actions",
+            paragraph(_DIMENSIONS),
+            joined(of_dimensions(name, read, method) for name, read in of.read.items()),
+        ),
+        section("Clips", paragraph(_CLIPS), *films) if any(films) else "",
     ]
     return document(of.title, parts, style=_STYLE)
 
@@ -150,27 +152,34 @@ def _doubts(of: Inspected) -> Html:
 
 
 def _findings(judged: Mapping[str, Judged]) -> Html:
-    """What the rows say of the declared conventions: what contradicts them first."""
-    rows = []
+    """What the rows say of the declared conventions: what contradicts them, and behind a fold what agrees."""
+    wrong, rest = [], []
     for name, of_source in judged.items():
         for verdict in of_source.verdicts:
-            if verdict.answer != "unknown":
-                finding = verdict.finding
-                answer = tag("span", verdict.answer, class_=_ANSWERS[verdict.answer])
-                declared = "" if verdict.declared is None else str(verdict.declared)
-                value = f"{'likely ' * (finding.confidence < 1)}{finding.value}"
-                told = [name, finding.name, _dims(finding), value, declared, answer, finding.evidence, verdict.remedy]
-                rows.append((list(_ANSWERS).index(verdict.answer), told))
-    if not rows:
+            finding, answer = verdict.finding, verdict.answer
+            if answer == "unknown" or (finding.value in QUIET and answer in ("agree", "note")):
+                continue
+            value = f"{'likely ' * (finding.confidence < 1)}{finding.value}"
+            declared = "" if verdict.declared is None else str(verdict.declared)
+            marked = tag("span", answer, class_=_ANSWERS[answer])
+            row = [name, finding.name, _dims(finding), value, declared, marked, finding.evidence]
+            if answer in ("contradiction", "doubt"):
+                wrong.append((answer, [*row, verdict.remedy]))
+            else:
+                rest.append(row)
+    if not wrong and not rest:
         return (
             paragraph("Too few rows were read to say anything of units, references and grippers.") if judged else Html()
         )
-    rows.sort(key=lambda row: row[0])
-    head = ["source", "what", "of", "the rows say", "declared", "", "evidence", "remedy"]
-    declare = [tag("p", "to declare: ", tag("code", j.declare)) for j in judged.values() if j.declare]
+    head = ["source", "what", "of", "the rows say", "declared", "", "evidence"]
+    wrong.sort(key=lambda pair: pair[0])
+    parts = [table([*head, "remedy"], [row for _, row in wrong])] if wrong else []
+    parts += [tag("p", "to declare: ", tag("code", j.declare)) for j in judged.values() if j.declare]
+    if not wrong:
+        parts.append(tag("p", "Nothing in the rows contradicts what is declared of them.", class_="good"))
     unknown = sum(v.answer == "unknown" for j in judged.values() for v in j.verdicts)
-    more = [paragraph(f"{unknown} things can't be told from these rows.")] if unknown else []
-    return joined([table(head, [told for _, told in rows]), *declare, *more])
+    told = f"{len(rest)} more: what agrees or is noted; {unknown} things can't be told from these rows"
+    return joined([*parts, tag("details", tag("summary", told), table(head, rest))])
 
 
 def _dims(finding: Finding) -> str:
@@ -194,23 +203,6 @@ def _samples(samples: Sequence[NDArray[np.uint8]] | str) -> Html:
             tag("div", *pictures, class_="samples"),
         ]
     )
-
-
-def _lengths(dataset: Dataset) -> Html:
-    length, numbers = dataset.source.episodes.length, dataset.source.episodes.episode_index
-    counts, edges = np.histogram(length, min(NUM_BARS, max(1, int(np.ptp(length)) + 1)))
-    drawn = histogram(counts, edges, f"frames of an episode ({dataset.source.fps:g} a second)", "episodes")
-    short, long = (int(f(length)) for f in (np.argmin, np.argmax))
-    told = (
-        f"{dataset.name}: {len(length):,} episodes of {int(length[short]):,} (episode {numbers[short]}) to "
-        f"{int(length[long]):,} frames (episode {numbers[long]}), median {np.median(length):,.0f}, "
-        f"{_duration(length.sum(dtype=np.int64) / dataset.source.fps)} in all"
-    )
-    return tag("div", paragraph(told), drawn)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _split(datasets: Sequence[Dataset]) -> Html:
@@ -249,53 +241,3 @@ def _tasks(read: Mapping[str, Read]) -> Html:
         left += len(told[MOST_TASKS:])
     more = [paragraph(f"{left} more tasks are left out.")] if left else []
     return joined([table(["source", "task", "of the episodes read"], rows), *more]) if rows else Html()
-
-
-def _dimensions(of: Inspected, dataset: Dataset) -> Html:
-    read = of.read.get(dataset.name)
-    if read is None:
-        return Html()
-    span, parts = SPAN[of.mixture.settings.normalization], []
-    for vector in (read.state, read.actions):
-        parts += [_dimension(dimension, span) for dimension in vector[:MOST_DIMENSIONS]]
-        if len(vector) > MOST_DIMENSIONS:
-            parts.append(paragraph(f"{len(vector) - MOST_DIMENSIONS} more dimensions are left out."))
-    opened = tag("summary", dataset.name)
-    return Html(f"<details open>{opened}{tag('div', joined(parts), class_='plots')}</details>")
-
-
-def _dimension(d: Dimension, span: float) -> Html:
-    marks = [o.value for o in d.outliers[: 2 * NAMED]]
-    raw = histogram(d.counts, d.edges, "raw", "rows", marks, width=300)
-    edges = np.linspace(-span, span, NUM_BARS + 1)
-    normalised = histogram(
-        d.normalised, edges, "normalised", "rows", [o.normalised for o in d.outliers[: 2 * NAMED]], 300
-    )
-    told = f"{d.extremes[0]:.4g} to {d.extremes[1]:.4g}, middle 98 % {d.middle[0]:.4g} to {d.middle[1]:.4g}"
-    named = "; ".join(
-        f"episode {o.episode}, frame {o.frame}: {o.value:.4g} (normalised {o.normalised:.3g})"
-        for o in d.outliers[:NAMED]
-    )
-    more = len(d.outliers) - NAMED
-    far = f"{d.num_outliers:,} far values: {named}{f'; and {more} more episodes' if more > 0 else ''}"
-    notes = [tag("p", told, class_="told")] + ([tag("p", far, class_="told bad")] if d.outliers else [])
-    return tag("figure", tag("figcaption", d.name), tag("div", raw, normalised, class_="pair"), *notes)
-
-
-def _films(name: str, episodes: Sequence[Episode]) -> Html:
-    made = []
-    for episode in episodes:
-        told = f"{name}, episode {episode.number}, {episode.length:,} frames"
-        made.append(tag("h3", f"{told}: {episode.task}" if episode.task else told))
-        if episode.cause:
-            made.append(tag("p", f"can't be read: {episode.cause}", class_="bad"))
-        films = []
-        for film in episode.films:
-            caption = tag("figcaption", film.camera)
-            pictures = [
-                picture(film.clip, "webp", f"{told}, {film.camera}: clip"),
-                picture(film.stills, "webp", f"{told}, {film.camera}: stills"),
-            ]
-            films.append(tag("figure", caption, tag("div", *pictures, class_="film")))
-        made.append(tag("div", *films, class_="films"))
-    return joined(map(html, made))

@@ -40,7 +40,7 @@ def training(runs: Sequence[Run]) -> list[Chart]:
 
 def groups_of_training(runs: Sequence[Run]) -> list[Chart]:
     """The same losses of each (dataset, control mode)."""
-    made = []
+    made: list[Chart] = []
     for tag in _tags(runs):
         head, _, term = tag.removeprefix("Training/").rpartition("/")
         if tag.startswith("Training/") and head and term == term.upper():
@@ -87,7 +87,8 @@ def _wait(run: Run) -> Curve | None:
 
 def validation(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
     """The held-out losses: (of the whole mixture, of each group with error bars), a chart for each term."""
-    whole, groups = [], []
+    whole: list[Chart] = []
+    groups: list[Chart] = []
     for tag in _tags(runs):
         match = _VALIDATION.fullmatch(tag)
         if match is None or match[3] == "N" or (match[2] and NORM_HEAD in match[2]):
@@ -105,7 +106,7 @@ def validation(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
 def action_errors(runs: Sequence[Run]) -> list[Chart]:
     """The errors of sampled actions in the robot's units, and the agreement of grippers, of each group; those of single
     dimensions stand in metrics.jsonl."""
-    made = []
+    made: list[Chart] = []
     for tag in _tags(runs):
         match = _ACTION.fullmatch(tag)
         if match is None:
@@ -125,7 +126,7 @@ def action_errors(runs: Sequence[Run]) -> list[Chart]:
 def others(runs: Sequence[Run]) -> list[Chart]:
     """What further evaluators wrote: success rates, errors of future frames."""
     known = ("Training", "Validation", "Validation-Action", "Timing", "Memory")
-    made = []
+    made: list[Chart] = []
     for tag in _tags(runs):
         prefix, _, rest = tag.partition("/")
         told = tag.endswith(("/N", "/StdErr")) or _VALIDATION.fullmatch(tag)

@@ -36,7 +36,7 @@ class Run:
     name: str
     folder: Path
     number: int
-    rows: Mapping[int, Mapping[str, Any]] = field(repr=False)
+    rows: dict[int, dict[str, Any]] = field(repr=False)
     settings: Mapping[str, Any] = field(repr=False)
 
     @cached_property
