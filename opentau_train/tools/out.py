@@ -55,3 +55,15 @@ def check_format(out: Path) -> None:
     """Raises `UserError` where the file's suffix names no format that pictures can be written in."""
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{out} names no format of pictures", where="--out", remedy="give a file that ends in .png")
+
+
+def check_page(out: Path) -> None:
+    """Raises `UserError` where the file's suffix isn't a page's."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out} names no page", where="--out", remedy="give a file that ends in .html")
+
+
+def check_absent(out: Path, force: bool, argument: str = "--out") -> None:
+    """Raises `UserError` where there is such a file, and nobody said that it may be overwritten."""
+    if out.exists() and not force:
+        raise UserError(f"{out} is there already", where=argument, remedy="name another file, or add --force")

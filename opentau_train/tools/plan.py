@@ -102,7 +102,7 @@ def describe(settings: Settings, mixture: Mixture, num_ranks: Sequence[int], num
     rho = mixture.settings.correlation
     return "\n".join(
         [
-            *align(_sources(mixture, tape, epochs)),
+            *align(sources_table(mixture, tape, epochs)),
             *modes_table(mixture),
             "",
             f"training   {trainer.steps} steps x {tape.batch_size} = {samples} samples, {epochs:.2f} epochs of "
@@ -181,7 +181,8 @@ def describe_memory(
     return "\n".join([*align(rows), *(f"note       {note}" for note in rehearsal.notes.values()), *lines])
 
 
-def _sources(mixture: Mixture, tape: Tape, epochs: float) -> list[tuple[str, ...]]:
+def sources_table(mixture: Mixture, tape: Tape, epochs: float) -> list[tuple[str, ...]]:
+    """A row for each source, of what an epoch takes of it and how often `epochs` do, below a row of names."""
     rows: list[tuple[str, ...]] = [
         ("source", "episodes", "windows", "blocks", "weight", "share", "windows/epoch", "repeats")
     ]

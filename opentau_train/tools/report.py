@@ -1,8 +1,11 @@
-"""Draw a run's curves from its metrics.jsonl as one PNG:
+"""One HTML page that compares runs: losses, speed, held-out losses, sampled actions, settings, checkpoints.
 
-python -m opentau_train.tools.report RUN --out curves.png
+    python -m opentau_train.tools.report RUN [RUN ...] [--out report.html] [--force]
+    python -m opentau_train.tools.report multirun/2026-11-27_10-00-00 --out sweep.html
 
-A file that is there is overwritten only with --force. Exit codes: 0, or 2 for a mistake in what was given.
+RUN is a run directory, or a directory of some, such as a sweep's. The page needs a browser and nothing else: no server,
+no network. It needs plotly to be written: pip install "opentau_train[report]". A file that is there is overwritten only
+with --force. Exit codes: 0, or 2 for a mistake in what was given.
 """
 
 from __future__ import annotations
@@ -11,81 +14,48 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
-from opentau_train.sinks.jsonl import ABOUT, read_rows
-from opentau_train.tools.out import check_format, writing
-
-PANELS = (
-    ("loss", ("Training/MSE", "Training/CE")),
-    ("gradient norm", ("Training/GradNorm",)),
-    ("held-out loss", ("Validation/{group}/MSE",)),
-)
-"""(title, tags); `{group}` stands for every (dataset, control_mode). Bars are standard errors, where there are any."""
-
-
-def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} of a run directory. Raises `UserError` where it has no numbers."""
-    try:
-        rows = read_rows(run)
-    except OSError as error:
-        raise UserError(f"no numbers there: {error}", where=str(run), remedy="give a run directory") from error
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for step, row in rows.items():
-        for tag, value in row.items():
-            if tag not in ABOUT and value is not None:
-                curves.setdefault(tag, []).append((step, value))
-    return curves
-
-
-def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> Any:
-    """A matplotlib figure with one panel for each of `PANELS`, side by side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("matplotlib is not installed", remedy="pip install matplotlib") from error
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axes, (name, patterns) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for pattern in patterns:
-            head, _, tail = pattern.partition("{group}")
-            group_tags = [
-                t for t in curves if t.startswith(head) and t.endswith(tail) and t.count("/") == 3 and "::" not in t
-            ]
-            for tag in group_tags if tail else [pattern]:
-                steps, values = zip(*curves.get(tag, [(0, float("nan"))]), strict=True)
-                errors = dict(curves.get(f"{tag}/StdErr", []))
-                bars = [errors.get(step, 0.0) for step in steps] if errors else None
-                axes.errorbar(steps, values, bars, marker="o" if tail else None, label=tag.partition("/")[2])
-        axes.set(title=name, xlabel="optimizer step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(title)
-    return figure
+from opentau_train import cli
+from opentau_train.errors import EXIT_OK
+from opentau_train.tools.out import check_absent, check_page, make_directory, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opentau_train.tools.report", description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser = argparse.ArgumentParser(
+        prog="python -m opentau_train.tools.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, or directories of some")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page's file (report.html)")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     options = parser.parse_args(arguments)
-    try:
-        if options.out.exists() and not options.force:
-            raise UserError(
-                f"{options.out} is there already", where="--out", remedy="name another file, or add --force"
-            )
-        check_format(options.out)
-        figure = draw(read_curves(options.run), options.run.name)
-        with writing(options.out):
-            figure.savefig(options.out, dpi=110)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER
-    print(options.out)
-    return EXIT_OK
+
+    def work() -> int:
+        write(options.runs, options.out, options.force)
+        return EXIT_OK
+
+    return cli.answer(work)
+
+
+def write(folders: Sequence[Path], out: Path, force: bool = False) -> None:
+    """Write the page on the runs in `folders` to `out`, and say where it is. Raises `UserError`."""
+    from opentau_train.tools.reporting.page import page
+    from opentau_train.tools.reporting.runs import read_runs
+
+    check_page(out)
+    check_absent(out, force)
+    runs, passed = read_runs(folders)
+    text = page(runs, out)
+    make_directory(out)
+    with writing(out):
+        out.write_text(text, encoding="utf-8")
+    for folder in passed:
+        sys.stderr.write(f"passed over: {folder} has no metrics.jsonl\n")
+    print(f"{out.absolute()}  ({len(runs)} run{'s' * (len(runs) > 1)}, {len(text.encode()) / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.end(main())

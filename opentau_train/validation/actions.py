@@ -25,9 +25,9 @@ from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.transforms.base import Record
 from opentau_train.models.draws import ACTION_DRAW, Draws
 from opentau_train.types import Group
-from opentau_train.validation.evaluator import Context, Evaluation, Evaluator, Picture
+from opentau_train.validation.evaluator import Attachment, Context, Evaluation, Evaluator, Picture
 from opentau_train.validation.plan import ValidationPlan, plan_validation
-from opentau_train.validation.plots import Panel, draw_panels
+from opentau_train.validation.plots import Panel, as_json, draw_panels
 
 PREFIX = "Validation-Action"
 
@@ -112,9 +112,11 @@ class ActionEvaluator(Evaluator):
         row: dict[str, float] = {}
         for group, dims, sums in zip(plan.mixture.groups, errors.dims, totals.sums["sums"].numpy(), strict=True):
             row |= group_row(sums, dims, f"{PREFIX}/{group.tag}")
-        pixels = _draw(plan, errors, totals.sums["chunks"].numpy())
-        pictures = () if pixels is None else (Picture("actions", f"{PREFIX}/Chunks", pixels),)
-        return Evaluation(row, pictures, totals.left_out)
+        panels = _panels(plan, errors, totals.sums["chunks"].numpy())
+        if not panels:
+            return Evaluation(row, left_out=totals.left_out)
+        pictures = (Picture("actions", f"{PREFIX}/Chunks", draw_panels(panels)),)
+        return Evaluation(row, pictures, totals.left_out, files=(Attachment("actions", ".json", as_json(panels)),))
 
 
 class _Errors:
@@ -181,16 +183,16 @@ def _plotted(plan: ValidationPlan, num: int) -> NDArray[np.int64]:
     return t[np.unique(np.arange(num) * len(t) // max(1, num))] if len(t) else t
 
 
-def _draw(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) -> NDArray[np.uint8] | None:
-    """The plotted windows' `chunks` [P, 3, T, A], a row each; None where there are none."""
+def _panels(plan: ValidationPlan, errors: _Errors, chunks: NDArray[np.float64]) -> list[Sequence[Panel]]:
+    """The plotted windows' `chunks` [P, 3, T, A], a row each."""
     rows: list[Sequence[Panel]] = []
     for t, (true, predicted, valid) in zip(errors.plotted, chunks, strict=True):
         number, place = int(plan.group_of[plan.item[t]]), plan.place(int(t))
         steps = int(valid[:, 0].sum())
         rows.append(
             [
-                Panel(place if d == 0 else "", f"{x.name} [{x.unit or '-'}]", true[:steps, d], predicted[:, d])
+                Panel(place, f"{x.name} [{x.unit or '-'}]", true[:steps, d], predicted[:, d])
                 for d, x in enumerate(errors.dims[number])
             ]
         )
-    return draw_panels(rows) if rows else None
+    return rows

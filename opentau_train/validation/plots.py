@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,22 @@ def draw_panels(rows: Sequence[Sequence[Panel]]) -> NDArray[np.uint8]:
     draw = ImageDraw.Draw(image)
     for r, row in enumerate(rows):
         for c, panel in enumerate(row):
-            _draw_panel(draw, panel, c * WIDTH, r * (HEIGHT + MARGIN))
+            _draw_panel(draw, panel, c * WIDTH, r * (HEIGHT + MARGIN) + MARGIN)
+        draw.text((4, r * (HEIGHT + MARGIN)), row[0].place, fill=INK)
     return np.asarray(image)
 
 
+def as_json(rows: Sequence[Sequence[Panel]]) -> bytes:
+    """The panels as a JSON list of `Panel`'s fields, for who draws them otherwise; what is no number is null."""
+
+    def plain(values: NDArray[np.float64]) -> list[float | None]:
+        return [value if np.isfinite(value) else None for value in values.tolist()]
+
+    panels = [asdict(p) | {"true": plain(p.true), "predicted": plain(p.predicted)} for row in rows for p in row]
+    return json.dumps(panels).encode()
+
+
 def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, left: int, top: int) -> None:
-    draw.text((left + 4, top), panel.place, fill=INK)
-    top += MARGIN
     draw.rectangle((left + 2, top + MARGIN, left + WIDTH - 4, top + HEIGHT - MARGIN), outline=FRAME)
     both = np.concatenate([panel.true, panel.predicted])
     finite = both[np.isfinite(both)]

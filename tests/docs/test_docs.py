@@ -49,6 +49,9 @@ RUN_ELSEWHERE = {
     "python -m opentau_train.tools.export checkpoint=RUN format=onnx": "tests/unit/deploy/test_graph.py",
     "python -m opentau_train.tools.serve": "tests/unit/deploy/test_documents.py",
     "python -m opentau_train.tools.record": "tests/unit/deploy/test_documents.py",
+    "python -m opentau_train.tools.inspect +recipe=lerobot data.sources.main.root=/data/my_dataset --rerun": (
+        "tests/unit/tools/test_inspect_page.py"
+    ),
     "python -m opentau_train.tools.reencode": "tests/unit/tools/test_reencode.py",
     "hf auth login": "tests/unit/tools/test_push.py",
     "python -m opentau_train.tools.push": "tests/unit/tools/test_push.py",
@@ -210,7 +213,7 @@ def real(before: str, argument: str, run: Path, folder: Path) -> str:
         value = str(write(folder / value, Dataset(lengths=(60, 40), cameras={}, columns=velocities)))
     elif value == "STEP" or before == "--step":
         value = "2"
-    elif value == "FILE" or Path(value).suffix in (".json", ".png", ".safetensors"):
+    elif value == "FILE" or Path(value).suffix in (".json", ".html", ".png", ".safetensors"):
         value = str(folder / value)
     return f"{key}{equals}{value}"
 

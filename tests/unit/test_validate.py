@@ -25,7 +25,7 @@ from opentau_train.types import Group
 from opentau_train.validation.actions import unit_of
 from opentau_train.validation.changes import changes
 from opentau_train.validation.evaluator import Compared, Scores
-from opentau_train.validation.plots import Panel, draw_panels
+from opentau_train.validation.plots import Panel, as_json, draw_panels
 from tests.program import DATA, TOY, metrics, train_here
 
 GROUPS = [Group("a", "joint", "r::joint", 3.0), Group("b", "ee", "r::ee", 1.0), Group("c", "ee", "r::ee", 0.0)]
@@ -266,6 +266,14 @@ def test_the_picture_shows_both_curves_also_with_nan():
     colours = {tuple(c) for c in picture.reshape(-1, 3)}
     assert {(30, 30, 30), (220, 60, 40)} <= colours
     np.testing.assert_array_equal(picture, draw_panels([[panel, panel], [panel]]))
+
+
+def test_the_numbers_of_a_picture_are_plain_json_also_with_nan():
+    panel = Panel("a/joint episode 3", "joint [rad]", np.array([0.0, 0.5]), np.array([1.0, np.nan, 2.0]))
+    made = json.loads(as_json([[panel], [panel]]), parse_constant=pytest.fail)
+    assert made == 2 * [
+        {"place": "a/joint episode 3", "name": "joint [rad]", "true": [0.0, 0.5], "predicted": [1.0, None, 2.0]}
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -215,14 +215,19 @@ def read_prompts(reading: Reading, positions: NDArray[np.int64]) -> Iterator[str
     if not reading.prompt_columns:
         yield from _clean(list(reading.tasks.values()), reading.prompt_separator)
         return
-    names = [*reading.prompt_columns, *([reading.task_column] if reading.task_column else [])]
-    where, unreadable = f"data.sources.{reading.dataset}", dict[int, str]()
-    read = of_episodes(
-        where, reading.stored, positions.tolist(), names, lambda r: _prompts(r, reading)[1], left_out=unreadable
-    )
-    for _, combinations in read:
+    for _, combinations in prompts_by_episode(reading, positions):
         for own in combinations:
             yield from own
+
+
+def prompts_by_episode(reading: Reading, positions: NDArray[np.int64]) -> Iterator[tuple[int, list[tuple[str, ...]]]]:
+    """(position, the texts to choose from, of each kind of window) of the episodes at `positions`, from their rows.
+    Raises `UserError`; episodes whose rows can't be had are passed over."""
+    names = [*reading.prompt_columns, *([reading.task_column] if reading.task_column else [])]
+    where, unreadable = f"data.sources.{reading.dataset}", dict[int, str]()
+    yield from of_episodes(
+        where, reading.stored, positions.tolist(), names, lambda r: _prompts(r, reading)[1], left_out=unreadable
+    )
 
 
 def _prompts(rows: pa.Table, reading: Reading) -> tuple[NDArray[np.int64], list[tuple[str, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from opentau_train.data.decode.parquet import numbers
 from opentau_train.data.lerobot import rows
@@ -24,10 +25,7 @@ def read_sample(source: Source, num: int) -> EpisodeSample:
     several cameras. Where its files lie on a server, the first, the last and the longest episode, and no picture: their
     files would be fetched for it. Episodes whose rows can't be read, or aren't finite, are left out, and so are times
     that the source doesn't read. Raises `UserError` naming a file."""
-    table, fetched = source.episodes, isinstance(source, LeRobotDataset) and mirror_at(source.reading.root) is not None
-    chosen = np.linspace(0, len(table) - 1, min(num, len(table))).round().astype(np.int64)
-    if fetched:
-        chosen = np.unique([0, len(table) - 1, int(np.argmax(table.length))])
+    table, fetched, chosen = source.episodes, is_fetched(source), chosen_episodes(source, num)
     read = {p: (s, a) for p, s, a in source.columns(chosen) if np.isfinite(s).all() and np.isfinite(a).all()}
     places = sorted(read)
     return EpisodeSample(
@@ -40,6 +38,20 @@ def read_sample(source: Source, num: int) -> EpisodeSample:
         seconds=_seconds(source, places) if isinstance(source, LeRobotDataset) and source.reading.timed else [],
         histograms={} if fetched or len(source.cameras) < 2 else _histograms(source, places),
     )
+
+
+def is_fetched(source: Source) -> bool:
+    """Whether the source's files lie on a server, and are fetched when they are read."""
+    return isinstance(source, LeRobotDataset) and mirror_at(source.reading.root) is not None
+
+
+def chosen_episodes(source: Source, num: int) -> NDArray[np.int64]:
+    """The places of up to `num` episodes, evenly over the table; where its files are fetched, those of the first, the
+    last and the longest."""
+    last = len(source.episodes) - 1
+    if is_fetched(source):
+        return np.unique([0, last, int(np.argmax(source.episodes.length))])
+    return np.linspace(0, last, min(num, last + 1)).round().astype(np.int64)
 
 
 def _seconds(source: LeRobotDataset, places: list[int]) -> list[F64]:

@@ -11,7 +11,7 @@ from opentau_train.data.mixture.mixture import Dataset
 from opentau_train.errors import UserError
 from opentau_train.types import Group
 
-_QUIET = ("free", "none", "as its state", "continuous", "steady", "moving")
+QUIET = ("free", "none", "as its state", "continuous", "steady", "moving")
 """Findings that are worth no line."""
 
 
@@ -35,7 +35,7 @@ def report(name: str, judged: Judged) -> list[str]:
     lines = []
     for answer in ("contradiction", "doubt", "agree", "note"):
         for verdict in judged.verdicts:
-            if verdict.answer == answer and verdict.finding.value not in _QUIET:
+            if verdict.answer == answer and verdict.finding.value not in QUIET:
                 lines.append(f"  {answer}: {_told(verdict)} ({verdict.finding.evidence})")
                 lines += [f"    remedy: {verdict.remedy}"] if verdict.remedy else []
     unknown = [f"{v.finding.name}{_of(v.finding.dims)}" for v in judged.verdicts if v.answer == "unknown"]

@@ -10,8 +10,8 @@ from opentau_train import load_policy
 from opentau_train.config.data import SourceSettings
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.deploy.openloop.page import page
-from opentau_train.deploy.openloop.plot import ticks
 from opentau_train.deploy.openloop.recording import Recording
+from opentau_train.pages.drawing import ticks
 from opentau_train.tools import record, replay_dataset
 from opentau_train.types import WindowSpec
 from tests.lerobot_writer import Dataset, vector, write
