@@ -127,7 +127,7 @@ POLICIES = (
     "models/packing/",
     *("models/layers", "models/pi/", "models/prompts", "models/resnet", "models/sampling", "models/unet", "models/wam"),
 )
-MEASURES = ("validation/changes", "validation/video")
+MEASURES = ("validation/changes", "validation/plots", "validation/video")
 CONVERSIONS = ("data/convention", "data/lint/", "data/transforms/augment/", "data/transforms/units")
 FORECASTS = ("checkpoints/room", "data/order/quality", "distributed/memory", "distributed/rehearsal")
 ENDS = (
@@ -135,6 +135,7 @@ ENDS = (
     "config/pointers",
     "config/reference",
     "deploy/",
+    "distributed/last_words",
     "pages/",
     "simulation/",
     "sinks/",
