@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import shutil
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -46,9 +43,8 @@ from opentau_train.data.decode.open_files import raise_file_limit
 from opentau_train.distributed.stopping import end_on_signals, end_with_agent
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.sinks.background import THREAD
+from opentau_train.sinks.last_word import tell_last, tell_once
 
-HEAD_START_S = 20.0
-"""Seconds that rank 0 has to report a mistake that all ranks found: the others wait so long before they end."""
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
 
 
@@ -97,15 +93,13 @@ def answer(work: Callable[[], int]) -> int:
     except _USER_ERRORS as error:
         if full_error:
             traceback.print_exc()
-        text = str(explain(error))
-        if not _told_by_agent(text):
-            sys.stderr.write(f"error: {text}\n")
+        tell_last(str(explain(error)))
         return EXIT_USER
     except Fault as error:
         if full_error:
             traceback.print_exc()
         if error.teller is Teller.RANK_0:
-            _print_once(str(error))
+            tell_once(str(error))
         elif error.teller is Teller.THIS_RANK:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
@@ -199,35 +193,3 @@ def _run(tree: dict[str, Any]) -> int:
     from opentau_train import train
 
     return train.run(settings, tree)
-
-
-def _told_by_agent(text: str) -> bool:
-    """Leave a mistake to torchrun's agent: its summary of the failed ranks is the last thing on a screen. Rank 0 does,
-    whom the agent takes for the cause; another rank of its node then waits to be ended. False: this rank speaks.
-    """
-    path, end = os.environ.get("TORCHELASTIC_ERROR_FILE"), time.monotonic() + HEAD_START_S
-    if os.environ.get("RANK", "0") != "0":
-        first = Path(path).parents[1] / "0" / Path(path).name if path else None
-        while time.monotonic() < end:
-            if first is not None and first.exists():
-                time.sleep(HEAD_START_S / 10)
-                return True
-            time.sleep(HEAD_START_S / 200)
-        return False
-    if not path:  # no torchrun, or one that keeps no files
-        return False
-    shown = {"py_callstack": f"\nerror: {text}", "timestamp": str(int(time.time()))}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": text, "extraInfo": shown}}, file)
-    except OSError:
-        return False
-    return True
-
-
-def _print_once(text: str) -> None:
-    """By rank 0, since every rank would say the same. The others wait before they end: torchrun kills all ranks as soon
-    as one has ended, and rank 0 may not have spoken yet. One that is left alone failed alone, and says so itself."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(HEAD_START_S)
-    sys.stderr.write(f"error: {text}\n")

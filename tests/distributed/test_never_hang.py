@@ -49,7 +49,9 @@ def rows(run_dir: Path) -> int:
 
 # Every rank answers an error of all of them, and those after rank 0 give it a head start of 20 s to be the one that is
 # heard under torchrun. Here nobody ends them when rank 0 has ended: they would sit it out.
-BY_HAND = "from opentau_train import cli; cli.HEAD_START_S = 1.0; cli.main()"
+BY_HAND = (
+    "from opentau_train import cli; from opentau_train.sinks import last_word; last_word.HEAD_START_S = 1.0; cli.main()"
+)
 
 
 def ranks_by_hand(commands: list[dict], size: int = 2, program: str = BY_HAND) -> list[subprocess.Popen]:
