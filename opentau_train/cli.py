@@ -1,4 +1,4 @@
-"""The entry: Hydra composes, `checked` checks, `loop.run` trains. Torch is imported only once the settings hold.
+"""The entry: Hydra composes, `checked` checks, `train.run` trains. Torch is imported only once the settings hold.
 
     python -m opentau_train +recipe=droid_policy trainer.steps=1000
     torchrun --nproc-per-node 8 -m opentau_train +recipe=droid_policy
@@ -40,10 +40,10 @@ from opentau_train.config.arguments import (
 from opentau_train.config.explain import HELP, explain, refused_flags
 from opentau_train.config.reference import keys, page
 from opentau_train.data.decode.open_files import raise_file_limit
-from opentau_train.distributed.last_words import print_once, told_by_agent
 from opentau_train.distributed.stopping import end_on_signals, end_with_agent
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, Fault, Teller, UserError, machine_fault
 from opentau_train.sinks.background import THREAD
+from opentau_train.sinks.last_word import tell_last, tell_once
 
 _USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
 
@@ -93,15 +93,13 @@ def answer(work: Callable[[], int]) -> int:
     except _USER_ERRORS as error:
         if full_error:
             traceback.print_exc()
-        text = str(explain(error))
-        if not told_by_agent(text):
-            sys.stderr.write(f"error: {text}\n")
+        tell_last(str(explain(error)))
         return EXIT_USER
     except Fault as error:
         if full_error:
             traceback.print_exc()
         if error.teller is Teller.RANK_0:
-            print_once(str(error))
+            tell_once(str(error))
         elif error.teller is Teller.THIS_RANK:
             sys.stderr.write(f"error: {error}\n")
         return EXIT_FAULT
@@ -192,6 +190,6 @@ def _quietly(app: Callable[[], None]) -> None:
 
 def _run(tree: dict[str, Any]) -> int:
     settings = checked(tree)
-    from opentau_train import loop
+    from opentau_train import train
 
-    return loop.run(settings, tree)
+    return train.run(settings, tree)

@@ -50,8 +50,7 @@ def rows(run_dir: Path) -> int:
 # Every rank answers an error of all of them, and those after rank 0 give it a head start of 20 s to be the one that is
 # heard under torchrun. Here nobody ends them when rank 0 has ended: they would sit it out.
 BY_HAND = (
-    "from opentau_train import cli; from opentau_train.distributed import last_words;"
-    "last_words.HEAD_START_S = 1.0; cli.main()"
+    "from opentau_train import cli; from opentau_train.sinks import last_word; last_word.HEAD_START_S = 1.0; cli.main()"
 )
 
 
@@ -226,7 +225,7 @@ def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_pat
     assert re.search(r"rank 0: no progress for 8 s in: [a-z ]+, step 3", output), output
     for rank in (0, 1):
         text = (tmp_path / "stacks" / f"rank{rank}.txt").read_text()
-        assert "loop.py" in text and "Current thread" in text
+        assert "train.py" in text and "Current thread" in text
     assert "misbehaving.py" in (tmp_path / "stacks" / "rank1.txt").read_text()
 
 

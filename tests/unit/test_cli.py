@@ -11,7 +11,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from opentau_train import cli
-from opentau_train.distributed import last_words
+from opentau_train.sinks import last_word
 from tests.program import REPO, environment, run
 
 DROID = "+recipe=droid_policy"
@@ -281,12 +281,12 @@ def test_two_ranks_say_it_once(tmp_path):
 
 def test_a_rank_that_fails_alone_says_so_after_a_while(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(last_words, "HEAD_START_S", 0.1)
+    monkeypatch.setattr(last_word, "HEAD_START_S", 0.1)
     assert_clear(*in_process(monkeypatch, capsys, [DROID, "trainer.stesp=3"]), "'trainer.stesp'")
 
 
 def test_a_mistake_that_rank_0_has_left_to_torchrun_is_not_told_again(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(last_words, "HEAD_START_S", 0.1)
+    monkeypatch.setattr(last_word, "HEAD_START_S", 0.1)
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
         monkeypatch.setenv("RANK", str(rank))

@@ -135,7 +135,6 @@ ENDS = (
     "config/pointers",
     "config/reference",
     "deploy/",
-    "distributed/last_words",
     "pages/",
     "simulation/",
     "sinks/",
