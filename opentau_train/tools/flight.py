@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from opentau_train.errors import UserError
 from opentau_train.metrics.recorder import FOLDER, files_of
 
@@ -75,17 +78,53 @@ def read_step(run_dir: Path, step: int, neighbours: int = 0) -> RecordedStep:
     return _step(step, [rows[t] for t in sorted(rows)], {line["step"]: line["grad_norm"] for line in around})
 
 
+@dataclass(frozen=True)
+class Losses:
+    """All samples that a run recorded, as columns [N]: `step` i64, `dataset` i64 (its place in `names`), `episode` i64
+    and `loss` f64: the terms' means of the sample, weighted as training weights the terms."""
+
+    names: tuple[str, ...]
+    step: NDArray[np.int64]
+    dataset: NDArray[np.int64]
+    episode: NDArray[np.int64]
+    loss: NDArray[np.float64]
+
+
+def read_losses(run_dir: Path) -> Losses:
+    """The losses of all recorded steps, of a step that a resumed run did again its last time; none where nothing was
+    recorded. Garbled lines are passed over with a warning."""
+    names: dict[str, int] = {}
+    parts = [np.zeros((6, 0))]
+    for line in _parsed(run_dir):
+        places = np.array([names.setdefault(name, len(names)) for name in line["datasets"]])
+        loss = np.zeros(len(line["t"]))
+        for term, weight in line["loss_weights"].items():
+            total, count = (np.asarray(line[what][term], float) for what in ("sum", "count"))
+            loss += weight * np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+        step, time = (np.full(len(loss), line[key]) for key in ("step", "time"))
+        parts.append(np.stack([step, places[line["dataset"]], line["episode"], loss, time, line["t"]]))
+    rows = np.concatenate(parts, axis=1)
+    rows = rows[:, np.argsort(-rows[4], kind="stable")]
+    _, newest = np.unique(rows[[0, 5]], axis=1, return_index=True)
+    rows = rows[:, np.sort(newest)]
+    step, dataset, episode, loss = rows[:4, np.isfinite(rows[3]) & (rows[3] > 0)]
+    return Losses(tuple(names), step.astype(np.int64), dataset.astype(np.int64), episode.astype(np.int64), loss)
+
+
 def _lines(run_dir: Path, steps: range) -> list[dict[str, Any]]:
     """The lines of `steps`, oldest first, with a warning of each that is garbled."""
-    parsed_lines = []
+    return sorted(_parsed(run_dir, steps), key=lambda line: line["time"])
+
+
+def _parsed(run_dir: Path, steps: range | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of `steps`, None: of all, with a warning of each that is garbled."""
     for path, number, step, line in _numbered(run_dir):
-        if step is None or step in steps:
+        if step is None or steps is None or step in steps:
             parsed = None if step is None else _parse(line)
             if parsed is None:
                 log.warning("%s, line %d is garbled and passed over", path, number)
             else:
-                parsed_lines.append(parsed)
-    return sorted(parsed_lines, key=lambda line: line["time"])
+                yield parsed
 
 
 def _numbered(run_dir: Path) -> Iterator[tuple[Path, int, int | None, bytes]]:

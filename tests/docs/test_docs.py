@@ -71,7 +71,7 @@ UNTESTED = re.compile(
 )
 """How a line begins that is a command. Lines of bash blocks are run; prose shows a command between backticks."""
 
-TOOLS = ("check", "export", "inspect", "keep_ranges", "plan", "report", "why")
+TOOLS = ("check", "curate", "export", "inspect", "keep_ranges", "plan", "report", "why")
 """Tools that run here, on a small run and a small dataset."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from opentau_train.distributed.performance import Stamp
 from opentau_train.errors import UserError
 from opentau_train.metrics.recorder import FOLDER, FlightRecorder
 from opentau_train.step import StepTaken, TrainState
-from opentau_train.tools.flight import read_step
+from opentau_train.tools.flight import read_losses, read_step
 from tests.fake_source import ONE, mixture_of
 from tests.program import TOY, metrics, train_here
 
@@ -40,6 +41,25 @@ def test_recorded_losses_are_those_of_the_metrics(run):
         assert [s.t for s in found.samples] == list(range(4 * step - 4, 4 * step))
     norms = read_step(run, 3, neighbours=1).norms
     assert norms == {step: rows[step]["Training/GradNorm"] for step in (2, 3, 4)}
+
+
+def test_all_losses_are_those_of_the_steps(run, tmp_path):
+    recorded = read_losses(run)
+    weights = json.loads(next((run / FOLDER).iterdir()).read_text().splitlines()[0])["loss_weights"]
+    for step in range(1, 5):
+        rows = recorded.step == step
+        got = sorted(zip(recorded.dataset[rows], recorded.episode[rows], recorded.loss[rows], strict=True))
+        samples = [
+            (s.dataset, s.episode, sum(weights[k] * v for k, v in s.loss.items())) for s in read_step(run, step).samples
+        ]
+        wanted = sorted((recorded.names.index(name), *rest) for name, *rest in samples)
+        assert [row[:2] for row in got] == [row[:2] for row in wanted]
+        assert [row[2] for row in got] == pytest.approx([row[2] for row in wanted])
+    again = shutil.copytree(run / FOLDER, tmp_path / "again" / FOLDER)  # a step that a resumed run did once more
+    for path in list(again.iterdir()):
+        (again / path.name.replace("-000001", "-000002")).write_text(path.read_text())
+    assert len(read_losses(tmp_path / "again").step) == len(recorded.step)
+    assert len(read_losses(tmp_path / "nothing").step) == 0
 
 
 def test_worst_comes_first(run):
