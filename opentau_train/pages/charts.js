@@ -117,12 +117,13 @@
   chosen("log", (box) => { choice.log = box.checked; });
   chosen("smooth", (range) => { choice.smooth = Number(range.value); });
 
-  // Paper shows all charts, and has its own width, which they must have before it is printed.
-  const resize = () => page.charts.forEach((_, number) => Plotly.Plots.resize(element(number)));
-  window.addEventListener("beforeprint", () => {
-    document.body.classList.add("paper");
-    [...stale].forEach(draw);
-    resize();
-  });
-  window.addEventListener("afterprint", () => { document.body.classList.remove("paper"); resize(); });
+  // Paper shows all charts, in its own width, which they must have before it is printed: Plotly resizes later.
+  function turn(paper) {
+    document.body.classList.toggle("paper", paper);
+    page.charts.forEach((_, number) => Plotly.purge(element(number)));
+    refresh();
+    if (paper) [...stale].forEach(draw);
+  }
+  window.addEventListener("beforeprint", () => turn(true));
+  window.addEventListener("afterprint", () => turn(false));
 })();

@@ -39,7 +39,8 @@ def pip(*arguments: object) -> None:
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_configuration_file(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {p.relative_to(REPO).as_posix() for p in (REPO / "opentau_train").rglob("*.py")}
+    parts = [p for kind in ("*.py", "*.css", "*.js") for p in (REPO / "opentau_train").rglob(kind)]
+    modules = {p.relative_to(REPO).as_posix() for p in parts}
     conf = [*(REPO / "conf").rglob("*.yaml"), *(REPO / "conf").rglob("*.py")]
     assert conf
     for folder in ("launchers", "docs"):

@@ -30,7 +30,7 @@ def of_lengths(dataset: Dataset) -> Html:
         f"{int(length[long]):,} frames (episode {numbers[long]}), median {np.median(length):,.0f}, "
         f"{_duration(length.sum(dtype=np.int64) / dataset.source.fps)} in all"
     )
-    return tag("div", paragraph(told), drawn)
+    return tag("figure", paragraph(told), drawn)
 
 
 def _duration(seconds: float) -> str:
