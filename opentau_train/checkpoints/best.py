@@ -43,6 +43,22 @@ class Pass:
     sums: NDArray[np.float64]
 
 
+def read_record(path: Path) -> tuple[list[str], Pass, dict[str, Pass]]:
+    """(episodes, the pass that the file is named by, {best, lowest: those so far}) of a file in `passes/`. Raises
+    `UserError`."""
+    with (
+        strangers.understood("the record of a validation pass", path),
+        np.load(io.BytesIO(strangers.read_bytes(path)), allow_pickle=False) as saved,
+    ):
+        episodes, sums = [str(n) for n in saved["episodes"]], saved["sums"]
+        if sums.ndim != 4 or sums.shape[1] != len(episodes):
+            raise ValueError(f"sums of shape {list(sums.shape)} for {len(episodes)} episodes")
+        rows = zip(saved["steps"].tolist(), saved["losses"].tolist(), sums, strict=True)
+        passes = {int(number): Pass(int(number), loss, own) for number, loss, own in rows}
+        kept = {name: passes[int(saved[name])] for name in (BEST, LOWEST) if name in saved}
+        return episodes, passes[int(path.stem)], kept
+
+
 class Ranking:
     """The passes of a run directory that count: the last, the lowest and the best one. All ranks decide alike; rank 0
     writes.
@@ -72,6 +88,8 @@ class Ranking:
         """Take up the record as it was at `step`: what a resumed run does again is forgotten. Collective."""
         record = world.broadcast(world.agree(lambda: self._newest(step) if world.is_main else None))
         if record is None:
+            if (self.run_dir / "best").is_dir():
+                log.warning("an older version kept which pass was the best: best and lowest start anew")
             return
         episodes, last, kept = record
         if episodes != list(self.compared.episodes) or last.sums.shape[1] != len(self.compared.weights):
@@ -89,18 +107,7 @@ class Ranking:
             records.pop(later).unlink()
         if not records:
             return None
-        newest = max(records)
-        with (
-            strangers.understood("the record of a validation pass", records[newest]),
-            np.load(io.BytesIO(strangers.read_bytes(records[newest])), allow_pickle=False) as saved,
-        ):
-            episodes, sums = [str(n) for n in saved["episodes"]], saved["sums"]
-            if sums.ndim != 4 or sums.shape[1] != len(episodes):
-                raise ValueError(f"sums of shape {list(sums.shape)} for {len(episodes)} episodes")
-            rows = zip(saved["steps"].tolist(), saved["losses"].tolist(), sums, strict=True)
-            passes = {int(number): Pass(int(number), loss, own) for number, loss, own in rows}
-            kept = {name: passes[int(saved[name])] for name in (BEST, LOWEST) if name in saved}
-            return episodes, passes[newest], kept
+        return read_record(records[max(records)])
 
     def update(self, world: World, step: int, scores: Scores) -> set[str]:
         """Take in the pass at `step`; returns what it is so far, of best and lowest. The caller then saves the step's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train import strangers
+from opentau_train.checkpoints.best import BEST, LOWEST, read_record
 from opentau_train.tools.curating.gradients import Gradients
 from opentau_train.tools.flight import Losses
 
@@ -58,14 +58,16 @@ def of_training(recorded: Losses) -> dict[tuple[str, int], EpisodeLoss]:
 
 
 def of_validation(run_dir: Path, weights: Sequence[float]) -> tuple[int, dict[tuple[str, int], EpisodeLoss]]:
-    """(step, {(dataset, episode): its held-out loss}) of the run's best pass, whose sums by episode it keeps; (0, {})
-    where it keeps none. `weights` are the loss terms'. Raises `UserError` for a file that isn't such a record."""
-    records = sorted((run_dir / "best").glob("[0-9]*.npz"))
+    """(step, {(dataset, episode): its held-out loss}) of the run's best pass, of the lowest one where none is the best,
+    by the sums by episode that it keeps; (0, {}) where it keeps none. `weights` are the loss terms'. Raises `UserError`
+    for a file that isn't such a record."""
+    records = sorted((run_dir / "passes").glob("[0-9]*.npz"))
     if not records:
         return 0, {}
-    with strangers.understood("the record of the best pass", records[-1]):
-        with np.load(io.BytesIO(strangers.read_bytes(records[-1])), allow_pickle=False) as saved:
-            names, sums = [str(name) for name in saved["episodes"]], saved["sums"]
+    names, last, kept = read_record(records[-1])
+    chosen = kept.get(BEST) or kept.get(LOWEST) or last
+    with strangers.understood("the record of a validation pass", records[-1]):
+        sums = chosen.sums
         if sums.shape != (len(names), len(weights), 2):
             raise ValueError(f"sums of shape {list(sums.shape)} for {len(names)} episodes and {len(weights)} terms")
         keys = [(dataset, int(number)) for dataset, _, number in (name.rpartition("/") for name in names)]
@@ -78,7 +80,7 @@ def of_validation(run_dir: Path, weights: Sequence[float]) -> tuple[int, dict[tu
         if seen.any():
             loss = float((np.asarray(weights)[seen] * values[seen, 0] / values[seen, 1]).sum())
             losses[key] = EpisodeLoss(loss, 0.0, int(values[:, 1].sum()))
-    return int(records[-1].stem), _centred(losses)
+    return chosen.step, _centred(losses)
 
 
 def _centred(losses: Mapping[tuple[str, int], EpisodeLoss]) -> dict[tuple[str, int], EpisodeLoss]:

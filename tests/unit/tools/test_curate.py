@@ -148,13 +148,14 @@ def test_the_excess_of_an_episode_is_free_of_the_trend():
 
 def test_the_losses_of_the_best_pass_are_those_that_a_run_keeps(tmp_path):
     assert of_validation(tmp_path, [1.0, 0.1]) == (0, {})
-    (tmp_path / "best").mkdir()
+    (tmp_path / "passes").mkdir()
     sums = np.array([[[2.0, 4.0], [0.0, 0.0]], [[9.0, 4.0], [6.0, 2.0]], [[1.0, 4.0], [6.0, 2.0]]])
-    np.savez(tmp_path / "best" / "00000007.npz", episodes=np.array(["a/3", "a/5", "a/5"]), sums=sums)  # 5: two modes
+    passes = {"steps": [7, 9], "losses": [1.0, 1.1], "sums": [sums, 3 * sums], "best": 7, "lowest": 7}
+    np.savez(tmp_path / "passes" / "00000009.npz", episodes=np.array(["a/3", "a/5", "a/5"]), **passes)  # 5: two modes
     step, losses = of_validation(tmp_path, [1.0, 0.1])
     assert step == 7 and losses["a", 3].loss == 0.5 and losses["a", 5].loss == pytest.approx(10 / 8 + 0.1 * 12 / 4)
     assert losses["a", 5].excess == pytest.approx(-losses["a", 3].excess) and losses["a", 5].excess > 0
-    with pytest.raises(UserError, match="the record of the best pass"):
+    with pytest.raises(UserError, match="the record of a validation pass"):
         of_validation(tmp_path, [1.0])
 
 
