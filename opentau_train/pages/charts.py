@@ -19,8 +19,9 @@ COLOURS = (
 )
 """Of the series, in this order; each can be told from a white and from a dark ground. Further ones are dashed."""
 DASHES = ("solid", "dash", "dot", "dashdot")
-MOST_POINTS = 2000
-"""Of a curve; a longer one is drawn by the means of neighbours."""
+MOST_POINTS, FEWEST_POINTS, POINTS_OF_A_CHART = 2000, 200, 10_000
+"""Points that a curve may have: as many of all series' as a chart may have, within bounds. A longer one is drawn by the
+means of neighbours."""
 RECORDED = -1
 """The series of a curve that is none of the compared ones: what was recorded."""
 
@@ -36,7 +37,13 @@ class Curve:
     errors: list[float | None] = field(default_factory=list)
     name: str = ""
 
-    def thinned(self, most: int = MOST_POINTS) -> Curve:
+    def rounded(self) -> Curve:
+        """The curve with as many digits as can be seen: a page has a million numbers."""
+        places = {axis: [float(f"{value:.7g}") for value in values] for axis, values in self.x.items()}
+        y, errors = ([None if v is None else float(f"{v:.6g}") for v in values] for values in (self.y, self.errors))
+        return replace(self, x=places, y=y, errors=errors)
+
+    def thinned(self, most: int) -> Curve:
         """The curve with at most `most` points, each the mean of as many neighbours, without their errors."""
         stride = -(-len(self.y) // most)
         if stride <= 1:
@@ -110,8 +117,16 @@ class Charts:
             {"name": name, "colour": _colour(i), "dash": DASHES[i // len(COLOURS) % len(DASHES)]}
             for i, name in enumerate(self.series)
         ]
-        charts = [asdict(replace(c, curves=tuple(curve.thinned() for curve in c.curves))) for c in self.charts]
+        most = most_points(len(self.series))
+        charts = [
+            asdict(replace(c, curves=tuple(curve.thinned(most).rounded() for curve in c.curves))) for c in self.charts
+        ]
         return embed("charts", {"series": series, "axes": self.axes, "charts": charts})
+
+
+def most_points(num_series: int) -> int:
+    """How many points a curve is drawn by."""
+    return max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_A_CHART // num_series))
 
 
 def _colour(number: int) -> str:

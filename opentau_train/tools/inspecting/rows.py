@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from opentau_train.config.settings import Settings
 from opentau_train.data.lerobot.rows import prompts_by_episode
 from opentau_train.data.lerobot.source import LeRobotDataset
-from opentau_train.data.lint.reading import chosen_episodes
+from opentau_train.data.lint.reading import chosen_episodes, is_fetched
 from opentau_train.data.mixture import normalize, statistics
 from opentau_train.data.mixture.mixture import Dataset, Mixture
 from opentau_train.data.mixture.normalize import Chunks, HeadStats, Method, affine_of
@@ -204,6 +204,9 @@ def _tasks(dataset: Dataset, positions: NDArray[np.int64]) -> Counter[str]:
 
 def read_statistics(settings: Settings, mixture: Mixture) -> tuple[dict[str, HeadStats], str]:
     """(statistics by norm head, "" or why there are none): those of a training, from the cache where it has them."""
+    fetched = [d.name for d in mixture.datasets if is_fetched(d.source)]
+    if fetched:
+        return {}, f"all files of {', '.join(fetched)} would be fetched from their server for others"
     num_rows = sum(int(d.source.episodes.length.sum(dtype=np.int64)) for d in mixture.datasets)
     if num_rows > MOST_FOR_STATISTICS:
         return (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from opentau_train.pages.charts import Chart, Charts, scripts
+from opentau_train.pages.charts import Chart, Charts, most_points, scripts
 from opentau_train.pages.document import Html, document, html, joined, paragraph, picture, section, table, tag
 from opentau_train.tools.reporting import chunks, curves
 from opentau_train.tools.reporting.runs import ABSENT, FLIGHT, LOSS, Run, differences
@@ -58,7 +58,7 @@ def _purpose(runs: Sequence[Run]) -> str:
     return (
         f"{what}, and what is left of it. A name above the charts hides a run and shows it again; a chart is "
         f"enlarged by drawing a rectangle, and as before by a double click. {thinned:,} rows of numbers at most a run; "
-        "a curve of more than 2,000 points is drawn by means of neighbours."
+        f"a curve of more than {most_points(len(runs)):,} points is drawn by means of neighbours."
     )
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from opentau_train.errors import EXIT_OK, EXIT_USER
 from opentau_train.tools import inspect
+from opentau_train.tools.inspecting import rows
 from tests.lerobot_writer import Camera, Dataset, vector, write
 
 HOSTILE = "</script><script>alert(1)</script> \"'<b> é 引き出し"
@@ -128,6 +129,18 @@ def test_a_keep_ranges_filter_and_values_that_are_no_numbers_are_told(tmp_path):
     text = re.sub(r"\s+", " ", plain(out.read_text()))
     assert "NaN or infinities in episodes 1" in text and "a training ends here" in text and "is nan in dataset" in text
     assert "66.7% in 3 runs 3" in text, "100 of 150 frames, and none of episode 3"
+
+
+def test_of_data_too_large_for_its_statistics_the_rows_that_were_read_are_normalised_by_their_own(
+    root, tmp_path, monkeypatch, page
+):
+    monkeypatch.setattr(rows, "MOST_FOR_STATISTICS", 100)
+    out = tmp_path / "page.html"
+    chosen = ["--clips", "0", "--samples", "1", "--episodes", "2"]
+    assert inspect.main([*words(root), *chosen, "--out", str(out)]) == EXIT_OK
+    text = re.sub(r"\s+", " ", plain(out.read_text()))
+    assert "70 rows of 2 of 4 episodes" in text and "statistics of at most 100 are computed here" in text
+    assert out.read_text().count('aria-label="rows over normalised"') == 6 and "as in training" in plain(page)
 
 
 def test_files_are_not_overwritten_and_mistakes_end_before_anything_is_read(root, tmp_path, monkeypatch, capsys):
