@@ -3,8 +3,9 @@
     python -m opentau_train.tools.curate RUN [--target DATASET] [--episodes 64] [--windows 32] [--out FILE.json]
     python -m opentau_train.tools.curate RUN/checkpoints/00001000 data.sources.main.root=/new/place
 
-Needs a run and its data; one with `flight_recorder=true` tells more. At the checkpoint (the newest, if none is named)
-it takes the gradients of some windows of each source and of each held-out group, one by one, and compares them.
+Needs a run and its data; one with `flight_recorder=true` tells more. At the run's newest checkpoints, or the one
+that is named, it takes the gradients of some windows of each source and of what is held out, and compares them.
+With `--target` a source is trusted, and judges the others. docs/curate.md has an example, and says what is what.
 
 Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
@@ -195,11 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="DATASET",
-        help="a dataset, or DATASET/CONTROL_MODE, whose held-out data judge all; may come several times",
+        help="a dataset, or DATASET/CONTROL_MODE, that is trusted and judges all; may come several times",
     )
     parser.add_argument("--episodes", type=int, default=64, help="episodes of each source and side to look at (64)")
     parser.add_argument("--windows", type=int, default=32, help="windows of each (32)")
-    parser.add_argument("--draws", type=int, default=2, help="draws of noise and flow time for each (2)")
+    parser.add_argument("--draws", type=int, default=4, help="draws of noise and flow time for each (4)")
     parser.add_argument("--checkpoints", type=int, default=3, help="of a run, how many of its newest to look at (3)")
     parser.add_argument("--sketch", type=int, default=4096, help="numbers that stand for a gradient (4096)")
     parser.add_argument("--top", type=int, default=16, help="episodes to show (16)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +14,14 @@ from opentau_train.checkpoints.best import BEST, LOWEST, read_record
 from opentau_train.tools.curating.gradients import Gradients
 from opentau_train.tools.flight import Losses
 
-NUM_BINS = 20
-"""Parts of a training within which losses are compared: they fall from part to part."""
+NUM_BINS = 10
+"""Parts of that half within which losses are compared: they fall from part to part."""
 
 
 @dataclass(frozen=True)
 class EpisodeLoss:
-    """One episode's `loss`, the mean over `num` samples or elements; `excess`, by how much its logarithm lies above
-    its dataset's at the same time of the training."""
+    """One episode's `loss`, the mean over `num` samples or elements; `excess`, by which part of it its losses lie above
+    its dataset's at the same time of the training: 0.1 is a tenth more."""
 
     loss: float
     excess: float
@@ -30,29 +29,24 @@ class EpisodeLoss:
 
 
 def of_training(recorded: Losses) -> dict[tuple[str, int], EpisodeLoss]:
-    """{(dataset, episode): its loss over the last part of the training in which it came, and its excess over all}.
+    """{(dataset, episode): its losses in the later half of the training}, of the episodes that came in it.
 
-    Labels that are wrong are learned later, if at all (Arpit et al. 2017), so that the excess is of the whole training.
+    Labels that are wrong are learned later, if at all (Arpit et al. 2017): before the others are learned, all lose
+    alike.
     """
     if not len(recorded.step):
         return {}
-    edges = np.linspace(0, recorded.step.max(), NUM_BINS + 1)
-    part = np.clip(np.searchsorted(edges, recorded.step, side="left") - 1, 0, NUM_BINS - 1)
-    cell = recorded.dataset * NUM_BINS + part
-    logs = np.log(np.maximum(recorded.loss, np.finfo(np.float32).tiny))
-    num = np.maximum(np.bincount(cell), 1)
-    excess = logs - (np.bincount(cell, logs) / num)[cell]
-    rows = np.stack([recorded.dataset, recorded.episode], axis=1)
-    episodes, of = np.unique(rows, axis=0, return_inverse=True)
+    last = int(recorded.step.max())
+    late = recorded.step > last / 2
+    step, dataset, episode, loss = (c[late] for c in (recorded.step, recorded.dataset, recorded.episode, recorded.loss))
+    part = np.minimum((step - last / 2) / (last / 2) * NUM_BINS, NUM_BINS - 1).astype(np.int64)
+    cell = dataset * NUM_BINS + part
+    ratio = loss / (np.bincount(cell, loss) / np.maximum(np.bincount(cell), 1))[cell]
+    episodes, of = np.unique(np.stack([dataset, episode], axis=1), axis=0, return_inverse=True)
     of = of.reshape(-1)
-    last = np.full(len(episodes), -1)
-    np.maximum.at(last, of, part)
-    late = part >= np.minimum(last[of], NUM_BINS // 2)
-    mean = np.bincount(of[late], recorded.loss[late], len(episodes)) / np.bincount(of[late], minlength=len(episodes))
-    count = np.bincount(of, minlength=len(episodes))
-    above = np.bincount(of, excess, len(episodes)) / count
+    num, total, ratios = (np.bincount(of, weights, len(episodes)) for weights in (None, loss, ratio))
     return {
-        (recorded.names[d], e): EpisodeLoss(float(mean[i]), float(above[i]), int(count[i]))
+        (recorded.names[d], e): EpisodeLoss(float(total[i] / num[i]), float(ratios[i] / num[i] - 1), int(num[i]))
         for i, (d, e) in enumerate(episodes.tolist())
     }
 
@@ -85,21 +79,22 @@ def of_validation(run_dir: Path, weights: Sequence[float]) -> tuple[int, dict[tu
 
 def _centred(losses: Mapping[tuple[str, int], EpisodeLoss]) -> dict[tuple[str, int], EpisodeLoss]:
     """The losses with their excess over their dataset's, where no time of the training sets them apart."""
-    logs = {key: math.log(max(one.loss, 1e-30)) for key, one in losses.items()}
-    of = {name: float(np.mean([v for key, v in logs.items() if key[0] == name])) for name in {key[0] for key in logs}}
-    return {key: replace(one, excess=logs[key] - of[key[0]]) for key, one in losses.items()}
+    of: dict[str, list[float]] = {}
+    for (dataset, _), one in losses.items():
+        of.setdefault(dataset, []).append(one.loss)
+    return {
+        key: replace(one, excess=one.loss / float(np.mean(of[key[0]])) - 1) if any(of[key[0]]) else one
+        for key, one in losses.items()
+    }
 
 
 def of_windows(names: Sequence[str], gradients: Gradients, *, held_out: bool) -> dict[tuple[str, int], EpisodeLoss]:
     """The same of the windows whose gradients were taken at the checkpoint, where a run recorded nothing."""
     losses: dict[tuple[str, int], EpisodeLoss] = {}
     for d, name in enumerate(names):
-        chosen = (gradients.dataset == d) & (gradients.held_out == held_out) & (gradients.loss > 0)
-        loss, logs = gradients.loss[chosen], np.log(gradients.loss[chosen])
+        chosen = (gradients.dataset == d) & (gradients.held_out == held_out)
         numbers, place = np.unique(gradients.episode[chosen], return_inverse=True)
-        num = np.bincount(place)
-        columns = zip(
-            numbers.tolist(), np.bincount(place, loss) / num, np.bincount(place, logs) / num, num, strict=True
-        )
-        losses |= {(name, e): EpisodeLoss(float(a), float(b - logs.mean()), int(n)) for e, a, b, n in columns}
-    return losses
+        num, total = np.bincount(place), np.bincount(place, gradients.loss[chosen])
+        for e, n, loss in zip(numbers.tolist(), num.tolist(), total.tolist(), strict=True):
+            losses[name, e] = EpisodeLoss(loss / n, 0.0, n)
+    return _centred(losses)

@@ -142,8 +142,8 @@ def test_the_excess_of_an_episode_is_free_of_the_trend():
     trend = 10.0 ** (-3 * step / 400)
     loss = trend * np.where(episode == 1, 2.0, 1.0)
     losses = of_training(Losses(("a",), step, np.zeros_like(step), episode, loss))
-    assert losses["a", 1].excess - losses["a", 0].excess == pytest.approx(math.log(2), rel=1e-6)
-    assert losses["a", 1].num == 400 and losses["a", 0].loss < 0.1
+    assert losses["a", 1].excess - losses["a", 0].excess == pytest.approx(1 / 1.25, rel=1e-6)
+    assert losses["a", 1].num == 200 and losses["a", 0].loss < 0.05
 
 
 def test_the_losses_of_the_best_pass_are_those_that_a_run_keeps(tmp_path):
