@@ -1,12 +1,13 @@
-"""The command line of tools that take KEY=VALUE and compose nothing."""
+"""The command lines of tools: KEY=VALUE where nothing is composed, and --options."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -15,6 +16,19 @@ from opentau_train.config import typed
 from opentau_train.errors import EXIT_OK, UserError
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line of --options, whose mistakes are told as all others are: `error` raises `UserError`."""
+
+    def __init__(self, tool: str, doc: str):
+        name = f"python -m opentau_train.tools.{tool}"
+        as_it_stands = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=name, description=doc, formatter_class=as_it_stands, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, remedy="--help shows what there is")
+
 
 TOKEN = "OPENTAU_SERVE_TOKEN"
 """The variable that holds a server's token. Not an argument, which every user of a machine can see."""

@@ -171,6 +171,8 @@ def test_long_curves_are_thinned_to_means():
         (["RUN", "--out", "x.png"], "x.png names no page"),
         (["RUN", "--out", "FILE/x/y.html"], "error: can't write"),
         (["BROKEN"], "the settings can't be read"),
+        ([], "the following arguments are required: RUN"),
+        (["RUN", "--ot", "x.html"], "unrecognized arguments: --ot x.html"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_overwritten(words, told, tmp_path, capsys):
