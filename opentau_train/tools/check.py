@@ -34,7 +34,7 @@ from opentau_train.data.lerobot.columns import CAMERA, NUMBER, Features, frame_s
 from opentau_train.data.lerobot.info import Info, read_info
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.log import log_to
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 
 if TYPE_CHECKING:  # imports torch, which a mistake in the arguments needn't wait for
     from opentau_train.config.settings import Settings
@@ -239,7 +239,7 @@ def preflight(composed: Sequence[str], options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("check", __doc__)
+    parser = Parser("check", __doc__)
     parser.add_argument("--schema", choices=list(SCHEMAS), default="any", help="the columns it must have")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="how many to look at; 0: none")
     parser.add_argument("--ranks", type=int, help="processes that will train; else as NNODES and NPROC_PER_NODE say")

@@ -39,7 +39,7 @@ from opentau_train.tools.curating.findings import Findings, find
 from opentau_train.tools.curating.gradients import Gradients, measure, parts_of, together
 from opentau_train.tools.curating.sketch import Sketch
 from opentau_train.tools.flight import read_losses
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import make_directory, writing
 from opentau_train.tools.why import read_settings
 
@@ -189,7 +189,7 @@ def _plain(tree: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("curate", __doc__)
+    parser = Parser("curate", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run, or one of its checkpoints")
     parser.add_argument(
         "--target",

@@ -22,17 +22,13 @@ from pathlib import Path
 from opentau_train import cli
 from opentau_train.config.bounds import at_least
 from opentau_train.errors import EXIT_OK
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import check_absent, check_format, check_page, make_directory, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("inspect", __doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("inspect.html"), help="the file: .html, or .png (inspect.html)"
     )
@@ -41,10 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=200, help="episodes of each source whose rows are read (200)")
     parser.add_argument("--clips", type=int, default=3, help="episodes of each source that are shown as clips (3)")
     parser.add_argument("--rerun", type=Path, metavar="FILE.rrd", help="write a Rerun recording of those episodes, too")
-    options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
-        write(options, composed)
+        write(*parser.parse_known_args(arguments))
         return EXIT_OK
 
     return cli.answer(work)
@@ -64,6 +59,7 @@ def write(options: argparse.Namespace, composed: Sequence[str]) -> None:
         if path is not None:
             check_absent(path, options.force, argument)
     settings = cli.checked(cli.compose(composed))
+    make_directory(out)
 
     from opentau_train.tools.inspecting import looking
     from opentau_train.tools.inspecting.page import page
@@ -78,13 +74,11 @@ def write(options: argparse.Namespace, composed: Sequence[str]) -> None:
         print(f"{options.rerun.absolute()}  ({num} episodes; open it with: rerun {options.rerun})")
     if is_page:
         text = page(looking.look(settings, mixture, options.samples, options.episodes, options.clips))
-        make_directory(out)
         with writing(out):
             out.write_text(text, encoding="utf-8")
         print(f"{out.absolute()}  ({len(text.encode()) / 2**20:.1f} MiB)")
         return
     sheet = looking.sheet(mixture, settings.trainer.global_batch_size, options.samples)
-    make_directory(out)
     with writing(out):
         sheet.save(out)
     print(out.absolute())

@@ -27,7 +27,7 @@ from opentau_train.data.keep_ranges import Ranges
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import make_directory, writing
 from opentau_train.tools.words import NAME, in_own_words
 
@@ -52,7 +52,7 @@ def write(path: Path, metadata: dict[str, Any], ranges: dict[str, Ranges]) -> No
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of("keep_ranges", __doc__)
+    parser = Parser("keep_ranges", __doc__)
     parser.add_argument("root", type=Path, help="the dataset's directory")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--actions", nargs="+", metavar="COLUMN", help="default: action, or the float columns action.*")

@@ -1,4 +1,4 @@
-"""The command lines of tools: of those that take options, and of those that take KEY=VALUE and compose nothing."""
+"""The command lines of tools: KEY=VALUE where nothing is composed, and --options."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from opentau_train import cli
 from opentau_train.config import typed
-from opentau_train.errors import EXIT_OK, UserError
+from opentau_train.errors import EXIT_OK, EXIT_USER, UserError
 
 T = TypeVar("T")
 
+
+class Parser(argparse.ArgumentParser):
+    """The command line of the tool `name`, whose --help shows its module's `doc` as it is: an example, and the exit
+    codes. A mistake ends the process with code 2, told as all others are."""
+
+    def __init__(self, name: str, doc: str | None):
+        name = f"python -m opentau_train.tools.{name}"
+        as_it_stands = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=name, description=doc, formatter_class=as_it_stands, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER, f"error: {UserError(message, remedy='--help shows what there is')}\n")
+
+
 TOKEN = "OPENTAU_SERVE_TOKEN"
 """The variable that holds a server's token. Not an argument, which every user of a machine can see."""
-
-
-def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """That of the tool `name`, whose --help shows its module's `doc` as it is: an example, and the exit codes."""
-    return argparse.ArgumentParser(
-        prog=f"python -m opentau_train.tools.{name}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def answer(doc: str | None, work: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:

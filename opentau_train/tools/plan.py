@@ -40,7 +40,7 @@ from opentau_train.errors import EXIT_OK
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
 from opentau_train.tools.decoding import decode_lines, num_lanes, proposed_gop
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 
 EPOCH_WARNING = 100
 MOST_VIF = 3.0
@@ -230,7 +230,7 @@ def whole_numbers(argument: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("plan", __doc__)
+    parser = Parser("plan", __doc__)
     parser.add_argument(
         "--ranks", type=whole_numbers, default=[1], help="processes that will train (1); several: 1,8,64"
     )

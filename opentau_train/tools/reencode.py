@@ -38,7 +38,7 @@ from opentau_train.data.lerobot.episodes import VideoPlaces
 from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.errors import EXIT_OK, UserError, check_machine_read
 from opentau_train.strangers import check_plain
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import make_directory, writing
 from opentau_train.tools.words import NAME, in_own_words
 
@@ -191,7 +191,7 @@ def _tell_info(path: Path, source: LeRobotDataset, coding: Coding) -> None:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of("reencode", __doc__)
+    parser = Parser("reencode", __doc__)
     parser.add_argument("root", type=Path, help="the dataset's directory")
     parser.add_argument("--out", type=Path, required=True, help="the new dataset's directory")
     parser.add_argument("--gop", type=int, default=2, help="frames from one keyframe to the next at most (2)")

@@ -10,30 +10,25 @@ with --force. Exit codes: 0, or 2 for a mistake in what was given.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from opentau_train import cli
 from opentau_train.errors import EXIT_OK
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import check_absent, check_page, make_directory, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opentau_train.tools.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, or directories of some")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page's file (report.html)")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
-    options = parser.parse_args(arguments)
 
     def work() -> int:
+        options = parser.parse_args(arguments)
         write(options.runs, options.out, options.force)
         return EXIT_OK
 
@@ -48,8 +43,8 @@ def write(folders: Sequence[Path], out: Path, force: bool = False) -> None:
     check_page(out)
     check_absent(out, force)
     runs, passed = read_runs(folders)
-    text = page(runs, out)
     make_directory(out)
+    text = page(runs, out)
     with writing(out):
         out.write_text(text, encoding="utf-8")
     for folder in passed:

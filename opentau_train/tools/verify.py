@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from opentau_train import cli
 from opentau_train.checkpoints import commit, manifest
 from opentau_train.errors import EXIT_OK, EXIT_USER
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 
 
 def verify(given: str) -> bool:
@@ -35,7 +35,7 @@ def verify(given: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("verify", __doc__)
+    parser = Parser("verify", __doc__)
     parser.add_argument("checkpoints", nargs="+", help="checkpoints, or runs")
     options = parser.parse_args(arguments)
     return cli.answer(lambda: EXIT_OK if all([verify(given) for given in options.checkpoints]) else EXIT_USER)

@@ -25,7 +25,7 @@ from opentau_train import __version__
 from opentau_train.checkpoints import commit
 from opentau_train.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
 from opentau_train.sinks.jsonl import read_rows
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 
 SAMPLES = "Training/BatchId"
 OURS = ("resume=", "paths.run_dir=", "trainer.steps=", "trainer.stop_after=")
@@ -147,7 +147,7 @@ def _numbers(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("verify_resume", __doc__)
+    parser = Parser("verify_resume", __doc__)
     parser.add_argument(
         "--ranks",
         type=_numbers,

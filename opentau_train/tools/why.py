@@ -31,7 +31,7 @@ from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align
 from opentau_train.errors import EXIT_OK, BadSample, UserError
 from opentau_train.tools.flight import Recorded, RecordedStep, read_step
-from opentau_train.tools.options import parser_of
+from opentau_train.tools.options import Parser
 from opentau_train.tools.out import check_format, make_directory, writing
 from opentau_train.types import WindowSpec
 
@@ -161,7 +161,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = parser_of("why", __doc__)
+    parser = Parser("why", __doc__)
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("--top", type=int, default=16, help="samples to show (16)")

@@ -17,6 +17,8 @@ from opentau_train.tools.reporting.runs import ABSENT, FLIGHT, LOSS, Run, differ
 AXES = {"step": "optimizer step", "hours": "hours of training", "epoch": "epochs"}
 MOST_COLUMNS = 8
 """Changed settings that the table of results has columns for; more of them are in the table of differences only."""
+MOST_IN_KEY = 2
+"""Changed settings that stand beside the runs' names in the key."""
 MOST_ROWS = 20
 MOST_PICTURE = 4 * 2**20
 """Bytes of a picture that is put into the page."""
@@ -31,7 +33,7 @@ def page(runs: Sequence[Run], out: Path) -> str:
     """The whole page; `out` is where it will lie, from which its links lead to the runs. Raises `UserError` where
     plotly is missing."""
     ran = scripts()
-    made = Charts([run.name for run in runs], AXES)
+    made = Charts(_labels(runs), AXES)
     several = len(runs) > 1
     title = f"{len(runs)} runs compared" if several else f"Run {runs[0].name}"
     parts = [
@@ -46,6 +48,15 @@ def page(runs: Sequence[Run], out: Path) -> str:
         made.data(),
     ]
     return document(title, parts, style=_STYLE, scripts=ran)
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """What each run is called in the key: its name, with what was changed, where that is short."""
+    changed = differences(runs) if len(runs) > 1 else {}
+    if not 0 < len(changed) <= MOST_IN_KEY:
+        return [run.name for run in runs]
+    shown = {key.rpartition(".")[2]: [_in_yaml(value) for value in values] for key, values in changed.items()}
+    return [f"{run.name} ({', '.join(f'{key}={of[i]}' for key, of in shown.items())})" for i, run in enumerate(runs)]
 
 
 def _purpose(runs: Sequence[Run]) -> str:
@@ -136,10 +147,14 @@ def _number(value: float | None) -> object:
 
 
 def _value(value: object) -> Html:
-    """A setting as it stands in YAML."""
+    return NONE if value is ABSENT else html(_in_yaml(value))
+
+
+def _in_yaml(value: object) -> str:
+    """A setting as it stands in YAML, as far as one line goes; a dash where there is none."""
     if isinstance(value, list):
-        return html(f"[{', '.join(map(str, value))}]")
-    return NONE if value is ABSENT else html("null" if value is None else str(value))
+        return f"[{', '.join(map(str, value))}]"
+    return "–" if value is ABSENT else "null" if value is None else str(value)
 
 
 def _differences(runs: Sequence[Run]) -> Html:

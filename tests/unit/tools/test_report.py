@@ -93,7 +93,9 @@ def test_results_name_what_was_changed_and_the_best_run_comes_first(tmp_path, pa
     write(tmp_path / "sweep" / "1", "optimizer: {lr: 0.2}\n", **{"Validation/Loss": 0.125})
     (tmp_path / "sweep" / "multirun.yaml").write_text("not a run")
     for given in ([tmp_path / "sweep"], sorted((tmp_path / "sweep").iterdir())):
-        head, first, second, *rest = tables(page(*given))
+        text = page(*given)
+        assert [series["name"] for series in drawn(text)["series"]] == ["sweep/0 (lr=0.1)", "sweep/1 (lr=0.2)"]
+        head, first, second, *rest = tables(text)
         assert head[:4] == ["run", "steps", "time", "optimizer.lr"] and "paths.run_dir" not in head
         assert first[0] == "sweep/1" and first[1] == "10 of 20" and first[3] == "0.2"
         assert dict(zip(head, first))["lowest"] == "0.125" and dict(zip(head, first))["at step"] == "10"
@@ -171,6 +173,8 @@ def test_long_curves_are_thinned_to_means():
         (["RUN", "--out", "x.png"], "x.png names no page"),
         (["RUN", "--out", "FILE/x/y.html"], "error: can't write"),
         (["BROKEN"], "the settings can't be read"),
+        ([], "the following arguments are required: RUN"),
+        (["RUN", "--ot", "x.html"], "unrecognized arguments: --ot x.html"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_overwritten(words, told, tmp_path, capsys):
