@@ -16,6 +16,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,15 +132,11 @@ class Ranking:
         path = self._folder / f"{now.step:08d}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         passes = list({p.step: p for p in (*self.kept.values(), now)}.values())
+        arrays: dict[str, Any] = {name: kept.step for name, kept in self.kept.items()}
+        arrays |= {"episodes": self.compared.episodes, "sums": np.stack([p.sums for p in passes])}
+        arrays |= {"steps": [p.step for p in passes], "losses": [p.loss for p in passes]}
         with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(
-                file,
-                episodes=np.array(self.compared.episodes),
-                steps=np.array([p.step for p in passes]),
-                losses=np.array([p.loss for p in passes]),
-                sums=np.stack([p.sums for p in passes]),
-                **{name: np.array(kept.step) for name, kept in self.kept.items()},
-            )
+            np.savez(file, **arrays)
         os.replace(path.with_suffix(".tmp"), path)
 
     def point(self) -> None:
