@@ -114,20 +114,25 @@ def _count(columns: Sequence[str]) -> str:
     return f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
 
 
+def size_of(info: Info) -> str:
+    """Episodes, frames and rate of the dataset, as it says itself."""
+    episodes, frames = (info.tree.get(f"total_{things}", "unknown") for things in ("episodes", "frames"))
+    return f"{episodes} episodes, {frames} frames, {info.tree['fps']} fps"
+
+
 def describe(info: Info) -> str:
     """The dataset in a few lines: format, size, cameras, columns, robot and tasks."""
     features, tree = info.features, info.tree
     cameras = [f"{name} {_pixels(f)}" for name, f in features.items() if f.get("dtype") in CAMERA]
-    episodes, frames, tasks = (tree.get(f"total_{things}", "unknown") for things in ("episodes", "frames", "tasks"))
     lines = {
         "dataset": str(info.root),
         "format": info.version,
-        "size": f"{episodes} episodes, {frames} frames, {tree['fps']} fps",
+        "size": size_of(info),
         "cameras": ", ".join(cameras) or "none",
         "state": _vectors(features, "observation.state"),
         "actions": _vectors(features, "action"),
         "robot": str(tree.get("robot_type") or "unknown"),
-        "tasks": str(tasks),
+        "tasks": str(tree.get("total_tasks", "unknown")),
     }
     return "\n".join(f"{name + ':':9}{text}" for name, text in lines.items())
 

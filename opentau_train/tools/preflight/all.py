@@ -38,10 +38,11 @@ def look_at(composed: Sequence[str], options: argparse.Namespace) -> tuple[list[
         return [Line("settings", "ok", f"{trainer['steps']} steps of {trainer['global_batch_size']} samples")]
 
     def data_lines() -> list[Line]:
-        plan, _ = check.open_data(settings, options.schema)
+        plan, infos = check.open_data(settings, options.schema)
         plans.append(plan)
         described = check.describe_mixture(plan).values()
-        return [Line("data", "warning" if i else "ok", text) for own in described for i, text in enumerate(own)]
+        there = [Line("data", "ok", f"{info.root}: {info.version}, {check.size_of(info)}") for info in infos]
+        return there + [Line("data", "warning" if i else "ok", text) for own in described for i, text in enumerate(own)]
 
     lines = tried("settings", settings_lines)
     met, topology = rendezvous(os.environ, options.ranks)

@@ -18,7 +18,7 @@ from opentau_train.tools.preflight.rendezvous import rendezvous
 from tests.program import DATA, TINY_POLICY
 
 TRAINING = ["+recipe=lerobot", f"data.sources.main.root={DATA / 'lerobot_v30'}", *TINY_POLICY]
-NAMES = ["settings", "data", "rows", "disk", "memory", "walltime", "rendezvous"]
+NAMES = ["settings", "data", "data", "rows", "disk", "memory", "walltime", "rendezvous"]
 
 
 @pytest.fixture
