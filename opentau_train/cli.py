@@ -1,4 +1,4 @@
-"""The entry: Hydra composes, `checked` checks, `train.run` trains. Torch is imported only once the settings hold.
+"""The entry: Hydra composes, `checked` checks, `loop.run` trains. Torch is imported only once the settings hold.
 
     python -m opentau_train +recipe=droid_policy trainer.steps=1000
     torchrun --nproc-per-node 8 -m opentau_train +recipe=droid_policy
@@ -190,6 +190,6 @@ def _quietly(app: Callable[[], None]) -> None:
 
 def _run(tree: dict[str, Any]) -> int:
     settings = checked(tree)
-    from opentau_train import train
+    from opentau_train import loop
 
-    return train.run(settings, tree)
+    return loop.run(settings, tree)

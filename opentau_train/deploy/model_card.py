@@ -20,8 +20,8 @@ from opentau_train.checkpoints.card import Pretrained
 from opentau_train.checkpoints.contents import RUN
 from opentau_train.deploy.policy import RobotPolicy
 from opentau_train.deploy.robots import Robot
-from opentau_train.sinks.console import read_scores
 from opentau_train.sinks.jsonl import ABOUT, read_rows
+from opentau_train.sinks.table import read_scores
 
 SHOWN = 40
 """Rows of a table that are written out; the rest is counted."""

@@ -225,7 +225,7 @@ def test_a_standstill_shows_every_ranks_stack_and_place_and_ends_the_job(tmp_pat
     assert re.search(r"rank 0: no progress for 8 s in: [a-z ]+, step 3", output), output
     for rank in (0, 1):
         text = (tmp_path / "stacks" / f"rank{rank}.txt").read_text()
-        assert "train.py" in text and "Current thread" in text
+        assert "loop.py" in text and "Current thread" in text
     assert "misbehaving.py" in (tmp_path / "stacks" / "rank1.txt").read_text()
 
 
