@@ -99,7 +99,9 @@ def checked(tree: dict[str, Any]) -> Settings:
     bind(settings.scheduler, "scheduler", [])
     check_optimizer(settings.optimizer)
     for name, options in settings.logger.items():
-        bind(options, f"logger.{name}", ["context"])
+        sink, _ = bind(options, f"logger.{name}", ["context"])
+        if hasattr(sink, "check"):  # one of somebody's own may have none
+            sink.check()
     open_evaluators(settings.validation)
     return settings
 

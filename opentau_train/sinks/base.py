@@ -44,6 +44,10 @@ class Sink(Protocol):
     A resumed run repeats the steps after its checkpoint: a sink shows each step once, from whichever attempt.
     """
 
+    @classmethod
+    def check(cls) -> None:
+        """Raises `UserError` where this machine has no such sink: asked before the data are opened."""
+
     def advance(self, step: int) -> None:
         """An optimizer step was taken; its scalars come only once an interval."""
 

@@ -67,16 +67,20 @@ class TrackerSink(Sink):
     ):
         self._groups = groups
         self._project, self._context, self._close_seconds = project, context, close_seconds
-        if self.tracker not in {str(name.value) for name in get_available_trackers()}:
-            raise UserError(
-                f"the tracker '{self.tracker}' needs the Python package '{self.tracker}', which is not installed",
-                where=f"logger.{self.tracker}",
-                remedy=f"pip install {self.tracker}, or leave it out of logger=[...]",
-            )
+        self.check()
         PartialState()  # accelerate's trackers log through it
         self._last_step = context.start_step
         self._run: GeneralTracker
         self._calls = self._open({**self.identity(), **(options or {})})
+
+    @classmethod
+    def check(cls) -> None:
+        if cls.tracker not in {str(name.value) for name in get_available_trackers()}:
+            raise UserError(
+                f"the tracker '{cls.tracker}' needs the Python package '{cls.tracker}', which is not installed",
+                where=f"logger.{cls.tracker}",
+                remedy=f"pip install {cls.tracker}, or leave it out of logger=[...]",
+            )
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opentau_train import composing
 from opentau_train.errors import UserError
+from opentau_train.sinks import trackers
 from opentau_train.sinks.base import Sink, Sinks, open_sinks
 from opentau_train.sinks.console import ConsoleSink
 from opentau_train.sinks.jsonl import JsonlSink
@@ -138,6 +140,13 @@ def test_missing_tracker_names_the_command_that_installs_it(make_context):
     for name, options in compose_logger(f"[{','.join(missing)}]").items():
         with pytest.raises(UserError, match=f"pip install {name}"):
             open_sinks({name: options}, make_context())
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_data_are_opened(monkeypatch):
+    monkeypatch.setattr(trackers, "get_available_trackers", list)
+    tree = composing.compose(["+recipe=lerobot", "data.sources.main.root=/nowhere", "logger=[console,wandb]"])
+    with pytest.raises(UserError, match="pip install wandb"):
+        composing.checked(tree)
 
 
 def test_the_class_of_older_configurations_names_those_that_took_its_place(make_context):
