@@ -60,6 +60,8 @@ def start_summary(facts: Facts) -> str:
 
 
 def _wrapped(label: str, text: str) -> str:
+    if " " not in text:  # a path: longer than the line, it would leave its name alone there
+        return label + text
     return textwrap.fill(
         label + text, WIDTH, subsequent_indent=" " * len(label), break_long_words=False, break_on_hyphens=False
     )

@@ -135,6 +135,6 @@ def test_the_checkpoints_that_are_there_at_once_are_counted(arguments):
     assert num("checkpoint.every=10", "checkpoint.keep_last=null") == 10
     assert num("checkpoint.every=30", "checkpoint.keep_last=null") == 4
     assert num("checkpoint.every=10", "checkpoint.keep_last=2") == 3
-    assert num("checkpoint.every=10", "checkpoint.keep_last=2", "validation.every=10") == 4
+    assert num("checkpoint.every=10", "checkpoint.keep_last=2", "validation.every=10") == 5  # best and lowest
     assert num("checkpoint.every=10", "checkpoint.keep_last=2", "checkpoint.keep_every=50") == 5
     assert num("checkpoint.every=10", "checkpoint.keep_last=null", step=90, num_there=9) == 10
