@@ -38,7 +38,8 @@ from opentau_train.log import log_to
 from opentau_train.metrics.meter import Meter
 from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.models.packing.cut import size_of
-from opentau_train.sinks.base import SinkContext, Sinks, open_sinks
+from opentau_train.sinks.base import Sink, Sinks
+from opentau_train.sinks.opening import begun, context_of, open_sinks
 from opentau_train.sinks.summary import next_steps
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
@@ -73,6 +74,8 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             watched.enter_context(
                 watch(progress, place.run_dir, rank=world.rank, size=world.size, timeout=trainer.step_timeout)
             )
+            told = context_of(settings, tree, place.run_dir, place.step)
+            trackers = stack.enter_context(begun(settings, told, world.is_main, world.agree))
             job = prepare(settings, tree, world, place, progress)
         stop.watch(job.run_dir, clear=world.is_main)
         world.agree(lambda: console.also_to(job.run_dir / "train.log"))
@@ -80,7 +83,7 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
         if job.state.step >= trainer.steps and not job.owes_validation:
             log.info("nothing left to train: %s is at step %d of %d", job.run_dir, job.state.step, trainer.steps)
             return EXIT_OK
-        sinks = stack.enter_context(_open_sinks(job, tree))
+        sinks = stack.enter_context(_open_sinks(job, tree, trackers))
         job.progress.shown = sinks.stage
         stack.enter_context(closing(job.validation))
         stack.push(partial(_name_last_good, job))
@@ -287,14 +290,7 @@ def _point_links(job: Job) -> None:
             job.ranking.point()
 
 
-def _open_sinks(job: Job, tree: dict[str, Any]) -> Sinks:
+def _open_sinks(job: Job, tree: dict[str, Any], begun: dict[str, Sink]) -> Sinks:
     """Rank 0 writes; the other ranks have no sink. Raises `UserError` on all ranks where one can't be opened."""
-    context = SinkContext(
-        run_dir=job.run_dir,
-        run_name=job.run_dir.name,
-        total_steps=job.settings.trainer.steps,
-        start_step=job.state.step,
-        config=tree,
-        classes=job.state.policy.classes,
-    )
-    return job.world.agree(lambda: open_sinks(job.settings.logger, context) if job.world.is_main else Sinks([]))
+    context = context_of(job.settings, tree, job.run_dir, job.state.step, job.state.policy.classes)
+    return job.world.agree(lambda: open_sinks(job.settings.logger, context, begun) if job.world.is_main else Sinks([]))

@@ -35,6 +35,12 @@ class Place:
     checkpoint: Path | None
     lock: Lock | None = None
 
+    @property
+    def step(self) -> int:
+        """The step that is gone on from, as far as the checkpoint's name tells it; else 0."""
+        name = self.checkpoint.name if self.checkpoint is not None else ""
+        return int(name) if name.isdigit() else 0
+
     def check(self) -> None:
         """Raises `RunDirLost` where the directory is this run's no more. Only rank 0 knows."""
         if self.lock is not None:

@@ -13,12 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opentau_train.config.typed import TARGET, instantiate
 from opentau_train.data.names import fits
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,11 @@ class Sink(Protocol):
     """Built as `Class(context=..., **options of its YAML)`. A subclass overrides the methods for what it can show.
 
     A resumed run repeats the steps after its checkpoint: a sink shows each step once, from whichever attempt.
+    `before_data`: it needs nothing of the data and the policy, and takes long to start or may be refused: it is opened
+    before they are.
     """
+
+    before_data: ClassVar[bool] = False
 
     @classmethod
     def check(cls) -> None:
@@ -147,18 +150,3 @@ def of_groups(row: Mapping[str, float], groups: Sequence[str] | None) -> dict[st
 def _group_of(tag: str) -> str:
     """`dataset/control_mode` of `Validation/dataset/control_mode/MSE/N`; "" of a number of the mixture."""
     return "/".join(tag.removesuffix("/N").removesuffix("/StdErr").split("/")[1:-1])
-
-
-def open_sinks(tree: Mapping[str, Mapping[str, Any]], context: SinkContext) -> Sinks:
-    """`metrics.jsonl`, always and first, then every entry of the setting `logger`: {name: {_target_, options}}.
-
-    Raises `UserError` for an entry that can't be built, after closing those that were.
-    """
-    always = {TARGET: "opentau_train.sinks.jsonl.JsonlSink"}
-    with ExitStack() as undo:
-        opened: list[Sink] = []
-        for name, options in {"jsonl": always, **tree}.items():
-            opened.append(instantiate(options, f"logger.{name}", context=context))
-            undo.callback(opened[-1].close)
-        undo.pop_all()
-    return Sinks(opened)

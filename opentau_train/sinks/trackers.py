@@ -49,6 +49,7 @@ class TrackerSink(Sink):
     for a run that is resumed, which goes on without it, with a warning.
     """
 
+    before_data: ClassVar[bool] = True
     tracker: ClassVar[str]
     project_option: ClassVar[str] = "run_name"
     takes_images: ClassVar[bool] = False

@@ -57,8 +57,10 @@ class PushSettings:
 def push(settings: PushSettings) -> str:
     """Make the files and send them in one commit; returns the commit's URL. Raises `UserError` where the checkpoint
     can't be read or the Hub refuses, RuntimeError where the file's policy predicts other actions."""
+    from opentau_train import strangers
     from opentau_train.checkpoints import commit  # imports torch, as those below do: only once the settings hold
     from opentau_train.checkpoints.card import FOLDER, read_card
+    from opentau_train.checkpoints.contents import RUN
     from opentau_train.checkpoints.pretrained import whole
     from opentau_train.deploy.model_card import model_card
     from opentau_train.deploy.policy import load_policy
@@ -75,10 +77,10 @@ def push(settings: PushSettings) -> str:
         policy = load_policy(file, trust=settings.trust)
         text = model_card(settings.repo, checkpoint, settings.weights, card, policy, settings.licence)
         Path(folder, "README.md").write_text(text, encoding="utf-8")
-        return _send(settings, Path(folder), checkpoint)
+        return _send(settings, Path(folder), checkpoint, int(strangers.read_mapping(checkpoint / RUN)["step"]))
 
 
-def _send(settings: PushSettings, folder: Path, checkpoint: Path) -> str:
+def _send(settings: PushSettings, folder: Path, checkpoint: Path, step: int) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub import errors as hub
 
@@ -95,7 +97,7 @@ def _send(settings: PushSettings, folder: Path, checkpoint: Path) -> str:
         done = api.create_commit(
             repo,
             [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())],
-            commit_message=f"Policy of step {int(checkpoint.name):,}, {settings.weights} weights",
+            commit_message=f"Policy of step {step:,}, {settings.weights} weights",
             revision=settings.revision,
         )
     except (*refusals, OSError, ValueError, RuntimeError) as error:

@@ -9,9 +9,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opentau_train.errors import Fault
-from opentau_train.sinks.base import SinkContext, of_groups, open_sinks
+from opentau_train.sinks.base import SinkContext, of_groups
 from opentau_train.sinks.jsonl import read_rows
 from opentau_train.sinks.layout import place_of
+from opentau_train.sinks.opening import open_sinks
 from opentau_train.sinks.tensorboard import TensorBoardSink
 
 ROW = {

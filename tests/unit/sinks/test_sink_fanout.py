@@ -16,12 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opentau_train import composing
 from opentau_train.errors import UserError
 from opentau_train.sinks import trackers
-from opentau_train.sinks.base import Sink, Sinks, open_sinks
+from opentau_train.sinks.base import Sink, Sinks
 from opentau_train.sinks.console import ConsoleSink
 from opentau_train.sinks.jsonl import JsonlSink
 from opentau_train.sinks.mlflow import MlflowSink
+from opentau_train.sinks.opening import open_sinks
 from opentau_train.sinks.tensorboard import TensorBoardSink
 from opentau_train.sinks.trackers import TrackerSink, flatten, run_id
+from tests.program import train_here
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -147,6 +149,24 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_data_are_opened(monk
     tree = composing.compose(["+recipe=lerobot", "data.sources.main.root=/nowhere", "logger=[console,wandb]"])
     with pytest.raises(UserError, match="pip install wandb"):
         composing.checked(tree)
+
+
+class Early(FileSink):
+    before_data = True
+
+    def __init__(self, *, context, name, refused=False):
+        if refused:
+            raise UserError("no server answers")
+        super().__init__(context=context, name=name)
+
+
+@pytest.mark.parametrize(("refused", "told"), [("true", "no server answers"), ("false", "nowhere")])
+def test_a_tracker_starts_before_the_data_are_opened_and_is_closed_where_they_cant_be(refused, told, tmp_path):
+    mine = f"+logger.mine={{_target_: {__name__}.Early, name: e.txt, refused: {refused}}}"
+    with pytest.raises(UserError, match=told):
+        train_here(["+recipe=lerobot", "data.sources.main.root=/nowhere", "logger=none", mine], tmp_path / "run")
+    assert (tmp_path / "run" / "e.closed").exists() == (refused == "false")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_class_of_older_configurations_names_those_that_took_its_place(make_context):
