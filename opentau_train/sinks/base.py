@@ -50,6 +50,7 @@ class Sink(Protocol):
     @classmethod
     def check(cls) -> None:
         """Raises `UserError` where this machine has no such sink: asked before the data are opened."""
+        return None  # not abstract: most have nothing to look at
 
     def advance(self, step: int) -> None:
         """An optimizer step was taken; its scalars come only once an interval."""
