@@ -37,10 +37,12 @@ def begun(settings: Settings, context: SinkContext, is_main: bool, agree: Agree)
             if getattr(bind(options, f"logger.{name}", ["context"])[0], "before_data", False):
                 opened[name] = instantiate(options, f"logger.{name}", context=context)
 
-    with ExitStack() as closing:
-        closing.callback(lambda: [sink.close() for sink in opened.values()])
+    try:
         agree(lambda: begin() if is_main and context.start_step < context.total_steps else None)
         yield opened
+    finally:
+        for sink in opened.values():
+            sink.close()
 
 
 def open_sinks(
