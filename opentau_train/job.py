@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from opentau_train import rng, strangers
 from opentau_train.checkpoints import assets, base, contents
 from opentau_train.checkpoints.best import Ranking
-from opentau_train.checkpoints.card import FOLDER, Pretrained, convention_of, read_card, read_stats
+from opentau_train.checkpoints.card import FOLDER, Pretrained, read_card, read_stats
+from opentau_train.checkpoints.convention import convention_of
 from opentau_train.checkpoints.place import Place, begin_run
 from opentau_train.checkpoints.published import published_statistics
 from opentau_train.checkpoints.room import warn_of_room

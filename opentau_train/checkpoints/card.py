@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from opentau_train import strangers
 from opentau_train.checkpoints.weight_files import write_tensors
-from opentau_train.data.conventions.sources import record
-from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
-from opentau_train.data.mixture.split import held_out_episodes
 from opentau_train.errors import UserError, check_machine
 
 FORMAT = "opentau_train.policy/1"
@@ -39,27 +35,6 @@ class Pretrained:
     stats: dict[str, dict]
     policy: dict[str, Any]
     trust: tuple[str, ...] = ()
-
-
-def convention_of(mixture: Mixture) -> dict[str, Any]:
-    """What a user of the weights must know of inputs and outputs."""
-    return {
-        "actions": "as the dataset's action columns, after its transforms, normalised by the norm head's statistics",
-        "normalization": mixture.settings.normalization,
-        "conventions": record([d.conversions for d in mixture.datasets]),
-        "spec": mixture.spec.to_json(),
-        "transforms": {
-            d.name: pipeline.to_json() for d, pipeline in zip(mixture.datasets, mixture.pipelines, strict=True)
-        },
-        "datasets": {
-            d.name: sorted({mixture.groups[g].norm_head for g in np.unique(d.group_of)}) for d in mixture.datasets
-        },
-        "norm_heads": {g.norm_head: list(mixture.stats[g.norm_head].action_names) for g in mixture.groups},
-        "fps": {d.name: d.source.fps for d in mixture.datasets},
-        "action_names": {d.name: list(d.action_names) for d in mixture.datasets},
-        "robots": {d.name: d.robot() for d in mixture.datasets},
-        "held_out": held_out_episodes(mixture),
-    }
 
 
 def write_folder(folder: Path, weights: dict[str, torch.Tensor], card: Pretrained) -> None:

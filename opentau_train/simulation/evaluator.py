@@ -113,7 +113,7 @@ def _weights_to_play(context: Context) -> Iterator[None]:
 
 def _robot_policy(context: Context) -> RobotPolicy:
     """The policy that is being trained, as a robot has it: with the transforms of its mixture."""
-    from opentau_train.checkpoints.card import convention_of
+    from opentau_train.checkpoints.convention import convention_of
     from opentau_train.checkpoints.pretrained import Loaded
     from opentau_train.deploy.policy import RobotPolicy
     from opentau_train.deploy.robots import robots_of

@@ -20,7 +20,7 @@ from opentau_train.tools import check
 from opentau_train.tools.plan import rehearsed
 from opentau_train.tools.preflight.lines import Line, tried
 from opentau_train.tools.preflight.machine import GIB, disk, memory
-from opentau_train.tools.preflight.rendezvous import rendezvous
+from opentau_train.tools.preflight.rendezvous import Topology, rendezvous
 from opentau_train.tools.preflight.walltime import seconds_of, walltime
 
 
@@ -53,7 +53,7 @@ def look_at(composed: Sequence[str], options: argparse.Namespace) -> tuple[list[
     lines += tried("data", data_lines)
     for plan in plans:  # one, if the data could be opened
         lines += tried("rows", partial(_rows, plan, options.episodes, details))
-        lines += _of_machine(settings, plan, topology.ranks, device_bytes)
+        lines += _of_machine(settings, plan, topology, device_bytes)
     lines += tried("walltime", lambda: walltime(settings, tree, options.rate, limit))
     return lines + met, details
 
@@ -91,7 +91,7 @@ def _rows(plan: Mixture, num_episodes: int, details: list[str]) -> list[Line]:
     return lines or [Line("rows", "ok", looked)]
 
 
-def _of_machine(settings: Settings, plan: Mixture, ranks: int, device_bytes: int | None) -> list[Line]:
+def _of_machine(settings: Settings, plan: Mixture, launch: Topology, device_bytes: int | None) -> list[Line]:
     """What the policy takes of the disk and of a device."""
     made = []
 
@@ -102,5 +102,5 @@ def _of_machine(settings: Settings, plan: Mixture, ranks: int, device_bytes: int
     lines = tried("policy", rehearse)
     for rehearsal in made:
         lines += tried("disk", partial(disk, settings, rehearsal))
-        lines += tried("memory", partial(memory, settings, rehearsal, ranks, device_bytes))
+        lines += tried("memory", partial(memory, settings, rehearsal, launch, device_bytes))
     return lines

@@ -12,7 +12,9 @@ from opentau_train.config.settings import Settings
 from opentau_train.distributed import memory as forecast
 from opentau_train.distributed.parallel import check_batch
 from opentau_train.distributed.rehearsal import Rehearsal
+from opentau_train.errors import UserError
 from opentau_train.tools.preflight.lines import Line
+from opentau_train.tools.preflight.rendezvous import Topology
 
 GIB = 2**30
 
@@ -37,12 +39,20 @@ def disk(settings: Settings, rehearsal: Rehearsal) -> list[Line]:
     return [Line("disk", "ok", text)]
 
 
-def memory(settings: Settings, rehearsal: Rehearsal, ranks: int, device_bytes: int | None) -> list[Line]:
-    """What each of `ranks` holds, beside the `device_bytes` of its device; None: those of this machine's, if any."""
+def memory(settings: Settings, rehearsal: Rehearsal, launch: Topology, device_bytes: int | None) -> list[Line]:
+    """What each rank of the `launch` holds, beside the `device_bytes` of its device; None: those of this machine's, if
+    any. Raises `UserError` where they can't share the batch, or the layout isn't possible."""
+    ranks = launch.ranks
     check_batch(settings.trainer.global_batch_size, ranks)
+    try:
+        held = forecast.footprint(rehearsal, settings, ranks)
+    except UserError:
+        if launch.known:
+            raise
+        return [Line("memory", "ok", "not known: one process can't have this layout, and --ranks N isn't given")]
     if device_bytes is None and torch.cuda.is_available() and settings.trainer.device != "cpu":
         device_bytes = torch.cuda.get_device_properties(0).total_memory
-    holds = f"a rank of {ranks} holds {forecast.footprint(rehearsal, settings, ranks)}"
+    holds = f"a rank of {ranks} holds {held}"
     notes = [Line("memory", "ok", note) for note in rehearsal.notes.values()]
     if device_bytes is None:
         unknown = "on the CPU" if settings.trainer.device == "cpu" else "no device here: --device-memory GIB compares"

@@ -15,6 +15,8 @@ class Topology:
 
     nodes: int
     per_node: int
+    known: bool = True
+    """Whether somebody has said how many processes there will be; else one is taken for it."""
 
     @property
     def ranks(self) -> int:
@@ -34,7 +36,7 @@ def rendezvous(environ: Mapping[str, str], ranks: int | None) -> tuple[list[Line
         return int(text) if text.isdigit() else default
 
     of_slurm = whole("SLURM_JOB_NUM_NODES", 1, 1)
-    nodes, per_node = whole("NNODES", of_slurm, 1), whole("NPROC_PER_NODE", 1, 1)
+    nodes, per_node = whole("NNODES", of_slurm, 1), whole("NPROC_PER_NODE", whole("SLURM_GPUS_ON_NODE", 1, 1), 1)
     node, port = whole("NODE_RANK", 0, 0), whole("MASTER_PORT", 29500, 1, 65535)
     address, launched = environ.get("MASTER_ADDR", ""), environ.get("WORLD_SIZE", "")
     if launched and not lines:  # torchrun has started this process, or means to look like it
@@ -54,7 +56,8 @@ def rendezvous(environ: Mapping[str, str], ranks: int | None) -> tuple[list[Line
     if address and not _resolves(address):
         remedy = "give an address that all nodes can reach; on a login node it may be unknown although they know it"
         lines.append(Line("rendezvous", "warning", f"{address} is not known here", "MASTER_ADDR", remedy))
-    topology = Topology(nodes, per_node) if ranks is None else Topology(1, ranks)
+    known = any(environ.get(name) for name in ("NPROC_PER_NODE", "SLURM_GPUS_ON_NODE", "WORLD_SIZE"))
+    topology = Topology(nodes, per_node, known) if ranks is None else Topology(1, ranks)
     if not lines:
         text = "one process" if topology.ranks == 1 else f"{topology.ranks} processes"
         if nodes > 1:

@@ -327,7 +327,10 @@ def test_frozen_weights_that_moved_or_changed_are_told_and_found_where_the_remed
     at = f"checkpoint={run}"
 
     def exported(*base):
-        assert export.main([at, f"out={tmp_path / 'p.safetensors'}", *(f"base={b}" for b in base)]) in (0, 2)
+        assert export.main([at, f"out={tmp_path / 'p.safetensors'}", "force=true", *(f"base={b}" for b in base)]) in (
+            0,
+            2,
+        )
         if refusal := capsys.readouterr().err:
             raise UserError(refusal)
 
