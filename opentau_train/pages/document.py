@@ -58,18 +58,19 @@ def document(title: str, body: Iterable[str], *, style: str = "", scripts: Seque
 def embed(name: str, tree: Any) -> Html:
     """A tree of plain values that a script finds by the element's id `name`, as JSON; NaN and infinities are null. No
     text in it can end the element."""
-    text = json.dumps(_finite(tree), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(tree), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Html(f'<script type="application/json" id="{html(name)}">{text}</script>')
 
 
-def _finite(tree: Any) -> Any:
+def finite(tree: Any) -> Any:
+    """A tree of plain values as JSON has it: NaN and infinities are None, tuples lists."""
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     if isinstance(tree, Mapping):
-        return {str(key): _finite(value) for key, value in tree.items()}
-    return [_finite(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+        return {str(key): finite(value) for key, value in tree.items()}
+    return [finite(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def tag(name: str, *parts: object, **attributes: object) -> Html:

@@ -17,9 +17,8 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from opentau_train.data.mixture.table import align
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.log import log_to
 from opentau_train.models.policy import Policy
+from opentau_train.pages.document import finite
 from opentau_train.tools.curating import losses
 from opentau_train.tools.curating.findings import Findings, find
 from opentau_train.tools.curating.gradients import Gradients, measure, parts_of, together
@@ -61,8 +61,8 @@ class Opened:
 
     @property
     def steps(self) -> str:
-        """Those of the checkpoints, in words."""
-        return " and ".join(str(int(checkpoint.name)) for checkpoint in self.checkpoints)
+        """Those of the checkpoints, by their names, in words."""
+        return " and ".join(checkpoint.name.lstrip("0") or "0" for checkpoint in self.checkpoints)
 
 
 def open_run(options: argparse.Namespace) -> Opened:
@@ -71,7 +71,7 @@ def open_run(options: argparse.Namespace) -> Opened:
     checkpoint = commit.at(options.run)
     is_run = checkpoint != Path(options.run).expanduser().resolve()
     several = commit.complete(checkpoint.parent)[-options.checkpoints :] if is_run else [checkpoint]
-    settings = read_settings(checkpoint.parent.parent, options.overrides)
+    settings = read_settings(checkpoint.parent.parent, options.overrides, options.trust)
     for path in several:
         manifest.check(path)
     card = pretrained.with_base(read_card(checkpoint / FOLDER, options.trust), options.base)
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> Findings:
     gradients = gradients_of(opened, options)
     recorded = losses.of_training(read_losses(opened.run_dir))
     pass_step, validated = losses.of_validation(opened.run_dir, list(opened.policy.loss_weights.values()))
-    at_step = f"of windows at step {int(opened.checkpoints[-1].name)}"
+    at_step = f"of windows at step {replace(opened, checkpoints=opened.checkpoints[-1:]).steps}"
     findings = find(
         mixture,
         gradients,
@@ -173,18 +173,9 @@ def run(options: argparse.Namespace) -> Findings:
     if options.out is not None:
         tree = {"checkpoints": list(map(str, opened.checkpoints)), **asdict(findings)}
         with writing(options.out):
-            options.out.write_text(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
+            options.out.write_text(json.dumps(finite(tree), indent=1, allow_nan=False) + "\n")
         print(f"written to {options.out}")
     return findings
-
-
-def _plain(tree: Any) -> Any:
-    """The tree as JSON has it: NaN is null."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,15 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=16, help="episodes to show (16)")
     parser.add_argument("--out", type=Path, help="file for all of it, e.g. curate.json")
     parser.add_argument("--base", help="where frozen weights that the checkpoint leaves out lie now")
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="MODULE", help="a module whose classes the checkpoint may name"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="changes where the data are, e.g. data.sources.main.root=DIRECTORY",
-    )
+    parser.add_of_recorded_run()
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> int:

@@ -27,6 +27,18 @@ class Parser(argparse.ArgumentParser):
         as_it_stands = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=name, description=doc, formatter_class=as_it_stands, allow_abbrev=False)
 
+    def add_of_recorded_run(self) -> None:
+        """What tools take that build from a run's own configuration: changes of it, and whom it may name."""
+        self.add_argument(
+            "--trust", action="append", default=[], metavar="MODULE", help="a module whose classes the run may name"
+        )
+        self.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="changes the run's recorded settings, e.g. data.sources.main.root=DIRECTORY where the data were moved",
+        )
+
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER, f"error: {UserError(message, remedy='--help shows what there is')}\n")
 

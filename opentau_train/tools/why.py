@@ -21,9 +21,10 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from opentau_train import cli, composing
+from opentau_train import cli, composing, strangers
 from opentau_train.config.bounds import at_least
 from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.trust import check_targets, targets
 from opentau_train.data.fields import centred
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.open import open_plan
@@ -124,16 +125,22 @@ def _images(mixture: Mixture, sample: Recorded) -> list[NDArray[np.uint8]]:
         files.close()
 
 
-def read_settings(run_dir: Path, overrides: Sequence[str]) -> Settings:
-    """The settings that the run recorded, with the `overrides` of its data. Raises `UserError` where there are none."""
+def read_settings(run_dir: Path, overrides: Sequence[str], trust: Sequence[str] = ()) -> Settings:
+    """The settings that the run recorded, with the `overrides` of its data. Raises `UserError` where there are none,
+    and where its data are of a class that nobody has vouched for (`trust`: modules): the run may be a stranger's."""
     path = run_dir / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = strangers.read_bytes(path)
+        tree = yaml.safe_load(content)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"not a run directory: {error}", where=str(path), remedy="give a run's directory") from error
     if not isinstance(tree, dict):
         raise UserError("the file holds no settings", where=str(path), remedy="restore it: it is a copy of the run's")
-    return load_settings(composing.recompose(tree, overrides, FIXED))
+    if b"${" in content:  # the program writes it resolved; a file's own could tell what the machine has
+        raise UserError("it holds an interpolation, ${...}", where=str(path), remedy="take it from whom you trust")
+    changed = composing.recompose(tree, overrides, FIXED)
+    check_targets({"data": changed["data"]}, str(path), trust, {of for _, of in targets(tree)}, configured=True)
+    return load_settings(changed)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -149,7 +156,7 @@ def show(options: argparse.Namespace) -> None:
             remedy="add --out FILE, or leave it out",
         )
     recorded = read_step(options.run, options.step, NEIGHBOURS)
-    settings = None if options.out is None else read_settings(options.run, options.overrides)
+    settings = None if options.out is None else read_settings(options.run, options.overrides, options.trust)
     print(describe(recorded, options.top))
     if settings is not None:
         mixture = open_plan(settings, resolve_sources(settings))
@@ -166,12 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("--top", type=int, default=16, help="samples to show (16)")
     parser.add_argument("--out", type=Path, help="file for their frames, e.g. strip.png")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="changes the run's recorded settings, e.g. data.sources.main.root=DIRECTORY where the data were moved",
-    )
+    parser.add_of_recorded_run()
     options = parser.parse_intermixed_args(arguments)
 
     def work() -> int:

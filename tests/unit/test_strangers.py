@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from opentau_train.data.decode.images import ImageError, decode_image
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from opentau_train.errors import EXIT_USER, UserError
+from opentau_train.tools import curate, why
 from opentau_train.tools.export import ExportSettings, export
 from opentau_train.tools.export import main as export_main
 from tests.program import TOY, environment, train_here
@@ -292,6 +294,20 @@ def test_a_validation_builds_nothing_strange_of_a_checkpoints_settings(checkpoin
     with pytest.raises(UserError, match=r"validation.loss._target_ names 'os.mkdir'"):
         validate.run([f"checkpoint={checkpoint}"])
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_runs_own_settings_name_no_code_that_a_tool_then_calls(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained.parent.parent, tmp_path / "run"))
+    config, mark = yaml.safe_load((run / "config.yaml").read_text()), tmp_path / "mark"
+    config["data"]["sources"]["main"] = {"_target_": "os.mkdir", "path": str(mark), "val_split_ratio": 0.3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"main\._target_ names 'os\.mkdir'"):
+        why.read_settings(run, [])
+    assert curate.main([str(run)]) == EXIT_USER and "names 'os.mkdir'" in capsys.readouterr().err
+    assert not mark.exists()
+    (run / "config.yaml").write_text("seed: ${oc.env:HOME}\n")
+    with pytest.raises(UserError, match="interpolation"):
+        why.read_settings(run, [])
 
 
 def test_settings_of_a_checkpoint_tell_nothing_of_the_machine(checkpoint):
