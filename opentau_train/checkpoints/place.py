@@ -115,7 +115,7 @@ def newest_run(root: Path, name: str, data: Mapping[str, str], restart: bool = F
     passed = list(takewhile(lambda run: not restart and _data_of(run) != data, newest_first))
     if passed:
         named = ", ".join(f"{n}: {d}" for n, d in _data_of(passed[0]).items()) or "its config.yaml names none"
-        more = f" and {len(passed) - 1} older ones" * (len(passed) > 1)
+        more = f" and {len(passed) - 1} older" * (len(passed) > 1)
         log.warning("resume=auto passes over runs of other data: %s (%s)%s", passed[0], named, more)
     return next(iter(newest_first[len(passed) :]), None)
 

@@ -41,8 +41,7 @@ def begun(settings: Settings, context: SinkContext, is_main: bool, agree: Agree)
         agree(lambda: begin() if is_main and context.start_step < context.total_steps else None)
         yield opened
     finally:
-        for sink in opened.values():
-            sink.close()
+        Sinks(list(opened.values())).close()  # all, even when one fails to
 
 
 def open_sinks(

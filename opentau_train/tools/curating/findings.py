@@ -36,8 +36,8 @@ class EpisodeFinding:
 @dataclass(frozen=True)
 class SourceFinding:
     """One dataset: its `share` of the samples, its mean losses in training and held out (NaN: none), its alignment with
-    the groups that judge it (`score`), and with each group, by tag; the
-    median label `noise` of its episodes (NaN: not known)."""
+    the groups that judge it (`score`), and with each group, by tag; the median label `noise` of its episodes (NaN: not
+    known)."""
 
     dataset: str
     share: float

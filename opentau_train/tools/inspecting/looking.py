@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opentau_train.config.settings import Settings
+from opentau_train.data.lint.judge import Judged
 from opentau_train.data.lint.reading import chosen_episodes, is_fetched
 from opentau_train.data.lint.report import lint
 from opentau_train.data.mixture.keyframes import with_keyframes
@@ -50,10 +51,11 @@ def look(settings: Settings, mixture: Mixture, samples: int, episodes: int, clip
         seen = blocks(mixture, settings.trainer.global_batch_size, samples)
     except UserError as error:  # data without cameras, or whose first samples can't be read
         seen = f"{error.what}. {error.remedy}"
+    judged: dict[str, Judged] | str
     try:
         judged = lint(few, mixture.groups, min(episodes, JUDGED))
     except UserError as error:
-        judged, why = {}, error.what
+        judged = error.what
     return Inspected(
         title=f"The data of {settings.name}",
         mixture=mixture,

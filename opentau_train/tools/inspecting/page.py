@@ -38,8 +38,9 @@ _ANSWERS = {"contradiction": "bad", "doubt": "doubt", "agree": "good", "note": "
 @dataclass(frozen=True)
 class Inspected:
     """What the page is of: the mixture and its tape, `epochs` that the training takes; by dataset what was `read` of
-    its rows and the episodes that were `filmed`; what was `judged` of the conventions; pictures of `samples` as the
-    policy sees them, or why there are none; how values were normalised, and which datasets weren't read."""
+    its rows and the episodes that were `filmed`; what was `judged` of the conventions, or why nothing was; pictures of
+    `samples` as the policy sees them, or why there are none; how values were normalised, and which datasets weren't
+    read."""
 
     title: str
     mixture: Mixture
@@ -47,7 +48,7 @@ class Inspected:
     epochs: float
     read: Mapping[str, Read]
     filmed: Mapping[str, Sequence[Episode]]
-    judged: Mapping[str, Judged]
+    judged: Mapping[str, Judged] | str
     samples: Sequence[NDArray[np.uint8]] | str
     normalised_by: str
     left_out: Sequence[str]
@@ -151,8 +152,10 @@ def _doubts(of: Inspected) -> Html:
     return joined(lines)
 
 
-def _findings(judged: Mapping[str, Judged]) -> Html:
+def _findings(judged: Mapping[str, Judged] | str) -> Html:
     """What the rows say of the declared conventions: what contradicts them, and behind a fold what agrees."""
+    if isinstance(judged, str):
+        return tag("p", f"The rows couldn't be held against what is declared of them: {judged}", class_="bad")
     wrong, rest = [], []
     for name, of_source in judged.items():
         for verdict in of_source.verdicts:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from opentau_train.pages.charts import Chart, Curve
+from opentau_train.sinks.table import NORM_HEAD
 from opentau_train.tools.reporting.runs import LOSS, Run
 
 MOST_GROUPS = 24
 """Charts of one kind; a mixture of more groups is for TensorBoard's filters."""
-NORM_HEAD = "::"
-"""Stands in the names of norm heads, whose numbers are those of their groups again."""
 UNITS = {"MSE": "MSE, normalised", "CE": "cross-entropy (nats)", "Loss": "loss"}
 ERROR_UNITS = {
     "rad": "rad",

@@ -40,7 +40,7 @@ def test_runs_of_other_data_are_passed_over_and_told(tmp_path, caplog):
         tmp_path, "toy-my_set+more-3", 3, {"main": {"root": "/data/my_set"}, "more": {"repo_id": "lab/more"}}
     )
     assert place.newest_run(tmp_path, "toy", MAIN) == own
-    assert f"{newest} (main: my_set, more: more) and 1 older ones" in caplog.text
+    assert f"{newest} (main: my_set, more: more) and 1 older" in caplog.text
     caplog.clear()
     assert place.newest_run(tmp_path, "toy", {"main": "my_set", "more": "more"}) == newest and not caplog.text
     assert place.newest_run(tmp_path, "toy", {"main": "a third"}) is None

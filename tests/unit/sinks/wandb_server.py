@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.http_server import answering
+
 
 class Server(ThreadingHTTPServer):
     """`history`: the rows that arrived, in their order; `runs`: the ids that clients asked for. With `goes_down` it
@@ -114,11 +116,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(*, goes_down: bool = False) -> Iterator[Server]:
-    with Server(goes_down) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    server = Server(goes_down)
+    with answering(server):
+        yield server
