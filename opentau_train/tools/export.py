@@ -46,6 +46,9 @@ from opentau_train.errors import EXIT_FAULT, EXIT_OK, UserError, check_machine, 
 from opentau_train.tools.options import answer
 from opentau_train.tools.out import check_place
 
+CARDS = {"config.json", "adapter_config.json"}
+"""Files of which each folder that is written has one."""
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -73,8 +76,12 @@ class ExportSettings:
             raise UserError(
                 f"{out} can't be written: it is a directory", where="out", remedy=f"set out={out}/policy{out.suffix}"
             )
-        if out.exists() and not self.force and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} is there already", where="out", remedy="add force=true to replace it")
+        inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if inside or (out.exists() and not out.is_dir()):
+            if not self.force:
+                raise UserError(f"{out} is there already", where="out", remedy="add force=true to replace it")
+            if inside and not inside & CARDS:  # all that is in it would go
+                raise UserError(f"{out} holds no policy, but other files", where="out", remedy="name another directory")
 
 
 MERGED_WITHIN = 1e-4

@@ -119,6 +119,15 @@ def test_mistakes_are_answered_with_a_remedy(arguments, words, run_dir, tmp_path
     assert not Path("/no_such_folder").exists()
 
 
+def test_a_directory_of_other_files_is_not_replaced_by_force_either(run_dir, tmp_path, capsys):
+    mine = tmp_path / "work" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    words = [f"checkpoint={run_dir}", f"out={mine.parent}", "format=lerobot", "force=true"]
+    assert export.main(words) == 2 and "holds no policy, but other files" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
 def test_a_run_without_average_and_files_of_others_are_refused(run_dir, tmp_path):
     out = tmp_path / "policy.safetensors"
     exported(run_dir, out)
