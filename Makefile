@@ -93,7 +93,7 @@ $(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
 	touch $@
 
 test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
-	$(LEROBOT)/bin/python -m pytest -m lerobot tests/side_by_side $(ARGS)
+	$(LEROBOT)/bin/python -m pytest -m "lerobot and not nightly" tests/side_by_side $(ARGS)
 
 # Simulators aren't for everybody's environment, and gym-pusht's OpenCV would take the place of the headless one.
 $(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
@@ -119,8 +119,9 @@ $(TRACKERS)/.installed: $(STAMP) tests/trackers/requirements.txt
 test-trackers: $(TRACKERS)/.installed ## A run in MLflow, trackio and Comet, read back as their own packages do
 	$(TRACKERS)/bin/python -m pytest -m trackers tests/trackers $(ARGS)
 
-test-nightly: setup $(WEIGHTS) ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth
-	$(BIN)/python -m pytest -m nightly -n $(WORKERS) --dist worksteal $(ARGS)
+test-nightly: setup $(WEIGHTS) $(LEROBOT)/.installed ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth, all policies in all layouts
+	$(BIN)/python -m pytest -m "nightly and not lerobot" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(LEROBOT)/bin/python -m pytest -m "nightly and lerobot" tests/side_by_side $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
 mutants: setup ## Bugs put in on purpose: how many the fast tests notice (an hour; ARGS="--only step.py")

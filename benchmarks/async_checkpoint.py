@@ -7,12 +7,14 @@ A policy of some 60 million parameters with AdamW's moments and an average: 1.21
 weights' own file. Saves alternate, at once and in the background; the stall of the latter is the call of `save` and the
 commit at the end, while the write itself goes on beside steps that keep one core a rank busy. Prints rank 0's medians
 and their ratio, which is to be at most 0.2; exit code 1 if it isn't. The first pair is left out: its background save
-also pays for fresh memory.
+also pays for fresh memory. On one process torch.save of the same tensors, with fsync, takes turns with them: it writes
+no weights' own file and no hashes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 
 from opentau_train.checkpoints.card import Pretrained
+from opentau_train.checkpoints.contents import tensors_of
 from opentau_train.checkpoints.saver import Saver
 from opentau_train.cli import end
 from opentau_train.config.optimizer import OptimizerSettings
@@ -69,6 +72,16 @@ def timed_save(saver: Saver, state: TrainState, world: World) -> tuple[float, fl
     return stall, time.perf_counter() - began, (time.perf_counter() - busy) / max(steps, 1)
 
 
+def plain_save(state: TrainState, path: Path) -> float:
+    """Seconds that torch.save and fsync take for the same tensors."""
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        torch.save(tensors_of(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
@@ -79,6 +92,7 @@ def main() -> int:
     torch.set_num_threads(1)  # the copy isn't faster on two, and far slower where other programs use them
     stalls: dict[bool, list[float]] = {False: [], True: []}
     wholes: dict[bool, list[float]] = {False: [], True: []}
+    plain: list[float] = []
     with launch(device="cpu", precision="no", timeout=600, identity={}) as world:
         folder = Path(world.broadcast(tempfile.mkdtemp(prefix="async_checkpoint_", dir=options.folder)))
         try:
@@ -90,6 +104,8 @@ def main() -> int:
             }
             with savers[False], savers[True]:
                 for pair in range(options.pairs + 1):
+                    if world.size == 1:
+                        plain += [plain_save(state, folder / "plain.pt")] * bool(pair)
                     for kind in (False, True):
                         stall, whole, _ = timed_save(savers[kind], state, world)
                         if pair:
@@ -107,6 +123,9 @@ def main() -> int:
         f"{world.size} processes, {size / 1e6:.0f} M parameters, {gigabytes:.2f} GB a checkpoint, {options.pairs} pairs"
     )
     print(f"  at once:        training stops for {at_once:.2f} s")
+    if plain:
+        ratios = [at_once / by_torch for at_once, by_torch in zip(stalls[False], plain, strict=True)]
+        print(f"  torch.save:     {median(plain):.2f} s with fsync; at once takes {median(ratios):.2f} of it")
     print(f"  in background:  training stops for {background:.2f} s; whole on disk after {median(wholes[True]):.2f} s")
     print(f"  ratio {ratio:.3f} (limit {LIMIT}), pairs {', '.join(f'{b / a:.3f}' for a, b in zip(*stalls.values()))}")
     return 0 if ratio <= LIMIT else 1

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,18 +102,20 @@ def campaign(
     overrides: Sequence[str],
     steps: int = 40,
     hosts: Hosts | None = None,
+    popen: Callable[..., subprocess.Popen] = subprocess.Popen,
 ) -> Report:
-    """At least `kills` kills, over as many runs of `steps` steps as that takes. Raises AssertionError where a promise
-    is broken."""
+    """At least `kills` kills, over as many runs of `steps` steps as that takes, each process started by `popen`. Raises
+    AssertionError where a promise is broken."""
     draw, report = random.Random(seed), Report()
+    start = partial(launch, popen=popen, hosts=hosts)
     arguments = [*CONFIG, f"trainer.steps={steps}", *overrides]
-    start(arguments, folder / "whole", ranks, hosts).communicate()
+    start(arguments, folder / "whole", ranks).communicate()
     expected = everything(folder / "whole")
     while sum(report.kills.values()) < kills:
         run_dir = folder / f"round_{report.rounds}"
-        while killed_once(arguments, run_dir, ranks, draw, report, hosts):
+        while killed_once(start, arguments, run_dir, ranks, draw, report, hosts):
             if sum(report.kills.values()) >= kills:
-                done = start([*arguments, "resume=auto"], run_dir, ranks, hosts)
+                done = start([*arguments, "resume=auto"], run_dir, ranks)
                 output, _ = done.communicate()
                 assert done.returncode == 0, output
                 break
@@ -125,11 +128,17 @@ def campaign(
 
 
 def killed_once(
-    arguments: Sequence[str], run_dir: Path, ranks: int, draw: random.Random, report: Report, hosts: Hosts | None
+    start: Callable[..., subprocess.Popen],
+    arguments: Sequence[str],
+    run_dir: Path,
+    ranks: int,
+    draw: random.Random,
+    report: Report,
+    hosts: Hosts | None,
 ) -> bool:
     """Start or resume the run and kill it at a random moment; False when it came to its end before."""
     before = commit.newest(run_dir / "checkpoints")
-    process = start([*arguments, "resume=auto"], run_dir, ranks, hosts)
+    process = start([*arguments, "resume=auto"], run_dir, ranks)
     moment = draw.choice([in_step, in_save, in_validation])
     rows = len(read_rows(run_dir)) + draw.randint(1, 5)
     came = wait_until(lambda: len(read_rows(run_dir)) >= rows and moment(run_dir), process)
@@ -179,14 +188,20 @@ def kill(process: subprocess.Popen, ranks: int, draw: random.Random, report: Rep
     return victim
 
 
-def start(arguments: Sequence[str], run_dir: Path, ranks: int, hosts: Hosts | None = None) -> subprocess.Popen:
+def launch(
+    arguments: Sequence[str],
+    run_dir: Path,
+    ranks: int,
+    hosts: Hosts | None = None,
+    popen: Callable[..., subprocess.Popen] = subprocess.Popen,
+) -> subprocess.Popen:
     program = ["-m", "opentau_train", *arguments, f"paths.run_dir={run_dir}"]
     command = [sys.executable, *program]
     if hosts:
         command = hosts.command(program)
     elif ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen(
+    return (subprocess.Popen if hosts else popen)(  # an agent of another network is a shell's child
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "cable"} if hosts else {})},
         stdout=subprocess.PIPE,

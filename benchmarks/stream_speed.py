@@ -11,7 +11,11 @@ reads them in one process and one thread. All sides read the same files in turns
 - `stream`: the program's own: 64 lanes of 240 windows, rows, normalisation, images, batches;
 - `random`: windows in random order through the program's own reader, all files open: a seek for each window;
 - `reopened`: windows in random order, pictures only: open the file, seek, decode, `to_ndarray`, close;
-- `lerobot`: samples in random order of LeRobot's own dataset class in the environment of PYTHON, all files open.
+- `map`: samples in random order of LeRobot's own dataset class in the environment of PYTHON, all files open;
+- `streaming`: the same of its StreamingLeRobotDataset, once its buffer of 1,000 frames is full.
+
+`first batch`: seconds by the clock from opening the dataset to 32 samples, without imports: LeRobot's, and the
+program's with a new cache, for which it reads all rows for their statistics and the videos' keyframes.
 """
 
 from __future__ import annotations
@@ -49,10 +53,11 @@ VARIANTS = {
     "h264 480x640, GOP 30": ("libx264", 30, H264, LARGE),
 }
 LENGTHS = [160] * 12
+"""All in one file a camera: LeRobot's streaming reads no other videos."""
 BATCH, LANES_PER_SAMPLE = 32, 2
 EPISODES = 96
 """Those of the dataset again and again: lanes must be long against what is read ahead, as in real datasets."""
-BASES, LOADERS = ("decode", "scaled", "rgb"), ("random", "reopened", "lerobot")
+BASES, LOADERS, LEROBOT = ("decode", "scaled", "rgb"), ("random", "reopened"), ("map", "streaming")
 STEPS = 10
 """Batches of the stream a turn."""
 
@@ -64,19 +69,25 @@ def main() -> None:
     parser.add_argument("--lerobot", metavar="PYTHON", help="of an environment with LeRobot, to measure that too")
     options = parser.parse_args()
     repeats = options.repeats
-    loaders = LOADERS if options.lerobot else LOADERS[:-1]
+    loaders = LOADERS + LEROBOT if options.lerobot else LOADERS
     print(f"{machine()}; one thread, medians of {repeats}\n")
     print_head("video", "B a frame", *BASES, "stream", *loaders, "decoded a frame used")
-    ratios = []
+    ratios, firsts = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (codec, gop, tuning, size)) in enumerate(VARIANTS.items()):
             root = (options.data or Path(folder)) / f"speed{number}"
-            write_dataset(root, LENGTHS, size=size, codec=codec, gop=gop, options=tuning)
-            ratios.append(print_variant(name, root, repeats, loaders, options.lerobot))
-        print()
-        print_head("video", *(f"stream / {side}" for side in BASES), *(f"{side} / stream" for side in loaders))
-        for cells in ratios:
-            print(f"| {' | '.join(cells)} |")
+            write_dataset(
+                root, LENGTHS, size=size, codec=codec, gop=gop, options=tuning, episodes_per_file=len(LENGTHS)
+            )
+            cells, first = print_variant(name, root, repeats, loaders, options.lerobot)
+            ratios.append(cells)
+            firsts.append([name, *(f"{seconds:.2f}" for seconds in first.values())])
+        sides = *(f"stream / {side}" for side in BASES), *(f"{side} / stream" for side in loaders)
+        for head, rows in ((sides, ratios), ([f"first batch: {side}" for side in first], firsts)):
+            print()
+            print_head("video", *head)
+            for cells in rows:
+                print(f"| {' | '.join(cells)} |")
         print_phase(options.data or Path(folder))
     print_plan()
 
@@ -85,8 +96,11 @@ def print_head(*names: str) -> None:
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
 
 
-def print_variant(name: str, root: Path, repeats: int, loaders: Sequence[str], python: str | None) -> list[str]:
-    """Print the row of times, and give that of ratios."""
+def print_variant(
+    name: str, root: Path, repeats: int, loaders: Sequence[str], python: str | None
+) -> tuple[list[str], dict[str, float]]:
+    """Print the row of times, and give that of ratios, and {side: seconds to its first batch}."""
+    first = {"stream": first_batch(root)}
     mixture = mixture_of(root, f"data.lanes_per_sample={LANES_PER_SAMPLE}", "data.num_workers=0")
     files = sorted(root.rglob("*.mp4"))
     mixture = with_episodes(mixture, EPISODES)
@@ -94,17 +108,17 @@ def print_variant(name: str, root: Path, repeats: int, loaders: Sequence[str], p
     warm_up(stream)
     before, seen = builder[0].frames_decoded, 0
     sides: dict[str, Callable[[], float]] = {
-        "decode": lambda: decode(files[:4]),
-        "scaled": lambda: decode(files[:4], scaling(mixture.spec.image_size)),
-        "rgb": lambda: decode(files[:4], lambda frame: frame.to_ndarray(format="rgb24")),
+        "decode": lambda: decode(files),
+        "scaled": lambda: decode(files, scaling(mixture.spec.image_size)),
+        "rgb": lambda: decode(files, lambda frame: frame.to_ndarray(format="rgb24")),
         "stream": lambda: take(stream, STEPS),
         "random": lambda: random_access(mixture, 48),
         "reopened": lambda: reopening(mixture, 48),
     }
     times: dict[str, list[float]] = {side: [] for side in (*BASES, "stream", *loaders)}
     with ExitStack() as stack:
-        if python is not None:
-            sides["lerobot"] = stack.enter_context(lerobot(python, root, mixture))
+        for kind in LEROBOT if python is not None else ():
+            sides[kind], first[kind] = stack.enter_context(lerobot(str(python), kind, root, mixture))
         for _ in range(repeats):
             for side, found in times.items():
                 found.append(sides[side]())
@@ -115,20 +129,33 @@ def print_variant(name: str, root: Path, repeats: int, loaders: Sequence[str], p
     cells = [name, f"{size:.0f}", *(f"{median:.3f}" for median in m.values()), f"{decoded:.3f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
     ratios = [f"{m['stream'] / m[side]:.2f}" for side in BASES]
-    return [name, *ratios, *(f"{m[side] / m['stream']:.1f}" for side in loaders)]
+    return [name, *ratios, *(f"{m[side] / m['stream']:.1f}" for side in loaders)], first
+
+
+def first_batch(root: Path) -> float:
+    """Seconds from opening the dataset to its first batch, in this process, with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        started = time.perf_counter()
+        mixture = mixture_of(root, "data.num_workers=0", cache=Path(cache))
+        next(iter(ShardDataset(mixture, TrainPlan(mixture.tape(BATCH), rank=0, size=1, first=0, last=1), train=True)))
+        return time.perf_counter() - started
 
 
 @contextmanager
-def lerobot(python: str, root: Path, mixture: Mixture, num: int = 48) -> Iterator[Callable[[], float]]:
-    """What measures `num` random samples of LeRobot's dataset, in a process of the interpreter `python`."""
+def lerobot(
+    python: str, kind: str, root: Path, mixture: Mixture, num: int = 48
+) -> Iterator[tuple[Callable[[], float], float]]:
+    """What measures `num` samples of LeRobot's dataset, in a process of the interpreter `python`, and the seconds to
+    its first batch."""
     script = Path(__file__).parent / "baselines" / "lerobot_loader.py"
     fps = mixture.datasets[0].source.fps
-    command = [python, str(script), str(root), str(mixture.spec.chunk_length), str(fps)]
+    command = [python, str(script), kind, str(root), str(mixture.spec.chunk_length), str(fps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None and process.stdout is not None
     requests, answers = process.stdin, process.stdout
-    if not answers.readline():
+    opened = answers.readline()
+    if not opened:
         raise SystemExit(f"{python} can't read {root} with LeRobot: see above")
 
     def measure() -> float:
@@ -137,7 +164,7 @@ def lerobot(python: str, root: Path, mixture: Mixture, num: int = 48) -> Iterato
         return float(answers.readline())
 
     try:
-        yield measure
+        yield measure, float(opened.split()[1])
     finally:
         requests.close()
         process.wait()
@@ -215,11 +242,11 @@ def reopening(mixture: Mixture, num: int) -> float:
     reading = mixture.datasets[0].source.reading
     started = time.process_time()
     for episode, frame in random_windows(reading.episodes.length, num):
-        for path, start in reading.places(episode).values():
-            with av.open(str(path)) as container:
+        for span in (places.span(episode) for places in reading.stored.videos.values()):
+            with av.open(str(span.path)) as container:
                 video = container.streams.video[0]
                 video.thread_count = 1
-                wanted = round((start + frame / reading.fps) / video.time_base)
+                wanted = round((span.start + frame / reading.fps) / video.time_base)
                 container.seek(wanted, stream=video)
                 next(f for f in container.decode(video) if f.pts >= wanted).to_ndarray(format="rgb24")
     return 1e3 * (time.process_time() - started) / num

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,10 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Garbage collections, of which each training here makes some, need not go through what all tests share."""
+    if "torch" in sys.modules:
+        from tests import rehearse_once
+
+        rehearse_once.remember()
     gc.collect()
     gc.freeze()
 

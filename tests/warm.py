@@ -1,4 +1,5 @@
-"""Processes that begin with the program's imports done: importing torch is nine tenths of what a small run costs.
+"""Processes that begin with the program's imports done: importing torch is nine tenths of what a small run costs. A
+third of the rest is composing and rehearsing: what that reads and finds for `tests.program.TOY` is there, too.
 
 `Popen` is subprocess.Popen for a command of this interpreter (`-m MODULE`, `-c CODE` or a script). A helper process has
 made the imports once. Each command is a fork of it with a session, environment, directory and streams of its own, a
@@ -14,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import pickle
 import random
 import runpy
 import signal
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
@@ -186,12 +189,41 @@ def execute(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def prepare() -> None:
+    """Compose and rehearse what most small runs of the tests train."""
+    from opentau_train import cli
+    from opentau_train.checkpoints.start import new_policy
+    from opentau_train.data.mixture.open import open_plan
+    from opentau_train.data.mixture.resolve import resolve_sources
+    from opentau_train.distributed.memory import footprint
+    from opentau_train.distributed.rehearsal import Rehearsal, sketch
+    from opentau_train.tools.plan import rehearsed
+    from tests import compose_once, rehearse_once
+    from tests.program import TOY
+
+    compose_once.remember()
+    rehearse_once.remember()
+    cli.compose(TOY)
+    settings = cli.checked(cli.compose([*TOY, "logger=none"]))
+    ours, theirs = os.pipe()
+    if os.fork() == 0:  # reading a dataset starts threads
+        spec = rehearsed(settings, open_plan(settings, resolve_sources(settings)))._spec
+        os.write(theirs, pickle.dumps(spec))
+        os._exit(0)
+    os.wait()
+    spec = pickle.loads(os.read(ours, MESSAGE))
+    os.close(ours), os.close(theirs)
+    policy = sketch(partial(new_policy, settings.model, spec))
+    footprint(Rehearsal(policy, spec, "cpu"), settings, 1)
+
+
 def main(channel: socket.socket) -> None:
     """Make the imports, then be a new process for each request."""
     own = [*os.environ["PYTHONPATH"].split(os.pathsep), str(Path(__file__).parent)]
     path = [p for p in sys.path if p not in own]
     for module in IMPORTS:
         importlib.import_module(module)
+    prepare()
     threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
     lost = [name for name in threads if name != "jemalloc_bg_thd"]  # that one begins again in a fork by itself
     assert len(lost) == 1, f"only one thread comes through a fork, here are {lost}"

@@ -39,7 +39,7 @@ def victims(pid: int, ranks: int, hosts: bool = False) -> dict[str, list[int]]:
     no children and isn't Python's resource tracker.
     """
     agents = ([pid] if not hosts else children(pid)) if ranks > 1 else []
-    ours = [child for agent in agents for child in children(agent) if "opentau_train" in _command(child)]
+    ours = [child for agent in agents for child in children(agent) if "opentau" in _command(child)]
     of_ranks = ours if ranks > 1 else [pid]
     below = [worker for rank in of_ranks for worker in descendants(rank)]
     workers = [p for p in below if not children(p) and "resource_tracker" not in _command(p)]
@@ -73,7 +73,8 @@ def wait_gone(process: subprocess.Popen, others: list[int], seconds: float) -> b
 
 
 def _command(pid: int) -> str:
+    """Its name and its arguments."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return Path(f"/proc/{pid}/comm").read_text() + Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from opentau_train import strangers
 from opentau_train.errors import UserError, check_machine
 
 MANIFEST = "files.json"
+FLUSH_EVERY = 0.1
+"""Seconds."""
 _CHUNK = 1 << 26
 
 
@@ -56,6 +60,25 @@ def describe(folder: Path, paths: Iterable[Path]) -> dict[str, File]:
         for call in flushing:
             call.result()
     return files
+
+
+@contextmanager
+def flushing(folder: Path, *patterns: str) -> Iterator[None]:
+    """Inside, what is written to such files of `folder` is on its way to the disk while the processor prepares more."""
+    over = Event()
+
+    def again() -> None:
+        while not over.wait(FLUSH_EVERY):
+            for path in (path for pattern in patterns for path in folder.glob(pattern)):
+                flush(path)
+
+    with ThreadPoolExecutor(1) as beside:
+        call = beside.submit(again)
+        try:
+            yield
+        finally:
+            over.set()
+        call.result()  # the system tells of a write that failed once only
 
 
 def flush(path: Path) -> None:

@@ -183,16 +183,20 @@ class Saver:
 
     def _write(self, partial: Path, content: _Content, group: dist.ProcessGroup | None) -> None:
         def shards() -> dict[str, manifest.File]:
-            writer = dcp.FileSystemWriter(partial / "state", sync_files=False)  # `describe` does
-            dcp.save(content.tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
+            own, alone = f"state/__{self.world.rank}_*", self.world.size == 1
+            writer = dcp.FileSystemWriter(partial / "state", sync_files=False)  # `flushing` and `describe` do
+            with manifest.flushing(partial, own, f"{FOLDER}/*"):
+                if self.world.is_main and not content.sharded:
+                    write_folder(partial / FOLDER, content.tensors["model"], self.card)
+                dcp.save(content.tensors, storage_writer=writer, process_group=group, no_dist=alone)
             # Each rank's own, which its node has in memory still: another one would read them over the network.
-            return manifest.describe(partial, partial.glob(f"state/__{self.world.rank}_*"))
+            return manifest.describe(partial, partial.glob(own))
 
         def readable() -> None:
             (partial / RUN).write_text(as_json(content.run))
-            # From the files just written: to gather the shards would be a collective that training waits for.
-            weights = read_weights(partial) if content.sharded else content.tensors["model"]
-            write_folder(partial / FOLDER, weights, self.card)
+            if content.sharded:
+                # From the files just written: to gather the shards would be a collective that training waits for.
+                write_folder(partial / FOLDER, read_weights(partial), self.card)
             commit.seal(partial, dict(ChainMap(*described)))
 
         described = self._each(partial, shards, group)
@@ -204,10 +208,8 @@ class Saver:
             return commit.publish(partial, self.retention)
 
         leftovers = self._together(partial, commit_it)
-        if self.world.is_main and self.settings.asynchronous:
+        if self.world.is_main:
             self._sweeping = in_background(lambda: commit.sweep(leftovers), THREAD)
-        elif self.world.is_main:
-            commit.sweep(leftovers)
         return partial.with_suffix("")
 
     def _together(self, partial: Path, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

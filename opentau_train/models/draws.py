@@ -35,6 +35,8 @@ BITS = 24
 """Random bits of a uniform number: as many as a float32's mantissa holds."""
 OCTAVE = 256
 """Points of the normal table for each octave of the tail's probability."""
+PIECE = 1 << 18
+"""Normal numbers that are made at a time on a CPU: with what they need, four megabytes."""
 ACTION_DRAW = 1 << 20
 """The index of the draws for sampling actions, which no draw of the loss has."""
 _FRACTION = 23 - OCTAVE.bit_length() + 1  # bits of a float32's mantissa below the table's points
@@ -54,17 +56,16 @@ class Draws:
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] float32, standard normal; the largest magnitude is 5.4, which one number in 2^24 has."""
-        bits = self.bits(name, shape).flatten()
-        values, slopes = _normal_table(bits.device)
-        # In place wherever it can be: on a CPU most of the time would go into fresh memory otherwise.
-        tail = _top(bits).add_(1).to(torch.float32).mul_(2.0**-BITS)  # probability of a larger magnitude, in (0, 1]
-        place = tail.view(torch.int32)
-        cell = (place >> _FRACTION).sub_(_FIRST_CELL)
-        share = place.bitwise_and_((1 << _FRACTION) - 1).to(torch.float32).mul_(2.0**-_FRACTION)
-        # `index_select` takes a quarter of what `values[cell]` does.
-        magnitude = torch.index_select(slopes, 0, cell, out=tail).mul_(share)
-        magnitude.add_(torch.index_select(values, 0, cell, out=share))
-        return magnitude.copysign_(bits.bitwise_left_shift_(31).view(torch.float32)).view(-1, *shape)
+        low, high = self._halves(name)
+        counter = torch.arange(math.prod(shape), dtype=torch.int32, device=low.device)
+        normal = torch.empty(len(low), len(counter), device=low.device)
+        # On a CPU a piece that stays in the cache at a time: most of the time would go into fresh memory otherwise.
+        rows = len(low) if low.device.type != "cpu" else max(1, PIECE // max(1, len(counter)))
+        scratch = torch.empty(3, min(rows, len(low)), len(counter), dtype=torch.int32, device=low.device)
+        for piece, first, second in zip(normal.split(rows), low.split(rows), high.split(rows), strict=True):
+            _write_bits(piece.view(torch.int32), first, second, counter, scratch[0, : len(piece)])
+            _make_normal(piece.view(-1), scratch[:, : len(piece)].flatten(1))
+        return normal.view(len(low), *shape)
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] float32 in [0, 1): multiples of 2^-24, all equally likely."""
@@ -78,13 +79,9 @@ class Draws:
         """[B, *shape] int32: 32 random bits each."""
         low, high = self._halves(name)
         counter = torch.arange(math.prod(shape), dtype=torch.int32, device=low.device)
-        x = counter + low[:, None]
-        shifted = torch.empty_like(x)
-        _xor_shift(x, 16, shifted)
-        x.mul_(0x21F0AAAD).add_(high[:, None])
-        _xor_shift(x, 15, shifted)
-        x.mul_(0x735A2D97)
-        return _xor_shift(x, 15, shifted).view(len(x), *shape)
+        x = torch.empty(len(low), len(counter), dtype=torch.int32, device=low.device)
+        _write_bits(x, low, high, counter, torch.empty_like(x))
+        return x.view(len(low), *shape)
 
     def _halves(self, name: str) -> tuple[Tensor, Tensor]:
         """[B] int32 twice: the key of the draws of that name."""
@@ -112,12 +109,37 @@ def flow_time(draws: Draws, distribution: FlowTime, name: str = "time") -> Tenso
     return time if distribution == "uniform" else 0.999 * time ** (2 / 3) + 0.001
 
 
-def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:
+def _write_bits(x: Tensor, low: Tensor, high: Tensor, counter: Tensor, shifted: Tensor) -> None:
+    """Fill `x` [B, N] int32 with the random bits of the keys (`low`, `high`) [B] at the places `counter` [N]; `shifted`
+    is memory of its size to work in."""
+    torch.add(counter, low[:, None], out=x)
+    _xor_shift(x, 16, shifted)
+    torch.add(high[:, None], x, alpha=0x21F0AAAD, out=x)
+    _xor_shift(x, 15, shifted)
+    x.mul_(0x735A2D97)
+    _xor_shift(x, 15, shifted)
+
+
+def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> None:
     """x ^= x >> by, in place, for 32 bits; `shifted` is memory to work in."""
     torch.bitwise_right_shift(x, by, out=shifted)
-    return x.bitwise_xor_(
-        shifted.bitwise_and_((1 << (32 - by)) - 1)
-    )  # the shift is arithmetic, the mask makes it logical
+    x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - by)) - 1))  # the shift is arithmetic, the mask makes it logical
+
+
+def _make_normal(x: Tensor, scratch: Tensor) -> None:
+    """Turn `x` [N] float32, whose memory holds random bits, into standard normal numbers; `scratch` [3, N] int32."""
+    values, slopes = _normal_table(x.device)
+    bits, cell = x.view(torch.int32), scratch[0]
+    tail, share = scratch[1:].view(torch.float32)
+    torch.bitwise_right_shift(bits, 32 - BITS, out=cell).bitwise_and_((1 << BITS) - 1).add_(1)
+    tail.copy_(cell).mul_(2.0**-BITS)  # probability of a larger magnitude, in (0, 1]
+    place = tail.view(torch.int32)
+    torch.bitwise_right_shift(place, _FRACTION, out=cell).sub_(_FIRST_CELL)
+    share.copy_(place.bitwise_and_((1 << _FRACTION) - 1))
+    # `index_select` takes a quarter of what `values[cell]` does.
+    magnitude = torch.index_select(slopes, 0, cell, out=tail).mul_(share)
+    magnitude.add_(torch.index_select(values, 0, cell, out=share))
+    torch.copysign(magnitude, bits.bitwise_left_shift_(31).view(torch.float32), out=x)
 
 
 def _top(bits: Tensor) -> Tensor:
@@ -141,10 +163,10 @@ def _signed(word: int) -> int:
 @cache
 def _normal_table(device: torch.device) -> tuple[Tensor, Tensor]:
     """(values, slopes) [BITS * 256 + 1] float32: the magnitudes whose two tails have the probability p = 2^(octave)
-    times (1 + point / 256), and the difference to the next one."""
+    times (1 + point / 256), and the difference to the next one for each of the 2^_FRACTION steps to it."""
     quantile = NormalDist().inv_cdf
     octaves = (2.0 ** (octave - BITS) for octave in range(BITS))
     tails = [base * (1 + point / OCTAVE) for base in octaves for point in range(OCTAVE)]
     values = torch.tensor([*(-quantile(tail / 2) for tail in tails), 0.0], dtype=torch.float64)
-    slopes = torch.cat([values.diff(), torch.zeros(1, dtype=torch.float64)])
+    slopes = torch.cat([values.diff(), torch.zeros(1, dtype=torch.float64)]) * 2.0**-_FRACTION
     return values.to(device, torch.float32), slopes.to(device, torch.float32)

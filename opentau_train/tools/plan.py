@@ -1,10 +1,10 @@
 """What a configuration would do, before it does: shares, epochs, repeats, the shuffle's quality, decoders, memory.
 
     python -m opentau_train.tools.plan +recipe=droid_policy trainer.steps=1000 [--ranks 1,8] [--batches 64]
-        [--device-memory 80]
+        [--device-memory 80] [--read 512 [--step-ms 250]]
 
-Takes the arguments of `python -m opentau_train`. Reads metadata and the videos' indices: no video is decoded, the
-policy has no weights, and nothing is written but to the cache.
+Takes the arguments of `python -m opentau_train`. Reads metadata and the videos' indices: no video is decoded but with
+`--read`, the policy has no weights, and nothing is written but to the cache.
 
 Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for what the machine does.
 """
@@ -28,7 +28,7 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Mixture
-from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.open import open_mixture, open_plan
 from opentau_train.data.mixture.resolve import resolve_sources
 from opentau_train.data.mixture.table import align, modes_table, weight_cell
 from opentau_train.data.order import quality
@@ -36,11 +36,12 @@ from opentau_train.data.order.tape import Tape
 from opentau_train.distributed import memory
 from opentau_train.distributed.parallel import check_batch
 from opentau_train.distributed.rehearsal import Rehearsal, rehearse
-from opentau_train.errors import EXIT_OK
+from opentau_train.errors import EXIT_OK, UserError
 from opentau_train.models.packing.limits import check_cap, prompts_of, sketched
 from opentau_train.models.policy import Policy
 from opentau_train.tools.decoding import decode_lines, num_lanes, proposed_gop
 from opentau_train.tools.options import Parser
+from opentau_train.tools.reading import reading_lines
 
 EPOCH_WARNING = 100
 MOST_VIF = 3.0
@@ -236,12 +237,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batches", type=int, default=64, help="batches to look at, spread over the run (64)")
     parser.add_argument("--device-memory", type=float, help="GiB of a device that a rank trains on")
+    parser.add_argument("--read", type=int, help="read as many windows, to say what reading takes of a core")
+    parser.add_argument("--step-ms", type=float, help="of a device a step, to say what a step waits for (with --read)")
     options, composed = parser.parse_known_args(arguments)
 
     def work() -> int:
         at_least("--ranks", min(options.ranks), 1)
         at_least("--batches", options.batches, 1)
         positive("--device-memory", options.device_memory)
+        positive("--step-ms", options.step_ms)
+        if options.read is not None:
+            at_least("--read", options.read, 2)
+        elif options.step_ms is not None:
+            raise UserError("what a step waits for is known from reading", where="--step-ms", remedy="add --read 512")
         settings = cli.checked(cli.compose(composed))
         for ranks in options.ranks:
             check_batch(settings.trainer.global_batch_size, ranks)
@@ -255,6 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in describe_tokens(mixture, rehearsal.policy, tape, trainer.steps):
             print(line)
         print(describe_memory(settings, rehearsal, options.ranks, device_bytes))
+        if options.read is not None:
+            readable = open_mixture(settings).for_policy(rehearsal.policy.wants())
+            for line in reading_lines(settings, readable, options.ranks, options.read, options.step_ms):
+                print(line)
         return EXIT_OK
 
     return cli.answer(work)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
+from tests import warm
 from tests.program import REPO, TOY, environment, metrics, run
 
 ON_CARD = [
@@ -28,10 +31,15 @@ BOTH = pytest.mark.parametrize(
 RUN = [*TOY, "trainer.steps=3", "validation.every=3", "validation.max_samples_per_group=4", "logger=none"]
 
 
+def started(device: str) -> Callable[..., subprocess.CompletedProcess]:
+    """What runs a command: a card wants a new interpreter."""
+    return warm.run if device == "cpu" else partial(subprocess.run, capture_output=True, text=True)
+
+
 def case(name: str, device: str, *arguments: int) -> dict:
     """What `tests.cuda.cases` prints of a case."""
     words = [sys.executable, "-m", "tests.cuda.cases", name, device, *map(str, arguments)]
-    done = subprocess.run(words, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=280)
+    done = started(device)(words, cwd=REPO, env=environment(), timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +127,7 @@ def test_the_table_of_a_cards_throughput_and_memory_is_printed(capsys, device):
     rows = "flow_tiny,flow_small,pi0" if device == "cuda" else "pi0_tiny"
     options = ["--device", device, "--rows", rows, "--steps", "12" if device == "cuda" else "2", "--workers", "2"]
     command = [sys.executable, "benchmarks/one_card.py", *options]
-    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=280)
+    done = started(device)(command, cwd=REPO, env=environment(), timeout=280)
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr

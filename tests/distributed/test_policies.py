@@ -47,6 +47,8 @@ POLICIES = {
     ],
     "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
 }
+AT_NIGHT = ("diffusion", "pi0")
+"""Policies whose layouts are tried at night only: pi0's layers are pi05's, and test_finetune.py has them by day."""
 ALONE = {"alone": (1, [])}
 TRAINING = ("Training/Loss", "Training/GradNorm")
 SAMPLED = ("Validation-Action", "Validation-Video")
@@ -76,12 +78,20 @@ def test_policies_train_alike_in_every_layout(tmp_path):
     words = [*TOY, "logger=none", "trainer.steps=2", "validation.every=0"]
     first = train_here(words, tmp_path / "first")
     flow = {"flow": [*TINY_POLICY, f"model.pretrained_path={first}"]}
-    trained_alike(POLICIES | flow, LAYOUTS, tmp_path)
+    by_day = {name: words for name, words in POLICIES.items() if name not in AT_NIGHT}
+    trained_alike(by_day | flow, LAYOUTS, tmp_path)
     for layout in ("alone", *LAYOUTS):
         log = (tmp_path / "flow" / layout / "train.log").read_text()
         assert log.count("tensors, from") == 1, "rank 0 reports"
     losses = [metrics(run)[1]["Training/Loss"] for run in (tmp_path / "flow" / "alone", first)]
     assert losses[0] < 0.99 * losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", AT_NIGHT)
+def test_the_other_policies_train_alike_in_every_layout(policy, tmp_path):
+    trained_alike({policy: POLICIES[policy]}, LAYOUTS, tmp_path)
 
 
 @pytest.mark.slow
@@ -92,22 +102,17 @@ def test_a_policy_trains_alike_in_shards_that_keep_their_activations(policy, tmp
 
 
 @pytest.mark.slow
-def test_pretrained_encoders_train_alike_in_every_layout(tmp_path):
-    encoders = [*TINY_POLICY, *drawn(tmp_path)]
-    frozen = {f"frozen_{value}": [*encoders, f"model.freeze_encoders={value}"] for value in ("true", "false")}
-    trained_alike(frozen, LAYOUTS, tmp_path)
+@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["frozen", "trained"])
+def test_pretrained_encoders_train_alike_in_every_layout(frozen, tmp_path):
+    encoders = [*TINY_POLICY, *drawn(tmp_path), f"model.freeze_encoders={str(frozen).lower()}"]
+    trained_alike({"encoders": encoders}, LAYOUTS, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "names",
-    [("wam",), pytest.param(("act", "diffusion", "pi0", "pi05"), marks=pytest.mark.nightly)],
-    ids=" and ".join,
-)
-def test_policies_train_alike_compiled_and_on_four_ranks(names, tmp_path):
-    """The one with the most kinds of tokens always, the others at night: five take four minutes. By day
-    test_finetune.py compiles pi0's layers by aot_eager."""
-    trained_alike({name: POLICIES[name] for name in names}, MORE_LAYOUTS, tmp_path)
+@pytest.mark.nightly
+def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
+    """Five take four minutes. By day test_finetune.py compiles pi0's layers by aot_eager and has four ranks."""
+    trained_alike(POLICIES, MORE_LAYOUTS, tmp_path)
 
 
 @NEEDS_COMPILER

@@ -21,6 +21,7 @@ def script(*words):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_lerobots_act_trains_on_demonstrations_and_plays_the_evaluations_starts(lerobot, tmp_path):
     short = "env.max_steps=6"

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -35,6 +34,7 @@ from opentau_train.errors import EXIT_USER, UserError
 from opentau_train.tools import curate, why
 from opentau_train.tools.export import ExportSettings, export
 from opentau_train.tools.export import main as export_main
+from tests import warm
 from tests.program import TOY, environment, train_here
 from tests.unit.data.lerobot.test_layout import copy, open_source, sets  # noqa: F401  (fixtures)
 
@@ -109,9 +109,7 @@ def test_a_table_nested_a_million_deep_is_refused_and_the_process_lives(kind, ch
     (checkpoint / "state/.metadata").write_bytes(NESTS[kind])
     reseal(checkpoint)
     command = [sys.executable, "-m", "opentau_train.tools.export", f"checkpoint={checkpoint}", "out=policy.safetensors"]
-    ended = subprocess.run(
-        command, cwd=checkpoint, env=environment(), capture_output=True, text=True, timeout=250, check=False
-    )
+    ended = warm.run(command, cwd=checkpoint, env=environment(), timeout=250)
     assert ended.returncode == EXIT_USER, ended.stderr
     assert "nests deeper than" in ended.stderr and len(ended.stderr.splitlines()) <= 3
 

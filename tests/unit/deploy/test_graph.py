@@ -17,6 +17,10 @@ SMALL = {
 }
 
 
+AT_NIGHT = ("diffusion_tiny",)
+"""Its U-Net takes longest to trace."""
+
+
 def real(run, policy):
     """(signature, batch of a window of the run's own dataset)."""
     window = validated(run, policy, 1).windows[0]
@@ -42,7 +46,7 @@ def test_a_pt2_file_gives_the_policys_actions_for_a_real_window(own_run, policy,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.nightly if m in AT_NIGHT else ()) for m in SMALL])
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_each_small_policy_becomes_a_graph(model, form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime") if form == "onnx" else None

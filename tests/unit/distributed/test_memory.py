@@ -27,6 +27,7 @@ from opentau_train.models.average import Ema
 from opentau_train.models.draws import Draws, _normal_table
 from opentau_train.models.flow import FlowPolicy
 from opentau_train.optim import build_optimizer
+from tests import rehearse_once
 from tests.program import TOY, train_here
 from tests.unit.models.flow_cases import SPEC, make_batch
 from tests.unit.models.test_diffusion import make_diffusion
@@ -42,6 +43,14 @@ MUON = OptimizerSettings(
     target="opentau_train.optim.MuonAdamW",
     groups={"layers": ParameterRule("*layers.*", options={"muon": True})},
 )
+
+
+@pytest.fixture(autouse=True)
+def rehearsed_anew():
+    """Here it is looked at what a rehearsal says, each time."""
+    rehearse_once.forget()
+    yield
+    rehearse_once.remember()
 
 
 @pytest.fixture(scope="module")

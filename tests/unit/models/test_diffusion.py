@@ -125,6 +125,7 @@ def test_sampling_is_the_samples_own_draw_and_leaves_torchs_generator_alone(samp
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_all_blocks_are_compiled_and_train_alike(caplog):
     """Each has a shape of its own; torch gives up after 8 of a class, with a warning, if it is let."""
 

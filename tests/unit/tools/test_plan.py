@@ -99,6 +99,23 @@ def test_decoding_is_told_beside_the_variance_inflation_with_what_helps(tmp_path
     assert float(re.search(r"one used: (\d+\.\d\d) main", after)[1]) < 1.2 and "reencode" not in after
 
 
+def test_reading_is_measured_where_it_is_asked_for_and_says_what_a_step_waits(tmp_path, capsys):
+    text = report(tmp_path, capsys, "--read", "64", "--step-ms", "0.5", "--ranks", "1,2", "data.num_workers=2")
+    found = re.search(r"reading +(\d+\.\d+) ms of a core a window \((\d+) read here\)", text)
+    ms, read = float(found[1]), int(found[2])
+    assert 32 <= read < 64 and ms > 0
+    waits = re.findall(r"waiting +(\d+\.\d) ms of a step of (\d+\.\d) ms .*?: (\d) samples a rank, 2 workers", text)
+    for share, (wait, step, told) in zip((4, 2), waits, strict=True):
+        expected = max(0.0, share * ms / 2 - 0.5)
+        assert (float(wait), float(step), int(told)) == (
+            pytest.approx(expected, abs=0.06),
+            pytest.approx(expected + 0.5, abs=0.06),
+            share,
+        )
+    assert plan.main(arguments(tmp_path, "--step-ms", "10")) == EXIT_USER
+    assert "add --read" in capsys.readouterr().err
+
+
 def test_modes_are_told_and_what_lanes_hold_of_the_future(tmp_path, capsys):
     """128 frames ahead at 32x32: some 390 kB a camera and lane of the source that reads them."""
     joint = ["data.sources.main.mode=joint", "data.sources.main.mode_probabilities={policy:3,wam:1}"]
