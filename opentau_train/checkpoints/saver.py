@@ -272,4 +272,4 @@ def _root_cause(error: BaseException) -> str:
         return _root_cause(inner[0] if isinstance(inner, tuple) else inner)
     if "unexpected pos" in str(error):  # all that torch.save says where the system took less than it was given
         return "a write was cut short, as it is on a full disk"
-    return str(error) or type(error).__name__
+    return str(error).rpartition("I/O error: ")[2] or type(error).__name__

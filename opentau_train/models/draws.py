@@ -56,8 +56,7 @@ class Draws:
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] float32, standard normal; the largest magnitude is 5.4, which one number in 2^24 has."""
-        low, high = self._halves(name)
-        counter = torch.arange(math.prod(shape), dtype=torch.int32, device=low.device)
+        low, high, counter = self._begin(name, shape)
         normal = torch.empty(len(low), len(counter), device=low.device)
         # On a CPU a piece that stays in the cache at a time: most of the time would go into fresh memory otherwise.
         rows = len(low) if low.device.type != "cpu" else max(1, PIECE // max(1, len(counter)))
@@ -77,17 +76,16 @@ class Draws:
 
     def bits(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[B, *shape] int32: 32 random bits each."""
-        low, high = self._halves(name)
-        counter = torch.arange(math.prod(shape), dtype=torch.int32, device=low.device)
+        low, high, counter = self._begin(name, shape)
         x = torch.empty(len(low), len(counter), dtype=torch.int32, device=low.device)
         _write_bits(x, low, high, counter, torch.empty_like(x))
         return x.view(len(low), *shape)
 
-    def _halves(self, name: str) -> tuple[Tensor, Tensor]:
-        """[B] int32 twice: the key of the draws of that name."""
+    def _begin(self, name: str, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """[B] int32 twice: the key of the draws of that name; and the places in `shape`, flat, int32."""
         key = mix(self.keys ^ _signed(rng.key("draws", self.index, name)))
-        low = key & _WORD
-        return (low - ((low >> 31) << 32)).to(torch.int32), (key >> 32).to(torch.int32)
+        low, places = key & _WORD, torch.arange(math.prod(shape), dtype=torch.int32, device=key.device)
+        return (low - ((low >> 31) << 32)).to(torch.int32), (key >> 32).to(torch.int32), places
 
 
 FlowTime = Literal["uniform", "beta", "logit_normal", "heavy_tailed"]
@@ -129,8 +127,7 @@ def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> None:
 def _make_normal(x: Tensor, scratch: Tensor) -> None:
     """Turn `x` [N] float32, whose memory holds random bits, into standard normal numbers; `scratch` [3, N] int32."""
     values, slopes = _normal_table(x.device)
-    bits, cell = x.view(torch.int32), scratch[0]
-    tail, share = scratch[1:].view(torch.float32)
+    (tail, share), bits, cell = scratch[1:].view(torch.float32), x.view(torch.int32), scratch[0]
     torch.bitwise_right_shift(bits, 32 - BITS, out=cell).bitwise_and_((1 << BITS) - 1).add_(1)
     tail.copy_(cell).mul_(2.0**-BITS)  # probability of a larger magnitude, in (0, 1]
     place = tail.view(torch.int32)

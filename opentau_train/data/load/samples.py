@@ -18,6 +18,9 @@ from opentau_train.data.source import Cursor, CursorFactory
 from opentau_train.data.transforms.base import Record, SampleDraws
 from opentau_train.types import Address
 
+IDLE = 16
+"""A lane is over when the others have been used so often since; each is used a few times in a batch."""
+
 
 class SampleBuilder:
     """Builds samples of a mixture in one process. `training` turns on the transforms that are for training only.
@@ -35,8 +38,8 @@ class SampleBuilder:
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]
         self.factories: dict[int, CursorFactory] = {}
-        self._lanes: dict[int, tuple[int, Cursor]] = {}
-        self.open_decoders = OpenDecoders()
+        self._lanes: dict[int, tuple[int, Cursor, int]] = {}  # dataset, cursor, number of the use that was the last
+        self.open_decoders, self._used = OpenDecoders(), 0
 
     def build(self, lane: int, address: Address, *, ahead: int = 0) -> Sample:
         """The sample of the window at `address`, read through `lane`'s cursor. The `ahead` windows that follow it will
@@ -79,7 +82,7 @@ class SampleBuilder:
 
     def close(self) -> None:
         """Close all files. A later `build` opens them again."""
-        for _, cursor in self._lanes.values():
+        for _, cursor, _ in self._lanes.values():
             cursor.close()
         for factory in self.factories.values():
             factory.close()
@@ -93,18 +96,21 @@ class SampleBuilder:
         return bisect_right(bounds, SampleDraws(key, "mode").uniform()) if bounds else 0
 
     def cursor(self, lane: int, dataset: int) -> Cursor:
-        """The lane's cursor, a new one where it comes from another dataset."""
-        held = self._lanes.get(lane)
-        if held is not None and held[0] == dataset:
-            return held[1]
-        if held is not None:
-            held[1].close()
-            self.open_decoders -= self._decoders[held[0]]
-        if dataset not in self.factories:
-            self.factories[dataset] = self.mixture.datasets[dataset].source.cursors(self._windows[dataset])
-        cursor = self.factories[dataset].cursor()
-        self._lanes[lane] = dataset, cursor
-        self.open_decoders += self._decoders[dataset]
+        """The lane's cursor, a new one where it comes from another dataset. Lanes that a phase had and the next one
+        hasn't are closed then: they would add up."""
+        self._used += 1
+        if lane not in self._lanes or self._lanes[lane][0] != dataset:
+            for other, (held, cursor, at) in list(self._lanes.items()):
+                if other == lane or self._used - at > IDLE * len(self._lanes):
+                    cursor.close()
+                    self.open_decoders -= self._decoders[held]
+                    del self._lanes[other]
+            if dataset not in self.factories:
+                self.factories[dataset] = self.mixture.datasets[dataset].source.cursors(self._windows[dataset])
+            self._lanes[lane] = dataset, self.factories[dataset].cursor(), 0
+            self.open_decoders += self._decoders[dataset]
+        cursor = self._lanes[lane][1]
+        self._lanes[lane] = dataset, cursor, self._used
         return cursor
 
 

@@ -38,3 +38,19 @@ def test_a_samples_key_is_its_episodes_whatever_other_episodes_are_left_out(tmp_
     whole, fewer = keys(), keys("data.sources.main.exclude_episodes=[0]")
     assert len(set(whole.values())) == len(whole) > len(fewer) > 1
     assert fewer == {number: key for number, key in whole.items() if number != 0}
+
+
+def test_lanes_that_a_phase_had_and_the_next_have_not_are_closed(tmp_path):
+    """A phase's lanes are some of the tape's slots, in the next phase others: kept, they would add up."""
+    found = mixture(tmp_path)
+    tape, builder, seen = found.tape(8), SampleBuilder(found, training=True), set()
+    for epoch in range(24):
+        windows = tape.windows(np.arange(epoch * tape.epoch_size, (epoch + 1) * tape.epoch_size))
+        lanes = windows.slot.tolist()
+        for lane, dataset in zip(lanes, windows.dataset.tolist(), strict=True):
+            builder.cursor(lane, dataset)
+        seen |= set(lanes)
+        assert set(lanes) <= builder._lanes.keys() and len(builder._lanes) <= len(set(lanes)) + 5
+    assert len(seen) > len(set(lanes)) + 5, "else nothing had to be closed"
+    builder.close()
+    assert builder.open_decoders == OpenDecoders()
