@@ -66,12 +66,8 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
     progress.enter(progress.part)
     done = threading.Event()
     with _LastResort(stacks_file.with_suffix(".lock")) as last_resort:
-        watcher = threading.Thread(
-            target=_watch,
-            args=(progress, stacks_file, last_resort, rank, size, timeout, done),
-            name="watchdog",
-            daemon=True,
-        )
+        arguments = progress, stacks_file, last_resort, rank, size, timeout, done
+        watcher = threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True)
         watcher.start()
         try:
             yield
@@ -83,10 +79,13 @@ def watch(progress: Progress, run_dir: Path, *, rank: int, size: int, timeout: f
 
 class _LastResort:
     """Where a timer in C writes the stacks: stderr before the first step, so that a run which is refused leaves nothing
-    in its directory, then a file, which is there until the run ends by itself."""
+    in its directory, then a file, which is there until the run ends by itself. It is made in the directory that was
+    there at the beginning: not in one that has taken its place."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, 2
+        self.path, self.file, self.run_dir = path, 2, -1
+        with suppress(OSError):  # a node may not have it
+            self.run_dir = os.open(path.parent.parent, os.O_RDONLY)
 
     def __enter__(self) -> Self:
         return self
@@ -95,13 +94,17 @@ class _LastResort:
         if self.file != 2:
             os.close(self.file)
             self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self.run_dir)
 
     def of(self, progress: Progress) -> int:
         """The descriptor of the file, or of stderr where it can't be made."""
         if self.file == 2 and progress.step:
             with suppress(OSError):
-                self.path.parent.mkdir(exist_ok=True)
-                self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                with suppress(FileExistsError):
+                    os.mkdir(self.path.parent.name, dir_fd=self.run_dir)
+                name = f"{self.path.parent.name}/{self.path.name}"
+                self.file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=self.run_dir)
         return self.file
 
 

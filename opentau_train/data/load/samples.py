@@ -58,12 +58,7 @@ class SampleBuilder:
         raw = read(*where, future=True) if future else read(*where)
         values = {"state": raw.state, "actions": raw.actions, "action_is_pad": raw.is_pad, "prompts": raw.prompts}
         record = self.record({**raw.extra, "images": raw.images, **values}, d, place, group)
-        record |= {
-            "key": key,
-            "episode_index": number,
-            "frame_index": address.frame,
-            "pass_index": address.pass_index,
-        }
+        record |= {"key": key, "episode_index": number, "frame_index": address.frame, "pass_index": address.pass_index}
         sample = self.mixture.pipelines[d](record, key, training=self.training)
         return _parted(sample, self.mixture.spec.history + 1, mode in WITH_FUTURE) if future else sample
 

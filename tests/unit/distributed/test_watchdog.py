@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opentau_train.distributed import watchdog
 from opentau_train.errors import EXIT_FAULT
 from tests.program import environment
 
@@ -48,3 +49,21 @@ def test_work_is_progress_before_the_first_step_and_waiting_for_a_pipe_is_none(d
     if said:
         assert "error: the run stands still; where each rank was:" in done.stderr
         assert "Current thread" in Path(tmp_path / "stacks" / "rank0.txt").read_text()
+
+
+def test_nothing_is_written_into_a_directory_that_has_taken_the_runs_place(tmp_path):
+    run_dir, progress = tmp_path / "run", watchdog.Progress()
+    run_dir.mkdir()
+    with watchdog._LastResort(run_dir / "stacks" / "rank0.lock") as last_resort:
+        run_dir.rename(tmp_path / "moved")
+        run_dir.mkdir()
+        progress.enter("forward and backward", 1)
+        assert last_resort.of(progress) != 2 and (tmp_path / "moved" / "stacks" / "rank0.lock").exists()
+    assert not list(run_dir.iterdir())
+
+
+def test_without_its_directory_a_rank_has_stderr(tmp_path):
+    progress = watchdog.Progress()
+    progress.enter("forward and backward", 1)
+    with watchdog._LastResort(tmp_path / "run" / "stacks" / "rank0.lock") as last_resort:
+        assert last_resort.of(progress) == 2
