@@ -22,19 +22,16 @@ RUNS = {
     "fsdp_2": (2, [*COMPILED, *FSDP]),
     "fsdp_2_checkpointed_bf16": (2, [*COMPILED, *FSDP, "parallelism.activation_checkpointing=true", *BF16]),
 }
-ALWAYS = ("eager", "eager_bf16", "ddp_2", "fsdp_2_checkpointed_bf16")
-"""`alone` is ddp_2 without its reduction. What fsdp_2 shards the other sharded run does too, and in float32, traced
-alike but with other kernels, test_policies.py's fsdp_2_compiled."""
 
 
 @NEEDS_COMPILER
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)  # several launches
-@pytest.mark.parametrize("names", [ALWAYS, pytest.param(tuple(RUNS), marks=pytest.mark.nightly)], ids=["some", "all"])
-def test_compiled_training_has_the_losses_of_eager_training(names, tmp_path):
-    train_all({tmp_path / name: (ranks, [*SHORT, *words]) for name, (ranks, words) in RUNS.items() if name in names})
-    for name in names:
-        words = RUNS[name][1]
+def test_compiled_training_has_the_losses_of_eager_training(tmp_path):
+    """By day tests/cuda compiles one process by inductor, on a CPU too, and test_policies.py shards by aot_eager."""
+    train_all({tmp_path / name: (ranks, [*SHORT, *words]) for name, (ranks, words) in RUNS.items()})
+    for name, (_, words) in RUNS.items():
         reference, tolerance = ("eager_bf16", 1e-2) if BF16[0] in words else ("eager", 1e-5)
         eager, rows = metrics(tmp_path / reference), metrics(tmp_path / name)
         assert rows.keys() == eager.keys()

@@ -87,6 +87,11 @@ def test_policies_train_alike_in_every_layout(tmp_path):
     assert losses[0] < 0.99 * losses[1]
 
 
+def test_shards_that_are_compiled_train_alike(tmp_path):
+    compiled = {"fsdp_2_compiled": MORE_LAYOUTS["fsdp_2_compiled"]}
+    trained_alike({"flow": TINY_POLICY}, compiled, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("policy", AT_NIGHT)
@@ -111,7 +116,8 @@ def test_pretrained_encoders_train_alike_in_every_layout(frozen, tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
-    """Five take four minutes. By day test_finetune.py compiles pi0's layers by aot_eager and has four ranks."""
+    """Five take four minutes. By day test_finetune.py compiles pi0's layers by aot_eager, and test_topology.py has four
+    ranks."""
     trained_alike(POLICIES, MORE_LAYOUTS, tmp_path)
 
 
@@ -121,6 +127,6 @@ def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,
-    has one shape of batches to compile for: aot_eager is tried with several. By day test_compile.py has inductor for
+    has one shape of batches to compile for: aot_eager is tried with several. By day tests/cuda has inductor for
     the flow policy; what differs in another policy, its graph, aot_eager traces."""
     trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")
