@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from opentau_train.data.decode.parquet import RowReader
 from opentau_train.data.lerobot import source as source_module
 from opentau_train.data.lerobot import stretches
 from opentau_train.data.mixture import normalize
@@ -76,6 +77,16 @@ def test_stretches_have_the_rows_the_order_and_the_sums_of_reading_one_by_one(ro
             for found in (together, apart)
         ]
         assert stats[0] == stats[1]
+
+
+def test_rows_of_one_group_of_many_and_of_parts_of_them_are_those_of_the_file(tmp_path):
+    table = pa.table({"row": np.arange(23), "action": [[float(row)] * 2 for row in range(23)]})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+    reader = RowReader(["action", "row"])
+    for start in range(24):
+        for length in range(25 - start):
+            rows = reader.slice(tmp_path / "rows.parquet", start, length)
+            assert rows.equals(table.slice(start, length).select(["action", "row"])), (start, length)
 
 
 @pytest.mark.parametrize("opened", [("as listed", "v3.0")], indirect=True)
