@@ -49,13 +49,14 @@ class RowReader:
     """Reads rows of `columns` from parquet files, which `opener` opens, in row order. The last files stay open, and
     their last row groups in memory: a group may hold many episodes.
 
-    Single-threaded, so that it works in forked workers. Its methods raise `RowError` where a file can't be read.
+    Starts no thread, so that it works in forked workers; `apart`: others read on threads beside it. Its methods raise
+    `RowError` where a file can't be read.
     """
 
-    def __init__(self, columns: Sequence[str], opener: Opener = open_here):
+    def __init__(self, columns: Sequence[str], opener: Opener = open_here, *, apart: bool = False):
         self._opener = opener
         self._columns = [*dict.fromkeys(columns)]
-        self._files = OpenFiles[Path, _RowFile](self._opened, OPEN_FILES)
+        self._files = OpenFiles[Path, _RowFile](self._opened, OPEN_FILES, apart=apart)
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._cached_bytes = 0
 

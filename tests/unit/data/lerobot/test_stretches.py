@@ -10,9 +10,9 @@ import pytest
 from opentau_train.data.decode.parquet import RowReader
 from opentau_train.data.lerobot import source as source_module
 from opentau_train.data.lerobot import stretches
-from opentau_train.data.mixture import normalize
 from tests.lerobot_writer import Dataset, vector, write
 from tests.unit.data.load.test_real_stream import mixture
+from tests.unit.data.mixture.test_normalize import compute
 
 LENGTHS = [20, 1, 33, 7, 12, 40, 5, 9, 26, 14]
 COLUMNS = {"observation.state": vector(4), "action": vector(3, 0.5)}
@@ -71,7 +71,7 @@ def test_stretches_have_the_rows_the_order_and_the_sums_of_reading_one_by_one(ro
                 a.astype(np.float64).sum(0).tobytes() for a in other
             ]
         stats = [
-            normalize.compute(
+            compute(
                 (("d", p, s, [a]) for p, s, a in found), sum(LENGTHS), opened.state_names, opened.action_names
             ).to_json()
             for found in (together, apart)
