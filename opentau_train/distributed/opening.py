@@ -45,10 +45,8 @@ def normalise_together(
     """The opened mixture with statistics, computed by all ranks where no checkpoint's `stats` are given; `progress` is
     told of the rows that they read. Collective; raises `UserError` on all ranks alike."""
     if stats is None:
-        cores, tell = (
-            share_of_cores(world.rank - world.local_rank, world.gather),
-            partial(progress.enter, READING, None),
-        )
+        cores = share_of_cores(world.rank - world.local_rank, world.gather)
+        tell = partial(progress.enter, READING, None)
         team = Team(world.rank, world.size, cores, world.gather, world.agree, tell)
         stats = world.broadcast(statistics.compute(settings, plan.datasets, plan.groups, team))
         progress.enter(Progress.part)
