@@ -1,15 +1,19 @@
-"""CPU seconds of the statistics of a dataset's rows, exact quantiles, against pyarrow and numpy over whole files.
+"""Seconds of the statistics of a dataset's rows, exact quantiles, by 1, 2, ... workers, against pyarrow and numpy.
 
-    python benchmarks/statistics_of_rows.py [--repeats 5] [--rows 1000000]
+    python benchmarks/statistics_of_rows.py [--repeats 5] [--rows 1000000] [--workers 1 2 4]
 
 State and actions of 8 dimensions each, episodes of 300 rows, 500 a file. `numpy` reads a column of all files at once
-and takes mean, deviation, extremes and the two quantiles; the program reads episodes in the order of the files, checks
-that each row is the episode's, and adds in float64 in that order, which is the same whatever the files are cut into.
+and takes mean, deviation, extremes and the two quantiles; the program computes what a training does, without its cache:
+it reads parts of the dataset on threads, checks that each row is the episode's, and joins the parts in their order.
+
+From the seconds of one worker and of the most follows which share of the work is serial (Amdahl), and from both what
+27,000,000 rows take on 8 cores; both by the least seconds of the turns, as a busy machine adds to them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -21,47 +25,66 @@ import numpy as np
 import pyarrow.parquet as pq
 from support.program import machine, settings_of
 
+from opentau_train.config.settings import Settings
 from opentau_train.data.builtin.writer import Episode, Feature, Layout, write_tables
-from opentau_train.data.mixture import normalize
-from opentau_train.data.mixture.open import open_source
-from opentau_train.data.source import Source
+from opentau_train.data.mixture.mixture import Mixture
+from opentau_train.data.mixture.normalize import HeadStats
+from opentau_train.data.mixture.open import open_plan
+from opentau_train.data.mixture.statistics import compute
+from opentau_train.data.mixture.team import Team, own_cores
 
 NAMES, DIMS, LENGTH = ("observation.state", "action"), 8, 300
+ROWS, CORES = 27_000_000, 8
+"""What the arithmetic is for."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, nargs="+", help="by default 1, 2, 4, ..., and all cores")
     parser.add_argument("--quick", action="store_true", help="few rows, to see that it runs")
     options = parser.parse_args()
     repeats, rows = (1, 3_000) if options.quick else (options.repeats, options.rows)
-    print(f"{machine()}; CPU seconds, medians (means) of {repeats} interleaved turns\n")
+    cores = len(own_cores())
+    workers = sorted({*(options.workers or [*(2**k for k in range(cores.bit_length())), cores])})
+    print(f"{machine()}; medians (means) of {repeats} interleaved turns\n")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "rows"
         write(root, rows // LENGTH)
-        settings = settings_of(["+recipe=lerobot", f"data.sources.main.root={root}"]).data.sources["main"]
-        source = open_source("main", settings)
-        ways = {
-            "program": partial(of_program, source),
-            "of it reading": partial(read, source),
-            "numpy": partial(of_numpy, root),
-        }
-        found: dict[str, list[float]] = {name: [] for name in ways}
+        words = ["+recipe=lerobot", f"data.sources.main.root={root}", "data.sources.main.val_split_ratio=0"]
+        settings = settings_of(words)
+        plan = open_plan(settings, settings.data.sources)
+        ways = {"numpy": partial(of_numpy, root), "reading alone": partial(read, plan)}
+        ways |= {f"{n} worker{'s' * (n > 1)}": partial(of_program, plan, settings, n) for n in workers}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(repeats):
             for name, way in ways.items():
                 found[name].append(spent(way))
-    print(f"| rows x dimensions | {' | '.join(ways)} | program / numpy |")
-    print("|---|---|---|---|---|")
-    cells = [f"{statistics.median(times):.2f} ({statistics.mean(times):.2f})" for times in found.values()]
-    ratio = statistics.median(found["program"]) / statistics.median(found["numpy"])
-    print(f"| {rows // LENGTH * LENGTH:,} x {2 * DIMS} | {' | '.join(cells)} | {ratio:.2f} |")
+    print(f"| {rows // LENGTH * LENGTH:,} rows x {2 * DIMS} | CPU s | wall s | CPU / numpy |\n|---|---|---|---|")
+    numpy = statistics.median(cpu for cpu, _ in found["numpy"])
+    for name, times in found.items():
+        (cpu, _), cells = map(statistics.median, zip(*times, strict=True)), [shown(t) for t in zip(*times, strict=True)]
+        print(f"| {name} | {' | '.join(cells)} | {cpu / numpy:.2f} |")
+    fastest = [min(wall for _, wall in found[name]) for name in list(ways)[2:]]
+    if workers[0] == 1 and len(workers) > 1:
+        one, most, num = fastest[0], fastest[-1], workers[-1]
+        serial = min(1.0, max(0.0, (num * most / one - 1) / (num - 1)))
+        seconds = one / (rows // LENGTH * LENGTH) * ROWS * (serial + (1 - serial) / CORES)
+        print(
+            f"\nserial: {serial:.0%}, by {num} workers; {ROWS:,} rows on {CORES} cores by arithmetic: {seconds:.1f} s"
+        )
 
 
-def spent(call: Callable[[], object]) -> float:
-    start = time.process_time()
+def shown(times: tuple[float, ...]) -> str:
+    return f"{statistics.median(times):.2f} ({statistics.mean(times):.2f})"
+
+
+def spent(call: Callable[[], object]) -> tuple[float, float]:
+    """(CPU seconds of the process, seconds) of a call."""
+    cpu, wall = time.process_time(), time.perf_counter()
     call()
-    return time.process_time() - start
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def write(root: Path, episodes: int) -> None:
@@ -71,14 +94,14 @@ def write(root: Path, episodes: int) -> None:
     write_tables(root, layout, [Episode("move", LENGTH, columns) for columns in rows])
 
 
-def of_program(source: Source) -> normalize.HeadStats:
-    positions = np.arange(len(source.episodes))
-    rows = (("main", position, state, [actions]) for position, state, actions in source.columns(positions))
-    num = int(source.episodes.length.sum())
-    return normalize.compute(rows, num, source.state_names, source.action_names)
+def of_program(plan: Mixture, settings: Settings, workers: int) -> dict[str, HeadStats]:
+    with tempfile.TemporaryDirectory() as cache:
+        paths = dataclasses.replace(settings.paths, cache_dir=cache)
+        return compute(dataclasses.replace(settings, paths=paths), plan.datasets, plan.groups, Team(num_cores=workers))
 
 
-def read(source: Source) -> None:
+def read(plan: Mixture) -> None:
+    source = plan.datasets[0].source
     for _ in source.columns(np.arange(len(source.episodes))):
         pass
 

@@ -107,6 +107,7 @@ def open_case(root: Path, world):
     from opentau_train.config.typed import instantiate
     from opentau_train.distributed.opening import normalise_together, open_together
     from opentau_train.distributed.parallel import spread
+    from opentau_train.distributed.watchdog import Progress
 
     names = sorted(p.name for p in root.iterdir() if (p / "meta").is_dir())
     source = "data/source@data.sources"
@@ -117,7 +118,7 @@ def open_case(root: Path, world):
     with hydra.initialize_config_module("opentau_train.conf", version_base="1.3"):
         tree = composing.plain(hydra.compose("train", overrides))
     settings = load_settings(tree)
-    mixture = normalise_together(open_together(settings, world), settings, world)
+    mixture = normalise_together(open_together(settings, world), settings, world, Progress())
     torch.manual_seed(0)
     policy = instantiate(settings.model, "model", spec=mixture.spec)
     mixture = mixture.for_policy(policy.wants())

@@ -152,7 +152,7 @@ def prepare(settings: Settings, tree: dict[str, Any], world: World, place: Place
     cap = settings.data.max_num_tokens_after_packing
     world.agree(lambda: check_cap(sketched, opened.datasets, opened.spec, cap) if world.is_main else None)
     stats = world.agree(lambda: _given_statistics(settings, opened, checkpoint))
-    mixture = normalise_together(opened, settings, world, stats)
+    mixture = normalise_together(opened, settings, world, progress, stats)
     tape = mixture.tape(trainer.global_batch_size)
     torch.manual_seed(rng.key(settings.seed, "init") >> 1)  # some devices' generators take 63 bits
     execution = Execution(

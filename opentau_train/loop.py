@@ -40,6 +40,7 @@ from opentau_train.metrics.recorder import FlightRecorder
 from opentau_train.models.packing.cut import size_of
 from opentau_train.sinks.base import Sink, Sinks
 from opentau_train.sinks.opening import begun, context_of, open_sinks
+from opentau_train.sinks.reading import Reading
 from opentau_train.sinks.summary import next_steps
 from opentau_train.step import StepSetup, check_skipped, check_windows, train_step
 from opentau_train.threads import InterruptibleIterator, first_line
@@ -76,7 +77,8 @@ def run(settings: Settings, tree: dict[str, Any]) -> int:
             )
             told = context_of(settings, tree, place.run_dir, place.step)
             trackers = stack.enter_context(begun(settings, told, world.is_main, world.agree))
-            job = prepare(settings, tree, world, place, progress)
+            with closing(Reading(world.is_main)) as progress.shown:
+                job = prepare(settings, tree, world, place, progress)
         stop.watch(job.run_dir, clear=world.is_main)
         world.agree(lambda: console.also_to(job.run_dir / "train.log"))
         job.checks += [job.place.check, console.check]

@@ -38,6 +38,7 @@ from opentau_train.distributed.numerics import set_numerics
 from opentau_train.distributed.opening import normalise_together, open_together
 from opentau_train.distributed.parallel import Execution, Replicas
 from opentau_train.distributed.preflight import identity
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World, launch
 from opentau_train.errors import EXIT_OK, UserError, did_you_mean
 from opentau_train.job import mesh_of
@@ -127,7 +128,7 @@ def validate_checkpoint(
         world.agree(lambda: manifest.check(checkpoint, part=world.rank, parts=world.size))
         stats = read_stats(checkpoint / FOLDER)
         first = world.once_a_node(lambda: first_of(card))
-        opened = normalise_together(open_together(settings, world), settings, world, stats)
+        opened = normalise_together(open_together(settings, world), settings, world, Progress(), stats)
         with strangers.understood("the checkpoint's convention", checkpoint / FOLDER):
             mixture = fit(opened, card.policy)
             overlap = trained_on(card.policy["held_out"], mixture)

@@ -98,6 +98,16 @@ class FileSource(Source, Protocol):
 
 
 @runtime_checkable
+class FiledSource(Source, Protocol):
+    """A source whose `columns` several threads may go through at once, each through episodes of its own."""
+
+    def row_files(self) -> NDArray[np.int32] | None:
+        """[E] the number of the file that holds each episode's rows: those of one are best read one after another. None
+        where only one thread may read."""
+        ...
+
+
+@runtime_checkable
 class PromptedSource(Source, Protocol):
     """A source that can tell its prompts before its windows are read: what a policy can't take is refused then."""
 

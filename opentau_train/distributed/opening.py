@@ -1,10 +1,11 @@
-"""The mixture opened by all ranks alike: files prepared once a node, statistics computed once."""
+"""The mixture opened by all ranks alike: files prepared once a node, statistics computed by all together."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from functools import partial
 
 from opentau_train.config.settings import Settings
 from opentau_train.data.mixture import statistics
@@ -13,10 +14,14 @@ from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.mixture.normalize import HeadStats
 from opentau_train.data.mixture.open import open_plan, row_digests, table_digests, with_statistics
 from opentau_train.data.mixture.resolve import resolve_sources
+from opentau_train.data.mixture.team import Team, share_of_cores
 from opentau_train.distributed.preflight import check_same
+from opentau_train.distributed.watchdog import Progress
 from opentau_train.distributed.world import World
 
 log = logging.getLogger(__name__)
+
+READING = "reading rows for the statistics"
 
 
 def open_together(settings: Settings, world: World) -> Mixture:
@@ -35,16 +40,16 @@ def open_together(settings: Settings, world: World) -> Mixture:
 
 
 def normalise_together(
-    plan: Mixture, settings: Settings, world: World, stats: dict[str, HeadStats] | None = None
+    plan: Mixture, settings: Settings, world: World, progress: Progress, stats: dict[str, HeadStats] | None = None
 ) -> Mixture:
-    """The opened mixture with statistics, computed on rank 0 where no checkpoint's `stats` are given. Collective;
-    raises `UserError` on all ranks alike."""
+    """The opened mixture with statistics, computed by all ranks where no checkpoint's `stats` are given; `progress` is
+    told of the rows that they read. Collective; raises `UserError` on all ranks alike."""
     if stats is None:
-
-        def compute() -> dict[str, HeadStats]:
-            return statistics.compute(settings, plan.datasets, plan.groups) if world.is_main else {}
-
-        stats = world.broadcast(world.agree(compute))
+        cores = share_of_cores(world.rank - world.local_rank, world.gather)
+        tell = partial(progress.enter, READING, None)
+        team = Team(world.rank, world.size, cores, world.gather, world.agree, tell)
+        stats = world.broadcast(statistics.compute(settings, plan.datasets, plan.groups, team))
+        progress.enter(Progress.part)
     return with_statistics(plan, stats)
 
 

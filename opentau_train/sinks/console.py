@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from opentau_train.sinks.base import Sink, SinkContext
 from opentau_train.sinks.jsonl import last_validation
+from opentau_train.sinks.reading import has_terminal
 from opentau_train.sinks.stages import SAVE, VALIDATION, Clock, StageBar, stage_of
 from opentau_train.sinks.table import SHOWN, headline, table
 
@@ -59,7 +60,7 @@ class ConsoleSink(Sink):
         self._bar: tqdm | None = None
         self._fields: list[str] = []
         self._closing = ExitStack()
-        if _has_terminal():
+        if has_terminal():
             self._bar = tqdm(
                 total=context.total_steps, initial=context.start_step, desc=context.run_name, unit="step",
                 file=sys.stderr, dynamic_ncols=True, miniters=1, bar_format=ENDS.replace(LEFT, "?"),
@@ -153,9 +154,4 @@ def fitting(bar: tqdm, fields: Sequence[str], left: str) -> str:
 
 def _width() -> int:
     """Columns of the terminal; 80 where there is none."""
-    return max(60, os.get_terminal_size(sys.stderr.fileno()).columns) if _has_terminal() else 80
-
-
-def _has_terminal() -> bool:
-    """Whether a bar can be drawn: some containers give a terminal without a width, where it would stay empty."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return max(60, os.get_terminal_size(sys.stderr.fileno()).columns) if has_terminal() else 80

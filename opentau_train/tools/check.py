@@ -168,9 +168,9 @@ def check_weights(settings: Settings) -> list[str]:
 def open_data(settings: Settings, schema: str) -> tuple[Mixture, list[Info]]:
     """(The mixture, what each LeRobot dataset says of itself) as far as metadata go. Raises the errors that a training
     would."""
+    from opentau_train.data.mixture.heads import check_heads  # these import torch
     from opentau_train.data.mixture.open import open_plan
     from opentau_train.data.mixture.resolve import resolve_sources
-    from opentau_train.data.mixture.statistics import check_heads  # these import torch
 
     sources = resolve_sources(settings)
     own = [(f"data.sources.{name}", s) for name, s in sources.items() if s.target == SourceSettings.target]

@@ -16,7 +16,8 @@ class Mutant(NamedTuple):
 
 WINDOWS, NEAR = "data/order/windows.py", "data/lerobot/near_frames.py"
 STEP, SUMS, TAPE, BLOCKS = "step.py", "metrics/sums.py", "data/order/tape.py", "data/order/blocks.py"
-CHUNK, STATISTICS, NORMALIZE = "data/chunk.py", "data/mixture/statistics.py", "data/mixture/normalize.py"
+CHUNK, HEADS, NORMALIZE = "data/chunk.py", "data/mixture/heads.py", "data/mixture/normalize.py"
+ENDS, STORED, TALLY = "data/mixture/ends.py", "data/mixture/stored.py", "data/mixture/tally.py"
 AFFINE, SPLIT, SAMPLES = "data/transforms/normalize.py", "data/mixture/split.py", "data/load/samples.py"
 SHAPE, INPUTS, COMMIT = "data/transforms/shape.py", "models/inputs.py", "checkpoints/commit.py"
 LOSSES, PLAN, EVALUATOR = "validation/losses.py", "validation/plan.py", "validation/evaluator.py"
@@ -110,19 +111,16 @@ MUTANTS = [
         "np.maximum(np.floor(length - offsets), 0)",
         "np.maximum(np.floor(length - offsets) - 1, 0)",
     ),
-    Mutant(STATISTICS, "statistics of held-out episodes", "& ~d.held_out & d.settings.trains", "& d.settings.trains"),
-    Mutant(
-        STATISTICS,
-        "stale statistics of another split",
-        "rows_stamp, repr(names), repr(p.tolist())]",
-        "rows_stamp, repr(names)]",
-    ),
+    Mutant(HEADS, "statistics of held-out episodes", "& ~d.held_out & d.settings.trains", "& d.settings.trains"),
+    Mutant(STORED, "stale statistics of another split", "repr(names), *positions]", "repr(names)]"),
     Mutant(NORMALIZE, "half the range", "(low + high) / 2, (high - low) / 2", "(low + high) / 2, (high - low)"),
     Mutant(NORMALIZE, "constants are divided", "return spread > _CONSTANT *", "return spread > 0 *"),
-    Mutant(NORMALIZE, "another variance", "self.square / self.count -", "self.square / (self.count - 1) -"),
-    Mutant(NORMALIZE, "other quantiles", "[0.01, 0.99]", "[0.02, 0.98]"),
-    Mutant(NORMALIZE, "large means cost digits", "self.shift = rows[0]", "self.shift = 0 * rows[0]"),
-    Mutant(NORMALIZE, "extremes of the last episode", "np.minimum(self.min, rows.min(0))", "rows.min(0)"),
+    Mutant(TALLY, "another variance", "s.squares / s.count", "s.squares / (s.count - 1)"),
+    Mutant(TALLY, "the variance between parts is lost", "after.squares + between", "after.squares"),
+    Mutant(TALLY, "extremes of the last part", "np.minimum(self.min, after.min)", "after.min"),
+    Mutant(ENDS, "other quantiles", "[0.01, 0.99]", "[0.02, 0.98]"),
+    Mutant(ENDS, "a value next to the quantile's", "<= wanted[..., None]", "< wanted[..., None]"),
+    Mutant(ENDS, "too few values kept", "num_rows // stride // 99 + 3", "num_rows // stride // 200 + 3"),
     Mutant(AFFINE, "the inverse forgets the offset", "(z * inverse + offset)", "(z * inverse)"),
     Mutant(
         AFFINE,

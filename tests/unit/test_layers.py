@@ -142,7 +142,7 @@ ENDS = (
     "tools/",
     "validate",
 )
-SHORTCUTS = ("data/load/together",)
+SHORTCUTS = ("data/load/together", "data/mixture/ends", "data/mixture/stored", "data/mixture/team")
 EDGES = (*FORECASTS, *SHORTCUTS, *FORMATS, *POLICIES, *CONVERSIONS, *MEASURES, *ENDS)
 """Rooms that could be taken away; what is left is the core, whose size has a limit (docs/decisions/0014-size.md)."""
 

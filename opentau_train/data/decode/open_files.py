@@ -26,15 +26,17 @@ F = TypeVar("F", bound=_Closable)
 class OpenFiles(Generic[K, F]):
     """One owner's open files by name, at most `capacity`. The limit is the process's, so all owners in it make room for
     each other: where it comes near, the file that was used least recently is closed, whose ever it is. A name that is
-    asked for again is opened again."""
+    asked for again is opened again. One that reads `apart`, beside others on threads of their own, closes its own files
+    only, and nobody else does."""
 
     _owners: ClassVar[WeakSet[OpenFiles]] = WeakSet()
     _uses: ClassVar[itertools.count[int]] = itertools.count()
 
-    def __init__(self, open_file: Callable[[K], F], capacity: int):
+    def __init__(self, open_file: Callable[[K], F], capacity: int, *, apart: bool = False):
         self.capacity, self._open_file = capacity, open_file
         self._files: OrderedDict[K, tuple[int, F]] = OrderedDict()  # {name: (when it was used last, file)}, by use
-        self._owners.add(self)
+        self._sharing = WeakSet([self]) if apart else self._owners
+        self._sharing.add(self)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -60,10 +62,9 @@ class OpenFiles(Generic[K, F]):
         while len(self._files) > max(size, 0):
             self._files.popitem(last=False)[1][1].close()
 
-    @classmethod
-    def _make_room(cls) -> None:
+    def _make_room(self) -> None:
         while few_files_left():
-            oldest = min((owner for owner in cls._owners if owner), key=cls._last_use, default=None)
+            oldest = min((owner for owner in self._sharing if owner), key=OpenFiles._last_use, default=None)
             if oldest is None:
                 return  # all is others': opening tells whether it still goes
             oldest.shrink(len(oldest) - 1)

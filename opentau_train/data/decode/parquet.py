@@ -33,10 +33,12 @@ class RowError(Exception):
 
 
 class _RowFile(NamedTuple):
-    """An open file, after which of its rows each row group ends, and its columns that are read, without rows."""
+    """An open file, after which of its rows each row group ends, the places in a group of what is read of it, and the
+    columns that are read, without rows."""
 
     handle: pq.ParquetFile
     ends: NDArray[np.int64]
+    places: list[int]
     empty: pa.Table
 
     def close(self) -> None:
@@ -47,33 +49,28 @@ class RowReader:
     """Reads rows of `columns` from parquet files, which `opener` opens, in row order. The last files stay open, and
     their last row groups in memory: a group may hold many episodes.
 
-    Single-threaded, so that it works in forked workers. Its methods raise `RowError` where a file can't be read.
+    Starts no thread, so that it works in forked workers; `apart`: others read on threads beside it. Its methods raise
+    `RowError` where a file can't be read.
     """
 
-    def __init__(self, columns: Sequence[str], opener: Opener = open_here):
+    def __init__(self, columns: Sequence[str], opener: Opener = open_here, *, apart: bool = False):
         self._opener = opener
         self._columns = [*dict.fromkeys(columns)]
-        self._files = OpenFiles[Path, _RowFile](self._opened, OPEN_FILES)
+        self._files = OpenFiles[Path, _RowFile](self._opened, OPEN_FILES, apart=apart)
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._cached_bytes = 0
 
     def num_rows(self, path: Path) -> int:
         """Rows of the file."""
-        with self._reading(path) as (_, ends, _):
-            return int(ends[-1]) if len(ends) else 0
+        with self._reading(path) as file:
+            return int(file.ends[-1]) if len(file.ends) else 0
 
     def slice(self, path: Path, start: int, length: int) -> pa.Table:
         """The reader's columns of `length` rows from row `start` on, fewer where the file ends, each in one contiguous
         chunk that shares no memory with the file's other rows."""
-        with self._reading(path) as (handle, ends, empty):
-            length = max(min(length, (int(ends[-1]) if len(ends) else 0) - start), 0)
-            first, last = np.searchsorted(ends, [start, start + length - 1], side="right") if length else (0, -1)
-            parts = [empty]
-            for group in range(first, last + 1):
-                begin = ends[group - 1] if group else 0
-                table = self._group(path, handle, group)
-                low, high = max(start - begin, 0), min(start + length - begin, table.num_rows)
-                parts.append(table.slice(low, high - low))
+        with self._reading(path) as file:
+            length = max(min(length, (int(file.ends[-1]) if len(file.ends) else 0) - start), 0)
+            parts = [file.empty, *(self._parts(path, file, start, length) if length else ())]
             # A copy: a lane keeps its episode's rows for long, and a slice would keep the whole row group alive.
             rows = pa.concat_tables(parts).take(pa.array(np.arange(length))).combine_chunks()
             rows.validate(full=True)
@@ -88,13 +85,13 @@ class RowReader:
 
     def whole(self, path: Path, columns: Sequence[str]) -> pa.Table:
         """`columns` of all of the file's rows."""
-        with self._reading(path) as (handle, _, _):
-            return handle.read(columns=list(columns), use_threads=False).select(columns)
+        with self._reading(path) as file:
+            return file.handle.read(columns=list(columns), use_threads=False).select(columns)
 
     def extremes(self, path: Path, column: str) -> tuple[float, float]:
         """(least, greatest) value of a column of numbers by the file's statistics; -inf and inf where it has none."""
-        with self._reading(path) as (handle, _, _):
-            metadata = handle.metadata
+        with self._reading(path) as file:
+            metadata = file.handle.metadata
             place = next(
                 i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column
             )
@@ -133,35 +130,60 @@ class RowReader:
             handle.close()
             raise RowError(f"{path} has {sum(rows):,} rows, or fewer than none in a group: {MOST_ROWS:,} are the most")
         ends = np.cumsum(rows, dtype=np.int64)
-        return _RowFile(handle, ends, handle.schema_arrow.empty_table().select(self._columns))
+        roots = {name.split(".")[0] for name in self._columns}
+        places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in roots]
+        return _RowFile(handle, ends, places, handle.schema_arrow.empty_table().select(self._columns))
 
-    def _group(self, path: Path, handle: pq.ParquetFile, group: int) -> pa.Table:
+    def _parts(self, path: Path, file: _RowFile, start: int, length: int) -> Iterator[pa.Table]:
+        """The `length` > 0 rows from row `start` on, in order. Row groups that are asked for whole are read in one
+        call: each call has its price, and some files have a group an episode."""
+        ends, stop = file.ends, start + length
+        group, last = (int(g) for g in np.searchsorted(ends, [start, stop - 1], side="right"))
+        begin = int(ends[group - 1]) if group else 0
+        whole = range(group + int(begin < start), last + int(ends[last] <= stop))
+        while group <= last:
+            if len(whole) > 1 and group == whole.start:
+                yield self._read(file, whole)
+                group = whole.stop
+            else:
+                table = self._group(path, file, group)
+                low = max(start - begin, 0)
+                yield table.slice(low, min(stop - begin, table.num_rows) - low)
+                group += 1
+            begin = int(ends[group - 1])
+
+    def _group(self, path: Path, file: _RowFile, group: int) -> pa.Table:
         table = self._groups.get((path, group))
         if table is not None:
             self._groups.move_to_end((path, group))
             return table
-        self._check_size(handle.metadata.row_group(group))
-        # pyarrow takes "action" for a prefix of "action.x" too: select again.
-        table = handle.read_row_group(group, columns=self._columns, use_threads=False).select(self._columns)
-        self._groups[path, group] = table
+        self._groups[path, group] = table = self._read(file, range(group, group + 1))
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHED_BYTES and len(self._groups) > 1:
             self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         return table
 
-    def _check_size(self, group: Any) -> None:
-        """Raises `strangers.Refused` where the columns of a row group would take more memory than a file has cause to:
-        encoded, a number that is repeated takes none."""
-        columns = [group.column(i) for i in range(group.num_columns)]
-        asked = [c for c in columns if c.path_in_schema.split(".")[0] in {n.split(".")[0] for n in self._columns}]
-        size = sum(max(c.total_uncompressed_size, 8 * c.num_values) for c in asked)
-        if size > GROUP_BYTES or group.num_rows > GROUP_BYTES // 8:
-            raise strangers.Refused(f"a row group of {group.num_rows:,} rows and {size:,} bytes, more than are read")
+    def _read(self, file: _RowFile, groups: range) -> pa.Table:
+        for group in groups:
+            _check_size(file.handle.metadata.row_group(group), file.places)
+        # pyarrow takes "action" for a prefix of "action.x" too: select again.
+        return file.handle.read_row_groups(groups, columns=self._columns, use_threads=False).select(self._columns)
 
     def _forget(self, path: Path) -> None:
         self._files.drop(path)
         for key in [k for k in self._groups if k[0] == path]:
             self._cached_bytes -= self._groups.pop(key).nbytes
+
+
+def _check_size(group: Any, places: list[int]) -> None:
+    """Raises `strangers.Refused` where the columns at `places` of a row group would take more memory than a file has
+    cause to: encoded, a number that is repeated takes none."""
+    size = 0
+    for place in places:
+        column = group.column(place)
+        size += max(column.total_uncompressed_size, 8 * column.num_values)
+    if size > GROUP_BYTES or group.num_rows > GROUP_BYTES // 8:
+        raise strangers.Refused(f"a row group of {group.num_rows:,} rows and {size:,} bytes, more than are read")
 
 
 def _parquet_file(path: Path) -> pq.ParquetFile:

@@ -32,17 +32,18 @@ class EpisodeError(RowError):
 
 
 class EpisodeReader:
-    """Reads `columns` of one whole episode at a time, in the order of its frames. Its methods raise `RowError`.
+    """Reads `columns` of one whole episode at a time, in the order of its frames; `apart`, beside others on threads of
+    their own. Its methods raise `RowError`.
 
     Rows that stand where the metadata say are read from there. Else the file's own columns tell where they are, then
     those of the other files that may have them: an episode may lie in two, or in another than the metadata say.
     """
 
-    def __init__(self, stored: StoredEpisodes, columns: Sequence[str]):
+    def __init__(self, stored: StoredEpisodes, columns: Sequence[str], *, apart: bool = False):
         self._stored = stored
         self._keys = row_keys(stored)
         self._mirror = mirror_at(stored.data.root)
-        self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root))
+        self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root), apart=apart)
         self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()
         self._listing: list[Path] | None = None
         self._ranges: dict[Path, tuple[float, float]] = {}

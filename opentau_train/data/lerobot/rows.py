@@ -51,7 +51,7 @@ def of_episodes(
 
     Raises `UserError` naming the file of rows that can't be read or, by a `RowError` of `take`, used.
     """
-    reader, mirror = EpisodeReader(stored, list(columns)), mirror_at(stored.data.root)
+    reader, mirror = EpisodeReader(stored, list(columns), apart=True), mirror_at(stored.data.root)
     if mirror is not None:
         positions = fetch_ahead(positions, lambda p: [(mirror, stored.data.path(int(stored.data_file[p])))], NUM_AHEAD)
     try:

@@ -27,7 +27,7 @@ def read_in_stretches(reading: Reading, ordered: NDArray[np.int64]) -> Iterator[
     if not stored.shared_files or mirror_at(stored.data.root) is not None:
         return
     names = [c.name for c in (*reading.state, *reading.actions)]
-    reader = EpisodeReader(stored, names)
+    reader = EpisodeReader(stored, names, apart=True)
     try:
         for positions in _stretches(stored, ordered):
             try:

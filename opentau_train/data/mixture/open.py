@@ -19,7 +19,7 @@ from opentau_train.config.typed import instantiate
 from opentau_train.data import keep_ranges
 from opentau_train.data.chunk import chunk_rows, row_step
 from opentau_train.data.conventions.sources import check_parts, convert
-from opentau_train.data.mixture import normalize, statistics
+from opentau_train.data.mixture import heads, normalize, statistics, team
 from opentau_train.data.mixture.groups import groups_of, with_shares
 from opentau_train.data.mixture.keyframes import with_keyframes
 from opentau_train.data.mixture.mixture import Dataset, Mixture
@@ -50,7 +50,7 @@ def open_mixture(settings: Settings, stats: dict[str, HeadStats] | None = None) 
     """
     mixture = with_keyframes(open_plan(settings, resolve_sources(settings)), settings.paths.cache)
     if stats is None:
-        stats = statistics.compute(settings, mixture.datasets, mixture.groups)
+        stats = statistics.compute(settings, mixture.datasets, mixture.groups, team.alone())
     return with_statistics(mixture, stats)
 
 
@@ -102,7 +102,7 @@ def _pipelines(mixture: Mixture, stats: dict[str, HeadStats]) -> tuple[Pipeline,
 def with_statistics(mixture: Mixture, stats: dict[str, HeadStats]) -> Mixture:
     """The mixture normalised by `stats`, without the episodes whose rows these didn't find; logs which they are, and
     which dimensions don't vary. Raises `UserError` where the statistics don't fit."""
-    statistics.check(stats, mixture.datasets, mixture.groups)
+    heads.check(stats, mixture.datasets, mixture.groups)
     mixture = _without(mixture, {episode for known in stats.values() for episode in known.left_out})
     for head, known in stats.items():
         flat = normalize.constant_dimensions(known, mixture.settings.normalization)

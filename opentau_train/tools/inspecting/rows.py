@@ -16,9 +16,12 @@ from opentau_train.config.settings import Settings
 from opentau_train.data.lerobot.rows import prompts_by_episode
 from opentau_train.data.lerobot.source import LeRobotDataset
 from opentau_train.data.lint.reading import chosen_episodes, is_fetched
-from opentau_train.data.mixture import normalize, statistics
+from opentau_train.data.mixture import statistics
+from opentau_train.data.mixture.ends import make_ends
 from opentau_train.data.mixture.mixture import Dataset, Mixture
-from opentau_train.data.mixture.normalize import Chunks, HeadStats, Method, affine_of
+from opentau_train.data.mixture.normalize import HeadStats, Method, affine_of
+from opentau_train.data.mixture.tally import count, whole
+from opentau_train.data.mixture.team import alone
 from opentau_train.data.source import PromptedSource
 from opentau_train.data.transforms.normalize import Affine
 from opentau_train.data.transforms.pipeline import Pipeline
@@ -155,10 +158,12 @@ def _episodes(dataset: Dataset, mixture: Mixture, positions: NDArray[np.int64]) 
 
 def _own_statistics(dataset: Dataset, episodes: Sequence[_Episode], per_timestep: bool) -> HeadStats:
     rows = ((dataset.name, own.number, own.state, own.actions) for own in episodes)
-    num_actions = sum(len(step) for own in episodes for step in own.actions)
     num_rows = sum(len(own.state) for own in episodes)
-    chunks = Chunks(num_actions, per_timestep) if len(episodes[0].actions) > 1 else None
-    return normalize.compute(rows, num_rows, dataset.state_names, dataset.action_names, chunks=chunks)
+    steps = [sum(map(len, step)) for step in zip(*(own.actions for own in episodes), strict=True)]
+    steps = steps if per_timestep else [sum(steps)]
+    names = dataset.state_names, dataset.action_names
+    ends = make_ends(num_rows, (len(names[0]), len(names[1])), steps)
+    return whole([count(rows, ends)], ends, alone().gather, names, {})
 
 
 def _dimensions(vector: _Vector, names: Sequence[str], span: float) -> tuple[Dimension, ...]:
@@ -214,6 +219,6 @@ def read_statistics(settings: Settings, mixture: Mixture) -> tuple[dict[str, Hea
             f"the mixture has {num_rows:,} rows, and statistics of at most {MOST_FOR_STATISTICS:,} are computed here",
         )
     try:
-        return statistics.compute(settings, mixture.datasets, mixture.groups), ""
+        return statistics.compute(settings, mixture.datasets, mixture.groups, alone()), ""
     except UserError as error:  # a page that says so is worth more than none
         return {}, f"a training ends here: {error.what} ({error.where}). {error.remedy}"

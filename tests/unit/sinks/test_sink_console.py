@@ -81,20 +81,22 @@ def test_the_first_table_after_a_resume_shows_the_change_since_the_pass_before_i
     assert again.split()[-1] == "+0.0500" and second.endswith(", change +0.0400")
 
 
-def shown_on_a_terminal(columns: int) -> str:
-    """What a resumed run's sink writes to a terminal of that width."""
-    code = """
-        import sys
-        from pathlib import Path
-        from opentau_train.log import log_to
-        from opentau_train.sinks.base import SinkContext
-        from opentau_train.sinks.console import ConsoleSink
-        with log_to(sys.stderr, is_main=True):
-            sink = ConsoleSink(context=SinkContext(Path("."), "droid", 100, 40, {}))
-            sink.write(50, {"Training/Loss": 0.5})
-            sink.write(50, {"Validation/MSE": 0.25})
-            sink.close()
-    """
+RESUMED = """
+    import sys
+    from pathlib import Path
+    from opentau_train.log import log_to
+    from opentau_train.sinks.base import SinkContext
+    from opentau_train.sinks.console import ConsoleSink
+    with log_to(sys.stderr, is_main=True):
+        sink = ConsoleSink(context=SinkContext(Path("."), "droid", 100, 40, {}))
+        sink.write(50, {"Training/Loss": 0.5})
+        sink.write(50, {"Validation/MSE": 0.25})
+        sink.close()
+"""
+
+
+def shown_on_a_terminal(columns: int, code: str = RESUMED) -> str:
+    """What a program writes to a terminal of that width; by default a resumed run's sink."""
     main, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stderr=terminal, check=True)

@@ -67,3 +67,21 @@ def test_all_descriptors_taken_by_others_is_few_left_and_opening_says_so(files):
             OpenFiles(open, 5).get(files[0])
     assert refused.value.errno == errno.EMFILE
     assert not few_files_left()
+
+
+@alone
+def test_one_that_reads_apart_makes_room_by_its_own_files_and_keeps_them_from_others(files):
+    with room_for(8) as limit:
+        before = num_open()
+        apart, others = OpenFiles(open, 20, apart=True), [OpenFiles(open, 20), OpenFiles(open, 20)]
+        kept = [apart.get(path) for path in files[:3]]
+        for owner in others:
+            for path in files[10:20]:
+                owner.get(path)
+        assert len(apart) == 3 and not any(file.closed for file in kept)
+        assert sum(map(len, others)) == limit - before - 3
+        for path in files[3:6]:
+            apart.get(path)
+        assert sum(map(len, others)) == limit - before - 3
+        for owner in (apart, *others):
+            owner.shrink(0)

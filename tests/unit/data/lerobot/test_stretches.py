@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from opentau_train.data.decode.parquet import RowReader
 from opentau_train.data.lerobot import source as source_module
 from opentau_train.data.lerobot import stretches
-from opentau_train.data.mixture import normalize
 from tests.lerobot_writer import Dataset, vector, write
 from tests.unit.data.load.test_real_stream import mixture
+from tests.unit.data.mixture.test_normalize import compute
 
 LENGTHS = [20, 1, 33, 7, 12, 40, 5, 9, 26, 14]
 COLUMNS = {"observation.state": vector(4), "action": vector(3, 0.5)}
@@ -70,12 +71,22 @@ def test_stretches_have_the_rows_the_order_and_the_sums_of_reading_one_by_one(ro
                 a.astype(np.float64).sum(0).tobytes() for a in other
             ]
         stats = [
-            normalize.compute(
+            compute(
                 (("d", p, s, [a]) for p, s, a in found), sum(LENGTHS), opened.state_names, opened.action_names
             ).to_json()
             for found in (together, apart)
         ]
         assert stats[0] == stats[1]
+
+
+def test_rows_of_one_group_of_many_and_of_parts_of_them_are_those_of_the_file(tmp_path):
+    table = pa.table({"row": np.arange(23), "action": [[float(row)] * 2 for row in range(23)]})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+    reader = RowReader(["action", "row"])
+    for start in range(24):
+        for length in range(25 - start):
+            rows = reader.slice(tmp_path / "rows.parquet", start, length)
+            assert rows.equals(table.slice(start, length).select(["action", "row"])), (start, length)
 
 
 @pytest.mark.parametrize("opened", [("as listed", "v3.0")], indirect=True)

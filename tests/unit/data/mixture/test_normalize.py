@@ -6,17 +6,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opentau_train.data.mixture import normalize
+from opentau_train.data.mixture import ends, normalize, stored, tally
 from opentau_train.data.mixture.normalize import HeadStats, affine_of
+from opentau_train.data.mixture.team import Team
 from opentau_train.errors import UserError
 
 METHODS = ["mean_std", "min_max", "quantiles"]
 
 
+def compute(rows, num_rows: int, state_names, action_names, excluded=None) -> HeadStats:
+    """Of rows in parts of one episode."""
+    own = ends.make_ends(num_rows, (len(state_names), len(action_names)), [num_rows])
+    names, parts = (tuple(state_names), tuple(action_names)), [tally.count([episode], own) for episode in rows]
+    return tally.whole(parts, own, Team().gather, names, excluded or {})
+
+
 def stats_of(actions: np.ndarray, parts: int = 3) -> HeadStats:
     pieces = np.array_split(actions.astype(np.float32), parts)
     rows = (("d", i, np.zeros((len(p), 0), np.float32), [p]) for i, p in enumerate(pieces) if len(p))
-    return normalize.compute(rows, len(actions), [], [f"a{i}" for i in range(actions.shape[1])])
+    return compute(rows, len(actions), [], [f"a{i}" for i in range(actions.shape[1])])
 
 
 @given(st.integers(0, 2**31), st.floats(-1e5, 1e5), st.floats(1e-3, 1e3))
@@ -74,7 +82,7 @@ def test_nan_names_dataset_episode_and_dimension():
     x[3, 1] = np.nan
     rows = [("good", 0, np.zeros((5, 0)), [np.zeros((5, 2))]), ("bad", 17, np.zeros((5, 0)), [x])]
     with pytest.raises(UserError, match="y is nan in dataset 'bad', episode 17, frame 3"):
-        normalize.compute(iter(rows), 10, [], ["x", "y"])
+        compute(iter(rows), 10, [], ["x", "y"])
 
 
 def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
@@ -82,7 +90,7 @@ def test_a_dimension_that_is_never_finite_is_proposed_to_be_dropped():
     rows[:, 1] = np.nan
     two = [("d", e, rows, [rows[:, :2]]) for e in range(2)]
     with pytest.raises(UserError) as caught:
-        normalize.compute(iter(two), 18, ["s[0]", "s[1]", "s.z"], ["a[0]", "a.y"])
+        compute(iter(two), 18, ["s[0]", "s[1]", "s.z"], ["a[0]", "a.y"])
     assert "s[1] is nan in dataset 'd', episode 0, frame 0 and all others" in str(caught.value)
     assert "data.sources.d.drop_dims=[s.1,a.y]" in caught.value.remedy
 
@@ -91,7 +99,7 @@ def test_a_dimension_without_values_in_some_episodes_leaves_these_out():
     good, bad = np.ones((9, 2), np.float32), np.full((9, 2), np.nan, np.float32)
     rows = [("d", e, values, [good]) for e, values in enumerate((good, bad, good, bad))]
     with pytest.raises(UserError) as caught:
-        normalize.compute(iter(rows), 36, ["s[0]", "s[1]"], ["a[0]", "a[1]"], {"d": (7,)})
+        compute(iter(rows), 36, ["s[0]", "s[1]"], ["a[0]", "a[1]"], {"d": (7,)})
     assert "episode 1, frame 0 and all others; so are values of 1 other episodes" in caught.value.what
     assert caught.value.remedy.endswith("data.sources.d.exclude_episodes=[1,3,7]")
 
@@ -113,7 +121,7 @@ def test_quantiles_of_a_dimension_that_moves_in_few_rows_are_its_extremes():
 
 
 def test_quantiles_of_a_stride_sample_stay_close(monkeypatch):
-    monkeypatch.setattr(normalize, "QUANTILE_ROWS", 1000)
+    monkeypatch.setattr(ends, "QUANTILE_ROWS", 1000)
     x = np.random.default_rng(0).normal(size=(30_000, 1))
     found = stats_of(x, parts=7).actions
     assert abs(found.q01[0] - np.quantile(x, 0.01)) < 0.3
@@ -121,28 +129,21 @@ def test_quantiles_of_a_stride_sample_stay_close(monkeypatch):
 
 
 def test_cache_is_keyed_by_content_and_survives_json(tmp_path):
-    made = []
-
-    def make():
-        made.append(1)
-        return stats_of(np.random.default_rng(0).normal(size=(50, 2)))
-
-    first = normalize.cached(tmp_path, ["content a"], make)
-    again = normalize.cached(tmp_path, ["content a"], make)
-    normalize.cached(tmp_path, ["content b"], make)
-    assert len(made) == 2
+    first = stats_of(np.random.default_rng(0).normal(size=(50, 2)))
+    stored.write_one(tmp_path, ["content a"], first)
+    again = stored.read_one(tmp_path, ["content a"])
+    assert stored.read_one(tmp_path, ["content b"]) is None
     assert json.dumps(first.to_json()) == json.dumps(again.to_json())
 
 
 @pytest.mark.parametrize("text", ["", '{"state": {"count"', "{}"])
-def test_a_torn_cache_is_computed_again_and_says_so(text, tmp_path, caplog):
-    def make():
-        return stats_of(np.random.default_rng(0).normal(size=(50, 2)))
-
-    first = normalize.cached(tmp_path, ["content"], make)
-    (stored,) = (tmp_path / "stats").iterdir()
-    whole = stored.read_text()
-    stored.write_text(text)
-    assert json.dumps(normalize.cached(tmp_path, ["content"], make).to_json()) == json.dumps(first.to_json())
-    assert stored.name in caplog.text
-    assert stored.read_text() == whole and list((tmp_path / "stats").iterdir()) == [stored]
+def test_a_torn_cache_is_passed_over_with_a_warning_and_written_anew(text, tmp_path, caplog):
+    stats = stats_of(np.random.default_rng(0).normal(size=(50, 2)))
+    stored.write_one(tmp_path, ["content"], stats)
+    (path,) = (tmp_path / "stats").iterdir()
+    whole = path.read_text()
+    path.write_text(text)
+    assert stored.read_one(tmp_path, ["content"]) is None
+    assert path.name in caplog.text
+    stored.write_one(tmp_path, ["content"], stats)
+    assert path.read_text() == whole and list((tmp_path / "stats").iterdir()) == [path]
