@@ -118,6 +118,7 @@ FORMATS = (
     "data/builtin/",
     "data/decode/images",
     "data/decode/parquet",
+    "data/keep_ranges",
     "data/lerobot/",
     "data/remote/",
     "models/lerobot",
