@@ -88,7 +88,8 @@ def torch_hue(picture: torch.Tensor, turns: float) -> torch.Tensor:
 def test_hues_are_those_of_the_hexcone_within_the_256ths_of_eight_bits(turns, seed, made):
     picture = made(seed)
     far = distance(pixels.hue(picture, turns), torch_hue(levels(picture), turns))
-    assert far.max() <= 12 and far.mean() <= 2
+    # Two 256ths of a turn, there and back, are 12 levels of the most saturated colours; saturation and value round, too.
+    assert far.max() <= 13 and far.mean() <= 2
 
 
 @given(st.floats(0.3, 3.0), st.integers(0, 100))
