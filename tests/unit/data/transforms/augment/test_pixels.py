@@ -88,7 +88,7 @@ def torch_hue(picture: torch.Tensor, turns: float) -> torch.Tensor:
 def test_hues_are_those_of_the_hexcone_within_the_256ths_of_eight_bits(turns, seed, made):
     picture = made(seed)
     far = distance(pixels.hue(picture, turns), torch_hue(levels(picture), turns))
-    # Two 256ths of a turn, there and back, are 12 levels of the most saturated colours; saturation and value round, too.
+    # Two 256ths of a turn, there and back, are 12 levels of the purest colours; saturation and value round, too.
     assert far.max() <= 13 and far.mean() <= 2
 
 
