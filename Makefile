@@ -28,7 +28,7 @@ LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data
 UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-quick golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-long bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -156,6 +156,8 @@ site: $(SITE)/.installed ## The documentation as a site, in build/site (a link t
 docs: setup site ## The site, and tests of the documentation's links and commands
 	$(BIN)/python -m pytest tests/docs
 
+HOURS := $(patsubst %,benchmarks/%.py,closed_loop goodput kill_campaign modes one_card pretrained_encoders shuffle_stability)
+
 bench-quick: setup ## See that the benchmarks start, and that those which have a quick form run (their numbers mean nothing)
 	for script in benchmarks/*.py; do basename "$$script" .py; done \
 	  | PYTHONPATH=benchmarks $(BIN)/python -P -c 'import sys; [__import__(name) for name in sys.stdin.read().split()]'
@@ -183,8 +185,11 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.py
 test-lowest: $(LOWEST)/.installed ## A part of the fast tests with the lowest versions that pyproject.toml states
 	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(ARGS)
 
-bench: setup $(WEIGHTS) ## Run every benchmark of benchmarks/
-	for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: setup $(WEIGHTS) ## Run the benchmarks that take minutes
+	for script in $(filter-out $(HOURS),$(sort $(wildcard benchmarks/*.py))); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-long: setup $(WEIGHTS) ## Run those that train for hours, kill runs for long, or want a card
+	for script in $(HOURS); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 golden: setup ## Rewrite the golden files of tests/golden (a change needs a reason in its commit)
 	$(BIN)/python -m tests.golden.regenerate
