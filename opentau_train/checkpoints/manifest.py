@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -70,7 +70,8 @@ def flushing(folder: Path, *patterns: str) -> Iterator[None]:
     def again() -> None:
         while not over.wait(FLUSH_EVERY):
             for path in (path for pattern in patterns for path in folder.glob(pattern)):
-                flush(path)
+                with suppress(FileNotFoundError):  # safetensors writes under another name, and then renames
+                    flush(path)
 
     with ThreadPoolExecutor(1) as beside:
         call = beside.submit(again)

@@ -272,4 +272,5 @@ def _root_cause(error: BaseException) -> str:
         return _root_cause(inner[0] if isinstance(inner, tuple) else inner)
     if "unexpected pos" in str(error):  # all that torch.save says where the system took less than it was given
         return "a write was cut short, as it is on a full disk"
+    # What safetensors puts before the system's own words reads as a second error.
     return str(error).rpartition("I/O error: ")[2] or type(error).__name__

@@ -16,6 +16,7 @@ from opentau_train.data.lerobot.files import FileTable, distinct_pairs
 from opentau_train.data.lerobot.info import RESTORE, Info
 from opentau_train.data.lerobot.spans import Span
 from opentau_train.data.lerobot.tables import parquet_files, read_jsonl, read_parquet, text_columns
+from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.errors import UserError
 from opentau_train.types import EpisodeTable
 
@@ -80,6 +81,10 @@ class StoredEpisodes:
         """The files of the episode at `position`, as the metadata have it: of its rows, then of each camera."""
         videos = [places.files.path(int(places.file[position])) for places in self.videos.values()]
         return [self.data.path(int(self.data_file[position])), *videos]
+
+    def row_files(self) -> NDArray[np.int32] | None:
+        """See `FiledSource.row_files`; one thread alone reads from a server, on which it fetches files ahead."""
+        return self.data_file if mirror_at(self.data.root) is None else None
 
     def select(self, keep: NDArray) -> StoredEpisodes:
         """The episodes at the positions `keep`, in that order."""

@@ -37,12 +37,7 @@ from opentau_train.data.lerobot.columns import (
 )
 from opentau_train.data.lerobot.control_modes import DEFAULT_CONTROL_MODE, with_control_mode
 from opentau_train.data.lerobot.cursor import LeRobotCursorFactory
-from opentau_train.data.lerobot.episodes import (
-    Episodes,
-    StoredEpisodes,
-    read_episodes,
-    read_tasks,
-)
+from opentau_train.data.lerobot.episodes import Episodes, StoredEpisodes, read_episodes, read_tasks
 from opentau_train.data.lerobot.files import number_files
 from opentau_train.data.lerobot.identity import check_place, identify, stored_files
 from opentau_train.data.lerobot.info import Info, read_info
@@ -55,7 +50,6 @@ from opentau_train.data.lerobot.rows import Reading, state_and_actions
 from opentau_train.data.lerobot.select import Listing, filter_blocks, kept_positions, wanted_columns
 from opentau_train.data.lerobot.settle import cut, seen_rows, settle_lengths, tell_unlisted, video_places
 from opentau_train.data.lerobot.stretches import read_in_stretches
-from opentau_train.data.remote.mirror import mirror_at
 from opentau_train.data.source import UNKNOWN_ROBOT, Keyframes, whole_episodes
 from opentau_train.errors import UserError, did_you_mean
 from opentau_train.types import EpisodeTable, WindowSpec
@@ -103,9 +97,8 @@ class LeRobotDataset:
         return self.reading.stored.paths(position)
 
     def row_files(self) -> NDArray[np.int32] | None:
-        """See `FiledSource.row_files`; one thread alone reads from a server, on which it fetches files ahead."""
-        stored = self.reading.stored
-        return stored.data_file if mirror_at(stored.data.root) is None else None
+        """See `FiledSource.row_files`."""
+        return self.reading.stored.row_files()
 
     def prompts(self, positions: NDArray[np.int64]) -> Iterator[str]:
         """See `PromptedSource.prompts`: all tasks that meta/ lists, or what the rows have in the columns of prompts."""

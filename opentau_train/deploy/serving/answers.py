@@ -125,13 +125,13 @@ class Answers:
             try:
                 reader = self.terms.policy.readers[waiting.request.norm_head]
                 ready.append((waiting, reader.read(waiting.request.observation)))
-            except Exception as error:  # see `_failed`
+            except Exception as error:  # broad: whatever it is, its client is told, and no other; see `_failed`
                 self._failed([waiting], error)
         if not ready:
             return
         try:
             self._compute(ready)
-        except Exception as error:  # see `_failed`
+        except Exception as error:  # broad: whatever it is, the clients whose batch it was are told; see `_failed`
             if len(ready) == 1 or not isinstance(error, Explained) or isinstance(error, Fault):
                 self._failed([waiting for waiting, _ in ready], error)
             else:  # one of them can't be computed: the others can, each by itself

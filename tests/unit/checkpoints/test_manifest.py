@@ -1,8 +1,11 @@
 """A checkpoint's files are what was written, or are refused by name; a resume goes back to the newest that are."""
 
+import errno
 import json
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,37 @@ def test_what_is_written_may_be_read_by_others(trained, tmp_path):
     (probe := tmp_path / "probe").touch()
     written = [out, *(p for p in trained.rglob("*") if p.is_file() and not p.is_symlink())]
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(probe.stat().st_mode & 0o777)}
+
+
+def test_what_is_renamed_while_it_is_brought_to_the_disk_is_no_error(tmp_path, monkeypatch):
+    """As safetensors does: a file that was listed is gone when it is opened."""
+    real = manifest.flush
+
+    def after_the_rename(path):
+        if path.name == "weights.part":
+            path.rename(tmp_path / "weights")
+        real(path)
+
+    monkeypatch.setattr(manifest, "FLUSH_EVERY", 0.0)
+    monkeypatch.setattr(manifest, "flush", after_the_rename)
+    with manifest.flushing(tmp_path, "*"):
+        (tmp_path / "weights.part").write_bytes(b"abc")
+        until = time.monotonic() + 20
+        while not (tmp_path / "weights").exists():
+            assert time.monotonic() < until
+    assert (tmp_path / "weights").read_bytes() == b"abc"
+
+
+def test_a_write_that_fails_beside_is_told(tmp_path, monkeypatch):
+    """The system reports it once only: what comes after would not hear of it."""
+    (tmp_path / "weights").write_bytes(b"abc")
+    told = threading.Event()
+
+    def fails(path):
+        told.set()
+        raise OSError(errno.EIO, "the disk")
+
+    monkeypatch.setattr(manifest, "FLUSH_EVERY", 0.0)
+    monkeypatch.setattr(manifest, "flush", fails)
+    with pytest.raises(OSError, match="the disk"), manifest.flushing(tmp_path, "*"):
+        assert told.wait(20)
