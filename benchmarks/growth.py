@@ -92,7 +92,7 @@ def newest_step(metrics: Path) -> int:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The run's loader workers: the children that train on nothing but read, validation's kept ones among them."""
+    """The run's loader workers, those that validation keeps among them."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line) for line in listed.split()]
 
