@@ -76,8 +76,9 @@ test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes,
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
 
+# Two pairs of hosts at a time: they wait for a network that is away most of the time.
 test-hosts: setup ## Two hosts: network namespaces with a cable between them (iproute2; needs root)
-	$(BIN)/python -m pytest -m hosts tests/distributed/test_two_hosts.py $(ARGS)
+	$(BIN)/python -m pytest -m hosts tests/distributed/test_two_hosts.py -n 2 --dist worksteal $(ARGS)
 
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
