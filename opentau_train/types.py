@@ -49,7 +49,8 @@ class WindowSpec:
     of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
     Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
     after one another. `between`: of actions at another rate, what of them isn't on a straight line from row to row
-    (`chunk.rows_at`). `max_pixels`: larger pictures are refused before they are decoded."""
+    (`chunk.rows_at`). `max_pixels`: larger pictures are refused before they are decoded. `scaling`: how pictures are
+    brought to their size (`data.scaling`)."""
 
     chunk_length: int
     history: int = 0
@@ -60,6 +61,7 @@ class WindowSpec:
     future_cameras: tuple[str, ...] = ()
     between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
     max_pixels: int = MAX_PIXELS
+    scaling: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class BatchSpec:
 
     `cameras` in a fixed order, `image_size` (H, W), `history` h, `state_dim` S, `action_dim` A, `chunk_length` T;
     `norm_heads` and `modes` that samples have; `future` F later frames of `future_cameras`, `future_stride` steps after
-    one another; `fields`, which the transforms add to `data.fields.FIELDS`.
+    one another; `scaling`, by which pictures are brought to their size; `fields`, which the transforms add to
+    `data.fields.FIELDS`.
     """
 
     cameras: tuple[str, ...]
@@ -118,6 +121,7 @@ class BatchSpec:
     future: int = 0
     future_stride: int = 1
     future_cameras: tuple[str, ...] = ()
+    scaling: str = "bilinear"
     fields: tuple[Any, ...] = field(default=(), repr=False)
 
     @property

@@ -200,6 +200,11 @@ class DataSettings:
     """The sample that stands in when no source has a root or repo_id."""
     image_size: tuple[int, int] = (96, 96)
     """(H, W) of every camera after resizing, aspect kept, padded with black."""
+    scaling: Literal["area", "bilinear"] = field(
+        default="bilinear", metadata=refused("the policy was trained on pictures that were scaled otherwise")
+    )
+    """How pictures are made smaller: each pixel the mean over its area (`area`, which conf/data/ chooses), or by
+    triangles as wide (`bilinear`, what openpi's policies were trained on, and runs that don't say)."""
     chunk_length: Count = 16
     """Actions that a window holds, from its frame on."""
     history: Natural = 0

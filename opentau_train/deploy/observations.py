@@ -30,11 +30,13 @@ PASSED_OVER = ("action", "action.*", "actions", "timestamp", "index", "*_index",
 @dataclass(frozen=True)
 class Reader:
     """Reads observations of one `robot`. `cameras` of the policy, other robots' among them; `size` (H, W) inside which
-    it takes pictures; `history` h earlier frames; whether it `reads_prompts`."""
+    it takes pictures, and the filter `scaling` that brings them to it; `history` h earlier frames; whether it
+    `reads_prompts`."""
 
     robot: Robot
     cameras: tuple[str, ...]
     size: tuple[int, int]
+    scaling: str
     history: int
     reads_prompts: bool
     _told: set[str] = field(default_factory=set, repr=False, compare=False)
@@ -88,7 +90,7 @@ class Reader:
         num = len(value) if value.ndim == 4 else 1
         if num not in (1, self.history + 1):  # before they are scaled: a stranger's may be a million of one pixel
             raise self._error(f"camera '{camera}' gives {num} frames, the policy takes {self.history + 1}")
-        frames = frames_of(value, camera, self.size, halved=camera in self.robot.videos)
+        frames = frames_of(value, camera, self.size, halved=camera in self.robot.videos, scaling=self.scaling)
         if len(frames) == self.history + 1:
             return frames
         self._tell(f"camera {camera} gives one picture, which stands for {self.history} earlier ones too")

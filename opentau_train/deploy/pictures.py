@@ -1,13 +1,15 @@
 """Pictures as robots have them, brought to the size in which the training's reader decodes them.
 
 Pictures of that size, as those of cameras that the training didn't scale, are left as they are. The reader scales
-others with libswscale, which needs a library for videos; here Pillow does, with the same filter, a triangle as wide as
-a pixel of the result. What libswscale makes of a video has its colours in half of the columns, and so has it here. On
-pictures as cameras take them the two differ by about 1 of 255 levels on average, and 99 of 100 values by 4 at most.
+others with libswscale, which needs a library for videos; here the same filters (`data.scaling`) are NumPy's, the mean
+over each pixel's area, and Pillow's, a triangle as wide as a pixel of the result. What libswscale makes of a video has
+its colours in half of the columns, and so has it here. On pictures as cameras take them the two differ by about 1 of
+255 levels on average, and 99 of 100 values by 4 at most.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """The shares of red, green and blue in brightness (ITU-R BT.601)."""
 
 
-def frames_of(value: Any, camera: str, size: tuple[int, int], *, halved: bool) -> NDArray[np.uint8]:
+def frames_of(value: Any, camera: str, size: tuple[int, int], *, halved: bool, scaling: str) -> NDArray[np.uint8]:
     """[N, H', W', 3] uint8 RGB, as large as fits into `size` (H, W), of a picture or of N frames, oldest first: colours
-    last or first, uint8 or floats in [0, 1]. `halved`: scaled as frames of videos are. Raises `UserError` for what is
-    no picture."""
+    last or first, uint8 or floats in [0, 1]. `halved`: scaled as frames of videos are, by the filter `scaling`
+    (`data.scaling`). Raises `UserError` for what is no picture."""
     frames = np.asarray(value)
     if frames.ndim == 3:
         frames = frames[None]
@@ -43,17 +45,33 @@ def frames_of(value: Any, camera: str, size: tuple[int, int], *, halved: bool) -
     height, width = fit(frames.shape[1], frames.shape[2], size)
     if frames.shape[1:3] == (height, width):
         return frames
-    return np.stack([_scaled(Image.fromarray(frame), (width, height), halved) for frame in frames])
+    return np.stack([_scaled(frame, (height, width), halved, scaling) for frame in frames])
 
 
-def _scaled(picture: Image.Image, size: tuple[int, int], halved: bool) -> NDArray[np.uint8]:
-    """`size` is (W, H)."""
-    fine = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
-    if not halved or size[0] % 2:  # libswscale gives odd widths all of their colours
-        return fine
-    half = picture.resize((size[0] // 2, size[1]), Image.Resampling.BILINEAR)
-    coarse = np.repeat(np.asarray(half, np.float32), 2, axis=1)
-    return np.rint(coarse + ((fine - coarse) @ _LUMA)[..., None]).clip(0, 255).astype(np.uint8)
+def _scaled(frame: NDArray[np.uint8], size: tuple[int, int], halved: bool, scaling: str) -> NDArray[np.uint8]:
+    """[H', W', 3] of [H, W, 3]."""
+    fine: NDArray[Any] = _filtered(frame, size, scaling)
+    if halved and size[1] % 2 == 0:  # libswscale gives odd widths all of their colours
+        coarse = np.repeat(_filtered(frame, (size[0], size[1] // 2), scaling), 2, axis=1)
+        fine = coarse + ((fine - coarse) @ _LUMA)[..., None]
+    return np.rint(fine).clip(0, 255).astype(np.uint8)
+
+
+def _filtered(frame: NDArray[np.uint8], size: tuple[int, int], scaling: str) -> NDArray[np.float32]:
+    """[H', W', 3] of [H, W, 3]. Larger pictures than it are interpolated, as libswscale's are."""
+    height, width = frame.shape[:2]
+    if scaling != "area" or size[0] > height or size[1] > width:
+        return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR), np.float32)
+    rows = _shares(height, size[0]) @ frame.reshape(height, -1).astype(np.float32)
+    return _shares(width, size[1]) @ rows.reshape(size[0], width, 3)
+
+
+@lru_cache(maxsize=16)
+def _shares(old: int, new: int) -> NDArray[np.float32]:
+    """[new, old]: how much of each new pixel lies in each old one, along one side."""
+    edges, pixels = np.arange(new + 1) * (old / new), np.arange(old)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (covered.clip(0) * (new / old)).astype(np.float32)
 
 
 def _no_picture(camera: str, frames: NDArray, what: str) -> UserError:

@@ -247,9 +247,8 @@ class RobotPolicy:
         """{norm head: what reads its robot's observations}."""
         spec, wants = self.loaded.spec, self.loaded.policy.wants()
         prompted = any("prompt" in transform.reads for transform in wants.transforms.values())
+        sizes = {head: self.loaded.pipelines[head].picture_size(spec.image_size) for head in self.robots}
         return {
-            head: Reader(
-                robot, spec.cameras, self.loaded.pipelines[head].picture_size(spec.image_size), spec.history, prompted
-            )
+            head: Reader(robot, spec.cameras, sizes[head], spec.scaling, spec.history, prompted)
             for head, robot in self.robots.items()
         }

@@ -35,13 +35,14 @@ class DepthError(ImageError):
 
 
 class Resizer:
-    """Brings frames to the largest RGB picture inside `size` (H, W) that keeps their aspect ratio, or their own size.
+    """Brings frames to the largest RGB picture inside `size` (H, W) that keeps their aspect ratio, or their own size,
+    by the filter `scaling` (`data.scaling`).
 
     Holds libswscale's context, whose set-up costs more than scaling a small frame: keep one a camera.
     """
 
-    def __init__(self, size: tuple[int, int] | None):
-        self.size = size
+    def __init__(self, size: tuple[int, int] | None, scaling: str = "bilinear"):
+        self.size, self._filter = size, Interpolation[scaling.upper()]
         self._reformatter = VideoReformatter()
         self._source = self._fitted = (0, 0)
 
@@ -59,9 +60,7 @@ class Resizer:
             if not len(block) or block.shape[1:3] != (height, width):
                 block = np.empty((left, height, width, 3), np.uint8)
             # threads=1: libswscale would start a pool of its own in every worker.
-            scaled = self._reformatter.reformat(
-                frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
-            )
+            scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=self._filter, threads=1)
             plane: Any = scaled.planes[0]  # a buffer, which its stub doesn't say
             rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
             block[0].reshape(height, 3 * width)[:] = rows[:, : 3 * width]

@@ -40,7 +40,7 @@ class LeRobotCursorFactory:
         self.reader = EpisodeReader(reading.stored, reading.columns)
         self.rows = SharedRows(reading, self.reader)
         self.frame_s = 1.0 / reading.fps
-        self.resizers = {camera: Resizer(window.image_size) for camera in reading.cameras}
+        self.resizers = {camera: Resizer(window.image_size, window.scaling) for camera in reading.cameras}
         self.step = row_step(reading.fps, window.fps)
         held = np.repeat([not c.continuous for c in reading.actions], [c.dim for c in reading.actions])
         self.held = held[reading.actions_kept]

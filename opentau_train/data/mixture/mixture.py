@@ -100,7 +100,11 @@ class Dataset:
         some = set(self.settings.modes) & set(WITH_FUTURE)
         cameras = tuple(c for c in spec.future_cameras if some and c in self.source.cameras)
         future = spec.future if cameras else 0, spec.future_stride, cameras
-        return WindowSpec(self.chunk_length, spec.history, size, self.settings.fps, *future, between=self.between)
+        return WindowSpec(
+            *(self.chunk_length, spec.history, size, self.settings.fps, *future),
+            between=self.between,
+            scaling=spec.scaling,
+        )
 
     def decoders(self, window: WindowSpec) -> OpenDecoders:
         """The decoders that one cursor keeps open to read such windows."""

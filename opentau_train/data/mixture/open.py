@@ -269,7 +269,7 @@ def _batch_spec(data: DataSettings, datasets: list[Dataset], groups: list[Group]
     shape = data.image_size, data.history, state_dim, action_dim, max(d.chunk_length for d in datasets)
     seen = _future_cameras(data, datasets, cameras) if data.future.num_frames else ()
     future = data.future.num_frames, data.future.stride, seen
-    spec = BatchSpec(cameras, *shape, heads, modes, *future)
+    spec = BatchSpec(cameras, *shape, heads, modes, *future, data.scaling)
     return with_fields(spec, (transform for d in datasets for transform in d.transforms.values()))
 
 

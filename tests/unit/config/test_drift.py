@@ -90,6 +90,7 @@ EXPECTED = {
         "data__sources__main__weight": 2.0,
         "data__sources__second__root": "/more",
         "data__image_size": [32, 32],
+        "data__scaling": "bilinear",
         "model__width": 64,
         "model___target_": "a.b",
     },
@@ -168,6 +169,14 @@ def test_a_setting_that_an_older_program_had_not_counts_with_its_default(tree):
     older["data"]["sources"]["main"]["mode"] = "policy"  # the default, said
     assert drift.compare(older, tree) == []
     assert kinds(older, changed(tree, trainer__ema_decay=0.9)) == {"trainer.ema_decay": "refused"}
+
+
+def test_pictures_of_a_run_from_before_the_filters_were_scaled_by_triangles(tree):
+    older = copy.deepcopy(tree)
+    del older["data"]["scaling"]
+    (change,) = drift.compare(older, tree)
+    assert str(change).startswith("data.scaling: bilinear -> area (the policy was trained on pictures")
+    assert drift.compare(older, changed(tree, data__scaling="bilinear")) == []
 
 
 def test_longer_training_is_safe_where_the_rate_does_not_depend_on_it(tree):

@@ -215,18 +215,19 @@ def scene(size, seed=0):
 
 @pytest.mark.parametrize("size", [(90, 160), (224, 224), (61, 77)])
 @pytest.mark.parametrize("halved", [True, False])
-def test_scaled_pictures_are_nearly_the_readers(size, halved):
+@pytest.mark.parametrize("scaling", ["area", "bilinear"])
+def test_scaled_pictures_are_nearly_the_readers(size, halved, scaling):
     """The tolerance that docs/deploy.md states, of frames of a video (its colours are halved) and of stills."""
     import av
 
     frame = av.VideoFrame.from_ndarray(scene((240, 320)), "rgb24")
     if halved:
         frame = frame.reformat(format="yuv420p")
-    read = Resizer(size)(frame).astype(int)
-    own = frames_of(frame.to_ndarray(format="rgb24"), "eye", size, halved=halved)[0]
+    read, rgb = Resizer(size, scaling)(frame).astype(int), frame.to_ndarray(format="rgb24")
+    own = frames_of(rgb, "eye", size, halved=halved, scaling=scaling)[0]
     assert own.shape == read.shape
     errors = np.abs(own - read)
     assert errors.mean() < 1.3 and np.percentile(errors, 99) <= 4
     # Each treated as the other is further off, but for odd widths, whose colours libswscale keeps.
-    other = np.abs(frames_of(frame.to_ndarray(format="rgb24"), "eye", size, halved=not halved)[0] - read)
+    other = np.abs(frames_of(rgb, "eye", size, halved=not halved, scaling=scaling)[0] - read)
     assert other.mean() > errors.mean() or size[1] % 2

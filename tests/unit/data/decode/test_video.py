@@ -337,17 +337,26 @@ def test_files_that_are_closed_for_others_go_on_where_they_were(video, folder, n
     alone.close()
 
 
+@pytest.mark.parametrize("scaling", ["area", "bilinear"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 40), (32, 48), (64, 96), (200, 100)])
-def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size):
+def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size, scaling):
     path, times, _ = video("h264_b_frames")
     frame = decode_all(path)[1][7]
     height, width = fit(frame.height, frame.width, size)
     assert height == size[0] or width == size[1]
     assert abs(height / width - frame.height / frame.width) <= 1 / min(height, width)
-    expected = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
+    expected = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=scaling.upper())
     pool = VideoPool()
-    np.testing.assert_array_equal(Resizer(size)(pool.cursor().read(path, times[7], 1e-4)), expected)
+    np.testing.assert_array_equal(Resizer(size, scaling)(pool.cursor().read(path, times[7], 1e-4)), expected)
     pool.close()
+
+
+def test_each_pixel_is_the_mean_over_its_area():
+    """Of a grey frame, which has no colours to be thinned out: 3 x 3 old pixels a new one."""
+    fine = np.random.default_rng(0).integers(0, 256, (36, 90, 1), np.uint8).repeat(3, axis=2)
+    read = Resizer((12, 30), "area")(av.VideoFrame.from_ndarray(fine, "rgb24")).astype(int)
+    assert np.abs(read - fine.reshape(12, 3, 30, 3, 3).mean((1, 3))).max() <= 2
+    assert np.abs(Resizer((12, 30))(av.VideoFrame.from_ndarray(fine, "rgb24")) - read).max() > 20
 
 
 def test_pictures_of_one_block_belong_to_whoever_has_them(video):

@@ -197,7 +197,7 @@ def test_presets_augment_training_alone_and_fill_the_batch(preset, tmp_path):
             if training:
                 assert not torch.equal(pictures, seen[1][camera])
             elif preset != "droid_cosmos":  # whole: read larger and scaled
-                assert (pictures.float() - seen[1][camera].float()).abs().mean() < 8
+                assert (pictures.float() - seen[1][camera].float()).abs().mean() < 12
             else:
                 assert torch.equal(pictures, seen[1][camera]) == (preset == "lerobot")
         for builder in builders:
