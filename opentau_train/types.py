@@ -50,7 +50,7 @@ class WindowSpec:
     Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
     after one another. `between`: of actions at another rate, what of them isn't on a straight line from row to row
     (`chunk.rows_at`). `max_pixels`: larger pictures are refused before they are decoded. `scaling`: how pictures are
-    brought to their size (`data.scaling`)."""
+    brought to their size, `skip_loop_filter`: how videos are decoded (`data.scaling`, `data.skip_loop_filter`)."""
 
     chunk_length: int
     history: int = 0
@@ -62,6 +62,7 @@ class WindowSpec:
     between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
     max_pixels: int = MAX_PIXELS
     scaling: str = "bilinear"
+    skip_loop_filter: bool = False
 
 
 @dataclass(frozen=True)

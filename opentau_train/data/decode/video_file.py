@@ -51,16 +51,17 @@ Coding = tuple[str, bytes | None, int, int, int, int, int, int]
 """What a decoder is made from: codec, its extradata, width, height, colour range, space, primaries, transfer."""
 
 
-def new_decoder(coding: Coding, max_pixels: int) -> av.VideoCodecContext:
+def new_decoder(coding: Coding, max_pixels: int, skip_loop_filter: bool = False) -> av.VideoCodecContext:
     """A decoder independent of any demuxer; one thread, because workers are the parallelism. It refuses pictures of
-    more pixels than `max_pixels`, which a stream may come to have on the way."""
+    more pixels than `max_pixels`, which a stream may come to have on the way. `skip_loop_filter`: without the codec's
+    own smoothing between blocks, where it can be left out (H.264, HEVC)."""
     decoder = av.CodecContext.create(coding[0], "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = coding[1]
     decoder.width, decoder.height = coding[2:4]
     decoder.color_range, decoder.colorspace, decoder.color_primaries, decoder.color_trc = coding[4:]
     decoder.thread_count = 1
-    decoder.options = {"max_pixels": str(max_pixels)}
+    decoder.options = {"max_pixels": str(max_pixels)} | ({"skip_loop_filter": "all"} if skip_loop_filter else {})
     return decoder
 
 

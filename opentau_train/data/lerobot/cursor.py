@@ -36,7 +36,7 @@ class LeRobotCursorFactory:
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
         self.opener = opener_at(reading.root)
-        self.pool = VideoPool(self.opener, window.max_pixels)
+        self.pool = VideoPool(self.opener, window.max_pixels, window.skip_loop_filter)
         self.reader = EpisodeReader(reading.stored, reading.columns)
         self.rows = SharedRows(reading, self.reader)
         self.frame_s = 1.0 / reading.fps

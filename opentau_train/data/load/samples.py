@@ -32,8 +32,11 @@ class SampleBuilder:
         self.mixture = mixture
         self.training = training
         self.keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
-        windows = (d.window(mixture.spec) for d in mixture.datasets)
-        self._windows = [replace(window, max_pixels=mixture.settings.max_pixels) for window in windows]
+        data = mixture.settings
+        self._windows = [
+            replace(d.window(mixture.spec), max_pixels=data.max_pixels, skip_loop_filter=data.skip_loop_filter)
+            for d in mixture.datasets
+        ]
         self._decoders = [d.decoders(w) for d, w in zip(mixture.datasets, self._windows, strict=True)]
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]

@@ -351,6 +351,17 @@ def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size, scali
     pool.close()
 
 
+def test_without_the_loop_filter_pictures_are_nearly_the_same_wherever_reading_begins(video):
+    path, times, frames = video("h264_b_frames")
+    pools = {skip: VideoPool(skip_loop_filter=skip) for skip in (False, True)}
+    read = {skip: [rgb(pool.cursor().read(path, t, 1e-4)) for t in times] for skip, pool in pools.items()}
+    assert all(np.array_equal(a, b) for a, b in zip(read[False], frames, strict=True))
+    errors = [np.abs(a.astype(int) - b).mean() for a, b in zip(read[False], read[True], strict=True)]
+    assert 0 < max(errors) < 4
+    forward = pools[True].cursor()
+    assert all(np.array_equal(rgb(forward.read(path, t, 1e-4)), b) for t, b in zip(times, read[True], strict=True))
+
+
 def test_each_pixel_is_the_mean_over_its_area():
     """Of a grey frame, which has no colours to be thinned out: 3 x 3 old pixels a new one."""
     fine = np.random.default_rng(0).integers(0, 256, (36, 90, 1), np.uint8).repeat(3, axis=2)
