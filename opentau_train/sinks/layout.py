@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 COUNTED = ("SkippedSteps", "SubstitutedWindows", "CutPrompts", "OpenDecoders", "DistinctEpisodes", "Samples", "Windows")
 ACTION = "Validation-Action/"
+MACHINE = ("Timing/", "Memory/")
 
 Layout = dict[str, dict[str, list[str]]]
 """{category: {chart: patterns of the tags in it}}"""
@@ -35,6 +36,7 @@ GUIDE = """
 | `counts/` | windows and samples behind a number; steps skipped, windows replaced |
 | `dimensions/` | action errors and agreement, dimension by dimension |
 | `ids/` | which samples a step saw: equal in two runs means equal batches |
+| `machine/` | what a step's seconds went to, and memory |
 
 All of these numbers are in `metrics.jsonl`, too, under their names without the prefixes in lower case.
 """
@@ -43,6 +45,8 @@ All of these numbers are in `metrics.jsonl`, too, under their names without the 
 def place_of(tag: str, row: Mapping[str, float]) -> str:
     """What TensorBoard calls the `tag` of a `row`."""
     last = tag.rpartition("/")[2]
+    if tag.startswith(MACHINE):
+        return f"machine/{tag}"
     if last == "StdErr":
         return f"errors/{tag.removesuffix('/StdErr')}"
     if last == "N" or last in COUNTED:
@@ -66,7 +70,7 @@ def layout(row: Mapping[str, float]) -> Layout:
         "Action errors": {"mean error of a group, by unit": [r"^Validation-Action/.+/MAE[^/]*$"]},
         "Optimisation": {"gradient norm": ["^Training/GradNorm$"], "learning rate": ["^Training/LearningRate$"]},
         "Speed": {
-            "seconds a step, and without data": ["^Timing/Step$", "^Timing/DataWait$"],
+            "seconds a step, and without data": ["^machine/Timing/Step$", "^machine/Timing/DataWait$"],
             "samples a second": ["^Training/SamplesPerSecond$"],
         },
     }

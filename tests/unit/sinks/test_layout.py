@@ -35,7 +35,7 @@ PASS = {
     "Validation-Action/droid/joint/MAE_rad/First": 0.1,
     "Validation-Action/droid/joint/MAE_rad/Last": 0.1,
 }
-PREFIXES = {"counts", "dimensions", "errors", "ids"}
+PREFIXES = {"counts", "dimensions", "errors", "ids", "machine"}
 
 
 def read_back(make_context, tmp_path, *rows: dict[str, float]) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
@@ -70,7 +70,7 @@ def test_charts_show_losses_held_out_losses_by_group_the_optimisation_and_the_sp
         "gradient norm": ["Training/GradNorm"],
         "learning rate": ["Training/LearningRate"],
     }
-    assert charts["Speed"]["seconds a step, and without data"] == ["Timing/Step", "Timing/DataWait"]
+    assert charts["Speed"]["seconds a step, and without data"] == ["machine/Timing/Step", "machine/Timing/DataWait"]
     assert len(tags) == len(TRAINING | PASS)
 
 
@@ -79,6 +79,8 @@ def test_counts_ids_errors_and_single_dimensions_stand_under_prefixes_of_their_o
     moved = {tag: place_of(tag, row) for tag in row if place_of(tag, row) != tag}
     assert moved == {
         "Training/SkippedSteps": "counts/Training/SkippedSteps",
+        "Timing/Step": "machine/Timing/Step",
+        "Timing/DataWait": "machine/Timing/DataWait",
         "Training/BatchId": "ids/Training/BatchId",
         "Validation/droid/joint/MSE/N": "counts/Validation/droid/joint/MSE",
         "Validation/droid/joint/MSE/StdErr": "errors/Validation/droid/joint/MSE",
