@@ -58,7 +58,7 @@ def main() -> None:
         return made
 
     with launch(device="cpu", precision="no", timeout=600, identity={}) as world, tempfile.TemporaryDirectory() as root:
-        settings = CheckpointSettings(keep_last=1)
+        settings = CheckpointSettings(asynchronous=False, keep_last=1)
         saver = Saver(Path(root), world, settings, Pretrained({}, {}, {}))
         for number in range(2 * options.repeat + 2):
             kind = ("with", "without")[number % 2]

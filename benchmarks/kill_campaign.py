@@ -75,10 +75,10 @@ OF_THE_PROCESS = (
 """Starts of the logged numbers that say how the process fares, not how the training goes."""
 
 VARIANTS: dict[str, tuple[int, list[str]]] = {
+    "1 rank, saves at once": (1, ["checkpoint.async=false"]),
     "1 rank": (1, []),
-    "1 rank, async": (1, ["checkpoint.async=true"]),
-    "2 ranks": (2, []),
-    "2 ranks sharded, async": (2, ["parallelism=fsdp", "checkpoint.async=true"]),
+    "2 ranks, saves at once": (2, ["checkpoint.async=false"]),
+    "2 ranks, sharded": (2, ["parallelism=fsdp"]),
     "2 hosts": (2, []),
 }
 HOSTS = "2 hosts"

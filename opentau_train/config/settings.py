@@ -165,8 +165,9 @@ class ValidationSettings:
 class CheckpointSettings:
     every: Natural = 1000
     """Steps between checkpoints; 0 = only the last one."""
-    asynchronous: bool = field(default=False, metadata={"key": "async"})
-    """true = training stops only for a copy in memory and goes on while a thread writes it."""
+    asynchronous: bool = field(default=True, metadata={"key": "async"})
+    """true = training stops only for a copy in memory, and goes on while a thread writes it; false = until all is
+    written, which takes no memory."""
     keep_last: Count | None = 3
     """The newest ones to keep; null = all."""
     keep_every: Count | None = None

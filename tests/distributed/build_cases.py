@@ -196,7 +196,7 @@ def train(state: TrainState, steps: int) -> None:
 def muon_of_shards_goes_on_bit_for_bit(world: World, folder: Path) -> None:
     state, other = muon_state(world, 0), muon_state(world, 1)
     train(state, 2)
-    with Saver(folder, world, CheckpointSettings(), Pretrained({}, {}, {})) as saver:
+    with Saver(folder, world, CheckpointSettings(asynchronous=False), Pretrained({}, {}, {})) as saver:
         path = saver.save(state, stream={}, counters={})
     contents.load(path, other, world)
     train(state, 1)

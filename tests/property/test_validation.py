@@ -410,7 +410,7 @@ def test_a_corrupt_validation_window_fails_the_pass_with_its_name(damaged, tmp_p
 
 @pytest.mark.parametrize(
     "settings",
-    [["checkpoint.every=2"], ["checkpoint.every=2", "checkpoint.async=true"], ["checkpoint.every=0"]],
+    [["checkpoint.every=2", "checkpoint.async=false"], ["checkpoint.every=2"], ["checkpoint.every=0"]],
     ids=["both_due", "both_due_async", "no_save_due"],
 )
 def test_a_failed_validation_loses_no_step(settings, damaged, tmp_path):

@@ -201,7 +201,7 @@ def test_a_save_that_fails_names_the_last_good_one_and_leaves_no_trace(asynchron
 def test_a_resumed_optimizer_has_the_options_of_now_and_stays_fused(world, tmp_path):
     state = make_state()
     train(state)
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     now = OptimizerSettings(lr=5e-4, weight_decay=0.25, options={"betas": [0.5, 0.6]})
     other = make_state(seed=1, optimizer=now)
@@ -216,12 +216,12 @@ def test_a_resumed_optimizer_has_the_options_of_now_and_stays_fused(world, tmp_p
 def test_an_average_may_begin_or_end_at_a_resume(world, tmp_path):
     state = make_state(ema=False)
     train(state)
-    with Saver(tmp_path / "none", world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path / "none", world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     begins = make_state(seed=1, ema=True)
     contents.load(path, begins, world)
     assert all(torch.equal(begins.ema.average[n], p) for n, p in state.policy.named_parameters())
-    with Saver(tmp_path / "one", world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path / "one", world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, begins)
     ends = make_state(seed=2, ema=False)
     contents.load(path, ends, world)
@@ -229,7 +229,7 @@ def test_an_average_may_begin_or_end_at_a_resume(world, tmp_path):
 
 
 def test_another_model_is_named_by_its_shapes(world, tmp_path):
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, make_state())
     with pytest.raises(UserError, match=r"shape of .*\(32.* there, .*\(64.* here"):
         contents.load(path, make_state(width=64), world)
@@ -241,7 +241,7 @@ def test_another_model_is_named_by_its_shapes(world, tmp_path):
 def test_weights_alone_can_be_read_from_the_shards(part, world, tmp_path):
     state = make_state()
     train(state, 2)
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     policy = make_policy(seed=9)
     contents.load_weights(path, policy, part)
@@ -252,7 +252,7 @@ def test_weights_alone_can_be_read_from_the_shards(part, world, tmp_path):
 def test_groups_may_change_at_a_resume_and_moments_stay_with_their_parameters(world, tmp_path):
     state = make_state()
     train(state)
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     rules = {"heads": ParameterRule("*_out.weight", lr_scale=5.0)}
     other = make_state(seed=1, optimizer=OptimizerSettings(lr=1e-3, groups=rules))
@@ -267,7 +267,7 @@ def test_muon_goes_on_bit_for_bit_and_no_other_optimizer_takes_its_moments(world
     muon = OptimizerSettings(lr=1e-3, target="opentau_train.optim.MuonAdamW", groups=rules)
     state, other = make_state(optimizer=muon), make_state(seed=1, optimizer=muon)
     train(state, 2)
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     contents.load(path, other, world)
     train(state), train(other)
@@ -284,7 +284,7 @@ def test_an_average_leaves_out_frozen_parameters_and_reads_back_whole(world, tmp
 
     state, other = make(0), make(1)
     train(state, 2)
-    with Saver(tmp_path, world, CheckpointSettings(), CARD) as saver:
+    with Saver(tmp_path, world, CheckpointSettings(asynchronous=False), CARD) as saver:
         path = save(saver, state)
     contents.load(path, other, world)
     assert same(everything(other), everything(state)) and "stem.project.weight" not in state.ema.average

@@ -59,7 +59,7 @@ EXPECTED = {
     "safe": {
         "paths__run_dir": "x",
         "logger__console": None,
-        "checkpoint__async": True,
+        "checkpoint__async": False,
         "validation__every": 7,
         "data__num_workers": 9,
         "parallelism__data_parallel_shard_degree": 2,
