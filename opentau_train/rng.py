@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+_STEPS = (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB))
+_LAST_SHIFT = np.uint64(31)
 
 
 def key(*parts: int | str) -> int:
@@ -27,18 +27,25 @@ def key(*parts: int | str) -> int:
 
 def mix(x: U64) -> U64:
     """The SplitMix64 finaliser: a bijection of 64-bit words that scatters neighbours. uint64 in, uint64 out."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x, np.uint64) + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * _MIX_1
-        x = (x ^ (x >> np.uint64(27))) * _MIX_2
-        return x ^ (x >> np.uint64(31))
+    with np.errstate(over="ignore"):  # of single numbers: arrays wrap around without a word
+        return _mixed(np.asarray(x, np.uint64))
+
+
+def _mixed(x: U64) -> U64:
+    x = x + _GOLDEN
+    for shift, factor in _STEPS:
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _LAST_SHIFT
+    return x
 
 
 def fold(base: int | U64, *columns: NDArray | int) -> U64:
     """Hash of (base, column, column, ...) row by row: integers of any shape that broadcast -> uint64."""
     out = np.asarray(base, np.uint64)
-    for column in columns:
-        out = mix(out ^ mix(np.asarray(column).astype(np.int64).view(np.uint64)))
+    with np.errstate(over="ignore"):
+        for column in columns:
+            out = _mixed(out ^ _mixed(np.asarray(column).astype(np.int64).view(np.uint64)))
     return out
 
 

@@ -40,22 +40,27 @@ def built_together(builder: SampleBuilder, windows: Windows) -> Batch | None:
     mixture = builder.mixture
     if mixture.spec.cameras or not len(windows):
         return None
-    parts, order = [], []
-    for d in np.unique(windows.dataset).tolist():
-        of_dataset = np.flatnonzero(windows.dataset == d)
+    parts, order, places = [], [], np.arange(len(windows))
+    for d, of_dataset in _alike(windows.dataset):
         here = windows.select(of_dataset)
         numbers = mixture.datasets[d].source.episodes.episode_index[here.episode].astype(np.int64)
         keys = rng.fold(builder.keys[d], numbers, here.frame, here.pass_index)
         place = here.mode if here.mode is not None else np.array([builder.place(d, key) for key in keys.tolist()])
         group = mixture.datasets[d].group_of[here.episode] + place
-        for g in np.unique(group).tolist():
-            same = np.flatnonzero(group == g)
-            part = _of_group(builder, here.select(same), g, int(place[same[0]]), numbers[same], keys[same])
+        for g, same in _alike(group):
+            part = _of_group(builder, here.select(same), g, int(place[same][0]), numbers[same], keys[same])
             if part is None:
                 return None
             parts.append(part)
-            order.append(of_dataset[same])
-    return join(parts, np.argsort(np.concatenate(order)).tolist())
+            order.append(places[of_dataset][same])
+    return parts[0] if len(parts) == 1 else join(parts, np.argsort(np.concatenate(order)).tolist())
+
+
+def _alike(values: NDArray[Any]) -> list[tuple[int, NDArray[np.int64] | slice]]:
+    """(value, where it is) of the different ones of `values` [N]. One that is everywhere, as is usual, is a slice."""
+    if (values == values[0]).all():
+        return [(int(values[0]), slice(None))]
+    return [(value, np.flatnonzero(values == value)) for value in np.unique(values).tolist()]
 
 
 def _of_group(

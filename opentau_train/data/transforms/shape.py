@@ -63,9 +63,11 @@ class Pad(Transform):
         return record
 
     def many(self, record: Record, num: int) -> Record:
-        masks = ("state_dim_mask", "action_dim_mask")
-        record = self(record, SampleDraws(0, ""))
-        return record | {mask: np.broadcast_to(record[mask], (num, len(record[mask]))) for mask in masks}
+        state_dim, action_dim = self.dims[record["norm_head"]]
+        return self(record, SampleDraws(0, "")) | {
+            "state_dim_mask": _first(self.state_dim, state_dim, num),
+            "action_dim_mask": _first(self.action_dim, action_dim, num),
+        }
 
     def inverse(self, record: Record) -> Record:
         """Takes away the dimensions that the norm head's robot hasn't, not the steps: a policy fills the chunk."""
@@ -76,6 +78,8 @@ class Pad(Transform):
 
 
 @cache
-def _first(size: int, real: int) -> NDArray[np.bool_]:
-    """[size] bool: the first `real`. The same array each time: nobody writes to a record's arrays."""
-    return np.arange(size) < real
+def _first(size: int, real: int, num: int | None = None) -> NDArray[np.bool_]:
+    """[size] bool: the first `real`; of `num` samples [num, size]. The same array each time: nobody writes to a
+    record's arrays."""
+    one = np.arange(size) < real
+    return one if num is None else np.broadcast_to(one, (num, size))
