@@ -44,6 +44,9 @@ VALIDATE_EVERY = 5
 MINUTE = 60.0
 LIMITS = {"network": 2 * MINUTE}
 """Seconds in which the survivors of a victim end, where it isn't a minute: this many on a machine that is busy."""
+PARTING = 6 * MINUTE
+"""When the last step is over torchrun's agents wait for each other, five minutes at most: a network that goes away then
+costs nothing else."""
 
 CONFIG = [
     "+recipe=lerobot",
@@ -176,7 +179,7 @@ def kill(process: subprocess.Popen, ranks: int, draw: random.Random, report: Rep
     else:
         strike([draw.choice(kinds[victim])])
     try:
-        process.communicate(timeout=3 * MINUTE)
+        process.communicate(timeout=PARTING)
     finally:
         if victim == "network":
             hosts.cable("up")  # type: ignore[union-attr]
