@@ -153,13 +153,13 @@ def _loop(job: Job, sinks: Sinks, recorder: FlightRecorder | None, stop: StopFla
             _report_save(job, partial(job.saver.poll, agreement.all_written))
             if job.must_save(stopped):
                 with meter.saving():
-                    _save(job, sinks)
+                    _save(job, sinks, at_once=stopped is not Stop.NONE)
             if job.owes_validation and stopped is Stop.NONE:
                 with meter.paused():
                     stopped = _validate(job, sinks, stop)
                 if job.must_save_validated(stopped):
                     with meter.saving():
-                        _save(job, sinks)
+                        _save(job, sinks, at_once=stopped is not Stop.NONE)
     _report_save(job, job.saver.finish)
     job.world.agree(job.raise_trouble)
     return stopped
@@ -241,7 +241,7 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
     except Exception:
         # Broad, and not to be split: whatever it was, it says nothing of the steps before, and goes on as it came.
         if job.saver.step != step and job.world.all_meet(f"validation/{step}"):
-            _save(job, sinks)
+            _save(job, sinks, at_once=True)
         raise
     job.counters["validated"] = step
     with job.noted():
@@ -261,7 +261,8 @@ def _validate(job: Job, sinks: Sinks, stop: StopFlag) -> Stop:
     return Stop.NONE
 
 
-def _save(job: Job, sinks: Sinks) -> None:
+def _save(job: Job, sinks: Sinks, *, at_once: bool) -> None:
+    """`at_once`: the run ends here. A copy of the state in memory would only take time and room."""
     job.progress.enter("save")
     with job.noted():
         sinks.flush()
@@ -270,7 +271,8 @@ def _save(job: Job, sinks: Sinks) -> None:
     # The one before first, so that a link holds it where it is to stay before the next one retires what nothing names.
     job.world.agree(job.place.check)
     _report_save(job, job.saver.finish)
-    _report_save(job, partial(job.saver.save, job.state, stream=stream, counters=job.counters))
+    save = partial(job.saver.save, job.state, stream=stream, counters=job.counters, at_once=at_once)
+    _report_save(job, save)
 
 
 def _report_save(job: Job, call: Callable[[], Path | None]) -> None:

@@ -94,10 +94,12 @@ class Saver:
         if self.settings.asynchronous:
             self._stager.close()
 
-    def save(self, state: TrainState, *, stream: dict[str, Any], counters: dict[str, int]) -> Path | None:
+    def save(
+        self, state: TrainState, *, stream: dict[str, Any], counters: dict[str, int], at_once: bool = False
+    ) -> Path | None:
         """Write the checkpoint of `state.step`. Returns its path once it is the last one, None while it is written and
         where it was there already: a run that goes on from its newest checkpoint, or is stopped right after a save,
-        has nothing new but maybe counters.
+        has nothing new but maybe counters. `at_once`: not in the background, since nothing comes after it.
 
         Raises `Fault` on all ranks when any of them couldn't write; the checkpoints before stay as they were.
         """
@@ -109,8 +111,9 @@ class Saver:
         if self._sweeping is not None:
             self._is_done(self._sweeping)  # it may be deleting what a kill left under this very name
         self._together(partial, lambda: _prepare(partial))
-        content = self._content(state, run)
-        if self.settings.asynchronous:
+        in_place = at_once or not self.settings.asynchronous
+        content = self._content(state, run, in_place)
+        if not in_place:
             self._under_way = _UnderWay(
                 partial, in_background(lambda: self._write(partial, content, self._group), THREAD)
             )
@@ -175,9 +178,9 @@ class Saver:
             log.warning("%s: the storage has not answered for %g s", self.folder, limit)
         return done
 
-    def _content(self, state: TrainState, run: dict[str, Any]) -> _Content:
+    def _content(self, state: TrainState, run: dict[str, Any], in_place: bool) -> _Content:
         tensors = tensors_of(state)
-        if self.settings.asynchronous:
+        if not in_place:
             tensors = cast(dict[str, Any], self._stager.stage(tensors))  # it copies before it returns
         return _Content(tensors, state.replicas.sharded, run)
 

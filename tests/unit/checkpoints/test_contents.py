@@ -67,11 +67,14 @@ def save(saver: Saver, state: TrainState, **options) -> Path | None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_loading_gives_back_every_bit_and_training_goes_on_alike(asynchronous, world, tmp_path):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_loading_gives_back_every_bit_and_training_goes_on_alike(asynchronous, at_once, world, tmp_path):
     state = make_state()
     train(state, 3)
     with Saver(tmp_path, world, CheckpointSettings(asynchronous=asynchronous), CARD) as saver:
-        path = save(saver, state) or saver.finish()
+        written = save(saver, state, at_once=at_once)
+        assert (written is None) == (asynchronous and not at_once)
+        path = written or saver.finish()
         before = everything(state)
         other = make_state(seed=7)
         run = contents.load(path, other, world)
