@@ -21,6 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from opentau_train.checkpoints.commit import PARTIAL
+from opentau_train.checkpoints.contents import RUN as RUN_FILE
+from opentau_train.checkpoints.manifest import MANIFEST
 from opentau_train.distributed.stopping import MARKER, SENTINEL, StopFlag
 from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED
 from opentau_train.threads import InterruptibleIterator
@@ -430,19 +433,26 @@ def test_a_stop_while_one_ranks_data_hangs_is_obeyed_by_all(workers, tmp_path):
     assert "preempted at step 3" in output and (tmp_path / "checkpoints" / "00000003").is_dir(), output
 
 
-def test_a_stop_while_waiting_for_data_right_after_a_save_writes_no_step_again(tmp_path):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_stop_while_waiting_for_data_right_after_a_save_writes_no_step_again(at_once, tmp_path):
+    """One that was written in the background is committed then: there is no step boundary any more."""
     hanging = [o for o in RUN if "sources.old" not in o] + ["checkpoint.every=3", "checkpoint.keep_last=1"]
+    hanging += [f"checkpoint.async={not at_once}"]
     hanging += ["trainer.global_batch_size=2"]  # six reads are three steps
     hanging += ["data.sources.main._target_=tests.misbehaving.HangingSource", f"paths.run_dir={tmp_path}"]
     process = start(hanging, RANK="1")
     checkpoint = tmp_path / "checkpoints" / "00000003"
-    wait_for(checkpoint.is_dir, process)
-    before = {path: path.stat().st_mtime_ns for path in (checkpoint, *checkpoint.rglob("*"))}
+    written = checkpoint if at_once else checkpoint.with_suffix(PARTIAL)
+    wait_for((written / MANIFEST).is_file, process)
+    before = {path.relative_to(written): path.stat().st_mtime_ns for path in written.rglob("*")}
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == EXIT_PREEMPTED and "preempted at step 3" in output, output
     assert output.count("saved ") == 1
-    assert before == {path: path.stat().st_mtime_ns for path in (checkpoint, *checkpoint.rglob("*"))}
+    after = {path.relative_to(checkpoint): path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
+    # Its counters, and the list of files with what they hold, may be brought up to date when it is committed.
+    changed = {str(path) for path in before if before[path] != after[path]}
+    assert before.keys() == after.keys() and changed <= (set() if at_once else {RUN_FILE, MANIFEST})
 
 
 def test_an_iterator_that_hangs_is_given_up_only_when_a_stop_is_asked_for(tmp_path):
