@@ -5,8 +5,9 @@
     checkpoints/last -> {step}    moved after that; only then older ones are pruned
 
 A checkpoint that is whole is never moved to make room for another of its step, so that at every moment the newest one
-can be read. Whatever is interrupted leaves a `.tmp` directory, which nothing reads. `files.json` (`manifest`) names
-every file, so that a directory which lost some of it otherwise (a full disk, a copy cut short) isn't taken for whole.
+can be read. Whatever is interrupted leaves a `.tmp` directory, which nothing reads; one that is sealed is committed by
+the run that goes on. `files.json` (`manifest`) names every file, so that a directory which lost some of it otherwise (a
+full disk, a copy cut short) isn't taken for whole.
 """
 
 from __future__ import annotations
@@ -78,6 +79,23 @@ def publish(partial: Path, retention: Retention) -> list[Path]:
         if name not in named:
             _retire(folder / name)
     return list(folder.glob(f"[0-9]*{PARTIAL}"))  # of kills too, now that nothing is being written
+
+
+def take_up(folder: Path) -> None:
+    """Commit the newest checkpoint of a `checkpoints/` directory that a run had written and sealed when it was killed,
+    before it could commit it. For who holds the run's lock: nobody else writes there."""
+    if (partial := _sealed(folder)) is not None:
+        publish(partial, Retention())
+        log.warning("%s was written when the run was killed, and is committed now", partial.with_suffix(""))
+
+
+def _sealed(folder: Path) -> Path | None:
+    """The newest directory that is sealed, where it is newer than all whole checkpoints."""
+    whole = complete(folder)
+    newer = int(whole[-1].name) + 1 if whole else 0
+    partials = [p for p in folder.glob(f"[0-9]*{PARTIAL}") if p.stem.isdigit() and int(p.stem) >= newer]
+    sealed = [p for p in partials if manifest.loss(p) is None]
+    return max(sealed, key=lambda p: int(p.stem), default=None)
 
 
 def amend(checkpoint: Path, name: str, text: str) -> None:

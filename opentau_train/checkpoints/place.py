@@ -55,11 +55,17 @@ def held(settings: Settings, world: World) -> Iterator[Place]:
     lock = world.agree(lambda: _lock(run_dir) if world.is_main else None)
     try:
         resume = settings.resume.checkpoint
-        found = world.agree(lambda: commit.resolve(resume, run_dir) if world.is_main else None)
+        found = world.agree(lambda: _found(resume, run_dir) if world.is_main else None)
         yield Place(run_dir, _undamaged(world.broadcast(found), settings, world), lock)
     finally:
         if lock is not None:
             lock.release()
+
+
+def _found(resume: str, run_dir: Path) -> Path | None:
+    if resume == "auto":
+        commit.take_up(run_dir / "checkpoints")
+    return commit.resolve(resume, run_dir)
 
 
 def _lock(run_dir: Path) -> Lock:

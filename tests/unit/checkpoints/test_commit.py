@@ -209,6 +209,41 @@ def test_auto_skips_what_is_not_whole_and_says_what(damage, tmp_path, caplog):
     assert names(folder) == [3, 6] and commit.flaw(torn) is None
 
 
+def test_what_was_sealed_before_a_kill_is_taken_up_and_nothing_else(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    commit.take_up(folder)  # there is none yet
+    save(folder, 3)
+    for step in (2, 6, 9):
+        partial = write(folder, step)
+        if step != 9:
+            commit.seal(partial)
+    (folder / "00000006.tmp").rename(folder / "00000006.old.tmp")
+    (folder / "00000012").mkdir()  # torn, and sealed once more
+    commit.take_up(folder)
+    assert names(folder) == [3] and not caplog.records
+    commit.seal(write(folder, 12))
+    commit.seal(write(folder, 11))
+    commit.take_up(folder)
+    assert names(folder) == [3, 12] and (folder / "last").resolve().name == "00000012"
+    assert commit.flaw(folder / "00000012") is None and "00000012 was written when" in caplog.text
+    save(folder, 15)
+    assert names(folder) == [3, 12, 15] and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.distributed
+def test_killed_while_it_takes_up_a_checkpoint_the_next_one_does(tmp_path):
+    for operation in range(20):
+        folder = tmp_path / str(operation)
+        save(folder, 3)
+        commit.seal(write(folder, 6))
+        again = killed(lambda: commit.take_up(folder), operation)  # noqa: B023 (made and done here)
+        commit.take_up(folder)
+        assert names(folder) == [3, 6]
+        if not again:
+            break
+    assert operation > 2 and not again
+
+
 def test_a_whole_folder_is_resumed_without_a_word(tmp_path, caplog):
     save(tmp_path / "checkpoints", 3)
     (tmp_path / "checkpoints" / "00000002.tmp").mkdir()  # older than what is resumed: no progress is lost with it

@@ -8,10 +8,10 @@ import re
 import pytest
 import yaml
 
-from opentau_train.checkpoints import place
+from opentau_train.checkpoints import commit, place
 from opentau_train.composing import compose
 from opentau_train.config.settings import load_settings
-from tests.unit.checkpoints.test_commit import save
+from tests.unit.checkpoints.test_commit import save, write
 
 MAIN = {"main": "my_set"}
 
@@ -24,6 +24,13 @@ def saved(root, name, seconds, sources=None):
     if sources is not None:
         (run / "config.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
     return run
+
+
+def test_only_a_run_that_goes_on_takes_up_what_was_written_before_a_kill(tmp_path):
+    save(tmp_path / "checkpoints", 1)
+    commit.seal(write(tmp_path / "checkpoints", 2))
+    assert place._found(str(tmp_path), tmp_path).name == "00000001"
+    assert place._found("auto", tmp_path).name == "00000002"
 
 
 def test_the_run_saved_last_is_the_newest(tmp_path):
