@@ -9,7 +9,7 @@ its colours in half of the columns, and so has it here. On pictures as cameras t
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 from typing import Any
 
 import numpy as np
@@ -50,28 +50,32 @@ def frames_of(value: Any, camera: str, size: tuple[int, int], *, halved: bool, s
 
 def _scaled(frame: NDArray[np.uint8], size: tuple[int, int], halved: bool, scaling: str) -> NDArray[np.uint8]:
     """[H', W', 3] of [H, W, 3]."""
-    fine: NDArray[Any] = _filtered(frame, size, scaling)
+    fine = _filtered(frame, size, scaling)
     if halved and size[1] % 2 == 0:  # libswscale gives odd widths all of their colours
         coarse = np.repeat(_filtered(frame, (size[0], size[1] // 2), scaling), 2, axis=1)
         fine = coarse + ((fine - coarse) @ _LUMA)[..., None]
     return np.rint(fine).clip(0, 255).astype(np.uint8)
 
 
-def _filtered(frame: NDArray[np.uint8], size: tuple[int, int], scaling: str) -> NDArray[np.float32]:
+def _filtered(frame: NDArray[np.uint8], size: tuple[int, int], scaling: str) -> NDArray[Any]:
     """[H', W', 3] of [H, W, 3]. Larger pictures than it are interpolated, as libswscale's are."""
     height, width = frame.shape[:2]
     if scaling != "area" or size[0] > height or size[1] > width:
         return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR), np.float32)
-    rows = _shares(height, size[0]) @ frame.reshape(height, -1).astype(np.float32)
-    return _shares(width, size[1]) @ rows.reshape(size[0], width, 3)
+    return _means(_means(frame, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
 
 
-@lru_cache(maxsize=16)
-def _shares(old: int, new: int) -> NDArray[np.float32]:
-    """[new, old]: how much of each new pixel lies in each old one, along one side."""
-    edges, pixels = np.arange(new + 1) * (old / new), np.arange(old)
-    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (covered.clip(0) * (new / old)).astype(np.float32)
+def _means(values: NDArray[Any], num: int) -> NDArray[np.float32]:
+    """[num, ...] of [N, ...]: the means over `num` equal stretches of the first axis. Pixel after pixel of all
+    stretches at once, so that it takes no more memory than the values have, however many they are."""
+    edges = np.arange(num + 1) * (len(values) / num)
+    begin, end, first = edges[:-1], edges[1:], edges[:-1].astype(np.int64)
+    total = np.zeros((num, *values.shape[1:]), np.float32)
+    for pixel in range(math.ceil(len(values) / num) + 1):
+        place = first + pixel
+        share = (np.minimum(end, place + 1) - np.maximum(begin, place)).clip(0).astype(np.float32)
+        total += share.reshape(-1, *[1] * (values.ndim - 1)) * values[np.minimum(place, len(values) - 1)]
+    return total * np.float32(num / len(values))
 
 
 def _no_picture(camera: str, frames: NDArray, what: str) -> UserError:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -211,6 +212,19 @@ def scene(size, seed=0):
     out = np.array(coarse)
     out[size[0] // 4 : size[0] // 2, size[1] // 3 : size[1] // 2] = (200, 60, 40)
     return out
+
+
+@pytest.mark.parametrize("scaling", ["area", "bilinear"])
+def test_a_picture_of_one_row_and_millions_of_columns_takes_no_more_memory_than_it_has_bytes(scaling):
+    """A stranger's, through the server: nothing is made whose size is a product of the picture's and the policy's."""
+    wide = np.zeros((1, 2_000_000, 3), np.uint8)
+    wide[:, 1_000_000:] = 200
+    tracemalloc.start()
+    seen = frames_of(wide, "eye", (224, 224), halved=True, scaling=scaling)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen.shape == (1, 1, 224, 3) and seen[0, 0, 0, 0] == 0 and seen[0, 0, -1, 0] == 200
+    assert most < 10 * wide.nbytes
 
 
 @pytest.mark.parametrize("size", [(90, 160), (224, 224), (61, 77)])
