@@ -47,8 +47,16 @@ class Clock(NamedTuple):
     frames: int
 
 
+FARTHEST = 2.0**62
+"""Ticks; a demuxer's times are of 64 bits."""
+
 Coding = tuple[str, bytes | None, int, int, int, int, int, int]
 """What a decoder is made from: codec, its extradata, width, height, colour range, space, primaries, transfer."""
+
+
+def held(ticks: float) -> int:
+    """The tick that `ticks` lie in, or the farthest that a demuxer takes: metadata may name any time."""
+    return math.floor(min(max(ticks, -FARTHEST), FARTHEST))
 
 
 def new_decoder(coding: Coding, max_pixels: int, skip_loop_filter: bool = False) -> av.VideoCodecContext:
@@ -119,7 +127,7 @@ class VideoFile:
     def shown(self, begin: int, end: int) -> list[int]:
         """When frames are shown, in ticks by rising time: at least all of those from `begin` to `end`."""
         self._last_dts = None  # the place among the packets is lost
-        self._container.seek(max(begin, 0), stream=self._stream)
+        self._container.seek(max(held(begin), 0), stream=self._stream)
         ticks: list[int] = []
         for packet in self._container.demux(self._stream):
             if packet.pts is not None:
@@ -130,7 +138,7 @@ class VideoFile:
 
     def packets_from_keyframe(self, ticks: int) -> list[av.Packet]:
         """The next packets from the last keyframe that is shown at `ticks` or before; else from the first."""
-        limit, first_dts = ticks, None
+        limit, first_dts = held(ticks), None
         while True:
             self._container.seek(limit, stream=self._stream)
             packets = self._read()
@@ -157,7 +165,7 @@ class VideoFile:
     def skips_packets(self, fed_dts: int, ticks: float) -> bool:
         """Whether the keyframe for `ticks` (decode time) lies so far after the packet of `fed_dts`, the last one
         decoded, that a jump to it is worth it: more than `MIN_SKIPPED` packets."""
-        key = self._index.search_timestamp(math.floor(ticks))
+        key = self._index.search_timestamp(held(ticks))
         if key < 0:
             return False
         return key - self._index.search_timestamp(fed_dts, any_frame=True) > MIN_SKIPPED

@@ -282,6 +282,23 @@ def test_frames_built_on_a_damaged_one_fail_until_the_file_is_repaired(video, fo
     pool.close()
 
 
+@pytest.mark.parametrize("far", [1e6, 1e15, 1e300, -1e15, -1e300])
+@pytest.mark.parametrize("name", ["h264_b_frames", "av1_gop2"])
+def test_times_that_no_clock_has_are_told_from_frames(video, name, far):
+    """Metadata may name any number: first, after some frames, and asked for the distance to the nearest frame."""
+    path, times, frames = video(name)
+    pool = VideoPool()
+    cursor = pool.cursor()
+    for read_before in (range(0), range(3), range(20, 22)):
+        for i in read_before:
+            np.testing.assert_array_equal(rgb(cursor.read(path, times[i], 1e-4)), frames[i])
+        with pytest.raises(VideoError, match="no frame"):
+            cursor.read(path, far, 1.0)
+    assert max(cursor.drift(path, np.array([times[3], far]))) >= 0.9e6
+    np.testing.assert_array_equal(rgb(cursor.read(path, times[5], 1e-4)), frames[5])
+    pool.close()
+
+
 def test_rounded_frame_times_cost_no_second_decode(tmp_path):
     camera = Camera(gop=250, options=H264_B, ticks=1000)
     write_video(tmp_path / "ms.mp4", camera, [(s, picture(0, i, "ms", camera.size)) for i, s in enumerate(EVEN)])
