@@ -31,6 +31,9 @@ EXIT_INTERRUPTED = 130  # Ctrl-C: a checkpoint is saved
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a name in a file could do to a terminal, but for new lines."""
 
+_BREAK = re.compile(r"\s*\n\s*")
+"""Names and other programs' texts may have several lines; an error's parts have one each."""
+
 
 def _escaped(character: re.Match[str]) -> str:
     return character[0].encode("unicode_escape").decode()
@@ -39,13 +42,14 @@ def _escaped(character: re.Match[str]) -> str:
 class Explained(Exception):
     """What is wrong, where, and the remedy, in at most three short lines.
 
-    `what` names the thing, `where` the key, dataset, episode or file, `remedy` what to do about it.
+    `what` names the thing, `where` the key, dataset, episode or file, `remedy` what to do about it. `details`: lines
+    of the program's own that follow the first.
     """
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = ""):
-        what, where, remedy = (_CONTROL.sub(_escaped, text) for text in (what, where, remedy))
-        self.what, self.where, self.remedy = what, where, remedy
-        lines = [what]
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", details: str = ""):
+        what, where, remedy = (_CONTROL.sub(_escaped, _BREAK.sub(" ", text)) for text in (what, where, remedy))
+        self.what, self.where, self.remedy, self.details = what, where, remedy, _CONTROL.sub(_escaped, details)
+        lines = [what, self.details] if details else [what]
         if where:
             lines.append(f"  where:  {where}")
         if remedy:
@@ -53,12 +57,12 @@ class Explained(Exception):
         super().__init__("\n".join(lines))
 
     def __reduce__(self):
-        return (_rebuild, (type(self), self.what, self.where, self.remedy))
+        return (_rebuild, (type(self), self.what, self.where, self.remedy, self.details))
 
 
-def _rebuild(cls: type[Explained], what: str, where: str, remedy: str) -> Explained:
+def _rebuild(cls: type[Explained], what: str, where: str, remedy: str, details: str) -> Explained:
     """Unpickle with keywords: errors cross process boundaries (loader workers, other ranks)."""
-    return cls(what, where=where, remedy=remedy)
+    return cls(what, where=where, remedy=remedy, details=details)
 
 
 class UserError(Explained, ValueError):
@@ -78,8 +82,10 @@ class Teller(Enum):
 class Fault(Explained, RuntimeError):
     """A fault of the surroundings that no line of the program explains (a full disk, a rank that is gone)."""
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "", teller: Teller = Teller.RANK_0):
-        super().__init__(what, where=where, remedy=remedy)
+    def __init__(
+        self, what: str, *, where: str = "", remedy: str = "", details: str = "", teller: Teller = Teller.RANK_0
+    ):
+        super().__init__(what, where=where, remedy=remedy, details=details)
         self.teller = teller
 
 

@@ -100,15 +100,9 @@ def parse(content: bytes | str) -> Any:
 @contextmanager
 def understood(what: str, where: Path | str) -> Iterator[None]:
     """Raises `UserError` for whatever goes wrong while the tree of a file is made sense of, which may hold anything:
-    `what` can't be read of the file `where`. Its text has one line, whatever names the file has."""
+    `what` can't be read of the file `where`."""
     try:
         yield
-    except UserError as error:
-        if "\n" not in f"{error.what}{error.where}{error.remedy}":
-            raise
-        flat = (" ".join(text.split()) for text in (error.what, error.where, error.remedy))
-        what, place, remedy = flat
-        raise UserError(what, where=place, remedy=remedy) from error
     except Explained:
         raise
     except (*MALFORMED, AssertionError, RuntimeError) as error:

@@ -153,7 +153,7 @@ def _check(report: Report, mapping: WeightMap, where: str, *, resizable: bool) -
         )
     else:
         return
-    raise UserError(f"{what}\n{_indented(report)}", where=where or str(report.path), remedy=remedy)
+    raise UserError(what, details=_indented(report), where=where or str(report.path), remedy=remedy)
 
 
 def _layer(name: str) -> str:

@@ -133,8 +133,8 @@ def _refused_choice(text: str) -> UserError:
     key = re.search(r"Could not override '([\w./@-]+)'|Key '([\w.-]+)' is not in struct", text)
     if key:
         return unknown_key(key.group(1) or key.group(2))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return UserError("\n  ".join(lines[:5]), remedy=HELP)
+    first, *others = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    return UserError(first, details="\n".join(f"  {line}" for line in others[:4]), remedy=HELP)
 
 
 def _whole_text(error: BaseException) -> str:

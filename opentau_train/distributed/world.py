@@ -141,7 +141,7 @@ class World:
             if mistake is not None:
                 if any(e is None for e in errors):
                     where = f"{mistake.where} (on rank {rank})"
-                    mistake = type(mistake)(mistake.what, where=where, remedy=mistake.remedy)
+                    mistake = type(mistake)(mistake.what, where=where, remedy=mistake.remedy, details=mistake.details)
                 raise mistake
         return result  # type: ignore[return-value]
 

@@ -130,7 +130,8 @@ def _train(overrides: Sequence[str], run_dir: Path, ranks: int, last_step: int) 
     if saved is None or int(saved.name) != last_step:
         message = done.stderr.partition("error: ")[2]
         if message and "Traceback" not in done.stderr.partition("error: ")[0]:
-            raise UserError("\n".join(line for line in message.splitlines()[:4] if not line.startswith(("W", "E"))))
+            told = [line for line in message.splitlines()[:4] if not line.startswith(("W", "E"))]
+            raise UserError(told[0], details="\n".join(told[1:]))
         raise RuntimeError(f"no checkpoint of step {last_step} from\n  {' '.join(command)}\n{done.stderr[-4000:]}")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opentau_train import cli
 from opentau_train.data.decode.parquet import RowError, RowReader
@@ -17,7 +20,7 @@ from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
 from opentau_train.data.lerobot.identity import end_of
 from opentau_train.data.load.stream import ShardDataset
-from opentau_train.errors import EXIT_FAULT, Fault, check_machine_read, machine_fault
+from opentau_train.errors import EXIT_FAULT, Fault, UserError, check_machine_read, machine_fault
 from opentau_train.sinks.base import SinkContext
 from opentau_train.sinks.jsonl import JsonlSink
 from tests.fake_source import global_batches, with_data
@@ -230,3 +233,12 @@ def test_a_full_disk_under_the_numbers_names_their_file(tmp_path):
     with pytest.raises(Fault, match="the disk is full") as raised:
         sink.write(1, {"a": 1.0})
     assert "metrics.jsonl" in raised.value.where
+
+
+@given(*[st.text(max_size=20)] * 3)
+def test_names_of_any_kind_leave_an_error_its_three_lines(what, where, remedy):
+    """Also on its way between processes."""
+    error = UserError(f"key '{what}' is odd", where=where, remedy=remedy)
+    assert len(str(error).splitlines()) == 1 + bool(error.where) + bool(error.remedy)
+    again = pickle.loads(pickle.dumps(UserError("odd", where="here", remedy="that", details=f"  a\n  b {remedy}")))
+    assert str(again).startswith("odd\n  a\n  b ") and str(again).endswith("\n  where:  here\n  remedy: that")
