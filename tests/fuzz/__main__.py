@@ -48,8 +48,7 @@ def run(case: Case, num: int, first: int) -> Counter[str]:
         def cases(data):
             faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
             try:
-                case(data)
-                ended["read"] += 1
+                ended[case(data) or "read"] += 1
             except ENDINGS as error:
                 ended["refused"] += 1
                 assert len(str(error).splitlines()) <= 3, f"more than three lines: {error}"

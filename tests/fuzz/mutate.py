@@ -89,7 +89,7 @@ def trees(draw: Any, tree: Any) -> Any:
                     del parent[path[-1]]
                 case "rename":
                     parent[draw(st.sampled_from([v for v in NASTY if isinstance(v, str)]))] = parent.pop(path[-1])
-        except (LookupError, TypeError):
+        except (LookupError, TypeError, AttributeError):
             continue  # a change before it has taken the place away
     return changed
 

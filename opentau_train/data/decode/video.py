@@ -77,12 +77,9 @@ EVER = (-math.inf, math.inf)
 class VideoPool:
     """The files of one dataset that `opener` has opened in a worker process, at most as many as there are cursors, and
     fewer where the process's limit of open files is near. A closed one is opened again when it is asked for.
-    `frames_decoded` counts the pictures that all cursors have sent to decoders. `skip_loop_filter`: of
-    `new_decoder`."""
+    `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
-    def __init__(
-        self, opener: Opener = open_here, max_pixels: int = MAX_PIXELS, skip_loop_filter: bool = False
-    ) -> None:
+    def __init__(self, opener: Opener = open_here, max_pixels: int = MAX_PIXELS, skip_loop_filter: bool = False):
         self.frames_decoded, self.max_pixels, self.skip_loop_filter = 0, max_pixels, skip_loop_filter
         self._files = OpenFiles[Path, VideoFile](
             lambda path: opener(path, partial(VideoFile, max_pixels=max_pixels)), 0
