@@ -136,6 +136,7 @@ def finished(tmp_path_factory) -> Path:
     return train_here([*TOY, *short], folder / "RUN")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_documents_is_run_by_a_test(line, finished, tmp_path, monkeypatch):
     """The training program's configuration is composed and every key of the line checked; tools and validations run;
@@ -232,6 +233,7 @@ def test_each_example_of_extending_is_short():
     assert {name: len(text.splitlines()) for name, text in examples().items() if len(text.splitlines()) >= 40} == {}
 
 
+@pytest.mark.slow
 def test_the_examples_of_extending_train_together(tmp_path):
     """The document's sink, policy, optimizer, source, transform and field, with its own YAML files, in one run."""
     for name, text in examples().items():

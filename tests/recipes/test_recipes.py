@@ -41,6 +41,7 @@ GROUPS = ("model", "optimizer", "scheduler", "trainer", "validation", "checkpoin
 FINETUNE = {"full": (), "freeze": ("finetune.frozen=[stem.*]",), "lora": ()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_choice_composes_and_fits_its_class(choice):
     settings = composed("+recipe=droid_policy", choice, "data.image_size=[224,224]")
@@ -62,6 +63,7 @@ def test_freezing_asks_what():
         composed("+recipe=droid_policy", "finetune=freeze")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", options("recipe"))
 @pytest.mark.parametrize("debug", options("debug"))
 def test_every_recipe_composes_with_every_debug_option(recipe, debug):
@@ -99,6 +101,7 @@ def test_the_droid_recipe_trains_on_droid_root(small_sample, tmp_path, monkeypat
     assert (run / "config.yaml").is_file() and (run / "train.log").is_file() and list(run.glob("tensorboard/*"))
 
 
+@pytest.mark.slow
 def test_the_droid_recipe_without_droid_root_trains_on_the_sample_and_says_so(
     small_sample, tmp_path, monkeypatch, capsys
 ):

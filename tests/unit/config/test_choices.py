@@ -53,6 +53,7 @@ def check(recipe: str, options: dict[str, str]) -> int:
     return len(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "recipe"), list(enumerate(RECIPES)))
 def test_a_chosen_option_has_its_own_values_with_a_recipe(number, recipe):
     assert check(recipe, {group: options[number % len(options)] for group, options in GROUPS.items()}) > 1
@@ -67,6 +68,7 @@ def test_every_option_of_every_group_beats_every_recipe(recipe):
     assert number > sum(len(options) - 1 for options in GROUPS.values()) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_validation_none_is_no_validation(recipe):
     assert cli.compose([f"+recipe={recipe}", "validation=none"])["validation"]["every"] == 0

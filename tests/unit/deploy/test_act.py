@@ -215,10 +215,10 @@ def scene(size, seed=0):
 
 
 @pytest.mark.parametrize("scaling", ["area", "bilinear"])
-def test_a_picture_of_one_row_and_millions_of_columns_takes_no_more_memory_than_it_has_bytes(scaling):
+def test_a_picture_of_one_row_and_many_columns_takes_no_more_memory_than_it_has_bytes(scaling):
     """A stranger's, through the server: nothing is made whose size is a product of the picture's and the policy's."""
-    wide = np.zeros((1, 2_000_000, 3), np.uint8)
-    wide[:, 1_000_000:] = 200
+    wide = np.zeros((1, 400_000, 3), np.uint8)
+    wide[:, 200_000:] = 200
     tracemalloc.start()
     seen = frames_of(wide, "eye", (224, 224), halved=True, scaling=scaling)
     most = tracemalloc.get_traced_memory()[1]
