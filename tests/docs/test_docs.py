@@ -292,7 +292,7 @@ class Onlooker(Sink):
 
 def left_by(run_dir: Path) -> set[str]:
     """The names in a run directory, and those in its checkpoints' folder, whose steps are all called 00001000."""
-    inside = (re.sub(r"^\d{8}$", "00001000", path.name) for path in (run_dir / "checkpoints").glob("*"))
+    inside = (re.sub(r"^\d{8}", "00001000", path.name) for path in (run_dir / "checkpoints").glob("*"))
     return {p.name for p in run_dir.iterdir()} - {"checkpoints"} | {f"checkpoints/{name}" for name in inside}
 
 
