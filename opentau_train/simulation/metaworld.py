@@ -53,6 +53,8 @@ class MetaWorld:
     def reset(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         self.world.seed(seed)
         observation, info = self.world.reset()
+        # The goal is put where it belongs after the last step of the simulation, and drawn where it was before.
+        mujoco.mj_forward(self.world.model, self.world.data)
         return self._observed(observation), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

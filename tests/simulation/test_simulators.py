@@ -64,6 +64,17 @@ def test_a_seed_says_all_of_an_episodes_start_whatever_was_before(name):
 
 
 @needs("metaworld")
+@pytest.mark.parametrize("task", ["reach-v3", "push-v3"])
+def test_the_first_picture_has_the_goal_where_it_is(task):
+    from opentau_train.simulation.metaworld import MetaWorld
+
+    with closing(MetaWorld(task)) as env:
+        for seed in (3, 4):
+            env.reset(seed)
+            np.testing.assert_allclose(env.world.data.site("goal").xpos, env.world._target_pos, atol=1e-6)
+
+
+@needs("metaworld")
 @pytest.mark.parametrize("task", TASKS)
 def test_the_experts_of_metaworld_reach_the_goal_through_noise(task):
     with closing(SimulatorProcess(declaration("metaworld", f"env.task={task}"), 300.0)) as process:
