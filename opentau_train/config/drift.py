@@ -23,6 +23,10 @@ from opentau_train.config.typed import TARGET, defaults
 from opentau_train.errors import UserError
 
 
+PRESENT, ABSENT = "present", "absent"
+"""What stands for a source as a whole."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One setting that differs; None stands for a key that isn't there."""
@@ -55,7 +59,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     changes = []
     sources = [set(_mapping(_mapping(tree.get("data")).get("sources"))) for tree in (saved, now)]
     for name in sorted(sources[0] ^ sources[1]):
-        before, after = ("present" if name in names else "absent" for names in sources)
+        before, after = (PRESENT if name in names else ABSENT for names in sources)
         changes.append(Change(f"data.sources.{name}", before, after, NEW_PLAN[ON_RESUME]))
     alone = tuple(f"{c.key}." for c in changes)
     for key, leaf in {**new, **old}.items():
@@ -73,10 +77,13 @@ def check(changes: Sequence[Change], force: Collection[str] = (), *, restart: bo
         keys = [c.key for c in refused if not c.meaning.new_plan]
         plan = ["resume.data=restart"] if any(c.meaning.new_plan for c in refused) else []
         overrides = [*plan, *(["resume.force=[" + ",".join(dict.fromkeys([*force, *keys])) + "]"] if keys else [])]
+        plain = (c for c in refused if isinstance(c.old, str | int | float) and c.old not in (PRESENT, ABSENT))
+        before = " ".join(f"{c.key}={c.old}" for c in plain)
         raise UserError(
             "settings differ from the checkpoint's: " + "; ".join(map(str, refused)),
             where=", ".join(c.key for c in refused),
-            remedy=f"restore them, or go on regardless with {' '.join(overrides)}, or start a new run",
+            remedy=f"restore them{before and f' ({before})'}, or go on regardless with {' '.join(overrides)}, or start "
+            "a new run",
         )
 
 

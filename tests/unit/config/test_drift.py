@@ -176,6 +176,11 @@ def test_pictures_of_a_run_from_before_the_filters_were_scaled_by_triangles(tree
     del older["data"]["scaling"]
     (change,) = drift.compare(older, tree)
     assert str(change).startswith("data.scaling: bilinear -> area (the policy was trained on pictures")
+    with pytest.raises(UserError) as caught:
+        drift.check([change])
+    assert caught.value.remedy.startswith(
+        "restore them (data.scaling=bilinear), or go on regardless with resume.force="
+    )
     assert drift.compare(older, changed(tree, data__scaling="bilinear")) == []
 
 
