@@ -22,7 +22,6 @@ from opentau_train.config.settings import Settings
 from opentau_train.config.typed import TARGET, defaults
 from opentau_train.errors import UserError
 
-
 PRESENT, ABSENT = "present", "absent"
 """What stands for a source as a whole."""
 
@@ -63,7 +62,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         changes.append(Change(f"data.sources.{name}", before, after, NEW_PLAN[ON_RESUME]))
     alone = tuple(f"{c.key}." for c in changes)
     for key, leaf in {**new, **old}.items():
-        before, after = old.get(key, _ABSENT).value, new.get(key, _ABSENT).value
+        before, after = old.get(key, _NOTHING).value, new.get(key, _NOTHING).value
         if before != after and not key.startswith(alone):
             changes.append(Change(key, before, after, leaf.meaning.of_change(before, after, values)))
     return changes
@@ -101,7 +100,7 @@ class _Leaf(NamedTuple):
     meaning: Meaning
 
 
-_ABSENT = _Leaf(None, FROM_HERE_ON)
+_NOTHING = _Leaf(None, FROM_HERE_ON)
 
 
 def _leaves(hint: Any, value: Any, path: str, meaning: Meaning) -> Iterator[tuple[str, _Leaf]]:
