@@ -372,6 +372,7 @@ def test_latents_of_a_frozen_encoder_are_predicted_in_place_of_pixels():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_overfitted_modes_sample_what_they_were_shown():
     torch.set_num_threads(1)
     policy, batch = make_policy(), make_batch(["forward_dynamics", "inverse_dynamics", "wam", "policy"], seed=3)

@@ -188,6 +188,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_finds_what_is_mislabelled_and_leaving_it_out_helps(runs, tmp_path, capsys):
     """The user trusts `main`, and asks what hurts it."""
     arguments, run = runs
@@ -219,6 +220,7 @@ def test_finds_what_is_mislabelled_and_leaving_it_out_helps(runs, tmp_path, caps
     ],
 )
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_mistakes_are_answered_with_a_remedy(runs, words, said, capsys):
     assert curate.main([str(runs[1]), *words]) == EXIT_USER
     error = capsys.readouterr().err
@@ -231,6 +233,7 @@ def test_a_directory_that_is_no_run_is_a_mistake(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_checkpoint_is_looked_at_by_its_path(runs, capsys):
     """Without --target nobody is dropped for contradicting the others by chance, and the tables are there."""
     one = runs[1] / "checkpoints" / "00000500"
