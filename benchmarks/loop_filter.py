@@ -1,6 +1,6 @@
 """What decoding without the codec's loop filter saves, and what it costs: `data.skip_loop_filter`.
 
-    python benchmarks/loop_filter.py [--repeats 5]
+    python benchmarks/loop_filter.py [--repeats 5] [--quick]
 
 Pictures with the 1/f spectrum of natural scenes, panned slowly, in videos without reordered frames, read in order by
 the program's own reader with and without the filter, in turns; CPU milliseconds a frame, medians. PSNR in dB of the
@@ -10,7 +10,6 @@ pictures, since each frame is predicted from one that lacks the filter; and of b
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from support.datasets import H264, natural
-from support.program import machine
+from support.datasets import H264, natural, psnr
+from support.program import machine, turns
 
 from opentau_train.data.builtin.video import Camera, write_video
 from opentau_train.data.decode.images import Resizer
@@ -31,16 +30,13 @@ FRAMES, FPS = 120, 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one case once, to see that it runs")
-    options = parser.parse_args()
-    print(f"{machine()}; ms of CPU a frame: medians of {options.repeats}; PSNR in dB\n")
+    repeats, quick = turns(__doc__)
+    print(f"{machine()}; ms of CPU a frame: medians of {repeats}; PSNR in dB\n")
     print("| codec | frame | GOP | ms | without | ratio | PSNR | without | at a group's end | of both |")
     print(f"|{'---|' * 10}")
-    for codec, size in CASES[:1] if options.quick else CASES:
-        for gop in GOPS[:1] if options.quick else GOPS:
-            cells = row(codec, size, gop, 1 if options.quick else options.repeats)
+    for codec, size in CASES[:1] if quick else CASES:
+        for gop in GOPS[:1] if quick else GOPS:
+            cells = row(codec, size, gop, repeats)
             print(f"| {codec[3:]} | {size[0]} x {size[1]} | {gop} | {' | '.join(cells)} |", flush=True)
 
 
@@ -67,11 +63,6 @@ def read(path: Path, skip: bool) -> tuple[float, list[NDArray[np.uint8]]]:
     taken = 1e3 * (time.process_time() - started) / FRAMES
     pool.close()
     return taken, [resizer(frame).copy() for frame in frames]
-
-
-def psnr(pictures: list[NDArray[np.uint8]], exact: list[NDArray[np.uint8]]) -> float:
-    error = np.mean([np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(pictures, exact, strict=True)])
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 if __name__ == "__main__":

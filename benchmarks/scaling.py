@@ -1,6 +1,6 @@
 """What pictures are worth when a decoder's frame is brought to size: libswscale's filters, their error and their time.
 
-    python benchmarks/scaling.py [--repeats 5]
+    python benchmarks/scaling.py [--repeats 5] [--quick]
 
 Pictures with the 1/f spectrum of natural scenes and edges (a grid of lines, text-like), as yuv420p, brought to the size
 and to RGB in one call as the reader does it. The reference is the frame converted to RGB at its own size and averaged
@@ -10,7 +10,6 @@ picture on one thread, medians of interleaved turns. `Pillow` is its box filter 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
-from support.datasets import natural
-from support.program import machine
+from support.datasets import natural, psnr
+from support.program import machine, turns
 
 from opentau_train.data.decode.fit import fit
 
@@ -31,15 +30,12 @@ PICTURES = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="once, to see that it runs")
-    options = parser.parse_args()
-    print(f"{machine()}; PSNR in dB, ms of CPU a picture: medians of {options.repeats}\n")
+    repeats, _ = turns(__doc__)
+    print(f"{machine()}; PSNR in dB, ms of CPU a picture: medians of {repeats}\n")
     print("| frame | picture | filter | PSNR, scenes | PSNR, lines | ms |\n|---|---|---|---|---|---|")
     for size, inside in CASES:
         target = fit(*size, inside)
-        for cells in rows(size, target, 1 if options.quick else options.repeats):
+        for cells in rows(size, target, repeats):
             print(
                 f"| {' x '.join(map(str, size))} | {' x '.join(map(str, target))} | {' | '.join(cells)} |", flush=True
             )
@@ -101,11 +97,6 @@ def weights(old: int, new: int) -> np.ndarray:
     begin, end = edges[:-1, None], edges[1:, None]
     covered = np.minimum(end, np.arange(1, old + 1)) - np.maximum(begin, np.arange(old))
     return covered.clip(0) * new / old
-
-
-def psnr(pictures: list[np.ndarray], exact: list[np.ndarray]) -> float:
-    error = np.mean([np.mean((a - b) ** 2) for a, b in zip(pictures, exact, strict=True)])
-    return float(10 * np.log10(255**2 / error))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def natural(num: int, size: tuple[int, int], seed: int) -> Iterable[NDArray[np.u
         yield np.clip((1 - dx) * rows[:, :-1] + dx * rows[:, 1:] + grain[i % 8], 0, 255).astype(np.uint8)
 
 
+def psnr(pictures: list[NDArray[np.uint8]], exact: list[NDArray[np.uint8]]) -> float:
+    """In dB, over all pixels of all pictures; infinite where they are the same."""
+    error = np.mean([np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(pictures, exact, strict=True)])
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
 class Repeated:
     """`num` pictures, the same few again and again; may be gone through many times."""
 

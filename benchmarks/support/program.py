@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -33,6 +34,16 @@ def unique_bytes(pid: int) -> int:
     """Memory that only this process has (USS): what would be free if it ended."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
+
+
+def turns(text: str) -> tuple[int, bool]:
+    """(how many interleaved turns, whether it is only to be seen that the script runs) of a command line, `text` being
+    the script's own."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one turn, to see that it runs")
+    options = parser.parse_args()
+    return 1 if options.quick else options.repeats, options.quick
 
 
 def machine() -> str:
