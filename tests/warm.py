@@ -231,6 +231,7 @@ def main(channel: socket.socket) -> None:
     gc.freeze()
     while True:
         request, streams = serve(channel)
+        channel.detach()  # its number is another file's from now on, which the end of this object would close
         become(request, streams, path)
         if TORCHRUN not in request["arguments"][:3]:
             break
