@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from opentau_train import strangers
+from opentau_train.data.decode.footers import check_chunks
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.errors import check_machine_read
@@ -33,13 +34,15 @@ class RowError(Exception):
 
 
 class _RowFile(NamedTuple):
-    """An open file, after which of its rows each row group ends, the places in a group of what is read of it, and the
-    columns that are read, without rows."""
+    """An open file, after which of its rows each row group ends, the places in a group of what is read of it, the
+    columns that are read, without rows, and whether the footer is known to be sound there: else each group is looked
+    at before it is read."""
 
     handle: pq.ParquetFile
     ends: NDArray[np.int64]
     places: list[int]
     empty: pa.Table
+    sound: bool
 
     def close(self) -> None:
         self.handle.close()
@@ -95,7 +98,12 @@ class RowReader:
             place = next(
                 i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column
             )
-            groups = [metadata.row_group(i).column(place).statistics for i in range(metadata.num_row_groups)]
+            check_chunks(metadata, range(metadata.num_row_groups), [place])
+            chunks = [metadata.row_group(i).column(place) for i in range(metadata.num_row_groups)]
+            kind = metadata.schema.column(place).physical_type
+            if any(chunk.physical_type != kind for chunk in chunks):
+                return -np.inf, np.inf  # of such a chunk, too, pyarrow's statistics would end the process
+            groups = [chunk.statistics for chunk in chunks]
             if not all(statistics is not None and statistics.has_min_max for statistics in groups):
                 return -np.inf, np.inf
             return min((s.min for s in groups), default=np.inf), max((s.max for s in groups), default=-np.inf)
@@ -132,7 +140,12 @@ class RowReader:
         ends = np.cumsum(rows, dtype=np.int64)
         roots = {name.split(".")[0] for name in self._columns}
         places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in roots]
-        return _RowFile(handle, ends, places, handle.schema_arrow.empty_table().select(self._columns))
+        try:
+            check_chunks(metadata, range(len(rows)), places)
+            sound = True
+        except UNREADABLE:
+            sound = False  # of one group, perhaps: the others' episodes are read
+        return _RowFile(handle, ends, places, handle.schema_arrow.empty_table().select(self._columns), sound)
 
     def _parts(self, path: Path, file: _RowFile, start: int, length: int) -> Iterator[pa.Table]:
         """The `length` > 0 rows from row `start` on, in order. Row groups that are asked for whole are read in one
@@ -165,6 +178,8 @@ class RowReader:
 
     def _read(self, file: _RowFile, groups: range) -> pa.Table:
         for group in groups:
+            if not file.sound:
+                check_chunks(file.handle.metadata, [group], file.places)
             _check_size(file.handle.metadata.row_group(group), file.places)
         # pyarrow takes "action" for a prefix of "action.x" too: select again.
         return file.handle.read_row_groups(groups, columns=self._columns, use_threads=False).select(self._columns)
