@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from opentau_train import strangers
-from opentau_train.data.decode.footers import check_chunks
+from opentau_train.data.decode.footers import UNREADABLE, check_chunks
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.errors import check_machine_read
@@ -25,8 +25,6 @@ MOST_ROWS = 2**26
 GROUP_BYTES = 2**30
 """What the columns of a row group may take."""
 CACHED_BYTES = 64 * 2**20
-UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
-"""What pyarrow raises for a damaged file; the last where a column's name or its own message is garbled."""
 
 
 class RowError(Exception):
@@ -34,15 +32,17 @@ class RowError(Exception):
 
 
 class _RowFile(NamedTuple):
-    """An open file, after which of its rows each row group ends, the places in a group of what is read of it, the
-    columns that are read, without rows, and whether the footer is known to be sound there: else each group is looked
-    at before it is read."""
+    """An open file, after which of its rows each row group ends, the columns that are read, without rows, their places
+    in a group, and whether the footer is known to be sound there: else each group is looked at before it is read."""
 
     handle: pq.ParquetFile
     ends: NDArray[np.int64]
-    places: list[int]
     empty: pa.Table
+    places: dict[str, list[int]]
     sound: bool
+
+    def places_of(self, columns: Sequence[str]) -> list[int]:
+        return sorted({place for column in columns for place in self.places[column]})
 
     def close(self) -> None:
         self.handle.close()
@@ -89,24 +89,7 @@ class RowReader:
     def whole(self, path: Path, columns: Sequence[str]) -> pa.Table:
         """`columns` of all of the file's rows."""
         with self._reading(path) as file:
-            return file.handle.read(columns=list(columns), use_threads=False).select(columns)
-
-    def extremes(self, path: Path, column: str) -> tuple[float, float]:
-        """(least, greatest) value of a column of numbers by the file's statistics; -inf and inf where it has none."""
-        with self._reading(path) as file:
-            metadata = file.handle.metadata
-            place = next(
-                i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column
-            )
-            check_chunks(metadata, range(metadata.num_row_groups), [place])
-            chunks = [metadata.row_group(i).column(place) for i in range(metadata.num_row_groups)]
-            kind = metadata.schema.column(place).physical_type
-            if any(chunk.physical_type != kind for chunk in chunks):
-                return -np.inf, np.inf  # of such a chunk, too, pyarrow's statistics would end the process
-            groups = [chunk.statistics for chunk in chunks]
-            if not all(statistics is not None and statistics.has_min_max for statistics in groups):
-                return -np.inf, np.inf
-            return min((s.min for s in groups), default=np.inf), max((s.max for s in groups), default=-np.inf)
+            return self._read(file, range(file.handle.num_row_groups), columns)
 
     def close(self) -> None:
         self._files.shrink(0)
@@ -138,14 +121,14 @@ class RowReader:
             handle.close()
             raise RowError(f"{path} has {sum(rows):,} rows, or fewer than none in a group: {MOST_ROWS:,} are the most")
         ends = np.cumsum(rows, dtype=np.int64)
-        roots = {name.split(".")[0] for name in self._columns}
-        places = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in roots]
+        roots = [metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)]
+        places = {c: [i for i, root in enumerate(roots) if root == c.split(".")[0]] for c in self._columns}
+        file = _RowFile(handle, ends, handle.schema_arrow.empty_table().select(self._columns), places, True)
         try:
-            check_chunks(metadata, range(len(rows)), places)
-            sound = True
+            check_chunks(metadata, range(len(rows)), file.places_of(self._columns))
+            return file
         except UNREADABLE:
-            sound = False  # of one group, perhaps: the others' episodes are read
-        return _RowFile(handle, ends, places, handle.schema_arrow.empty_table().select(self._columns), sound)
+            return file._replace(sound=False)  # of one group, perhaps: the others' episodes are read
 
     def _parts(self, path: Path, file: _RowFile, start: int, length: int) -> Iterator[pa.Table]:
         """The `length` > 0 rows from row `start` on, in order. Row groups that are asked for whole are read in one
@@ -156,7 +139,7 @@ class RowReader:
         whole = range(group + int(begin < start), last + int(ends[last] <= stop))
         while group <= last:
             if len(whole) > 1 and group == whole.start:
-                yield self._read(file, whole)
+                yield self._read(file, whole, self._columns)
                 group = whole.stop
             else:
                 table = self._group(path, file, group)
@@ -170,19 +153,21 @@ class RowReader:
         if table is not None:
             self._groups.move_to_end((path, group))
             return table
-        self._groups[path, group] = table = self._read(file, range(group, group + 1))
+        self._groups[path, group] = table = self._read(file, range(group, group + 1), self._columns)
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHED_BYTES and len(self._groups) > 1:
             self._cached_bytes -= self._groups.popitem(last=False)[1].nbytes
         return table
 
-    def _read(self, file: _RowFile, groups: range) -> pa.Table:
+    def _read(self, file: _RowFile, groups: range, columns: Sequence[str]) -> pa.Table:
+        """Some of the reader's columns of row groups."""
+        places, metadata = file.places_of(columns), file.handle.metadata
         for group in groups:
             if not file.sound:
-                check_chunks(file.handle.metadata, [group], file.places)
-            _check_size(file.handle.metadata.row_group(group), file.places)
+                check_chunks(metadata, [group], places)
+            _check_size(metadata.row_group(group), places)
         # pyarrow takes "action" for a prefix of "action.x" too: select again.
-        return file.handle.read_row_groups(groups, columns=self._columns, use_threads=False).select(self._columns)
+        return file.handle.read_row_groups(groups, columns=list(columns), use_threads=False).select(columns)
 
     def _forget(self, path: Path) -> None:
         self._files.drop(path)

@@ -46,7 +46,7 @@ class EpisodeReader:
         self._reader = RowReader([*self._keys, *columns], opener_at(stored.data.root), apart=apart)
         self._indices: OrderedDict[Path, _FileIndex] = OrderedDict()
         self._listing: list[Path] | None = None
-        self._ranges: dict[Path, tuple[float, float]] = {}
+        self._ranges: dict[Path, tuple[int, int]] = {}
 
     def read(self, position: int) -> pa.Table:
         """All rows of the episode at `position` of the table."""
@@ -193,10 +193,12 @@ class EpisodeReader:
         for i in range(max(len(later), len(earlier))):
             yield from (side[i] for side in (later, earlier) if i < len(side))
 
-    def _extremes(self, path: Path) -> tuple[float, float]:
+    def _extremes(self, path: Path) -> tuple[int, int]:
         """The least and the greatest episode of a file, asked for once."""
         if path not in self._ranges:
-            self._ranges[path] = self._reader.extremes(path, EPISODE_COLUMN)
+            numbers = _whole(self._reader.whole(path, [EPISODE_COLUMN]), EPISODE_COLUMN)
+            numbers = numbers[numbers >= 0]
+            self._ranges[path] = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, -1)
         return self._ranges[path]
 
     def _exists(self, path: Path) -> bool:
