@@ -28,7 +28,7 @@ LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data
 UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-long bench-quick golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-launches test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-long bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,7 +55,7 @@ smoke: setup ## Two steps of the DROID recipe
 	$(BIN)/python -m opentau_train +recipe=droid_policy +debug=smoke $(ARGS)
 
 # One thread a process: tests start several processes, and their numbers must not depend on the number of cores.
-test test-distributed test-slow test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
+test test-distributed test-slow test-launches test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants: export OMP_NUM_THREADS := 1
 
 # Each worker begins with a stretch of files, whose tests share fixtures, and takes from the others' when it is done.
 test: setup ## The fast tests, WORKERS at a time
@@ -72,13 +72,17 @@ test-distributed: setup ## Runs of 2 to 8 real processes: topologies, kills, res
 test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes, pages in a browser (apt-get install tmux chromium)
 	$(BIN)/python -m pytest -m "slow and not slurm and not hosts and not lerobot and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
 
+# What the two before do, in one go: nothing waits at the first one's end, and the tests are collected once.
+test-launches: setup $(WEIGHTS) ## The tests of several processes and the slow ones
+	$(BIN)/python -m pytest -m "(distributed or slow) and not slurm and not hosts and not lerobot and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
+
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
 
 # Two pairs of hosts at a time: they wait for a network that is away most of the time.
 test-hosts: setup ## Two hosts: network namespaces with a cable between them (iproute2; needs root)
-	$(BIN)/python -m pytest -m hosts tests/distributed/test_two_hosts.py -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "hosts and not nightly" tests/distributed/test_two_hosts.py -n 2 --dist worksteal $(ARGS)
 
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
@@ -118,11 +122,12 @@ $(TRACKERS)/.installed: $(STAMP) tests/trackers/requirements.txt
 	touch $@
 
 test-trackers: $(TRACKERS)/.installed ## A run in MLflow, trackio and Comet, read back as their own packages do
-	$(TRACKERS)/bin/python -m pytest -m trackers tests/trackers $(ARGS)
+	$(TRACKERS)/bin/python -m pytest -m "trackers and not nightly" tests/trackers $(ARGS)
 
-test-nightly: setup $(WEIGHTS) $(LEROBOT)/.installed ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth, all policies in all layouts
-	$(BIN)/python -m pytest -m "nightly and not lerobot" -n $(WORKERS) --dist worksteal $(ARGS)
+test-nightly: setup $(WEIGHTS) $(LEROBOT)/.installed $(TRACKERS)/.installed ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth, all policies in all layouts
+	$(BIN)/python -m pytest -m "nightly and not lerobot and not trackers" -n $(WORKERS) --dist worksteal $(ARGS)
 	$(LEROBOT)/bin/python -m pytest -m "nightly and lerobot" tests/side_by_side $(ARGS)
+	$(TRACKERS)/bin/python -m pytest -m "nightly and trackers" tests/trackers $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property --timeout 3600 $(ARGS)
 
 mutants: setup ## Bugs put in on purpose: how many the fast tests notice (an hour; ARGS="--only step.py")

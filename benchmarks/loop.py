@@ -63,12 +63,7 @@ def row(folder: Path, model: str, batch: int, steps: int, device: str) -> str:
     arguments = [
         *("+recipe=droid_policy", f"model={model}", f"trainer.global_batch_size={batch}", f"trainer.device={device}"),
         *(f"trainer.steps={LEFT_OUT + steps + 1}", "scheduler.warmup_steps=2", "data.num_workers=1"),
-        *(
-            "validation=none",
-            "checkpoint.every=0",
-            f"paths.run_dir={folder}",
-            f"paths.cache_dir={folder.parent / 'cache'}",
-        ),
+        *("validation=none", "checkpoint.every=0", f"paths.run_dir={folder}"),
     ]
     pair, tree = Pair(device), composing.compose(arguments)
     with mock.patch.object(loop, "train_step", pair.step):

@@ -35,11 +35,20 @@ IMPORTS = (
     "torch._dynamo",  # an optimizer imports it when it is first called
     "torch.utils.tensorboard",
     "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
+    "torch.utils.serialization.config",
+    "numpy.ctypeslib",
+    "numpy.ma",
+    "pyarrow.compute",
+    "xxhash",
     "opentau_train.loop",
     "opentau_train.validate",
     "opentau_train.data.builtin.droid",
-    "opentau_train.data.lerobot",
+    "opentau_train.data.lerobot.columns",
+    "opentau_train.data.lerobot.source",
     "opentau_train.models.flow",
+    "opentau_train.sinks.console",
+    "opentau_train.sinks.jsonl",
+    "opentau_train.sinks.tensorboard",
     "opentau_train.sinks.trackers",
 )
 MORE = "WARM_IMPORTS"

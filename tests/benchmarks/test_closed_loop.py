@@ -29,6 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_seeds_are_put_together_and_only_cells_of_the_whole_are_counted(folder):
     command = [sys.executable, "benchmarks/closed_loop.py", "--folder", str(folder), "--only-print"]
     printed = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True, timeout=300).stdout

@@ -66,6 +66,7 @@ def test_a_sketch_keeps_the_inner_products_of_the_samples_gradients():
     np.testing.assert_array_equal(sketch(batch), found)
 
 
+@pytest.mark.slow
 def test_on_a_run_it_prints_settings_that_the_program_takes(tmp_path, capsys):
     run = train_here([*TOY, "trainer.steps=2", "validation.every=0"], tmp_path / "run")
     assert vif.main([str(run), "--batches", "3", "--episodes", "3", "--frames", "6"]) == EXIT_OK

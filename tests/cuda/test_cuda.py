@@ -4,7 +4,7 @@ NCCL refuses two ranks on one card, so a world of several ranks, its reductions 
 the CPU's to show (tests/distributed, by gloo). Here: NCCL with one rank, numbers that agree with the CPU's in every
 precision and compiled, the fused optimizer, copies from pinned memory, how often the host waits, memory, speed.
 
-Every test also has a case on the CPU, among the slow tests, which shows that the test itself works.
+Every test also has a case on the CPU, at night, which shows that the test itself works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ON_CARD = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="left out: there is no CUDA card here"),
 ]
 BOTH = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=ON_CARD)]
+    "device", [pytest.param("cpu", marks=[pytest.mark.slow, pytest.mark.nightly]), pytest.param("cuda", marks=ON_CARD)]
 )
 RUN = [*TOY, "trainer.steps=3", "validation.every=3", "validation.max_samples_per_group=4", "logger=none"]
 

@@ -29,7 +29,7 @@ RUNS = {
 @pytest.mark.nightly
 @pytest.mark.timeout(900)  # several launches
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path):
-    """By day tests/cuda compiles one process by inductor, on a CPU too, and test_policies.py shards by aot_eager."""
+    """By day test_policies.py compiles shards, and test_finetune.py one process, by aot_eager."""
     train_all({tmp_path / name: (ranks, [*SHORT, *words]) for name, (ranks, words) in RUNS.items()})
     for name, (_, words) in RUNS.items():
         reference, tolerance = ("eager_bf16", 1e-2) if BF16[0] in words else ("eager", 1e-5)

@@ -47,8 +47,9 @@ POLICIES = {
     ],
     "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
 }
-AT_NIGHT = ("diffusion", "pi0")
-"""Policies whose layouts are tried at night only: pi0's layers are pi05's, and test_finetune.py has them by day."""
+AT_NIGHT = ("act", "diffusion", "pi0", "pi05")
+"""Policies whose layouts are tried at night only. By day test_packing.py has pi05, and test_finetune.py pi0, on two
+ranks and in shards."""
 ALONE = {"alone": (1, [])}
 TRAINING = ("Training/Loss", "Training/GradNorm")
 SAMPLED = ("Validation-Action", "Validation-Video")
@@ -107,7 +108,8 @@ def test_a_policy_trains_alike_in_shards_that_keep_their_activations(policy, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["frozen", "trained"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_pretrained_encoders_train_alike_in_every_layout(frozen, tmp_path):
     encoders = [*TINY_POLICY, *drawn(tmp_path), f"model.freeze_encoders={str(frozen).lower()}"]
     trained_alike({"encoders": encoders}, LAYOUTS, tmp_path)
@@ -127,6 +129,6 @@ def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,
-    has one shape of batches to compile for: aot_eager is tried with several. By day tests/cuda has inductor for
-    the flow policy; what differs in another policy, its graph, aot_eager traces."""
+    has one shape of batches to compile for: aot_eager is tried with several. By day shards of the flow policy are
+    compiled by aot_eager, which traces the same graphs."""
     trained_alike({policy: POLICIES[policy]}, INDUCTOR, tmp_path, "~data.sources.old", "validation.every=0")

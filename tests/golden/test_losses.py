@@ -42,6 +42,7 @@ BF16 = 2e-3
 """Of a loss in float32: bfloat16 keeps 8 bits of each number, and the errors of many mostly cancel."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", losses.STACKS)
 def test_a_stacks_loss_in_bf16_is_that_in_float32_to_the_stated_bound(stack, tmp_path):
     settings = load_settings(cli.compose([*losses.RUN, *losses.STACKS[stack], f"paths.cache_dir={tmp_path}"]))

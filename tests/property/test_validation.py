@@ -237,6 +237,7 @@ def test_permuting_the_config_changes_no_key_and_no_value(frozen, tmp_path):
     assert metrics(train_here(permuted, tmp_path / "permuted")) == metrics(frozen)
 
 
+@pytest.mark.slow
 def test_validating_more_often_changes_no_training_number(tmp_path):
     """With everything that a pass can do, and dropout in the data."""
     run = [*TOY, "trainer.steps=3", "data.dropout.prompt=0.5", "trainer.ema_decay=0.9", "data.num_workers=1"]
@@ -361,6 +362,7 @@ def test_training_keeps_the_best_checkpoint_by_paired_differences_also_when_resu
     assert metrics(resumed) == metrics(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_frozen_weights_never_move_the_best_and_pruning_never_takes_it(asynchronous, tmp_path, monkeypatch):
     """Saved in the background too, where each save begins before the one before is whole."""
@@ -408,6 +410,7 @@ def test_a_corrupt_validation_window_fails_the_pass_with_its_name(damaged, tmp_p
     assert error.value.where == "dataset 'old', episode 1, frame 0" and "on_bad_sample=skip" in error.value.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [["checkpoint.every=2", "checkpoint.async=false"], ["checkpoint.every=2"], ["checkpoint.every=0"]],

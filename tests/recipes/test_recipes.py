@@ -145,6 +145,7 @@ def test_the_wam_recipe_has_the_published_weights_and_times_at_every_scale():
         assert settings.data.sources["droid"].mode == "wam" and settings.data.future.num_frames == 4
 
 
+@pytest.mark.slow
 def test_both_control_modes_of_the_sample_train_as_two_sources(small_sample, tmp_path):
     sources = ["data=droid", f"data.sources.droid.root={small_sample['joint']}"]
     sources += ["+data/source@data.sources.droid_ee=droid_ee", f"data.sources.droid_ee.root={small_sample['ee']}"]

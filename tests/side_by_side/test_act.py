@@ -117,13 +117,14 @@ def test_losses_are_lerobots(policies, latent):
     assert total(policy, terms).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_twenty_steps_lead_to_lerobots_weights(policies, latent):
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.nightly)])
+def test_as_many_steps_lead_to_lerobots_weights(steps, policies, latent):
     """With its own optimizer. What AdamW makes of gradients of about 0 is chance (keys' biases, which attention can't
     see)."""
     policy, reference = policies
     optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-5, weight_decay=1e-4) for p in (policy, reference.model)]
     begun = {name: value.clone() for name, value in policy.named_parameters()}
-    for step in range(20):
+    for step in range(steps):
         batch = whole_batch(2, seed=step)
         losses = [total(policy, policy.train()(batch, latent(batch))), reference.train()(of_lerobot(batch))[0]]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)

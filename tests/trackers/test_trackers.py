@@ -30,7 +30,7 @@ def train(run_dir: Path, tracker: str, *words: str, **environment: str) -> None:
         assert "can't be started" not in ended.stderr and "is left out from here on" not in ended.stderr, ended.stderr
 
 
-@pytest.mark.parametrize("store", ["file", "sqlite"])
+@pytest.mark.parametrize("store", [pytest.param("file", marks=pytest.mark.nightly), "sqlite"])
 def test_mlflow_has_one_run_with_each_steps_numbers_and_the_configuration(store, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}" if store == "sqlite" else (tmp_path / "mlruns").as_uri()
     run_dir = tmp_path / "droid"

@@ -17,6 +17,8 @@ from opentau_train.errors import EXIT_FAULT
 from tests.lerobot_writer import Dataset, write
 from tests.program import TINY_POLICY, metrics, run
 
+AT_NIGHT = [pytest.mark.slow, pytest.mark.nightly]
+
 
 @contextmanager
 def disk(folder: Path, size: int) -> Iterator[Path]:
@@ -101,8 +103,15 @@ def test_a_full_disk_under_a_file_of_the_run_is_told(file, full, arguments, tmp_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mode", ["false", "true"])
-@pytest.mark.parametrize("share", [0.3, 0.93])
+@pytest.mark.parametrize(
+    ("share", "mode"),
+    [
+        (0.3, "true"),
+        (0.93, "false"),
+        pytest.param(0.3, "false", marks=AT_NIGHT),
+        pytest.param(0.93, "true", marks=AT_NIGHT),
+    ],
+)
 def test_a_save_without_room_is_told_by_the_next_steps_on_all_ranks(share, mode, arguments, sizes, tmp_path):
     """Room for one checkpoint and for a share of the next: up to some file of its state, or of its readable part."""
     with disk(tmp_path / "disk", int(sizes[0] * (1 + share)) + sizes[1] + 80_000) as folder:  # and rows of metrics

@@ -40,6 +40,7 @@ def test_a_joint_run_resumed_in_its_middle_is_the_uninterrupted_one_bit_for_bit(
     assert modes == {"policy", "wam", "forward_dynamics", "inverse_dynamics"}
 
 
+@pytest.mark.slow
 def test_an_exported_policy_acts_on_what_a_robot_sees_and_foresees_it_too(whole, tmp_path):
     """In the mode policy, on which it was trained: the future is hidden, and need not be given."""
     assert export.main([f"checkpoint={whole}", f"out={tmp_path / 'policy.safetensors'}"]) == 0

@@ -230,6 +230,7 @@ def test_help_and_checks_start_without_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_check_of_the_settings_does_without_the_half_of_torch_that_only_a_run_needs():
     recipe = ["+recipe=droid_policy", "trainer.steps=4"]
     code = (

@@ -320,6 +320,7 @@ def test_command_equals_what_training_logged_bit_for_bit(trained, tmp_path):
     assert (tmp_path / "v_actions.png").is_file() and (trained / "plots" / "actions_00000004.png").is_file()
 
 
+@pytest.mark.slow
 def test_command_validates_another_mixture_and_names_episodes_that_were_trained_on(trained):
     command(
         trained,

@@ -87,6 +87,7 @@ def test_what_else_is_in_the_directory_stays(tmp_path):
     assert os.listdir(tmp_path / "run") == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_killed_holder_is_followed_at_once(system, holder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STALE_SECONDS", 600.0)  # not waited for
     process = holder()
@@ -97,6 +98,7 @@ def test_a_killed_holder_is_followed_at_once(system, holder, tmp_path, monkeypat
     lock.release()
 
 
+@pytest.mark.slow
 def test_the_children_of_a_killed_holder_are_waited_for(holder, tmp_path):
     process = holder("child")
     process.send_signal(signal.SIGKILL)

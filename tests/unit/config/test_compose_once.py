@@ -15,6 +15,7 @@ def composed(words, hidden=True):
     return OmegaConf.to_container(tree, resolve=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

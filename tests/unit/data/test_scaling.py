@@ -30,6 +30,7 @@ def test_a_spec_from_before_the_filters_is_of_triangles_also_for_the_data_of_ano
     assert dataset.window(mixture.in_shape(older).spec).scaling == "bilinear"
 
 
+@pytest.mark.slow
 def test_a_robot_sees_as_the_policy_was_trained(tmp_path):
     sizes = ["data.image_size=[16,16]", "trainer.steps=1", "validation.max_samples_per_group=2"]
     lines = np.where(np.mgrid[:60, :80].sum(0)[..., None] % 7 < 2, 40, 220).repeat(3, axis=2).astype(np.uint8)

@@ -17,8 +17,13 @@ SMALL = {
 }
 
 
-AT_NIGHT = ("diffusion_tiny",)
-"""Its U-Net takes longest to trace."""
+BY_DAY = ("onnx-flow_tiny", "onnx-act_tiny")
+"""Both forms begin with the same traced program, and the test above has a pt2 file. A U-Net takes longest to trace."""
+FORMS = [
+    pytest.param(form, model, marks=() if f"{form}-{model}" in BY_DAY else pytest.mark.nightly)
+    for form in ("onnx", "pt2")
+    for model in SMALL
+]
 
 
 def real(run, policy):
@@ -46,9 +51,8 @@ def test_a_pt2_file_gives_the_policys_actions_for_a_real_window(own_run, policy,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.nightly if m in AT_NIGHT else ()) for m in SMALL])
-@pytest.mark.parametrize("form", ["onnx", "pt2"])
-def test_each_small_policy_becomes_a_graph(model, form, tmp_path):
+@pytest.mark.parametrize(("form", "model"), FORMS)
+def test_each_small_policy_becomes_a_graph(form, model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime") if form == "onnx" else None
     words = [word for word in TOY if not word.startswith("model.")]
     words = [*words, f"model={model}", *SMALL[model], "trainer.steps=1", "validation.every=0"]

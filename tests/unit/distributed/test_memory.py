@@ -99,6 +99,7 @@ def test_bfloat16_parameters_take_half_and_their_average_none_less(settings):
     assert 2 * (half.moments - counters) == whole.moments - counters and half.average == whole.average
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 5])
 @pytest.mark.parametrize("make", [FLOW, ACT, DIFFUSION], ids=["flow", "act", "diffusion"])
 def test_activations_are_what_a_real_forward_keeps(make, num, settings):

@@ -96,6 +96,7 @@ def test_what_is_not_supervised_is_exactly_zero_and_gives_no_gradient(changes):
     assert not any(parameter.grad.any() for parameter in policy.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lacks", "shared_encoder"),
     [({}, True), ({}, False), ({"cameras": ("left",)}, False), ({"cameras": ()}, True), ({"state_dim": 0}, True)],

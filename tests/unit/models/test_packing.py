@@ -138,6 +138,7 @@ def test_sampling_is_untouched(case):
     assert torch.equal(*chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["flow", "wam", "pi0_tokens", "pi05"])
 def test_a_packed_forward_asks_the_device_for_nothing(case):
     """With tensors that have no numbers: all that it must know, the counts on the host tell."""
@@ -233,6 +234,7 @@ def test_a_run_trains_alike_packed(runs):
     assert capped[4]["Validation/Loss"] == pytest.approx(padded[4]["Validation/Loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_run_goes_on_bit_for_bit(runs):
     for step in (3, 4):
         for tag in ("Training/Loss", "Training/GradNorm", "Training/PackingEfficiency"):

@@ -72,6 +72,7 @@ def test_the_row_has_the_rate_its_interval_and_what_the_losses_say(run):
             assert Image.open(films[2]).n_frames >= sum(1 for _ in video.decode(video=0)) // 2
 
 
+@pytest.mark.slow
 def test_the_tool_and_a_validation_by_itself_measure_what_the_run_did(run, tmp_path, capsys):
     logged = metrics(run)[2]
     arguments = [f"checkpoint={run}", f"out={tmp_path / 'v.json'}", "validation.evaluators=[rollout]"]

@@ -127,6 +127,7 @@ def test_a_resumed_online_run_sends_what_a_kill_left_unsent(make_context, accoun
     assert found == [(1, None), (2, 20), (3, None), (None, 40), (5, None)]
 
 
+@pytest.mark.slow
 def test_a_new_run_without_a_key_is_told_at_once(make_context, account, monkeypatch):
     account("http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY")
@@ -155,14 +156,15 @@ def test_a_directory_that_wandb_cannot_write_is_an_error(make_context, account, 
         tracker(make_context())
 
 
-@pytest.mark.distributed
-def test_training_of_two_ranks_outlives_the_server(tmp_path, account):
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.distributed, pytest.mark.nightly])])
+def test_training_outlives_the_server(ranks, tmp_path, account):
     """It is gone from the first step on: the run ends with 0, after `close_seconds`, and its rows are on the disk."""
     with serving(goes_down=True) as server:
         account(server.url)
         command = [*TOY, "logger=[console,wandb]", "logger.wandb.close_seconds=4", "trainer.steps=20"]
         command += ["trainer.log_every=1", "validation.every=0", "checkpoint.every=0", "data.image_size=[16,16]"]
-        ended = run([*command, f"paths.run_dir={tmp_path / 'run'}"], ranks=2)
+        ended = run([*command, f"paths.run_dir={tmp_path / 'run'}"], ranks)
         assert ended.returncode == 0 and server.runs and not server.rows, ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr
     ((_, rows),) = parts(tmp_path / "run")

@@ -64,6 +64,7 @@ def test_a_policy_from_scratch_is_told_apart_from_one_with_weights():
     assert "vision_encoder=/b" in told("model.vision_encoder=/b", encoders=("vision_encoder",))["policy"]
 
 
+@pytest.mark.slow
 def test_the_options_with_published_weights_are_those_whose_policies_read_them():
     pytest.importorskip("diffusers")
     able = set()

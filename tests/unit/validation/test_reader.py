@@ -118,6 +118,7 @@ def test_a_run_whose_validation_worker_is_killed_trains_on_and_ends_with_its_nam
     assert "Validation/Loss" not in rows[4] and workers() == before
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_left_ends_its_workers_and_the_next_one_reads_all(opened, validation):
     *_, trained = opened
     before, left = workers(), validation(2)
@@ -128,6 +129,7 @@ def test_a_pass_that_was_left_ends_its_workers_and_the_next_one_reads_all(opened
     same(whole, left.run(*trained))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_pass_after_one_that_an_error_ended_reads_its_own_windows(num_workers, opened, validation):
     *_, (policy, *others) = opened

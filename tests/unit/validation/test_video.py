@@ -36,6 +36,7 @@ def run(tmp_path_factory):
     return train_here(RUN, tmp_path_factory.mktemp("video") / "run")
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_each_window_sampled_alone(run):
     """One window a batch, its frames compared by numpy."""
     row = metrics(run)[2]
@@ -117,6 +118,7 @@ def test_without_a_future_to_look_at_it_is_refused_at_the_start(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_policy_that_samples_no_future_is_named(tmp_path):
     words = [*TOY, "model._target_=tests.modal.ModalPolicy", "data.future.num_frames=2", f"{MAIN}.mode=wam"]
     with pytest.raises(UserError, match="ModalPolicy has no sample_future"):

@@ -43,6 +43,7 @@ print(ended["read"], ended["refused"])
 """
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_footer_ends_the_process(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(TABLE, path)

@@ -63,6 +63,7 @@ def read_whole(tmp_path_factory):
     return found, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2), (2, 8)])
 def test_any_topology_sees_the_same_pixels_actions_and_prompts(size, workers, read_whole, tmp_path):
     found, whole = read_whole

@@ -247,6 +247,7 @@ def test_a_wrong_url_is_the_users_mistake(proxy, tmp_path, root, words):
     assert caught.value.where == "data.sources.main.root"
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_at_the_start_is_named_with_its_key(proxy, tmp_path):
     proxy.fault = lambda path, number: "error"
     with pytest.raises(UserError) as caught:
@@ -290,6 +291,7 @@ def test_datasets_by_outcome_are_found_on_the_server(proxy, tmp_path):
     assert len(list(windows(whole))) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_began_on_the_disk_goes_on_from_a_url(local, proxy, tmp_path, capsys):
     given = [a for a in arguments(local, tmp_path, "trainer.global_batch_size=4") if not a.startswith("paths.")]
     train_here([*given, "trainer.steps=2"], tmp_path / "run")

@@ -31,6 +31,7 @@ def stored(own_run, data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_chunks_are_those_of_act_for_the_datasets_own_windows(stored, data, policy):
     made = Recording.load(stored)
     assert made.episode.tolist() == [0, 0, 0, 1, 1] and made.frame.tolist() == [0, 5, 10, 0, 5]
