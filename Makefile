@@ -78,7 +78,7 @@ test-launches: setup $(WEIGHTS) ## The tests of several processes and the slow o
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)
-	REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest -m "slurm and not nightly" tests/slurm -n 2 --dist worksteal $(ARGS)
 
 # Two pairs of hosts at a time: they wait for a network that is away most of the time.
 test-hosts: setup ## Two hosts: network namespaces with a cable between them (iproute2; needs root)

@@ -19,15 +19,14 @@ import pytest
 import torch
 
 from tests import warm
+from tests.nightly import AT_NIGHT
 from tests.program import REPO, TOY, environment, metrics, run
 
 ON_CARD = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="left out: there is no CUDA card here"),
 ]
-BOTH = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=[pytest.mark.slow, pytest.mark.nightly]), pytest.param("cuda", marks=ON_CARD)]
-)
+BOTH = pytest.mark.parametrize("device", [pytest.param("cpu", marks=AT_NIGHT), pytest.param("cuda", marks=ON_CARD)])
 RUN = [*TOY, "trainer.steps=3", "validation.every=3", "validation.max_samples_per_group=4", "logger=none"]
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.nightly import AT_NIGHT
 from tests.program import torchrun
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, *AT_NIGHT]  # by day test_topology.py trains in shards as in one process
 
 
 def test_a_sharded_policy_is_built_in_its_shards_with_the_numbers_of_one_process(tmp_path):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.nightly import at_night, by_day
 from tests.program import NEEDS_COMPILER, TOY, metrics, run, train_all
 
 pytestmark = pytest.mark.distributed
@@ -25,8 +26,7 @@ RUNS = {
 
 
 @NEEDS_COMPILER
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.timeout(900)  # several launches
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path):
     """By day test_policies.py compiles shards, and test_finetune.py one process, by aot_eager."""
@@ -41,7 +41,7 @@ def test_compiled_training_has_the_losses_of_eager_training(tmp_path):
 
 
 @pytest.mark.skipif("CXX" in os.environ, reason="the compiler is named, and would be found without PATH")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", by_day([1, 2], 2))
 def test_missing_compiler_is_a_short_error(tmp_path, ranks):
     nowhere = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     ended = run([*SHORT, "trainer.compile=true", f"paths.run_dir={tmp_path / 'run'}"], ranks, **nowhere)

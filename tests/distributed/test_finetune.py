@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.nightly import at_night
 from tests.program import NEEDS_COMPILER, TOY, Runs, metrics, train_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # several launches a test
@@ -73,8 +74,7 @@ def test_adapters_and_frozen_layers_train_alike_in_every_layout(tmp_path):
             assert load_file(tmp_path / policy / name / WEIGHTS).keys() == weights.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_adapters_train_alike_in_further_layouts(tmp_path):
     """By day shards have pi0's adapters, four ranks the policy without them (test_topology.py), and pi0's adapters are
     compiled: these are their combinations."""
@@ -84,8 +84,7 @@ def test_adapters_train_alike_in_further_layouts(tmp_path):
 
 
 @NEEDS_COMPILER
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_adapters_train_alike_compiled_by_inductor(tmp_path):
     train_all(of_adapters("flow", ["alone", "inductor"], tmp_path))
     assert_alike(tmp_path / "flow", ["inductor"])

@@ -29,6 +29,7 @@ from opentau_train.errors import EXIT_FAULT, EXIT_PREEMPTED
 from opentau_train.threads import InterruptibleIterator
 from tests import warm
 from tests.lerobot_writer import Dataset, write
+from tests.nightly import by_day
 from tests.program import REPO, TOY, environment, metrics, ranks_of, run, start, train_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timed]
@@ -244,7 +245,7 @@ def test_a_stopped_process_is_reported_as_silent(tmp_path):
     assert "rank 1: no report" in output and "rank 0: no progress for 6 s in:" in output
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallelism", by_day(["ddp", "fsdp"], "fsdp"))
 def test_a_gradient_that_is_no_number_on_one_rank_skips_the_step_on_all(parallelism, tmp_path):
     degree = 2 if parallelism == "fsdp" else 1
     poisoned = ["model._target_=tests.misbehaving.Poisoned", f"parallelism.data_parallel_shard_degree={degree}"]

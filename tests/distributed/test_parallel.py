@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from opentau_train.distributed.parallel import data_parallel_degrees
 from opentau_train.errors import UserError
+from tests.nightly import AT_NIGHT, by_day
 from tests.program import TOY, run, torchrun
 
 pytestmark = pytest.mark.distributed
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize(
     ("replicate", "shard"),
-    [(2, 1), pytest.param(1, 2, marks=[pytest.mark.slow, pytest.mark.nightly]), (2, 2)],  # what 2x2 combines
+    [pytest.param(2, 1, marks=AT_NIGHT), pytest.param(1, 2, marks=AT_NIGHT), (2, 2)],  # which combines them
     ids=["ddp_2", "fsdp_2", "hsdp_2x2"],
 )
 def test_a_layout_changes_no_gradient_and_reduces_once_in_float32(replicate, shard):
@@ -56,7 +57,7 @@ def test_degree_errors_say_what_would_fit(degrees, size, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("choice", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("choice", by_day(["fsdp", "hsdp"], "fsdp"))
 def test_a_choice_of_parallelism_is_one_word(choice, tmp_path):
     command = [*TOY, f"parallelism={choice}", "parallelism.activation_checkpointing=true", "trainer.steps=2"]
     done = run([*command, "trainer.precision=bf16", "trainer.ema_decay=0.9", f"paths.run_dir={tmp_path / 'two'}"], 2)

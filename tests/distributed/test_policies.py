@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.nightly import at_night
 from tests.pretrained import drawn
 from tests.program import NEEDS_COMPILER, TINY_POLICY, TOY, metrics, train_all, train_here
 
@@ -47,9 +48,6 @@ POLICIES = {
     ],
     "pi05": ["model=pi05_tiny", "model.action_tokens=binned", "model.insulate=true", *SMALL_PICTURES],
 }
-AT_NIGHT = ("act", "diffusion", "pi0", "pi05")
-"""Policies whose layouts are tried at night only. By day test_packing.py has pi05, and test_finetune.py pi0, on two
-ranks and in shards."""
 ALONE = {"alone": (1, [])}
 TRAINING = ("Training/Loss", "Training/GradNorm")
 SAMPLED = ("Validation-Action", "Validation-Video")
@@ -74,13 +72,12 @@ def trained_alike(policies: dict[str, list[str]], layouts: dict[str, tuple[int, 
                 assert rows[step][tag] == pytest.approx(row[tag], rel=1e-5), (run, step, tag)
 
 
-def test_policies_train_alike_in_every_layout(tmp_path):
-    """The flow policy begins with the weights of a run: each rank reads what it holds."""
+def test_a_policy_trains_alike_in_every_layout(tmp_path):
+    """It begins with the weights of a run: each rank reads what it holds."""
     words = [*TOY, "logger=none", "trainer.steps=2", "validation.every=0"]
     first = train_here(words, tmp_path / "first")
     flow = {"flow": [*TINY_POLICY, f"model.pretrained_path={first}"]}
-    by_day = {name: words for name, words in POLICIES.items() if name not in AT_NIGHT}
-    trained_alike(by_day | flow, LAYOUTS, tmp_path)
+    trained_alike(flow, LAYOUTS, tmp_path)
     for layout in ("alone", *LAYOUTS):
         log = (tmp_path / "flow" / layout / "train.log").read_text()
         assert log.count("tensors, from") == 1, "rank 0 reports"
@@ -93,30 +90,27 @@ def test_shards_that_are_compiled_train_alike(tmp_path):
     trained_alike({"flow": TINY_POLICY}, compiled, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
-@pytest.mark.parametrize("policy", AT_NIGHT)
+@at_night
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_other_policies_train_alike_in_every_layout(policy, tmp_path):
+    """By day test_packing.py has wam and pi05 on two ranks and in shards, and test_finetune.py has pi0."""
     trained_alike({policy: POLICIES[policy]}, LAYOUTS, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_in_shards_that_keep_their_activations(policy, tmp_path):
     trained_alike({policy: POLICIES[policy]}, NIGHTLY_LAYOUTS, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_pretrained_encoders_train_alike_in_every_layout(frozen, tmp_path):
     encoders = [*TINY_POLICY, *drawn(tmp_path), f"model.freeze_encoders={str(frozen).lower()}"]
     trained_alike({"encoders": encoders}, LAYOUTS, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
     """Five take four minutes. By day test_finetune.py compiles pi0's layers by aot_eager, and test_topology.py has four
     ranks."""
@@ -124,8 +118,7 @@ def test_policies_train_alike_compiled_and_on_four_ranks(tmp_path):
 
 
 @NEEDS_COMPILER
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_trains_alike_compiled_by_inductor(policy, tmp_path):
     """Most of the time, a minute or two a policy, goes into tracing and the C++ compiler. A robot alone, unvalidated,

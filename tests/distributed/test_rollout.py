@@ -6,6 +6,7 @@ import pytest
 
 from opentau_train.errors import EXIT_USER
 from opentau_train.simulation.demonstrations import Wanted, write
+from tests.nightly import by_day
 from tests.program import TINY_POLICY, metrics, torchrun, train_here
 from tests.simulators import line
 
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
     return train_here([*data, *own, *TINY_POLICY], folder / "run")
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", by_day(TOPOLOGIES, list(TOPOLOGIES)[-1]))
 def test_one_checkpoint_has_one_success_rate(topology, run, tmp_path):
     """Nine episodes in blocks of two: the fourth of four ranks has one block, the first two; films come from both."""
     ranks, more = TOPOLOGIES[topology]

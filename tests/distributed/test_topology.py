@@ -3,6 +3,7 @@
 import pytest
 
 from tests.modal import MODAL
+from tests.nightly import at_night
 from tests.program import TOY, assert_close, metrics, run, train_all, train_here
 
 pytestmark = pytest.mark.distributed
@@ -33,8 +34,10 @@ def test_topology_changes_no_loss_no_batch_and_no_validation(tmp_path):
         assert_close(metrics(tmp_path / name), alone, training=1e-4, validation=1e-4, what=name)
 
 
+@at_night
 def test_validation_of_one_checkpoint_is_the_same_on_any_topology(tmp_path):
-    """From the same weights (a resumed last step moves none): 1e-6 for other ranks, batch sizes and workers."""
+    """From the same weights (a resumed last step moves none): 1e-6 for other ranks, batch sizes and workers. By day
+    test_validation_topology.py has `opentau_train.validate` on them."""
     start = train_here([*TOY, "trainer.steps=2", "validation.every=0", "checkpoint.every=2"], tmp_path / "start")
     found = {}
     frozen = [*TOY, "trainer.steps=3", "validation.every=3", "optimizer.lr=1e-30", "optimizer.weight_decay=0"]

@@ -8,6 +8,7 @@ import pytest
 
 from opentau_train.errors import EXIT_USER
 from tests import warm
+from tests.nightly import by_day
 from tests.program import DATA, TOY, environment, metrics, train_here
 
 pytestmark = pytest.mark.distributed
@@ -49,7 +50,7 @@ TOPOLOGIES = {
 }
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", by_day(TOPOLOGIES, "1", "8", "hsdp_2x2"))
 def test_one_checkpoint_gives_the_same_numbers_on_every_topology(topology, checkpoint, tmp_path):
     """At one batch size the same bits: one topology twice, and here every one. Losses, average, actions, picture."""
     ranks, arguments = TOPOLOGIES[topology]
@@ -75,7 +76,7 @@ def test_batch_size_and_workers_change_no_number(ranks, batch_size, workers, che
         assert abs(logged[tag] - value) <= 1e-6, tag
 
 
-@pytest.mark.parametrize("arguments", [[], SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("arguments", by_day([[], SHARDED], SHARDED), ids=["ddp", "fsdp"])
 def test_ranks_without_a_window_take_part(arguments, checkpoint, tmp_path):
     """Two windows in all and four ranks; sharded, every forward of the others needs all of them."""
     one = [*arguments, "data.sources.main.val_split_ratio=0", "validation.max_samples_per_group=2"]

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.fuzz.targets import TARGETS
+from tests.nightly import at_night
 from tests.program import REPO, environment
 
 FEW = 600
@@ -30,8 +31,7 @@ def test_a_damaged_file_is_refused_or_read():
     assert all(f"{name}: " in said for name in TARGETS) and "refused" in said and "FAILED" not in said
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.timeout(6 * 3600)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_hundred_thousand_damaged_files_are_refused_or_read(name):

@@ -25,6 +25,7 @@ from opentau_train.types import EpisodeTable
 from opentau_train.validation.passes import Validation
 from opentau_train.validation.plan import equal_spans, plan_validation, validation_windows
 from tests.modal import MODAL
+from tests.nightly import by_day
 from tests.program import DATA, TOY, metrics, train_here
 from tests.program import run as run_program
 
@@ -432,7 +433,7 @@ def test_a_failed_validation_loses_no_step(settings, damaged, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("every", [2, 0])
+@pytest.mark.parametrize("every", by_day([2, 0], 2))
 def test_a_validation_that_fails_on_one_rank_loses_no_step(every, tmp_path):
     arguments = [*FROZEN, "trainer.steps=4", "validation.every=2", f"checkpoint.every={every}"]
     arguments += ["model._target_=tests.misbehaving.BrokenValidation", f"paths.run_dir={tmp_path / 'run'}"]

@@ -5,6 +5,7 @@ import pytest
 from opentau_train.checkpoints.pretrained import load_policy
 from opentau_train.data.builtin.droid import SampleSpec, ensure_droid_sample
 from opentau_train.tools.export import ExportSettings, export
+from tests.nightly import by_day
 from tests.program import DATA, metrics, train_here
 
 pytestmark = pytest.mark.slow  # transformers takes 5 s to import
@@ -21,7 +22,7 @@ def droid_root(tmp_path_factory):
     return ensure_droid_sample(tmp_path_factory.mktemp("cache"), spec)["joint"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", by_day(RECIPES, "droid_pi05", "lerobot_pi0"))
 def test_a_recipe_trains_validates_goes_on_and_exports(recipe, droid_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(droid_root))
     monkeypatch.setenv("DATASET_PATH", str(DATA / "lerobot_v30"))

@@ -14,6 +14,7 @@ from opentau_train.errors import EXIT_OK
 from opentau_train.tools import plan
 from opentau_train.tools.export import ExportSettings, export
 from tests.lerobot_writer import Camera, Dataset, vector, write
+from tests.nightly import by_day
 from tests.program import TINY_POLICY, metrics, train_here
 
 JOINTS = ["shoulder_pan.pos", "shoulder_lift.pos", "elbow_flex.pos", "wrist_flex.pos", "wrist_roll.pos", "gripper.pos"]
@@ -56,7 +57,7 @@ ROWS = {"aloha": 14, "so101": 6, "libero": 7}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", POLICIES)
+@pytest.mark.parametrize("recipe", by_day(POLICIES, "aloha"))
 def test_a_recipe_works_on_its_schema(recipe, tmp_path):
     root = write(tmp_path / "set", SCHEMAS[recipe])
     words = [f"+recipe={recipe}", f"data.sources.main.root={root}", *POLICIES[recipe], *SMALL]

@@ -20,6 +20,7 @@ from opentau_train.models.policy import build_policy, check_model
 from opentau_train.tools import export
 from opentau_train.types import BatchSpec
 from opentau_train.validation.passes import open_evaluators
+from tests.nightly import at_night
 from tests.program import DATA, REPO, TINY_POLICY, TOY, metrics, train_here
 
 CONF = REPO / "conf"
@@ -63,7 +64,7 @@ def test_freezing_asks_what():
         composed("+recipe=droid_policy", "finetune=freeze")
 
 
-@pytest.mark.slow
+@at_night
 @pytest.mark.parametrize("recipe", options("recipe"))
 @pytest.mark.parametrize("debug", options("debug"))
 def test_every_recipe_composes_with_every_debug_option(recipe, debug):

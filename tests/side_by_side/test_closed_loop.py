@@ -10,6 +10,7 @@ import pytest
 
 from opentau_train.errors import EXIT_OK
 from opentau_train.tools import demos
+from tests.nightly import at_night
 from tests.program import REPO
 
 pytestmark = pytest.mark.lerobot
@@ -20,8 +21,7 @@ def script(*words):
     subprocess.run([sys.executable, SCRIPT, *map(str, words)], cwd=REPO, check=True, timeout=600)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.timeout(900)
 def test_lerobots_act_trains_on_demonstrations_and_plays_the_evaluations_starts(lerobot, tmp_path):
     short = "env.max_steps=6"

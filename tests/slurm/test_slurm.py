@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opentau_train.sinks.trackers import run_id
+from tests.nightly import at_night
 from tests.program import TOY, assert_close, metrics, run
 from tests.unit.sinks.curves import check_curves, parts
 
@@ -47,6 +48,7 @@ def uninterrupted(steps: int, tmp_path: Path) -> dict[int, dict[str, float]]:
     return whole
 
 
+@at_night
 def test_requeued_by_hand_it_saves_resumes_and_finishes_with_the_same_numbers(cluster, sbatch, tmp_path):
     steps = 60
     trackers = {"logger": f"[tensorboard{',wandb' * WANDB}]", "WANDB_MODE": "offline"}

@@ -15,9 +15,8 @@ from opentau_train.checkpoints.room import num_at_once
 from opentau_train.config.settings import load_settings
 from opentau_train.errors import EXIT_FAULT
 from tests.lerobot_writer import Dataset, write
+from tests.nightly import AT_NIGHT
 from tests.program import TINY_POLICY, metrics, run
-
-AT_NIGHT = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @contextmanager

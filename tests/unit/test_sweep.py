@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from opentau_train import cli
+from tests.nightly import at_night
 from tests.program import TOY, environment, metrics
 
 SHORT = [*TOY, "trainer.steps=2", "validation.max_samples_per_group=2", "logger=console"]
@@ -42,7 +43,7 @@ def test_each_value_is_a_run_of_its_own_and_one_that_fails_keeps_no_other_from_r
     assert yaml.safe_load((tmp_path / "here/2/config.yaml").read_text())["optimizer"]["lr"] == 3e-4
 
 
-@pytest.mark.slow
+@at_night
 def test_a_sweep_that_is_asked_to_stop_stops_its_run_which_saves(tmp_path):
     with sweep("seed=0,1", "trainer.steps=100000", "hydra.sweep.dir=here", cwd=tmp_path) as process:
         rows = tmp_path / "here/0/metrics.jsonl"

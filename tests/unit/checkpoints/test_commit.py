@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from opentau_train.checkpoints import commit
 from opentau_train.checkpoints.commit import Retention
 from opentau_train.errors import UserError
+from tests.nightly import by_day
 
 
 def write(folder: Path, step: int) -> Path:
@@ -113,7 +114,7 @@ def test_a_step_that_is_whole_is_not_written_over(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("keep_last", by_day([1, 2], 1))
 @pytest.mark.parametrize("state", BEFORE)
 def test_a_step_saved_again_never_takes_away_the_last_whole_checkpoint(state, keep_last, tmp_path):
     """With keep_last=1 the one that is saved again is all there is."""

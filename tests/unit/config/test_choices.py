@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from opentau_train import cli
+from tests.nightly import at_night
 from tests.program import run
 
 CONF = Path(cli.__file__).parents[1] / "conf"
@@ -53,14 +54,13 @@ def check(recipe: str, options: dict[str, str]) -> int:
     return len(others)
 
 
-@pytest.mark.slow
+@at_night
 @pytest.mark.parametrize(("number", "recipe"), list(enumerate(RECIPES)))
 def test_a_chosen_option_has_its_own_values_with_a_recipe(number, recipe):
     assert check(recipe, {group: options[number % len(options)] for group, options in GROUPS.items()}) > 1
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_option_of_every_group_beats_every_recipe(recipe):
     rows = [dict(zip(GROUPS, row, strict=True)) for row in zip_longest(*GROUPS.values())]

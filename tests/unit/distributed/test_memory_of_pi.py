@@ -14,6 +14,7 @@ from opentau_train.models.draws import Draws
 from opentau_train.models.pi.pi0 import Pi0Policy
 from opentau_train.models.pi.pi05 import Pi05Policy
 from opentau_train.tools import plan
+from tests.nightly import at_night
 from tests.program import REPO
 from tests.unit.models.pi_cases import SPEC, TOKENS, make_batch, make_pi
 from tests.unit.tools.test_plan import memory_rows
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow  # transformers takes 5 s to import
 
 BF16, CHECKPOINTED = "trainer.precision=bf16", "parallelism.activation_checkpointing=true"
 ALWAYS = (f"parallelism=fsdp {BF16} {CHECKPOINTED}",)
-AT_NIGHT = ("", f"{BF16} {CHECKPOINTED} data.max_samples_per_batch=16", f"parallelism=fsdp {BF16}")
+OTHERS = ("", f"{BF16} {CHECKPOINTED} data.max_samples_per_batch=16", f"parallelism=fsdp {BF16}")
 """Arguments of the documented table: each plan of pi0 takes ten seconds. The first has all that the others have but
 whole parameters, which smaller policies' tests have."""
 
@@ -39,7 +40,8 @@ def test_activations_are_what_a_real_forward_of_whole_samples_keeps(cls, changes
     assert not rehearsal.notes
 
 
-@pytest.mark.parametrize("which", [ALWAYS, pytest.param(AT_NIGHT, marks=pytest.mark.nightly)], ids=["some", "others"])
+@at_night
+@pytest.mark.parametrize("which", [ALWAYS, OTHERS], ids=["some", "others"])
 def test_the_documented_table_is_what_the_plan_prints(which, capsys):
     text = (REPO / "docs/scaling.md").read_text().partition("## pi0 on 1, 8, 64 GPUs")[2].partition("\n## ")[0]
     command = re.search(r"tools\.plan (.*?)\n```", text.replace("\\\n", ""), re.S)[1].split()
@@ -48,7 +50,7 @@ def test_the_documented_table_is_what_the_plan_prints(which, capsys):
         cells = [cell.strip() for cell in row.split("|")]
         arguments = "".join(re.findall(r"`(.*)`", cells[0])) if cells[0] else arguments
         documented.append((arguments, cells[1:]))
-    assert len(documented) == 10 and {arguments for arguments, _ in documented} == {*ALWAYS, *AT_NIGHT}
+    assert len(documented) == 10 and {arguments for arguments, _ in documented} == {*ALWAYS, *OTHERS}
     documented = [row for row in documented if row[0] in which]
     printed = {}
     for arguments, (gpus, samples, *sizes) in documented:

@@ -17,6 +17,7 @@ from opentau_train.models.diffusion import DiffusionPolicy, NoiseSchedule
 from opentau_train.models.draws import Draws
 from opentau_train.models.policy import check_model
 from opentau_train.models.unet import UnetSizes
+from tests.nightly import at_night
 from tests.program import DATA, metrics, train_here
 from tests.unit.models import flow_cases
 from tests.unit.models.flow_cases import make_batch, total, with_garbage
@@ -125,8 +126,7 @@ def test_sampling_is_the_samples_own_draw_and_leaves_torchs_generator_alone(samp
     assert first.abs().max() <= 1.0, "clip_range"
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_all_blocks_are_compiled_and_train_alike(caplog):
     """Each has a shape of its own; torch gives up after 8 of a class, with a warning, if it is let."""
 

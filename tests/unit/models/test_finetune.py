@@ -33,6 +33,7 @@ from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.weight_map import WeightMap
 from opentau_train.optim import build_optimizer
 from opentau_train.tools import export
+from tests.nightly import at_night
 from tests.program import TOY, metrics, train_here
 from tests.unit.models.flow_cases import SPEC, make_policy
 
@@ -378,7 +379,7 @@ def other_precision():
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.slow
+@at_night
 def test_reduced_precision_stays_within_its_bounds_of_float32(other_precision, tmp_path):
     """The bounds that docs/models.md states, of the loss over 4 steps."""
     sizes = [word for word in TOY if not word.startswith("model.")]

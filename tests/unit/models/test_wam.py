@@ -17,6 +17,7 @@ from opentau_train.models.flow import FlowPolicy
 from opentau_train.models.future import EncodeMode
 from opentau_train.models.layers import time_features
 from opentau_train.models.wam import WamPolicy
+from tests.nightly import at_night
 from tests.unit.models import flow_cases
 from tests.unit.models.wam_cases import NUM_VALUES, SPEC, TERMS, make_batch, make_policy
 
@@ -371,8 +372,7 @@ def test_latents_of_a_frozen_encoder_are_predicted_in_place_of_pixels():
     assert all((p.grad is not None) == p.requires_grad for p in policy.parameters())
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_overfitted_modes_sample_what_they_were_shown():
     torch.set_num_threads(1)
     policy, batch = make_policy(), make_batch(["forward_dynamics", "inverse_dynamics", "wam", "policy"], seed=3)

@@ -21,6 +21,7 @@ from opentau_train.tools.curating.sketch import Sketch, cosine_error
 from opentau_train.tools.flight import Losses
 from tests.fake_source import mixture_of
 from tests.mislabelled import training, write_source
+from tests.nightly import at_night
 from tests.program import metrics, train_here
 
 
@@ -187,8 +188,7 @@ def runs(tmp_path_factory):
     return arguments, train_here(arguments, folder / "run")
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_finds_what_is_mislabelled_and_leaving_it_out_helps(runs, tmp_path, capsys):
     """The user trusts `main`, and asks what hurts it."""
     arguments, run = runs
@@ -219,8 +219,7 @@ def test_finds_what_is_mislabelled_and_leaving_it_out_helps(runs, tmp_path, caps
         (["--out", "/no_such_folder/deep/x.json"], "there is no directory /no_such_folder"),
     ],
 )
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_mistakes_are_answered_with_a_remedy(runs, words, said, capsys):
     assert curate.main([str(runs[1]), *words]) == EXIT_USER
     error = capsys.readouterr().err
@@ -232,8 +231,7 @@ def test_a_directory_that_is_no_run_is_a_mistake(tmp_path, capsys):
     assert "no complete checkpoint there" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
+@at_night
 def test_one_checkpoint_is_looked_at_by_its_path(runs, capsys):
     """Without --target nobody is dropped for contradicting the others by chance, and the tables are there."""
     one = runs[1] / "checkpoints" / "00000500"

@@ -13,6 +13,7 @@ from opentau_train import load_policy
 from opentau_train.checkpoints.card import read_card
 from opentau_train.deploy.model_card import SHOWN, escaped, model_card, table
 from tests.hub_server import TOKEN, hub
+from tests.nightly import at_night
 from tests.program import REPO, TOY, metrics, train_here
 
 REPOSITORY = "me/toy_policy"
@@ -65,6 +66,7 @@ def test_what_is_published_is_loaded_by_its_name_and_acts_as_the_checkpoint(run,
     np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), expected)
 
 
+@at_night
 def test_the_average_is_another_policy_and_a_second_push_goes_to_the_same_repository(run, tmp_path):
     with hub() as there:
         environment = there.environment(tmp_path / "home")

@@ -17,6 +17,7 @@ from opentau_train.data.builtin import arm, scene
 from opentau_train.data.builtin.droid import CONTROL_MODES, SampleSpec, ensure_droid_sample, plan, render
 from opentau_train.errors import UserError
 from tests import warm
+from tests.nightly import at_night
 
 SMALL = SampleSpec(num_episodes=5, min_frames=60, max_frames=66, episodes_per_data_file=3, episodes_per_video_file=2)
 TINY = SampleSpec(num_episodes=1, min_frames=60, max_frames=60)
@@ -68,7 +69,7 @@ def test_default_sample_has_enough_episodes_of_the_stated_length():
     assert 60 <= min(lengths) < max(lengths) <= 150
 
 
-@pytest.mark.slow
+@at_night
 def test_generating_again_gives_the_same_bytes(tmp_path):
     ensure_droid_sample(tmp_path / "one", TINY, num_processes=2)
     ensure_droid_sample(tmp_path / "two", TINY, num_processes=1)
@@ -262,7 +263,7 @@ def test_racing_processes_leave_one_good_sample(tmp_path):
     assert all(len(rows(root, episodes(root)[0])) == 60 for root in roots.values())
 
 
-@pytest.mark.slow
+@at_night
 def test_killed_generation_does_not_count_and_leaves_no_process(tmp_path):
     spec = SampleSpec(num_episodes=6, min_frames=60, max_frames=60, episodes_per_video_file=1)
     process = start_generating(tmp_path, spec)

@@ -13,6 +13,7 @@ from opentau_train.data.mixture.open import open_mixture
 from opentau_train.errors import UserError
 from tests.fake_source import addresses, global_batches, in_order, mixture_of, with_data
 from tests.lerobot_writer import DEFAULT_COLUMNS, Camera, Dataset, write
+from tests.nightly import by_day
 from tests.program import TOY
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -156,7 +157,7 @@ DAMAGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", by_day(DAMAGE, "truncated rows", "bit flips in mp4"))
 def test_windows_of_a_damaged_file_are_replaced_alike_on_every_topology(damage, healthy, tmp_path):
     """Damaged after the start, as files are on a failing disk: the statistics have been read, the workers hit it."""
     root = shutil.copytree(healthy, tmp_path / "set")
