@@ -44,7 +44,13 @@ ROOMS = {
     "models/average.py": (REFERENCE, "tests/unit/test_optim.py", "tests/unit/test_step.py", VALIDATION),
     "models/inputs.py": ("tests/unit/models/test_flow_losses.py", "tests/unit/models/test_wam.py", GOLDEN),
     "checkpoints": ("tests/unit/checkpoints",),
-    "validation": (REFERENCE, "tests/unit/test_validate.py", "tests/unit/validation", VALIDATION),
+    "validation": (
+        REFERENCE,
+        "tests/unit/data/order/test_windows.py",
+        "tests/unit/test_validate.py",
+        "tests/unit/validation",
+        VALIDATION,
+    ),
     "data/order": (
         "tests/unit/data/order",
         "tests/property/test_tape.py",

@@ -66,7 +66,7 @@ def test_systematic_sample_takes_its_number_spread_over_the_group(lengths, most)
     assert len(frame) == min(most, sum(lengths))
     assert len(set(zip(episode.tolist(), frame.tolist()))) == len(frame)
     place = np.concatenate([[0], np.cumsum(lengths)])[episode] + frame
-    assert np.diff(place).max(initial=1) <= -(-sum(lengths) // len(frame))
+    assert np.diff(place, append=sum(lengths)).max() <= -(-sum(lengths) // len(frame)), "to the group's end"
 
 
 @given(st.lists(st.floats(0.1, 10), max_size=60), st.integers(1, 9))
