@@ -281,6 +281,7 @@ def test_a_log_that_cannot_be_written_is_refused(node):
     assert not node.record.exists()
 
 
+@pytest.mark.slow
 def test_it_works_from_any_directory_and_with_relative_paths(node, datasets):
     elsewhere = node.path / "else where"
     elsewhere.mkdir()
@@ -292,6 +293,7 @@ def test_it_works_from_any_directory_and_with_relative_paths(node, datasets):
     assert (elsewhere / "logs" / "train_droid_policy.node0.log").exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_on_a_server_is_checked_there(node, datasets):
     url = f"file://{datasets / 'my droid'}"
     answer = node.run(DATASET_PATH=url, CHECK_CONFIG="1", OPENTAU_CACHE=node.path / "cache")

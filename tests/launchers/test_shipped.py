@@ -192,6 +192,7 @@ def environment_of(container: dict[str, Any], folder: Path, droid: Path, **clust
 TORCHRUN = ["--nproc-per-node", "8", "--nnodes", "2", "--node-rank"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_jobset_pod_starts_its_node(node, tmp_path, droid):
     (container,) = pod(yaml.safe_load((LAUNCHERS / "kubernetes/jobset.yaml").read_text()), "")["containers"]

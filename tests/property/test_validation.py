@@ -213,6 +213,7 @@ def training(rows):
     return {s: {t: v for t, v in row.items() if t.startswith("Training")} for s, row in rows.items()}
 
 
+@pytest.mark.slow
 def test_a_source_without_actions_leaves_the_robots_mse_unchanged_bit_for_bit(tmp_path):
     """It supervises only the future's pictures; placed before the robots, so it moves every batch and every span."""
     added = [
@@ -276,6 +277,7 @@ def test_ambient_random_states_and_modes_are_untouched_by_a_pass(tmp_path, monke
         assert all(torch.equal(v, after[5][n]) for n, v in before[5].items())
 
 
+@pytest.mark.slow
 def test_frozen_weights_give_the_same_bits_again_and_after_a_restart(resumable, tmp_path):
     longer = [*FROZEN, "trainer.steps=4"]
     rows = metrics(train_here(longer, tmp_path / "whole"))

@@ -75,6 +75,7 @@ def test_a_mixture_of_two_different_datasets_trains(tmp_path):
     assert {"Validation/main/default/MSE", "Validation/other/default/MSE"} <= rows[2].keys()
 
 
+@pytest.mark.slow
 def test_the_cosmos_schema_of_droid_trains(tmp_path):
     cameras = ("wrist_image_left", "exterior_image_1_left", "exterior_image_2_left")
     columns = {

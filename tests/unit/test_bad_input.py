@@ -464,6 +464,7 @@ def test_dimensions_without_values_train_once_dropped_as_the_error_proposes(trai
     assert train(root, applied(outcome[1]))[0] == 0
 
 
+@pytest.mark.slow
 def test_a_stored_depth_trains_without_its_camera_as_the_error_proposes(train, tmp_path):
     cameras = {FRONT: Camera(None, size=(32, 48)), "observation.images.depth": Camera(None, size=(32, 48))}
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=cameras))

@@ -107,6 +107,7 @@ def test_batches_in_which_nothing_has_a_term_train_on(tmp_path):
     assert all(row["Training/Loss"] == row["Training/GradNorm"] == row["Training/SkippedSteps"] == 0 for row in silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["mse_weight", "ce_weight"])
 def test_a_weight_of_0_turns_a_term_off_and_its_head_stays_as_it_is(weight, tmp_path):
     words = [*TOY, "trainer.steps=2", "validation.every=0", "optimizer.weight_decay=0", f"model.{weight}=0"]

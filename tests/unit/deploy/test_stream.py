@@ -129,6 +129,7 @@ def delta_policy(tmp_path_factory):
     return load_policy(train_here([*words, "data.normalization_per_timestep=true"], folder / "run"))
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_chunk_of_deltas_is_the_same_poses_from_the_new_state(delta_policy):
     """Its poses go through the transforms to normalised deltas and back from another state."""
     policy, random = delta_policy, np.random.default_rng(1)

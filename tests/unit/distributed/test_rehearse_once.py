@@ -36,6 +36,7 @@ def test_alike_policies_are_rehearsed_once_and_others_anew():
         rehearse_once.remember()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_what_differs_is_rehearsed_anew(other):
     said(SMALL())

@@ -144,6 +144,7 @@ def test_all_blocks_are_compiled_and_train_alike(caplog):
     assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
 
 
+@pytest.mark.slow
 def test_it_learns_to_sample_what_it_has_seen():
     """Of two actions, the one that the state tells."""
     spec = dataclasses.replace(SPEC, cameras=(), state_dim=1, action_dim=1)

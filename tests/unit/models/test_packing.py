@@ -280,6 +280,7 @@ def test_a_window_above_the_cap_that_metadata_did_not_tell_of_ends_all_ranks():
     assert arrival.part.error is None and int(arrival.part.batch.num_tokens.sum()) == 44 + 14 + 39 + 46
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

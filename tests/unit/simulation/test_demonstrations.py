@@ -65,6 +65,7 @@ def test_an_expert_that_fails_is_told(tmp_path):
         write(tmp_path / "set", {**line(), "expert": None}, Wanted(3), 1, 60.0)
 
 
+@pytest.mark.slow
 def test_the_tool_writes_a_whole_dataset_or_none(tmp_path, capsys):
     words = ["env=reach", "episodes=2", f"out={tmp_path / 'set'}"]
     assert demos.main(words) == EXIT_OK and "2 episodes" in capsys.readouterr().out

@@ -54,6 +54,7 @@ def alone():
     return played(line(), Rollouts(episodes=7, horizon=3, simulators=2))
 
 
+@pytest.mark.slow
 def test_results_and_draws_are_the_same_on_any_ranks(alone):
     results, keys, films, _ = alone
     assert (results[:, 0] == 1).any() and len(set(results[:, 1])) > 2 and (results[:, 2] == 1).all()
@@ -64,6 +65,7 @@ def test_results_and_draws_are_the_same_on_any_ranks(alone):
     assert len({key for one in keys.values() for key in one}) == sum(map(len, keys.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.timed
 @pytest.mark.parametrize(
     ("fault", "text"), [("crash", "crashed with exit code 7: about to crash"), ("hang", "hung: no answer within 4 s")]

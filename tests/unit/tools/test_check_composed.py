@@ -29,6 +29,7 @@ def checked(capsys, *overrides: str) -> tuple[int, str]:
     return code, "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "data", "texts"),
     [

@@ -55,6 +55,7 @@ def test_loading_a_policy_leaves_the_random_state_alone(run_dir):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_weights_shows_in_the_golden_batch_or_is_no_weight():
     """The verification would see one changed parameter, whichever it is."""
     policy = make_policy().eval()

@@ -107,6 +107,7 @@ def test_the_published_filter_fits_the_shipped_key_and_says_what_it_kept(release
         opened(cosmos(release, *filtered, f"{DROID}.failure_weight=0.2"))
 
 
+@pytest.mark.slow
 def test_it_trains_and_each_outcome_has_its_numbers(release, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(release))
     recipe = ["+recipe=droid_policy", "data=droid_cosmos", "+debug=smoke", f"{DROID}.val_split_ratio=0.3"]

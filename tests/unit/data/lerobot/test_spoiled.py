@@ -170,6 +170,7 @@ def test_a_video_of_a_multiple_of_the_rows_rate_is_read(tmp_path):
     assert_lost(open_source(root), set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start", [[0.0, 1.1, 2.5], [-5.0, -3.8, -2.4], [0.0, 1.2, 12.6]], ids=["early", "negative", "after_the_end"]
 )

@@ -164,6 +164,7 @@ def test_a_declaration_alone_changes_nothing(opened, tmp_path):
     assert_moments(declared.stats["arm::default"].actions, np.concatenate(rows["action"]).astype(float))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["mean_std", "quantiles"])
 @pytest.mark.parametrize("per_step", ["false", "true"])
 def test_an_oracle_on_every_window_gives_back_the_datasets_own_poses(opened, normalization, per_step):
@@ -283,6 +284,7 @@ def test_chunks_of_two_rates_in_one_norm_head_are_told(tmp_path, caplog):
     assert "steps of their chunks are 30 and 10 to a second: set data.sources.b.fps=30, or" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_policy_of_two_conventions_is_told_which_one_the_robot_speaks(tmp_path):
     wanted = [{"kind": "joint", "unit": "rad"}, {"kind": "gripper"}]
     roots = [stored(tmp_path / "a", arm(0)), stored(tmp_path / "b", arm(2, 180 / np.pi))]

@@ -67,6 +67,7 @@ def test_more_steps_than_the_servers_own_are_refused(policy):
     assert Terms(policy, steps=2).request({"state": np.zeros(4)}).steps == 2
 
 
+@pytest.mark.slow
 def test_of_several_robots_a_message_says_which_or_the_server_does(scaled_run):
     policy = load_policy(scaled_run)
     told, heads = Terms(policy).metadata(), ["toy6::default", "toy::default"]

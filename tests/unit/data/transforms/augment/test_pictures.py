@@ -204,6 +204,7 @@ def test_presets_augment_training_alone_and_fill_the_batch(preset, tmp_path):
             builder.close()
 
 
+@pytest.mark.slow
 def test_a_run_trains_validates_and_its_policy_on_a_robot_crops_as_validation_did(tmp_path):
     words = [*TOY, "data/augment=droid_cosmos", "trainer.steps=2", "validation.every=2", "data.history=1"]
     run = train_here(words, tmp_path / "run")
