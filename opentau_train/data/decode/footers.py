@@ -13,8 +13,8 @@ UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def check_chunks(metadata: pq.FileMetaData, groups: Sequence[int], places: Sequence[int]) -> None:
-    """Raises one of `UNREADABLE` where the footer's words on the column chunks at `places` of
-    `groups` can't be taken: `RowGroupMetaData.column` would end the process there.
+    """Raises one of `UNREADABLE` where the footer's words on the column chunks at `places` of `groups` can't be taken:
+    `RowGroupMetaData.column` would end the process there.
 
     That method isn't declared to let an exception of C++ through, and some footers bring one: counts of levels that
     aren't the schema's, an encrypted column. A reader is. It looks at each chunk that it is to buffer ahead before it

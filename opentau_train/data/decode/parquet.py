@@ -52,8 +52,8 @@ class RowReader:
     """Reads rows of `columns` from parquet files, which `opener` opens, in row order. The last files stay open, and
     their last row groups in memory: a group may hold many episodes.
 
-    Starts no thread, so that it works in forked workers; `apart`: others read on threads beside it. Its methods raise
-    `RowError` where a file can't be read.
+    It works in forked workers: of threads only pyarrow's own read, which begin anew in a fork. `apart`: others read on
+    threads beside it. Its methods raise `RowError` where a file can't be read.
     """
 
     def __init__(self, columns: Sequence[str], opener: Opener = open_here, *, apart: bool = False):
