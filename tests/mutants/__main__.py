@@ -60,6 +60,7 @@ ROOMS = {
     ),
     "data/chunk.py": ("tests/unit/data/order", REFERENCE, "tests/unit/data/lerobot/test_future.py"),
     "data/lerobot/near_frames.py": (
+        "tests/unit/data/order/test_windows.py",
         "tests/unit/data/lerobot/test_future.py",
         "tests/unit/data/load",
     ),

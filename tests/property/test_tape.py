@@ -99,6 +99,16 @@ def test_global_batch_is_the_same_for_all_ranks_and_workers(mixture, step, ranks
     np.testing.assert_array_equal(np.concatenate([addresses(p) for p in flat])[order], addresses(whole))
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 4), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_workers_of_a_rank_have_equal_shares_of_an_epoch(version, ranks, workers):
+    tape = tape_of([[40] * 24, [30] * 16], batch_size=16, lanes_per_sample=4, phase_rows=60, version=version)
+    steps = range(tape.epoch_size // tape.batch_size)
+    for rank in range(ranks):
+        shares = [sum(map(len, tape.owned(steps, rank, ranks, w, workers))) for w in range(workers)]
+        assert max(shares) <= 1.15 * min(shares), (rank, shares)
+
+
 @given(mixtures, st.integers(0, 200), st.integers(1, 60), gops)
 def test_a_sample_depends_on_nothing_but_its_number(mixture, start, count, gop):
     tape = tape_of(mixture, None, gop)
