@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     return train_here([*data, *own, *TINY_POLICY], folder / "run")
 
 
-@pytest.mark.parametrize("topology", by_day(TOPOLOGIES, list(TOPOLOGIES)[-1]))
+@pytest.mark.parametrize("topology", by_day(TOPOLOGIES, "fsdp_2"))
 def test_one_checkpoint_has_one_success_rate(topology, run, tmp_path):
     """Nine episodes in blocks of two: the fourth of four ranks has one block, the first two; films come from both."""
     ranks, more = TOPOLOGIES[topology]

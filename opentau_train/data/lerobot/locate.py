@@ -194,7 +194,7 @@ class EpisodeReader:
             yield from (side[i] for side in (later, earlier) if i < len(side))
 
     def _extremes(self, path: Path) -> tuple[int, int]:
-        """The least and the greatest episode of a file, asked for once."""
+        """The least and the greatest episode of a file, asked for once; (0, -1) where no row says its episode."""
         if path not in self._ranges:
             numbers = _whole(self._reader.whole(path, [EPISODE_COLUMN]), EPISODE_COLUMN)
             numbers = numbers[numbers >= 0]

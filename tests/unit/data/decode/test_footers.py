@@ -22,7 +22,6 @@ TABLE = pa.table({"action": [[1.0, 2.0]] * 40, "index": np.arange(40), "task": [
 READ_EACH = """
 import sys
 from pathlib import Path
-import numpy as np
 from opentau_train.data.decode.parquet import RowError, RowReader
 
 path, ended = Path(sys.argv[1]), {"read": 0, "refused": 0}
@@ -31,7 +30,7 @@ begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
 for place in range(begin, len(whole) - 8):
     for value in {whole[place] ^ 1, whole[place] ^ 16, (whole[place] + 2) % 256}:
         path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1:])
-        reader = RowReader(sys.argv[2:], lambda path, make: make(path))
+        reader = RowReader(sys.argv[2:])
         for read in (lambda: reader.slice(path, 0, 40), lambda: reader.whole(path, ["index"])):
             try:
                 read()
