@@ -28,7 +28,7 @@ LOWEST_TESTS := tests/unit/test_optim.py tests/unit/test_step.py tests/unit/data
 UV := env -u UV_INDEX -u UV_FIND_LINKS uv --no-config
 SHELL_SCRIPTS := $(wildcard launchers/*.sh launchers/slurm/*.sh launchers/slurm/*.sbatch) .ci/run
 
-.PHONY: help setup train smoke test test-distributed test-slow test-launches test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-long bench-quick golden clean
+.PHONY: help setup train smoke test test-distributed test-slow test-launches test-slurm test-hosts test-cuda test-lerobot test-simulation test-trackers environments test-nightly test-lowest test-all mutants lint fmt type site docs lock bench bench-long bench-quick golden clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -87,42 +87,39 @@ test-hosts: setup ## Two hosts: network namespaces with a cable between them (ip
 test-cuda: setup ## What one CUDA card can show; skipped, and said, where there is none
 	$(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
 
-# LeRobot pins older releases than this project: it gets an environment of its own, which sees the packages of .venv too, so
-# that torch isn't installed twice.
-$(LEROBOT)/.installed: $(STAMP) tests/side_by_side/requirements.txt
-	rm -rf $(LEROBOT)
-	$(BIN)/python -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --no-compile --no-deps -r tests/side_by_side/requirements.txt
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(LEROBOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
-	touch $@
+# An environment beside .venv, which sees the packages of that too: $(call beside,FOLDER,ARGUMENTS OF PIP). It can be made before
+# .venv is full.
+define beside
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --no-compile $(2)
+	$(1)/bin/python -c 'import pathlib, sysconfig; own = sysconfig.get_path("purelib"); \
+	  pathlib.Path(own, "zz_main.pth").write_text("import site; site.addsitedir(%r)" % own.replace("/$(1)/", "/.venv/"))'
+	touch $(1)/.installed
+endef
 
-test-lerobot: $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
+# LeRobot pins older releases than this project.
+$(LEROBOT)/.installed: tests/side_by_side/requirements.txt
+	$(call beside,$(LEROBOT),--no-deps -r $<)
+
+test-lerobot: setup $(LEROBOT)/.installed ## Windows, statistics, ACT and Diffusion Policy against LeRobot's own classes
 	$(LEROBOT)/bin/python -m pytest -m "lerobot and not nightly" tests/side_by_side $(ARGS)
 
 # Simulators aren't for everybody's environment, and gym-pusht's OpenCV would take the place of the headless one.
-$(SIMULATION)/.installed: $(STAMP) tests/simulation/requirements.txt
-	rm -rf $(SIMULATION)
-	$(BIN)/python -m venv $(SIMULATION)
-	$(SIMULATION)/bin/python -m pip install --no-compile --no-deps -r tests/simulation/requirements.txt
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(SIMULATION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
-	touch $@
+$(SIMULATION)/.installed: tests/simulation/requirements.txt
+	$(call beside,$(SIMULATION),--no-deps -r $<)
 
-test-simulation: $(SIMULATION)/.installed ## Demonstrations, training and success rates in Meta-World, gym-pusht, gym-aloha
+test-simulation: setup $(SIMULATION)/.installed ## Demonstrations, training and success rates in Meta-World, gym-pusht, gym-aloha
 	$(SIMULATION)/bin/python -m pytest -m simulation tests/simulation $(ARGS)
 
 # The trackers' own packages bring many others.
-$(TRACKERS)/.installed: $(STAMP) tests/trackers/requirements.txt
-	rm -rf $(TRACKERS)
-	$(BIN)/python -m venv $(TRACKERS)
-	$(TRACKERS)/bin/python -m pip install --no-compile -r tests/trackers/requirements.txt
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_main.pth"
-	touch $@
+$(TRACKERS)/.installed: tests/trackers/requirements.txt
+	$(call beside,$(TRACKERS),-r $<)
 
-test-trackers: $(TRACKERS)/.installed ## A run in MLflow, trackio and Comet, read back as their own packages do
+test-trackers: setup $(TRACKERS)/.installed ## A run in MLflow, trackio and Comet, read back as their own packages do
 	$(TRACKERS)/bin/python -m pytest -m "trackers and not nightly" tests/trackers $(ARGS)
+
+environments: $(LEROBOT)/.installed $(TRACKERS)/.installed ## What test-lerobot and test-trackers install
 
 test-nightly: setup $(WEIGHTS) $(LEROBOT)/.installed $(TRACKERS)/.installed ## Property tests with 2,000 examples each, 500 random kills, 100,000 damaged files, what pictures are worth, all policies in all layouts
 	$(BIN)/python -m pytest -m "nightly and not lerobot and not trackers" -n $(WORKERS) --dist worksteal $(ARGS)

@@ -29,13 +29,29 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Garbage collections, of which each training here makes some, need not go through what all tests share."""
     if "torch" in sys.modules:
         from tests import rehearse_once
 
         rehearse_once.remember()
-    gc.collect()
-    gc.freeze()
+    share_with_the_tests_to_come()
+
+
+shared = 0
+
+
+def share_with_the_tests_to_come():
+    """Garbage collections, of which each training here makes some, need not go through what is there for all tests:
+    the modules, thousands of objects each, of which a test may import the first of its kind."""
+    global shared
+    if len(sys.modules) > shared + 20:
+        gc.collect()
+        gc.freeze()
+        shared = len(sys.modules)
+
+
+def pytest_runtest_teardown(nextitem):
+    if nextitem is not None:
+        share_with_the_tests_to_come()
 
 
 # HYPOTHESIS_PROFILE=nightly searches for long; a property that starts processes takes a share of the profile's number.

@@ -97,14 +97,13 @@ Runs = dict[Path, tuple[int, list[str]]]
 def train_all(runs: Runs) -> None:
     """Train all, those of as many ranks one after another in the same processes; runs of fewer ranks come first."""
     shared = str(next(iter(runs)).parent / "compiled_code")
-    env = {warm.MORE: "opentau_train.models.pi.network peft", "TORCHINDUCTOR_CACHE_DIR": shared}
     for ranks in sorted({ranks for ranks, _ in runs.values()}):
         alike = [
             [f"paths.cache_dir={run_dir.parent / 'cache'}", *words, f"paths.run_dir={run_dir}"]
             for run_dir, (other, words) in runs.items()
             if other == ranks
         ]
-        ended = torchrun(ranks, "-m", "tests.several", json.dumps(alike), **env)
+        ended = torchrun(ranks, "-m", "tests.several", json.dumps(alike), TORCHINDUCTOR_CACHE_DIR=shared)
         assert ended.returncode == 0, ended.stderr[-5000:]
 
 

@@ -76,7 +76,6 @@ def test_generating_again_gives_the_same_bytes(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.slow
 def test_existing_sample_is_reused(roots):
     before = {path: path.stat().st_mtime_ns for path in roots["joint"].rglob("*")}
     assert ensure_droid_sample(roots["joint"].parents[1], SMALL) == roots
