@@ -33,6 +33,7 @@ def forget() -> None:
     AcceleratorState._reset_state(True)
     torch._dynamo.reset()
     gc.collect()
+    gc.freeze()  # what a first run imported
 
 
 def main(runs: list[list[str]]) -> None:

@@ -4,8 +4,9 @@ third of the rest is composing and rehearsing: what that reads and finds for `te
 `Popen` is subprocess.Popen for a command of this interpreter (`-m MODULE`, `-c CODE` or a script). A helper process has
 made the imports once. Each command is a fork of it with a session, environment, directory and streams of its own, a
 child of whoever asked: waiting, signals, exit codes and the interpreter's end are the usual ones. torchrun's ranks
-begin the same way. What differs from a new interpreter: the code that is imported (a test of other code starts
-`subprocess.Popen`), what a module read of the environment when it was imported, and PYTHONHASHSEED, which all share.
+and a sweep's runs begin the same way. What differs from a new interpreter: the code that is imported (a test of other
+code starts `subprocess.Popen`), what a module read of the environment when it was imported, and PYTHONHASHSEED, which
+all share.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-TORCHRUN = "torch.distributed.run"
+TORCHRUN, SWEEP = "torch.distributed.run", "--multirun"
 IMPORTS = (
     TORCHRUN,
     "torch._dynamo",  # an optimizer imports it when it is first called
@@ -41,6 +42,7 @@ IMPORTS = (
     "pyarrow.compute",
     "xxhash",
     "opentau_train.loop",
+    "opentau_train.sweep",
     "opentau_train.validate",
     "opentau_train.data.builtin.droid",
     "opentau_train.data.lerobot.columns",
@@ -175,12 +177,13 @@ def become(request: dict, streams: list[int], path: list[str]) -> None:
     sys.modules["numpy"].random.seed()
 
 
-def torchrun_asks(channel: socket.socket) -> None:
-    """torchrun starts its ranks through `channel`. The events of its rendezvous, which nobody records here, have no
-    names: finding one goes through all modules, twice."""
+def launcher_asks(channel: socket.socket) -> None:
+    """torchrun starts its ranks through `channel`, a sweep its runs. The events of torchrun's rendezvous, which nobody
+    records here, have no names: finding one goes through all modules, twice."""
     _helpers[os.getpid()] = Helper(channel)
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: ""
     sys.modules["torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"].Popen = Popen
+    sys.modules["opentau_train.sweep"].subprocess = types.SimpleNamespace(Popen=Popen)
 
 
 def execute(arguments: list[str]) -> None:
@@ -243,14 +246,14 @@ def main(channel: socket.socket) -> None:
         request, streams = serve(channel)
         channel.detach()  # its number is another file's from now on, which the end of this object would close
         become(request, streams, path)
-        if TORCHRUN not in request["arguments"][:3]:
+        if not {TORCHRUN, SWEEP} & set(request["arguments"][:4]):
             break
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork():
             there.close()
-            torchrun_asks(here)
+            launcher_asks(here)
             break
-        here.close()  # the process that forks torchrun's ranks
+        here.close()  # the process that forks torchrun's ranks, or a sweep's runs
         gc.freeze()
         nothing = os.open(os.devnull, os.O_RDWR)
         for usual in range(3):

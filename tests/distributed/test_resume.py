@@ -19,10 +19,10 @@ pytestmark = pytest.mark.distributed
 
 RUN = [
     *TOY,
-    "trainer.steps=40",
+    "trainer.steps=24",
     "checkpoint.every=3",
     "checkpoint.keep_last=2",
-    "validation.every=10",
+    "validation.every=8",
     "validation.max_samples_per_group=5",
 ]
 
@@ -80,10 +80,10 @@ def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninter
 
 
 LEGS = (
-    (8, 4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2", "checkpoint.async=true"]),
-    (16, 2, ["parallelism=fsdp", "data.num_workers=1"]),
-    (24, 1, ["data.num_workers=3"]),
-    (40, 2, ["parallelism=ddp", "checkpoint.async=true"]),
+    (6, 4, ["parallelism=hsdp", "parallelism.data_parallel_shard_degree=2", "checkpoint.async=true"]),
+    (12, 2, ["parallelism=fsdp", "data.num_workers=1"]),
+    (16, 1, ["data.num_workers=3"]),
+    (24, 2, ["parallelism=ddp", "checkpoint.async=true"]),
 )
 """(to which step, ranks, how): every leg reads what another layout has written."""
 
@@ -95,7 +95,7 @@ def test_elastic_resume_on_other_numbers_of_ranks_layouts_and_workers(uninterrup
         "scheduler=constant",
         "scheduler.warmup_steps=2",
         "trainer.ema_decay=0.9",
-        "checkpoint.keep_every=8",
+        "checkpoint.keep_every=6",
     ]
     resumed_from = 0
     for steps, ranks, how in LEGS:
@@ -108,7 +108,7 @@ def test_elastic_resume_on_other_numbers_of_ranks_layouts_and_workers(uninterrup
     whole = train_here(common, tmp_path / "whole")
     found = metrics(tmp_path / "elastic")
     expected = metrics(whole)
-    for step in (8, 16, 24):  # the last step of each leg validates too
+    for step in (6, 12, 16):  # the last step of each leg validates too
         found[step] = {k: v for k, v in found[step].items() if k in expected[step]}
     assert [r["Training/BatchId"] for r in found.values()] == [r["Training/BatchId"] for r in expected.values()]
     assert_close(found, expected, training=1e-4, validation=1e-4)

@@ -3,12 +3,12 @@
 import pytest
 
 from tests.modal import MODAL
-from tests.nightly import at_night
+from tests.nightly import AT_NIGHT, at_night
 from tests.program import TOY, assert_close, metrics, run, train_all, train_here
 
 pytestmark = pytest.mark.distributed
 
-STEPS = ["trainer.steps=10", "validation.every=5", "validation.max_samples_per_group=9", "checkpoint.every=5"]
+STEPS = ["trainer.steps=6", "validation.every=3", "validation.max_samples_per_group=9", "checkpoint.every=3"]
 
 
 VARIANTS = {
@@ -17,7 +17,6 @@ VARIANTS = {
     "ddp_2_x_2_micro_batches": (2, ["data.max_samples_per_batch=1"]),
     "1_x_4_micro_batches": (1, ["data.max_samples_per_batch=1"]),
     "fsdp_2": (2, ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "checkpoint.async=true"]),
-    "fsdp_4": (4, ["parallelism=fsdp"]),
     "fsdp_2_x_2_gathered_once": (
         2,
         ["parallelism=fsdp", "parallelism.gather_once=true", "data.max_samples_per_batch=1"],
@@ -26,11 +25,15 @@ VARIANTS = {
 }
 
 
-def test_topology_changes_no_loss_no_batch_and_no_validation(tmp_path):
-    variants = {"alone": (1, []), **VARIANTS}
-    train_all({tmp_path / name: (ranks, [*TOY, *STEPS, *words]) for name, (ranks, words) in variants.items()})
+BY_NIGHT = {"fsdp_4": (4, ["parallelism=fsdp"])}
+
+
+@pytest.mark.parametrize("variants", [VARIANTS, pytest.param(BY_NIGHT, marks=AT_NIGHT)], ids=["day", "night"])
+def test_topology_changes_no_loss_no_batch_and_no_validation(variants, tmp_path):
+    runs = {"alone": (1, []), **variants}
+    train_all({tmp_path / name: (ranks, [*TOY, *STEPS, *words]) for name, (ranks, words) in runs.items()})
     alone = metrics(tmp_path / "alone")
-    for name in VARIANTS:
+    for name in variants:
         assert_close(metrics(tmp_path / name), alone, training=1e-4, validation=1e-4, what=name)
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from opentau_train import cli
+from tests import warm
 from tests.nightly import at_night
 from tests.program import TOY, environment, metrics
 
@@ -22,7 +23,7 @@ SHORT = [*TOY, "trainer.steps=2", "validation.max_samples_per_group=2", "logger=
 def sweep(*words: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "opentau_train", "--multirun", *SHORT, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, env=environment(**env), text=True, **pipes)
+    return warm.Popen(command, cwd=cwd, env=environment(**env), text=True, **pipes)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The certificate: it holds for a run that resumes exactly, and for no other."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 
 from opentau_train.tools import verify_resume
 from opentau_train.tools.verify_resume import compare
+from tests import warm
 from tests.program import TOY, environment
 
 ROWS = {
@@ -60,6 +62,8 @@ def test_a_small_difference_holds_within_its_tolerance():
 def test_a_users_configuration_gets_its_certificate_on_one_and_two_ranks(capsys, monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    begun = SimpleNamespace(run=lambda command, env, **captured: warm.run(command, env=env))
+    monkeypatch.setattr(verify_resume, "subprocess", begun)
     assert verify_resume.main(["--steps", "5", "--stop", "2", *TOY, "optimizer.lr=1e-3"]) == 0
     said = capsys.readouterr().out
     assert "1 rank : sample ids equal, losses equal bit for bit: ok" in said
