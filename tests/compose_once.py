@@ -7,11 +7,13 @@ directories are searched (`--config-dir`, a plugin's), nothing is remembered.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
@@ -19,10 +21,11 @@ from hydra.plugins.config_source import ConfigSource
 OWN = ("pkg://hydra.conf", "pkg://opentau_train.conf", "structured://")
 
 packaged = next(p for p in Plugins.instance().discover(ConfigSource) if p.__name__ == "ImportlibResourcesConfigSource")
-_read, _list, _compose = (
+_read, _list, _compose, _caching = (
     packaged._read_config,
     config_loader_impl.create_defaults_list,
     ConfigLoaderImpl._compose_config_from_defaults_list,
+    CachingConfigRepository.__init__,
 )
 _is_there = {name: getattr(packaged, name) for name in ("is_config", "is_group")}
 _parsed, _lists, _composed, _known = {}, {}, {}, {}
@@ -77,12 +80,18 @@ def merged(loader, defaults, repo):
     return pickle.loads(_composed[key])
 
 
+def caching(repo, delegate):
+    """A repository that may be told to search elsewhere: that is a new list of its own, all else can be shared."""
+    repo.delegate, repo.cache = copy.copy(delegate), {}
+
+
 def remember() -> None:
     packaged._read_config = read
     for name in _is_there:
         setattr(packaged, name, is_there(name))
     config_loader_impl.create_defaults_list = defaults_list
     ConfigLoaderImpl._compose_config_from_defaults_list = merged
+    CachingConfigRepository.__init__ = caching
 
 
 def forget() -> None:
@@ -92,3 +101,4 @@ def forget() -> None:
         setattr(packaged, name, own)
     config_loader_impl.create_defaults_list = _list
     ConfigLoaderImpl._compose_config_from_defaults_list = _compose
+    CachingConfigRepository.__init__ = _caching

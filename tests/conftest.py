@@ -64,11 +64,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 def a_log_as_a_new_process_has_it():
     """What ran before in this process (a program of another test, a library that disables all loggers that it finds)
     must not hide what the program says in this one. Hydra sets the root's level when it runs in this process."""
-    logging.disable(logging.NOTSET)
-    logging.root.setLevel(logging.WARNING)
     program = logging.getLogger("opentau_train")
     program.propagate, program.handlers = True, []
-    program.setLevel(logging.NOTSET)
+    if (logging.root.manager.disable, logging.root.level, program.level) != (0, logging.WARNING, logging.NOTSET):
+        logging.disable(logging.NOTSET)
+        logging.root.setLevel(logging.WARNING)
+        program.setLevel(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("opentau_train") and isinstance(logger, logging.Logger):
             logger.disabled = False

@@ -48,13 +48,14 @@ IMPORTS = (
     "opentau_train.data.lerobot.columns",
     "opentau_train.data.lerobot.source",
     "opentau_train.models.flow",
-    "opentau_train.models.pi.network",
-    "peft",
     "opentau_train.sinks.console",
     "opentau_train.sinks.jsonl",
     "opentau_train.sinks.tensorboard",
     "opentau_train.sinks.trackers",
 )
+WHEN_NAMED = {"pi0": "opentau_train.models.pi.network", "finetune=": "peft"}
+"""{a part of an argument: what the first process that has it imports for those to come}: seconds, which few need."""
+
 NAME = b"opentau"
 """What such a process is called in /proc/PID/comm, followed by its rank if it has one."""
 
@@ -138,6 +139,8 @@ def serve(channel: socket.socket) -> tuple[dict, list[int]]:
         message, streams, _, _ = socket.recv_fds(channel, MESSAGE, 3)
         if not message:
             os._exit(0)
+        request = json.loads(message)
+        import_named(request["arguments"])
         between = os.fork()
         if between == 0:
             between = os.getpid()
@@ -145,13 +148,23 @@ def serve(channel: socket.socket) -> tuple[dict, list[int]]:
             if child == 0:
                 while os.getppid() == between:  # until who asked has adopted it: a rank looks for its agent at once
                     time.sleep(0.001)
-                return json.loads(message), streams
+                return request, streams
             channel.send(str(child).encode())
             os._exit(0)
         os.waitpid(between, 0)
         channel.send(b"adopted")
         for stream in streams:
             os.close(stream)
+
+
+def import_named(arguments: list[str]) -> None:
+    """Import what processes of these arguments will."""
+    words = " ".join(arguments)
+    modules = {module for part, module in WHEN_NAMED.items() if part in words and module not in sys.modules}
+    for module in modules:
+        importlib.import_module(module)
+    if modules:
+        gc.freeze()
 
 
 def become(request: dict, streams: list[int], path: list[str]) -> None:

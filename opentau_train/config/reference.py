@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -197,6 +198,7 @@ def _comments(text: str) -> dict[str, str]:
     return said
 
 
+@functools.cache
 def _strings(cls: Any) -> dict[str, str]:
     """{field: the string below it} of a class and those that it inherits from."""
     said: dict[str, str] = {}

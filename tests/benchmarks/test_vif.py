@@ -75,6 +75,7 @@ def test_on_a_run_it_prints_settings_that_the_program_takes(tmp_path, capsys):
     train_here([*TOY, setting, "trainer.steps=1", "validation.every=0"], tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [("--batches=1", "--batches must be at least 2"), ("--frames=1000", "ask for fewer: the longest run has ")],

@@ -20,7 +20,7 @@ from tests.program import metrics, train_here
 GOLDEN = json.loads((Path(__file__).parent / "losses.json").read_text())
 
 
-SLOW = ("openpi", "lerobot", "dropout", "policy", "wam", "forward_dynamics", "inverse_dynamics")
+SLOW = ("joint", "pose_deltas", "openpi", "lerobot", "dropout", "policy", "wam", "forward_dynamics", "inverse_dynamics")
 PARAMETERS = [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in losses.STACKS]
 
 

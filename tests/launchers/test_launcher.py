@@ -123,6 +123,7 @@ def node(tmp_path: Path, datasets: Path) -> Node:
     return made
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_configuration_ends_before_torchrun_starts(node):
     answer = node.run(CHECK_CONFIG="1", EXTRA_TAIL_OVERRIDES="model.widht=5")
     assert answer.returncode == 2 and "unknown key 'model.widht'" in answer.stderr

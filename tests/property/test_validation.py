@@ -231,6 +231,7 @@ def test_a_source_without_actions_leaves_the_robots_mse_unchanged_bit_for_bit(tm
     assert "Validation/speaker::default/forward_dynamics/VISION_MSE" in joined
 
 
+@pytest.mark.slow
 def test_permuting_the_config_changes_no_key_and_no_value(frozen, tmp_path):
     sources = [a for a in FROZEN if a.startswith("data.sources.")]
     others = [a for a in FROZEN if not a.startswith(("data.sources.", "+recipe"))]
@@ -250,6 +251,7 @@ def test_validating_more_often_changes_no_training_number(tmp_path):
     assert training(never) == training(often) and len(never) == 3
 
 
+@pytest.mark.slow
 def test_ambient_random_states_and_modes_are_untouched_by_a_pass(tmp_path, monkeypatch):
     import random
 

@@ -20,6 +20,7 @@ import pytest
 from opentau_train import cli
 from tests import warm
 from tests.lerobot_writer import Camera, Dataset, png, vector, write
+from tests.nightly import by_day
 from tests.program import TINY_POLICY, command, environment, run, train_here
 
 LENGTHS = (12, 9, 14, 10, 8, 11)
@@ -150,6 +151,7 @@ def test_episodes_shorter_than_a_window_give_no_window(train, good):
     assert_clear(outcome, "'main' has no training window", "longest 14 frames", "chunk_length 32", "drop_tail")
 
 
+@pytest.mark.slow
 def test_a_window_longer_than_the_episode_trains_where_it_may_be_padded(train, good):
     assert train(good, "data.chunk_length=32")[0] == 0
 
@@ -360,7 +362,11 @@ def test_a_place_that_cannot_be_written_is_refused_with_its_key(key, train, good
     assert_clear(train(good, f"{key}={tmp_path / 'file' / 'inside'}"), "file", f"set {key}")
 
 
-@pytest.mark.parametrize("names", [{"SLURM_NNODES": "2"}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}], ids=str)
+SLURM = {"SLURM_NNODES": "2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", by_day([SLURM, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}], SLURM), ids=str)
 def test_nobody_trains_several_nodes_on_the_sample_by_accident(names, tmp_path):
     arguments = ["+recipe=droid_policy", f"paths.run_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"]
     if "WORLD_SIZE" not in names:
@@ -443,6 +449,7 @@ def applied(said: str) -> str:
     return "data.sources.main." + message(said).partition("remedy: ")[2].partition("data.sources.main.")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_drifting_timestamps_train_with_the_tolerance_that_the_error_proposes(train, tmp_path):
     seconds = [np.arange(n) / 29 for n in LENGTHS]
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO, version="v2.1"))
@@ -455,6 +462,7 @@ def test_drifting_timestamps_train_with_the_tolerance_that_the_error_proposes(tr
     assert train(root, applied(outcome[1]))[0] == 0
 
 
+@pytest.mark.slow
 def test_dimensions_without_values_train_once_dropped_as_the_error_proposes(train, tmp_path):
     feature = {"dtype": "float32", "shape": [3], "names": None}
     columns = {"observation.state": (feature, lambda e, f: [e + f / 9, math.nan, 1.0 + f]), "action": vector(2)}

@@ -98,6 +98,7 @@ def test_every_parameter_gets_a_gradient_in_a_batch_of_any_mode(mode, tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
 
 
+@pytest.mark.slow
 def test_batches_in_which_nothing_has_a_term_train_on(tmp_path):
     """The dynamics of pictures, and hardly any pictures: some steps have nothing to learn from."""
     words = [*RUN, f"{MAIN}.mode=forward_dynamics", "~data.sources.old", "data.dropout.camera=0.9"]

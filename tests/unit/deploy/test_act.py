@@ -16,6 +16,7 @@ from opentau_train.deploy.pictures import frames_of
 from opentau_train.errors import UserError
 from opentau_train.tools import export
 from tests.lerobot_writer import decode_all, picture
+from tests.nightly import by_day
 from tests.program import metrics
 from tests.unit.deploy.windows import validated
 
@@ -54,7 +55,8 @@ def test_pictures_of_the_stored_size_are_left_as_they_are(seen, policy, own_run)
     np.testing.assert_array_equal(reader.read({**window.seen, "side": as_read})["images"]["side"], as_read)
 
 
-@pytest.mark.parametrize("norm_head", ["toy::default", "toy6::default"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_head", by_day(["toy::default", "toy6::default"], "toy6::default"))
 def test_crops_drops_and_shorter_chunks_are_the_validations_too(scaled_run, norm_head):
     policy = load_policy(scaled_run / "checkpoints" / "last", norm_head=norm_head)
     seen = validated(scaled_run, policy)

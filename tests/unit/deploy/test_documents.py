@@ -35,6 +35,7 @@ def served(own_run):
         yield one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["docs/deploy.md", "README.md"])
 def test_the_examples_run_one_after_another(document, own_run, served, capsys):
     policy = load_policy(own_run)

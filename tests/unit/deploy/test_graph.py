@@ -80,6 +80,7 @@ def test_a_graph_that_gives_other_actions_is_removed(own_run, tmp_path, monkeypa
     assert not out.exists() and "was removed: its actions differ" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_policy_that_cannot_be_traced_says_why(own_run, tmp_path, monkeypatch, capsys):
     whole = FlowPolicy.velocity
 

@@ -107,6 +107,7 @@ def test_loader_workers_collect_their_own_garbage():
         assert list(loader) == [True]
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace_that_perfetto_reads(tmp_path):
     run = train_here(
         [*TOY, "+debug=profile", "trainer.steps=7", "trainer.profile_steps=2", "logger=none"], tmp_path / "run"

@@ -261,6 +261,7 @@ def test_what_does_not_go_together_is_refused(words, says):
     assert says in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_cap_below_a_sample_ends_the_start_and_its_remedy_works(tmp_path):
     words = [*TOY, "trainer.steps=1", "validation.every=0", "logger=none", "model.packing=true"]
     with pytest.raises(UserError) as refused:

@@ -79,6 +79,7 @@ def test_a_simulator_that_is_lost_is_replaced_and_counted(alone, tmp_path, caplo
     assert text in caplog.text
 
 
+@pytest.mark.slow
 def test_an_episode_that_always_ends_its_simulator_is_an_error(tmp_path):
     with pytest.raises(Fault) as error:
         played(line(crash=2, always=True), Rollouts(episodes=1, simulators=1))

@@ -149,6 +149,7 @@ def test_a_resumed_run_goes_on_offline_where_the_server_is_not_reached(make_cont
     assert [[*rows] for _, rows in parts(tmp_path) if rows] == [[5]]
 
 
+@pytest.mark.slow
 def test_a_directory_that_wandb_cannot_write_is_an_error(make_context, account, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "wandb").write_text("in the way")

@@ -70,6 +70,7 @@ def test_shares_and_repeats_follow_the_weights(tmp_path, capsys):
         assert float(rows[name][7]) == pytest.approx(400 * share / int(rows[name][2]), rel=0.03)
 
 
+@pytest.mark.slow
 def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     one = re.search(r"decoders +(\d+) a rank \((\d+) lanes of 17\), about (\d+) MB", report(tmp_path, capsys))
     two = re.search(r"decoders +(\d+) a rank \((\d+) lanes", report(tmp_path, capsys, "--ranks", "2"))
@@ -78,6 +79,7 @@ def test_decoders_are_those_of_the_lanes_a_rank_has(tmp_path, capsys):
     assert 17 <= int(one[1]) <= 34  # a source with one camera, one with two
 
 
+@pytest.mark.slow
 def test_decoding_is_told_beside_the_variance_inflation_with_what_helps(tmp_path, capsys):
     """Four episodes of one group each: a batch of 64 has more of each than a lane may give it."""
     camera = {"observation.images.front": Camera(gop=250, episodes_per_file=1, size=(16, 16), options={"bf": "0"})}
@@ -116,6 +118,7 @@ def test_reading_is_measured_where_it_is_asked_for_and_says_what_a_step_waits(tm
     assert "add --read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_modes_are_told_and_what_lanes_hold_of_the_future(tmp_path, capsys):
     """128 frames ahead at 32x32: some 390 kB a camera and lane of the source that reads them."""
     joint = ["data.sources.main.mode=joint", "data.sources.main.mode_probabilities={policy:3,wam:1}"]

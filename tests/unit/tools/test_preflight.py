@@ -55,6 +55,7 @@ def test_a_mistake_leaves_the_rest_to_be_looked_at(lines, tmp_path):
     assert told["settings"]["status"] == "error" and told.keys() == {"settings", "rendezvous"}
 
 
+@pytest.mark.slow
 def test_a_small_device_is_warned_of_and_what_takes_less_is_named(lines):
     told = lines("--device-memory", "0.001")["memory"]
     assert told["status"] == "warning" and "more than 90% of a device's" in told["text"] and told["remedy"]
@@ -119,6 +120,7 @@ def write_run(folder, tree, seconds):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_an_earlier_run_of_the_same_configuration(lines, tmp_path):
     words = [*TRAINING, f"paths.root={tmp_path / 'runs'}", f"paths.cache_dir={tmp_path / 'cache'}", "trainer.steps=50"]
     write_run(tmp_path / "runs" / "lerobot-a-1", compose(words), seconds=0.5)

@@ -66,6 +66,7 @@ def test_the_numbers_are_those_of_each_window_sampled_alone(run):
             assert row[f"{PREFIX}/{place}/PSNR"] == pytest.approx(-10 * np.log10(total / count), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_actions_are_measured_in_the_modes_that_predict_them(run):
     tags = {tag.split("/")[3] for tag in metrics(run)[2] if tag.startswith("Validation-Action/main")}
     assert tags == {"policy", "wam", "inverse_dynamics"}

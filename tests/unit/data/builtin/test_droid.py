@@ -229,6 +229,7 @@ def test_arm_arrives_at_the_ball_before_it_hops(mode):
         assert np.linalg.norm(np.diff(trajectory.ball[hops, :2], axis=0), axis=1).min() >= 0.15
 
 
+@at_night
 def test_state_does_not_tell_where_the_ball_goes():
     """As each next place is drawn afresh, the places after and before a hop are all but uncorrelated."""
     before, after = [], []

@@ -32,6 +32,7 @@ def window(source, episode: int, frame: int, chunk: int = 2):
     return source.cursors(WindowSpec(chunk)).cursor().read(episode, frame)
 
 
+@pytest.mark.slow
 def test_it_trains_with_the_recipe_for_any_dataset_and_is_passed_by_the_check(root, tmp_path, capsys):
     arguments = ["trainer.steps=2", "trainer.global_batch_size=4", "data.num_workers=0", "validation.every=2"]
     chosen = ["state=[left_arm,left_hand]", "actions=[left_hand]", f"prompt_columns=[{DESCRIPTION}]"]

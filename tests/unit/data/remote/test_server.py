@@ -25,6 +25,7 @@ from opentau_train.types import RawWindow, WindowSpec
 from tests import lerobot_writer
 from tests.droid_datasets import write_cosmos
 from tests.lerobot_writer import Camera
+from tests.nightly import at_night
 from tests.object_server import Proxy, object_server, proxy_to, running, upload
 from tests.program import TINY_POLICY, metrics, train_here
 
@@ -162,6 +163,7 @@ def test_a_request_that_fails_is_made_again(local, local_windows, proxy, tmp_pat
     assert max(proxy.asked.values()) > 1
 
 
+@at_night
 def test_a_slow_server_gives_the_same(local_windows, proxy, tmp_path):
     proxy.delay_s = 0.1
     assert_gives(mixture_of("s3://bucket/set", tmp_path), local_windows)
@@ -194,6 +196,7 @@ def test_a_file_that_the_server_has_not_is_a_bad_sample_that_names_it(local, pro
     assert all(name in cause and "the server has no such file" in cause for cause in causes)
 
 
+@pytest.mark.slow
 def test_a_cache_smaller_than_the_dataset_is_kept_to_and_gives_the_same_batches(local, proxy, tmp_path):
     here = mixture_of(local, tmp_path)  # the cache knows the keyframes then
     metadata = sum(p.stat().st_size for p in (local / "meta").rglob("*") if p.is_file())
@@ -255,6 +258,7 @@ def test_a_server_that_does_not_answer_at_the_start_is_named_with_its_key(proxy,
     assert caught.value.where == "data.sources.main.root" and "s3://bucket/set" in caught.value.what
 
 
+@pytest.mark.slow
 def test_a_dataset_that_was_changed_on_the_server_is_read_anew(local, proxy, tmp_path):
     first = mixture_of("s3://bucket/set", tmp_path)
     list(windows(first))
@@ -270,12 +274,14 @@ def test_a_dataset_that_was_changed_on_the_server_is_read_anew(local, proxy, tmp
     assert next(windows(after)).actions[0, 0] == 7.0
 
 
+@pytest.mark.slow
 def test_a_plain_web_server_without_ranges_is_read_through_its_pages(local, local_windows, tmp_path):
     with running(["-m", "http.server", "-b", "127.0.0.1"], cwd=local.parent) as port, proxy_to(port) as proxy:
         assert_gives(mixture_of(f"{proxy.url}/set", tmp_path), local_windows)
         assert sorted(proxy.data_bytes().values()) == sorted(sizes(local).values())
 
 
+@pytest.mark.slow
 def test_datasets_by_outcome_are_found_on_the_server(proxy, tmp_path):
     write_cosmos(tmp_path / "release" / "success")
     write_cosmos(tmp_path / "release" / "failure", "failure", (20, 22, 24))

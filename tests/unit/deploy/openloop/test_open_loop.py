@@ -48,6 +48,7 @@ def test_the_chunks_are_those_of_act_for_the_datasets_own_windows(stored, data, 
     assert made.about["action_names"] == list(policy.action_names) and made.second.tolist()[1] == 5 / 30
 
 
+@pytest.mark.slow
 def test_a_server_gives_what_the_policy_does(stored, own_run, data, tmp_path, capsys):
     with serving(own_run, "max_batch=1") as served:
         words = [
