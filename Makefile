@@ -11,6 +11,9 @@ ARGS ?=
 # How many tests run at a time: two need some 3 GB. WORKERS=0 runs them one after another in one process.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 
+# Launches wait for each other, for limits of time and for the disk: one test more at a time fills that.
+LAUNCHES := $(shell echo $$(($(WORKERS) ? $(WORKERS) + 1 : 0)))
+
 # An environment that forbids compiled modules would compile the package anew in each of the thousands of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -74,7 +77,7 @@ test-slow: setup $(WEIGHTS) ## The slow tests: real launches, several processes,
 
 # What the two before do, in one go: nothing waits at the first one's end, and the tests are collected once.
 test-launches: setup $(WEIGHTS) ## The tests of several processes and the slow ones
-	$(BIN)/python -m pytest -m "(distributed or slow) and not slurm and not hosts and not lerobot and not nightly" -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "(distributed or slow) and not slurm and not hosts and not lerobot and not nightly" -n $(LAUNCHES) --dist worksteal $(ARGS)
 
 # Two clusters at a time: their jobs wait for SLURM's clocks most of the time.
 test-slurm: setup ## A two-node SLURM cluster on this machine (apt-get install slurm-wlm munge; needs root)

@@ -124,6 +124,7 @@ def test_a_column_camera_or_episode_that_is_not_there_is_refused_with_its_name(s
     assert_clear(train(good, f"data.sources.main.{setting}"), *texts)
 
 
+@pytest.mark.slow
 def test_statistics_that_the_dataset_lacks_are_computed_from_its_rows(train, good):
     assert not (good / "meta" / "stats.json").exists()
     assert train(good, "data.normalization=quantiles")[0] == 0
@@ -190,6 +191,7 @@ def substituted(run_dir: Path) -> float:
     return [row["Training/SubstitutedWindows"] for row in rows if "Training/SubstitutedWindows" in row][-1]
 
 
+@pytest.mark.slow
 def test_a_damaged_video_is_quarantined_and_training_goes_on(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     damaged = sorted(root.glob("videos/**/*.mp4"))[0]
@@ -201,6 +203,7 @@ def test_a_damaged_video_is_quarantined_and_training_goes_on(train, tmp_path):
     assert 0 < substituted(tmp_path / "run") <= len(rows)
 
 
+@pytest.mark.slow
 def test_damaged_rows_are_quarantined_and_training_goes_on(train, tmp_path):
     """The images of one parquet file; its other columns, which the statistics need, are whole."""
     cameras = {FRONT: Camera(None, size=(32, 48))}
@@ -232,6 +235,7 @@ def test_videos_that_are_all_damaged_stop_the_run_with_a_name(train, tmp_path):
     assert_clear(train(root), "'main'", "episode", "frame", ".mp4", "repair")
 
 
+@pytest.mark.slow
 def test_a_damaged_validation_window_fails_the_pass_with_its_name(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     truncate(sorted(root.glob("videos/**/*.mp4"))[0])
@@ -240,6 +244,7 @@ def test_a_damaged_validation_window_fails_the_pass_with_its_name(train, tmp_pat
     assert_clear(outcome, ".mp4", "dataset 'main', episode 1", "data.sources.main.exclude_episodes=[1,3] or")
 
 
+@pytest.mark.slow
 def test_videos_that_are_missing_are_told_at_the_start_and_training_goes_on(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     missing = sorted(root.glob("videos/**/*.mp4"))[0]
@@ -249,6 +254,7 @@ def test_videos_that_are_missing_are_told_at_the_start_and_training_goes_on(trai
     assert {row["episode"] for row in quarantined(tmp_path / "run")} <= {0, 1}
 
 
+@pytest.mark.slow
 def test_a_missing_video_of_a_held_out_episode_ends_the_run_before_its_first_step(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, version="v2.1", cameras=VIDEO))
     (root / f"videos/chunk-000/{FRONT}/episode_000003.mp4").unlink()
@@ -486,6 +492,7 @@ def test_a_stored_depth_trains_without_its_camera_as_the_error_proposes(train, t
     assert train(root, applied(outcome[1]))[0] == 0
 
 
+@pytest.mark.slow
 def test_rows_without_a_frame_of_their_own_are_told_at_start_and_cost_no_quarantine(train, tmp_path):
     root = write(tmp_path / "data", Dataset(lengths=LENGTHS, cameras=VIDEO))
     for path in sorted(root.glob("meta/episodes/**/*.parquet")):

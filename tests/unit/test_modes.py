@@ -52,6 +52,7 @@ def test_training_is_counted_by_mode_and_a_policy_s_loss_is_that_of_its_own_samp
     }
 
 
+@pytest.mark.slow
 def test_a_run_of_one_mode_has_no_tags_of_modes(tmp_path):
     rows = metrics(train_here([*RUN, "trainer.steps=1", "validation.every=1"], tmp_path / "run"))[1]
     assert "Training/main/default/MSE" in rows and "Validation/main/default/MSE" in rows
@@ -133,6 +134,7 @@ def test_a_joint_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_pa
     assert "Validation/main/default/inverse_dynamics/MSE" in whole[4]
 
 
+@pytest.mark.slow
 def test_a_window_that_can_not_be_read_is_left_out_of_all_modes_and_counted_once(tmp_path):
     cameras = {"observation.images.wrist": Camera(size=(16, 16), codec=None)}
     root = write(tmp_path / "set", Dataset(lengths=(8, 8), cameras=cameras))

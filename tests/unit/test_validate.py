@@ -334,6 +334,7 @@ def test_command_validates_another_mixture_and_names_episodes_that_were_trained_
     assert not any(tag.startswith("Validation/old/") for tag in result["metrics"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -353,6 +354,7 @@ def test_another_convention_is_refused_with_the_difference(trained, arguments, s
         command(trained, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["stats", "policy"])
 def test_a_checkpoint_without_statistics_or_convention_is_refused(trained, part, tmp_path):
     copy = tmp_path / "00000004"
@@ -369,6 +371,7 @@ def test_an_average_that_the_checkpoint_does_not_hold_is_refused(tmp_path):
         command(run, "trainer.ema_decay=0.9")
 
 
+@pytest.mark.slow
 def test_other_names_of_the_same_dimensions_are_refused(trained, tmp_path):
     copy = tmp_path / "00000004"
     shutil.copytree(trained / "checkpoints" / "00000004", copy)

@@ -96,6 +96,7 @@ def test_the_tool_and_a_validation_by_itself_measure_what_the_run_did(run, tmp_p
     assert "of 5 reached the goal" in capsys.readouterr().out and (tmp_path / "out" / "episode_1.gif").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "texts"),
     [
@@ -115,6 +116,7 @@ def test_a_policy_of_another_robot_is_refused(run, tmp_path, capsys, change, tex
     assert all(text in told for text in texts), told
 
 
+@pytest.mark.slow
 def test_an_evaluator_without_an_environment_says_how_to_name_one(demonstrated, tmp_path):
     words = [a for a in arguments(demonstrated) if not a.startswith(ENVIRONMENT)]
     with pytest.raises(UserError, match=r"\+simulation@validation\.evaluator\.rollout\.environments\.NAME=reach"):

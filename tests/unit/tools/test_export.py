@@ -129,6 +129,7 @@ def test_a_directory_of_other_files_is_not_replaced_by_force_either(run_dir, tmp
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_run_without_average_and_files_of_others_are_refused(run_dir, tmp_path):
     out = tmp_path / "policy.safetensors"
     exported(run_dir, out)
@@ -146,6 +147,7 @@ def test_a_run_without_average_and_files_of_others_are_refused(run_dir, tmp_path
     assert export.main([f"checkpoint={plain}", f"out={tmp_path / 'p.safetensors'}", "weights=ema"]) == 2
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_command(run_dir, tmp_path):
     command = [sys.executable, "-m", "opentau_train.tools.export", f"checkpoint={run_dir}", "out=policy.safetensors"]
     done = warm.run(command, cwd=tmp_path, env=environment(), timeout=120)

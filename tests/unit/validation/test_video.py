@@ -72,6 +72,7 @@ def test_actions_are_measured_in_the_modes_that_predict_them(run):
     assert tags == {"policy", "wam", "inverse_dynamics"}
 
 
+@pytest.mark.slow
 def test_a_strip_shows_the_true_frames_above_the_predicted_ones(run):
     """Of three windows: two rows a camera of the present frame and two later ones, under a text each."""
     picture = np.asarray(Image.open(run / "plots" / "video_00000002.png"))

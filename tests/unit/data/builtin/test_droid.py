@@ -76,12 +76,14 @@ def test_generating_again_gives_the_same_bytes(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_existing_sample_is_reused(roots):
     before = {path: path.stat().st_mtime_ns for path in roots["joint"].rglob("*")}
     assert ensure_droid_sample(roots["joint"].parents[1], SMALL) == roots
     assert {path: path.stat().st_mtime_ns for path in roots["joint"].rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CONTROL_MODES)
 def test_info_and_columns_follow_the_droid_schema(roots, mode):
     about = info(roots[mode])
@@ -107,6 +109,7 @@ def test_info_and_columns_follow_the_droid_schema(roots, mode):
     assert set(table.column_names) == columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CONTROL_MODES)
 def test_tables_agree_with_one_another(roots, mode):
     root = roots[mode]
@@ -127,12 +130,14 @@ def test_tables_agree_with_one_another(roots, mode):
     assert (info(root)["total_frames"], info(root)["total_episodes"]) == (first, SMALL.num_episodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CONTROL_MODES)
 def test_each_episode_is_one_row_group_and_files_are_several(roots, mode):
     files = sorted((roots[mode] / "data").rglob("*.parquet"))
     assert [pq.ParquetFile(file).num_row_groups for file in files] == [3, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CONTROL_MODES)
 def test_statistics_are_those_of_the_rows(roots, mode):
     statistics = json.loads((roots[mode] / "meta" / "stats.json").read_text())["action"]
@@ -146,6 +151,7 @@ def test_statistics_are_those_of_the_rows(roots, mode):
     assert min(statistics["std"]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("camera", scene.CAMERAS)
 def test_every_row_has_its_frame_in_the_video(roots, camera):
     key = f"videos/observation.images.{camera}"
@@ -162,6 +168,7 @@ def test_every_row_has_its_frame_in_the_video(roots, camera):
             np.testing.assert_allclose(times, found, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("camera", scene.CAMERAS)
 def test_frames_at_an_episodes_place_show_its_rows(roots, camera):
     number, key = 3, f"videos/observation.images.{camera}"  # the second episode of its mp4
@@ -176,6 +183,7 @@ def test_frames_at_an_episodes_place_show_its_rows(roots, camera):
         assert np.argmin(errors) == first + offset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("camera", scene.EXTERIOR)
 def test_ball_is_seen_in_nearly_all_exterior_frames(roots, camera):
     seen = []

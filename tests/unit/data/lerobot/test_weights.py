@@ -66,6 +66,7 @@ def test_equal_weights_train_as_none_do_and_others_change_training_only(tmp_path
     assert losses(zero, "Validation/")[-1] == pytest.approx(losses(untrained, "Validation/")[-1])
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_none_costs_its_episode_and_is_named(tmp_path):
     run_dir = run(tmp_path, "bad", lambda e, f: -1.0 if (e, f) == (2, 3) else 1.0, COLUMN)
     rows = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]

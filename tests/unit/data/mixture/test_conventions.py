@@ -353,6 +353,7 @@ def trained(tmp_path_factory):
     return arguments, rows, train_here(arguments, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_the_convention_and_gives_actions_in_the_robots(trained):
     _, rows, run = trained
     loaded = load_policy(run)
@@ -377,6 +378,7 @@ def test_a_checkpoint_keeps_the_convention_and_gives_actions_in_the_robots(train
     assert {"MAE_m", "MAE_rad"} <= {tag.rsplit("/")[-1] for tag in last if tag.startswith("Validation-Action/")}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_own_convention_only(trained):
     arguments, _, run = trained
     arguments = [*arguments, "trainer.steps=2", "resume=auto"]

@@ -113,6 +113,7 @@ def cached_bytes(tmp_path: Path) -> int:
     return sum(p.stat().st_size for p in files if p.is_file() and p.name != ".ledger")
 
 
+@pytest.mark.slow
 def test_windows_and_fingerprint_are_those_of_the_local_copy(here, local_windows, proxy, tmp_path):
     there = mixture_of("s3://bucket/set", tmp_path)
     assert_gives(there, local_windows)
@@ -120,6 +121,7 @@ def test_windows_and_fingerprint_are_those_of_the_local_copy(here, local_windows
     assert {h: s.to_json() for h, s in here.stats.items()} == {h: s.to_json() for h, s in there.stats.items()}
 
 
+@pytest.mark.slow
 def test_metadata_come_at_once_and_video_when_it_is_read(proxy, tmp_path):
     mixture = mixture_of("s3://bucket/set", tmp_path)
     assert not [path for path in proxy.served if "/videos/" in path]
@@ -127,6 +129,7 @@ def test_metadata_come_at_once_and_video_when_it_is_read(proxy, tmp_path):
     assert len([path for path in proxy.served if "/videos/" in path]) == 1
 
 
+@pytest.mark.slow
 def test_each_byte_is_read_once_however_many_processes_and_runs(local, proxy, tmp_path):
     for workers in (2, 0):
         mixture = mixture_of("s3://bucket/set", tmp_path, f"data.num_workers={workers}", "validation=none")
@@ -135,6 +138,7 @@ def test_each_byte_is_read_once_however_many_processes_and_runs(local, proxy, tm
     assert proxy.data_bytes() == sizes(local)
 
 
+@pytest.mark.slow
 def test_files_are_fetched_before_the_lanes_that_read_them_come_to_them(proxy, tmp_path, monkeypatch):
     mixture = mixture_of("s3://bucket/set", tmp_path)
     stream = training_batches(
@@ -155,6 +159,7 @@ def test_files_are_fetched_before_the_lanes_that_read_them_come_to_them(proxy, t
     assert mirror is not None and mirror.cache.capacity == 100 * 10**9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["error", "cut"])
 def test_a_request_that_fails_is_made_again(local, local_windows, proxy, tmp_path, kind):
     proxy.fault = lambda path, number: kind if number == 1 and "/set/" in path else None
@@ -169,6 +174,7 @@ def test_a_slow_server_gives_the_same(local_windows, proxy, tmp_path):
     assert_gives(mixture_of("s3://bucket/set", tmp_path), local_windows)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_stream_with_a_fault_and_quarantines_nothing(proxy, tmp_path, caplog):
     mixture = mixture_of("s3://bucket/set", tmp_path)
     proxy.fault = lambda path, number: "error"
@@ -180,6 +186,7 @@ def test_a_server_that_is_gone_ends_the_stream_with_a_fault_and_quarantines_noth
     assert not (tmp_path / "q.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_the_server_has_not_is_a_bad_sample_that_names_it(local, proxy, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(local, root)
@@ -210,6 +217,7 @@ def test_a_cache_smaller_than_the_dataset_is_kept_to_and_gives_the_same_batches(
     assert sum(proxy.data_bytes().values()) > sum(sizes(local).values())  # some were fetched again
 
 
+@pytest.mark.slow
 def test_a_file_that_was_evicted_is_fetched_again_when_it_is_opened_again(proxy, tmp_path):
     mixture = mixture_of("s3://bucket/set", tmp_path)
     source = mixture.datasets[0].source
@@ -224,6 +232,7 @@ def test_a_file_that_was_evicted_is_fetched_again_when_it_is_opened_again(proxy,
     assert np.array_equal(again.images["front"], before.images["front"])
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_names_the_setting_and_a_size_that_works(local, proxy, tmp_path):
     metadata = sum(p.stat().st_size for p in (local / "meta").rglob("*") if p.is_file())
     with pytest.raises(UserError) as caught:
@@ -234,6 +243,7 @@ def test_a_file_that_does_not_fit_names_the_setting_and_a_size_that_works(local,
     assert len(list(windows(mixture))) == sum(LENGTHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("root", "words"),
     [

@@ -89,6 +89,7 @@ def example(predicted, recorded, pad, name="grip<per>", unit="rad"):
     return Recording(predicted, recorded, pad, np.zeros((num, 0), np.float32), zeros.astype(int), *where, zeros, about)
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_draws_what_was_recorded(stored, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert replay_dataset.main([f"recording={stored}", f"out={out}"]) == 0
@@ -118,6 +119,7 @@ def test_ticks_are_round_and_inside(low, high):
     assert 2 <= len(made) <= 6 and low - 1e-6 * abs(low) <= made[0] and made[-1] <= high + 1e-6 * abs(high)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "what"),
     [

@@ -94,6 +94,7 @@ def test_arrays_that_are_read_may_be_written_to_and_are_of_this_machine():
     assert read.tolist() == [5.0, 1.0, 2.0] and read.dtype.isnative
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nest", [b"\xdc\x3f\xff" * 500, b"\xdd\x00\x40\x00\x00" * 5], ids=["many", "long"])
 def test_lists_that_claim_more_items_than_come_get_no_room_for_them(nest):
     tracemalloc.start()
