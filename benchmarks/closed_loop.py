@@ -3,12 +3,15 @@
     pip install "opentau_train[metaworld]"
     python benchmarks/closed_loop.py --folder DIR [--tasks reach-v3 ...] [--models flow_tiny act_tiny lerobot_act]
         [--seeds 0 1 2] [--steps 2400] [--ways seeing blind] [--demonstrations 100] [--episodes 100]
-        [--lerobot PYTHON] [--only-print]
+        [--env KEY=VALUE ...] [--lerobot PYTHON] [--only-print]
 
 Every piece is a command of the program: demonstrations by the simulator's scripted expert, training by the command
 line, the success rate from starts that no demonstration had. *Blind* is the same with black pictures: state and time
 tell where the hand is, only pictures tell where it must go. Pieces that are in DIR already aren't made again, so that
 the table can be filled in many runs; it is printed for all that DIR holds, of the 60 cells that the whole has.
+
+With `--env env.num_starts=50` demonstrations and episodes share fifty starts, as in Meta-World's own benchmark of one
+task; another declaration of the environment wants a folder of its own.
 
 `lerobot_act` is LeRobot's own ACT (baselines/lerobot_act.py), trained by LeRobot in the environment of `--lerobot`
 (`make .venv/lerobot/.installed`), from the same files; it plays the same starts in the same loop.
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--demonstrations", type=int, default=100)
     parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--env", nargs="+", default=[], help="changes of the environment: env.num_starts=50 ...")
     parser.add_argument("--lerobot", type=Path, default=Path(".venv/lerobot/bin/python"))
     parser.add_argument("--only-print", action="store_true")
     options = parser.parse_args()
@@ -66,7 +70,8 @@ def fill(options: argparse.Namespace) -> None:
     if find_spec("metaworld") is None:
         sys.exit('Meta-World isn\'t installed: pip install "opentau_train[metaworld]"')
     for task in options.tasks:
-        data = demonstrations(options.folder, task, options.demonstrations)
+        changes = [f"env.{change}" for change in options.env]
+        data = demonstrations(options.folder, task, options.demonstrations, changes)
         for seed in options.seeds:
             for model in options.models:
                 for way in options.ways:
@@ -75,7 +80,7 @@ def fill(options: argparse.Namespace) -> None:
                         lerobot(options, data, run, task, way, seed)
                     else:
                         train(data, run, model, seed, way, options.steps)
-                        play(run, task, options.episodes)
+                        play(run, task, options.episodes, changes)
 
 
 def program(*command: str) -> None:
@@ -83,11 +88,11 @@ def program(*command: str) -> None:
     subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=sys.stderr)
 
 
-def demonstrations(folder: Path, task: str, num: int) -> Path:
+def demonstrations(folder: Path, task: str, num: int, changes: list[str]) -> Path:
     """The dataset of a task, made once."""
     out = folder / f"{task}-{num}"
     if not out.is_dir():
-        words = ["env=metaworld", f"task={task}", f"episodes={num}", f"out={out}", "timeout=3600"]
+        words = ["env=metaworld", f"task={task}", f"episodes={num}", f"out={out}", "timeout=3600", *changes]
         program(sys.executable, "-m", "opentau_train.tools.demos", *words)
     return out
 
@@ -102,12 +107,12 @@ def train(data: Path, run: Path, model: str, seed: int, way: str, steps: int) ->
         program(sys.executable, "-m", "opentau_train", *settings)
 
 
-def play(run: Path, task: str, episodes: int) -> None:
+def play(run: Path, task: str, episodes: int, changes: list[str]) -> None:
     """Its success rate, written into the run's directory."""
     out = run / f"success-{episodes}"
     if not (out / "rollout.json").is_file():
         words = [f"checkpoint={run}", "env=metaworld", f"task={task}", f"episodes={episodes}", f"out={out}"]
-        words += [f"horizon={HORIZON}", f"simulators={SIMULATORS}", "timeout=3600"]
+        words += [f"horizon={HORIZON}", f"simulators={SIMULATORS}", "timeout=3600", *changes]
         program(sys.executable, "-m", "opentau_train.tools.rollout", *words)
 
 
@@ -122,7 +127,16 @@ def lerobot(options: argparse.Namespace, data: Path, run: Path, task: str, way: 
         sizes = ["--steps", str(options.steps), "--seed", str(seed)]
         program(python, str(BASELINE), "train", str(data), str(run), *sizes, *blind)
     if not (out / "rollout.json").is_file():
-        words = ["--set", f"env.task={task}", "--episodes", str(options.episodes), "--horizon", str(HORIZON), *blind]
+        words = [
+            "--set",
+            f"env.task={task}",
+            *(f"env.{change}" for change in options.env),
+            "--episodes",
+            str(options.episodes),
+            "--horizon",
+            str(HORIZON),
+            *blind,
+        ]
         words += ["--simulators", str(SIMULATORS), "--packages", sysconfig.get_path("purelib")]
         program(python, str(BASELINE), "play", str(run), str(out), *words)
 

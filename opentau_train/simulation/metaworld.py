@@ -24,9 +24,20 @@ _UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 
 class MetaWorld:
     """The task `task`, seen by `cameras` (its own, gripperPOV among them) in `image_size` (H, W). The start, its goal
-    among it, depends on the seed alone. Raises `UserError` for a task or a camera that there isn't."""
+    among it, depends on the seed alone. Where `num_starts` is given there are no more than that: Meta-World's own
+    benchmark of one task, MT1, trains and tests on the same 50. Raises `UserError` for a task or a camera that there
+    isn't, or no starts."""
 
-    def __init__(self, task: str, cameras: tuple[str, ...] = ("corner2",), image_size: tuple[int, int] = (64, 64)):
+    def __init__(
+        self,
+        task: str,
+        cameras: tuple[str, ...] = ("corner2",),
+        image_size: tuple[int, int] = (64, 64),
+        num_starts: int | None = None,
+    ):
+        if num_starts is not None and num_starts < 1:
+            raise UserError(f"there is at least one start, not {num_starts}", where="num_starts", remedy="50, or null")
+        self.num_starts = num_starts
         if task not in ALL_V3_ENVIRONMENTS:
             near = did_you_mean(task, ALL_V3_ENVIRONMENTS)
             raise UserError(f"Meta-World has no task '{task}'{near}", where="task", remedy="see metaworld.env_dict")
@@ -51,7 +62,7 @@ class MetaWorld:
             self._renderer.scene.flags[flag] = 0
 
     def reset(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        self.world.seed(seed)
+        self.world.seed(seed if self.num_starts is None else seed % self.num_starts)
         observation, info = self.world.reset()
         # The goal is put where it belongs after the last step of the simulation, and drawn where it was before.
         mujoco.mj_forward(self.world.model, self.world.data)

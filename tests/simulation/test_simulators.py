@@ -75,6 +75,21 @@ def test_the_first_picture_has_the_goal_where_it_is(task):
 
 
 @needs("metaworld")
+def test_of_so_many_starts_each_is_one_of_them():
+    from opentau_train.simulation.metaworld import MetaWorld
+
+    def goals(num_starts, seeds):
+        with closing(MetaWorld("reach-v3", num_starts=num_starts)) as env:
+            return [tuple(env.world._target_pos) for seed in seeds if env.reset(seed)]
+
+    assert len(set(goals(None, range(20)))) == 20
+    few = goals(5, range(20))
+    assert len(set(few)) == 5 and few == goals(5, range(5)) * 4
+    with pytest.raises(UserError, match="at least one start"):
+        MetaWorld("reach-v3", num_starts=0)
+
+
+@needs("metaworld")
 @pytest.mark.parametrize("task", TASKS)
 def test_the_experts_of_metaworld_reach_the_goal_through_noise(task):
     with closing(SimulatorProcess(declaration("metaworld", f"env.task={task}"), 300.0)) as process:
