@@ -18,5 +18,10 @@ def at_night(test: Callable) -> Callable:
 
 
 def by_day(cases: Iterable[Any], *day: Any) -> list[Any]:
-    """`cases` of a parametrised test, of which all but `day` are left to the night."""
-    return [case if case in day else pytest.param(case, marks=AT_NIGHT) for case in cases]
+    """`cases` of a parametrised test, of which all but `day` are left to the night; those of several parameters are
+    tuples."""
+    return [case if case in day else pytest.param(*_values(case), marks=AT_NIGHT) for case in cases]
+
+
+def _values(case: Any) -> tuple:
+    return case if isinstance(case, tuple) else (case,)

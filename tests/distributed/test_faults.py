@@ -10,6 +10,7 @@ import pytest
 
 from opentau_train.errors import EXIT_FAULT, EXIT_USER
 from tests.lerobot_writer import Camera, Dataset, write
+from tests.nightly import by_day
 from tests.program import TOY, children, metrics, ranks_of, run, start, train_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timed]
@@ -157,7 +158,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", by_day(CHANGES, "files", "settings", "batch"))
 def test_a_changed_plan_is_refused_by_name_and_goes_on_with_restart(change, begun, tmp_path):
     command, run_dir, root, path = begun
     act, overrides, message = CHANGES[change]

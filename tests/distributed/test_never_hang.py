@@ -107,7 +107,7 @@ def test_a_rank_with_other_code_is_named(tmp_path):
     assert "rank 1 differs from rank 0 in: opentau_train's source code" in text
 
 
-@pytest.mark.parametrize("name", ["mine.py", "mine/inner.py"])
+@pytest.mark.parametrize("name", by_day(["mine.py", "mine/inner.py"], "mine/inner.py"))
 def test_a_rank_with_another_version_of_a_users_module_is_named(name, tmp_path):
     """Of the file that `_target_` names, or of any other of its package."""
     target = "mine.Policy" if name == "mine.py" else "mine.policy.Policy"
@@ -173,7 +173,7 @@ def test_ranks_that_never_come_are_named():
 # -- a rank that dies, stands still or goes mad ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("killed", [2, 0])
+@pytest.mark.parametrize("killed", by_day([2, 0], 0))
 def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(killed, tmp_path):
     process = start([*ENDLESS, "trainer.global_batch_size=6", f"paths.run_dir={tmp_path}"], ranks=3)
     wait_for(lambda: rows(tmp_path) >= 3, process)
@@ -393,7 +393,7 @@ def test_the_file_stops_all_ranks_and_is_cleared_by_the_next_start(tmp_path):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", by_day([0, 2], 2))
 def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(workers, uninterrupted, tmp_path):
     """The signal comes when the step's row is written, which is when the pass begins."""
     command = [*RUN, *VALIDATING, f"data.num_workers={workers}", f"paths.run_dir={tmp_path}"]
@@ -409,7 +409,7 @@ def test_a_stop_inside_a_validation_leaves_it_and_the_resumed_run_makes_it_up(wo
     assert metrics(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallelism", by_day(["ddp", "fsdp"], "fsdp"))
 def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path):
     command = [*RUN, *VALIDATING, f"parallelism.data_parallel_shard_degree={2 if parallelism == 'fsdp' else 1}"]
     command += ["model._target_=tests.misbehaving.SlowValidation", f"paths.run_dir={tmp_path}"]
@@ -421,7 +421,7 @@ def test_a_stop_on_one_rank_inside_a_validation_stops_all(parallelism, tmp_path)
     assert "preempted at step 5" in output, output
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", by_day([0, 1], 1))
 def test_a_stop_while_one_ranks_data_hangs_is_obeyed_by_all(workers, tmp_path):
     hanging = [o for o in RUN if "sources.old" not in o] + [
         "data.sources.main._target_=tests.misbehaving.HangingSource"

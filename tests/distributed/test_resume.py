@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from opentau_train.checkpoints import card, pretrained
 from opentau_train.checkpoints.contents import load_weights
 from opentau_train.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from tests.nightly import by_day
 from tests.program import TOY, assert_close, metrics, run, start, train_here
 
 pytestmark = pytest.mark.distributed
@@ -57,15 +58,15 @@ def test_sigkill_and_resume_equals_uninterrupted_bit_for_bit(workers, uninterrup
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGTERM, EXIT_PREEMPTED),
-        (signal.SIGUSR1, EXIT_PREEMPTED),
-        (signal.SIGHUP, EXIT_PREEMPTED),
-        (signal.SIGINT, EXIT_INTERRUPTED),
-    ],
-)
+SIGNALS = [
+    (signal.SIGTERM, EXIT_PREEMPTED),
+    (signal.SIGUSR1, EXIT_PREEMPTED),
+    (signal.SIGHUP, EXIT_PREEMPTED),
+    (signal.SIGINT, EXIT_INTERRUPTED),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), by_day(SIGNALS, *SIGNALS[2:]))
 def test_signal_saves_and_exits_with_its_code_then_resumes(number, code, uninterrupted, tmp_path):
     command = [*RUN, "checkpoint.every=0", "data.num_workers=1", f"paths.run_dir={tmp_path}"]
     process = start(command)

@@ -66,7 +66,7 @@ def test_one_checkpoint_gives_the_same_numbers_on_every_topology(topology, check
     assert (tmp_path / "v_actions.png").read_bytes() == (checkpoint / "plots" / "actions_00000003.png").read_bytes()
 
 
-@pytest.mark.parametrize(("ranks", "batch_size", "workers"), [(2, 7, 0), (4, 1, 1), (2, 64, 2)])
+@pytest.mark.parametrize(("ranks", "batch_size", "workers"), by_day([(2, 7, 0), (4, 1, 1), (2, 64, 2)], (4, 1, 1)))
 def test_batch_size_and_workers_change_no_number(ranks, batch_size, workers, checkpoint, tmp_path):
     more = [f"validation.batch_size={batch_size}", f"data.num_workers={workers}"]
     done = validate(checkpoint, tmp_path / "v.json", ranks, *more)
@@ -89,7 +89,7 @@ def test_ranks_without_a_window_take_part(arguments, checkpoint, tmp_path):
     assert all(abs(few[tag] - alone[tag]) <= 1e-6 for tag in alone)
 
 
-@pytest.mark.parametrize("arguments", [[], SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("arguments", by_day([[], SHARDED], SHARDED), ids=["ddp", "fsdp"])
 def test_a_corrupt_window_of_one_rank_ends_all_ranks_with_its_name_or_is_left_out(arguments, checkpoint, tmp_path):
     root = tmp_path / "damaged"
     shutil.copytree(DATA / "lerobot_v21", root)

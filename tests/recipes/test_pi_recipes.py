@@ -22,7 +22,7 @@ def droid_root(tmp_path_factory):
     return ensure_droid_sample(tmp_path_factory.mktemp("cache"), spec)["joint"]
 
 
-@pytest.mark.parametrize("recipe", by_day(RECIPES, "droid_pi05", "lerobot_pi0"))
+@pytest.mark.parametrize("recipe", by_day(RECIPES, "droid_pi05"))
 def test_a_recipe_trains_validates_goes_on_and_exports(recipe, droid_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(droid_root))
     monkeypatch.setenv("DATASET_PATH", str(DATA / "lerobot_v30"))

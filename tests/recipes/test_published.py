@@ -90,7 +90,7 @@ def droid_root(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["laptop", "node", "cluster"])
+@pytest.mark.parametrize("scale", by_day(["laptop", "node", "cluster"], "node"))
 def test_droid_policy_takes_two_steps_at_each_scale(scale, droid_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DROID_ROOT", str(droid_root))
     run = train_here(["+recipe=droid_policy", f"scale={scale}", *TINY], tmp_path / "run")

@@ -16,6 +16,7 @@ from opentau_train.errors import UserError
 from opentau_train.sinks.jsonl import JsonlSink
 from opentau_train.sinks.trackers import run_id
 from opentau_train.sinks.wandb import WandbSink
+from tests.nightly import at_night
 from tests.program import TOY, metrics, run, start
 from tests.unit.sinks.curves import check_curves, parts
 from tests.unit.sinks.wandb_server import serving
@@ -43,7 +44,7 @@ def test_a_preempted_run_is_one_run_in_wandb_and_tensorboard(tmp_path):
     check_curves(tmp_path / "run", range(1, 7))
 
 
-@pytest.mark.slow
+@at_night
 def test_a_killed_run_goes_on_from_an_older_checkpoint_as_the_same_run(tmp_path):
     run_dir = tmp_path / "run"
     command = [*PROGRAM, "trainer.steps=60", "validation.every=20", "checkpoint.every=20", "data.image_size=[16,16]"]
