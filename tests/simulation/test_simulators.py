@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from opentau_train.simulation.process import SimulatorProcess
 from opentau_train.tools import demos, rollout
 from tests.lerobot_writer import Camera, Dataset, vector, write
 from tests.program import TINY_POLICY, train_here
+
+if sys.platform == "linux":  # where a world is made here, as a simulator's own process is told (simulation/process.py)
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 MODULES = {"metaworld": "metaworld", "pusht": "gym_pusht", "aloha": "gym_aloha"}
 
