@@ -69,8 +69,8 @@ def fill(options: argparse.Namespace) -> None:
     """Make what `options.folder` hasn't."""
     if find_spec("metaworld") is None:
         sys.exit('Meta-World isn\'t installed: pip install "opentau_train[metaworld]"')
+    changes = [f"env.{change}" for change in options.env]
     for task in options.tasks:
-        changes = [f"env.{change}" for change in options.env]
         data = demonstrations(options.folder, task, options.demonstrations, changes)
         for seed in options.seeds:
             for model in options.models:
@@ -127,16 +127,8 @@ def lerobot(options: argparse.Namespace, data: Path, run: Path, task: str, way: 
         sizes = ["--steps", str(options.steps), "--seed", str(seed)]
         program(python, str(BASELINE), "train", str(data), str(run), *sizes, *blind)
     if not (out / "rollout.json").is_file():
-        words = [
-            "--set",
-            f"env.task={task}",
-            *(f"env.{change}" for change in options.env),
-            "--episodes",
-            str(options.episodes),
-            "--horizon",
-            str(HORIZON),
-            *blind,
-        ]
+        words = ["--set", f"env.task={task}", *(f"env.{change}" for change in options.env)]
+        words += ["--episodes", str(options.episodes), "--horizon", str(HORIZON), *blind]
         words += ["--simulators", str(SIMULATORS), "--packages", sysconfig.get_path("purelib")]
         program(python, str(BASELINE), "play", str(run), str(out), *words)
 
