@@ -20,7 +20,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from opentau_train import strangers
 from opentau_train.errors import Explained, UserError, check_machine
@@ -55,9 +60,17 @@ class _Unpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
         if isinstance(dtype, torch.dtype):
             return dtype
+        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.0 to 3.11.3 writes a member of an enum
+            return _member
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of such metadata")
         return super().find_class(module, name)
+
+
+def _member(*given: Any) -> Any:
+    if len(given) != 2 or given[0] is not _MEM_FORMAT_ENCODING or given[1] not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("it names builtins.getattr for what is no memory format")
+    return _MEM_FORMAT_ENCODING[given[1]]
 
 
 def check_nesting(data: bytes) -> None:
@@ -117,10 +130,25 @@ class Reader(dcp.FileSystemReader):
         strangers.check_plain(self.folder / sinfo.relative_path)
         listing = min(sinfo.length, LISTING_BYTES)
         file.seek(sinfo.offset + sinfo.length - listing)
-        with zipfile.ZipFile(io.BytesIO(file.read(listing))) as archive:
+        with zipfile.ZipFile(End(file.read(listing), sinfo.length)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError(f"a tensor of {sinfo.relative_path} is compressed")
         return super()._slice_file(file, sinfo)
+
+
+class End(io.BytesIO):
+    """The last bytes of a file of `length`, at their places in it: Python refuses an archive whose directory isn't
+    where it says: since 3.11.14, 3.12.12 and 3.13.8, and in those of Debian and Ubuntu."""
+
+    def __init__(self, content: bytes, length: int):
+        super().__init__(content)
+        self._begins = length - len(content)
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        return super().seek(place - self._begins if whence == io.SEEK_SET else place, whence) + self._begins
+
+    def tell(self) -> int:
+        return super().tell() + self._begins
 
 
 class _Planner(DefaultLoadPlanner):

@@ -21,12 +21,19 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 
 from opentau_train import load_policy, strangers, validate
 from opentau_train.checkpoints import contents, manifest, shards
 from opentau_train.checkpoints.card import PARTS
 from opentau_train.config import trust, typed
+from opentau_train.data.decode.decoding import Decoding
 from opentau_train.data.decode.images import ImageError, decode_image
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
@@ -87,11 +94,45 @@ def test_a_pickle_in_place_of_the_table_of_tensors_is_refused_with_code_2(checkp
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("name", ["eval", "getattr", "exec", "__import__"])
+@pytest.mark.parametrize("name", ["eval", "setattr", "exec", "__import__"])
 def test_no_builtin_is_called_by_the_table(name, checkpoint):
     (checkpoint / "state/.metadata").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n(\x8c\x011tR.")
     with pytest.raises(UserError, match=f"it names builtins.{name}"):
         shards.kinds(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "asked", [(Path, "home"), (TensorProperties, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")], ids=str
+)
+def test_an_enums_member_is_all_that_getattr_gives_to_the_table(asked, checkpoint):
+    """As Python 3.11.2, Debian's, writes members."""
+
+    class Asks:
+        def __init__(self, *given):
+            self.given = given
+
+        def __reduce__(self):
+            return getattr, self.given
+
+    member = pickle.dumps(Asks(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"), 4)
+    assert shards._Unpickler(io.BytesIO(member)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    (checkpoint / "state/.metadata").write_bytes(pickle.dumps(Asks(*asked), 4))
+    with pytest.raises(UserError, match="it names"):
+        shards.kinds(checkpoint)
+
+
+def test_the_end_of_an_archive_is_at_its_place():
+    """What new releases of zipfile compare: where an archive says that its directory ends, and where that is."""
+    written = io.BytesIO()
+    torch.save(torch.zeros(100_000), written)
+    whole = written.getvalue()
+    end = shards.End(whole[-9000:], len(whole))
+    locator = whole.rindex(b"PK\x06\x07")
+    told = int.from_bytes(whole[locator + 8 : locator + 16], "little")
+    assert end.seek(told) == end.tell() == told and end.read(4) == b"PK\x06\x06"
+    assert end.seek(-22, io.SEEK_END) == len(whole) - 22 and end.read() == whole[-22:]
+    with pytest.raises(ValueError):
+        end.seek(100)
 
 
 DEEP = 1_000_000
@@ -433,7 +474,7 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch):
 def test_a_video_of_more_pixels_is_refused(copy):  # noqa: F811
     path = next(copy("v3.0").glob("videos/*/*/*.mp4"))
     with pytest.raises(VideoError, match="16 x 16 pixels"):
-        VideoPool(max_pixels=100).cursor().read(path, 0.0, 1.0)
+        VideoPool(decoding=Decoding(max_pixels=100)).cursor().read(path, 0.0, 1.0)
 
 
 def listening() -> tuple[socket.socket, int]:
