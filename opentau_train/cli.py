@@ -71,10 +71,13 @@ def end(code: int) -> None:
     for child in children:  # loader workers, left only where a read hangs: they would be waited for
         child.kill()
     hangs = any(thread.name.startswith(THREAD) for thread in threading.enumerate())  # a tracker waits for its server
-    if children or hangs or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    cuda = sys.modules.get("torch.cuda")
+    on_card = cuda is not None and cuda.is_initialized()
+    if children or hangs or on_card or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Everything is closed and on disk. An ordinary exit would now run the destructors of DDP and of gloo's process
         # group, which joins a thread while holding the interpreter's lock that this thread may wait for: it hung in
-        # one of three runs of four ranks on a busy machine (docs/decisions/0002-exit.md).
+        # one of three runs of four ranks on a busy machine, and every training on a card ended by an abort there, with
+        # code 134 whatever `code` was (docs/decisions/0002-exit.md).
         os._exit(code)
     sys.exit(code)
 

@@ -12,7 +12,6 @@ Exit codes: 0; 2 for a mistake in what was given, with where and a remedy; 1 for
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -273,4 +272,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.end(main())
