@@ -154,6 +154,17 @@ def _options(group: str) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
+def namesakes(name: str) -> list[str]:
+    """The program's settings that are called `name`, in whatever section: those of its types and, of the objects that a
+    section names by `_target_`, the options in conf/."""
+    options: set[str] = set()
+    for section in SECTIONS:
+        for choice in _options(section):
+            tree = yaml.safe_load(_CONF.joinpath(section, f"{choice}.yaml").read_text()) or {}
+            options |= {f"{section}.{key}" for key in tree if "_target_" in tree}
+    return sorted(key for key in {*_dotted(Settings), *options} if key.rpartition(".")[2] == name)
+
+
 def _dotted(cls: type, path: str = "") -> Iterator[str]:
     """Every key of the settings, e.g. `trainer.steps`, `data.sources.NAME.root`."""
     hints = typing.get_type_hints(cls)

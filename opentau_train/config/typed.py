@@ -162,9 +162,16 @@ def _refuse_unknown(tree: Mapping, known: Collection[str], path: str) -> None:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
             elsewhere = pointers(where, tree[key])
-            hint = "" if elsewhere else did_you_mean(str(key), known)
+            hint = "" if elsewhere else did_you_mean(str(key), known) or _elsewhere(str(key))
             valid = f"valid keys{' of ' + path if path else ''}: {', '.join(sorted(known)) or '(it takes none)'}"
             raise UserError(f"unknown key '{where}'{hint}", remedy=elsewhere or valid)
+
+
+def _elsewhere(key: str) -> str:
+    from opentau_train.config.explain import namesakes  # which reads the types that are built here
+
+    others = [f"'{name}'" for name in namesakes(key)]
+    return f": did you mean {' or '.join(others)}?" if 0 < len(others) < 4 else ""
 
 
 REPLACED = {

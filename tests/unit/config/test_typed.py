@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from opentau_train import cli
 from opentau_train.config.bounds import at_least, positive
 from opentau_train.config.data import SourceSettings
-from opentau_train.config.settings import Settings, load_settings
+from opentau_train.config.settings import Settings, TrainerSettings, load_settings
 from opentau_train.config.typed import build, convert, defaults, instantiate, locate
 from opentau_train.data.lerobot import LeRobotSource
 from opentau_train.errors import UserError
@@ -288,6 +288,15 @@ def test_a_program_may_give_what_instantiate_itself_calls_path():
 )
 def test_a_wrong_target_is_answered_with_its_path(tree, texts):
     refused(lambda: instantiate(tree, "model", context="given"), *texts)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("lr", "'optimizer.lr'"), ("betas", "'optimizer.betas'"), ("zzz", "")]
+)
+def test_a_key_of_another_section_is_pointed_to_by_its_whole_name(key, meant):
+    with pytest.raises(UserError) as refusal:
+        build(TrainerSettings, {key: 1}, "trainer")
+    assert refusal.value.what == f"unknown key 'trainer.{key}'" + (f": did you mean {meant}?" if meant else "")
 
 
 def test_an_error_inside_a_target_is_not_the_users_mistake(monkeypatch):
