@@ -162,7 +162,7 @@ site: $(SITE)/.installed ## The documentation as a site, in build/site (a link t
 docs: setup site ## The site, and tests of the documentation's links and commands
 	$(BIN)/python -m pytest tests/docs
 
-HOURS := $(patsubst %,benchmarks/%.py,closed_loop goodput kill_campaign modes one_card pretrained_encoders shuffle_stability)
+HOURS := $(patsubst %,benchmarks/%.py,closed_loop goodput kill_campaign modes nvdec one_card pretrained_encoders shuffle_stability)
 
 bench-quick: setup ## See that the benchmarks start, and that those which have a quick form run (their numbers mean nothing)
 	for script in benchmarks/*.py; do basename "$$script" .py; done \

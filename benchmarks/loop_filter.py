@@ -21,6 +21,7 @@ from support.datasets import H264, natural, psnr
 from support.program import machine, turns
 
 from opentau_train.data.builtin.video import Camera, write_video
+from opentau_train.data.decode.decoding import Decoding
 from opentau_train.data.decode.images import Resizer
 from opentau_train.data.decode.video import VideoPool
 
@@ -56,7 +57,7 @@ def row(codec: str, size: tuple[int, int], gop: int, repeats: int) -> list[str]:
 
 def read(path: Path, skip: bool) -> tuple[float, list[NDArray[np.uint8]]]:
     """(CPU milliseconds a frame, the frames)"""
-    pool, resizer = VideoPool(skip_loop_filter=skip), Resizer(None)
+    pool, resizer = VideoPool(decoding=Decoding(skip_loop_filter=skip)), Resizer(None)
     cursor = pool.cursor()
     started = time.process_time()
     frames = [cursor.read(path, i / FPS, 1e-3) for i in range(FRAMES)]

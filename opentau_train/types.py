@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opentau_train.strangers import MAX_PIXELS
+from opentau_train.data.decode.decoding import AS_USUAL, Decoding
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class WindowSpec:
     of the batch: pictures come as the largest inside it that keeps their aspect ratio; None keeps the file's size.
     Where a read asks for them, cameras of `future_cameras` have `future` F later images too, `future_stride` steps
     after one another. `between`: of actions at another rate, what of them isn't on a straight line from row to row
-    (`chunk.rows_at`). `max_pixels`: larger pictures are refused before they are decoded. `scaling`: how pictures are
-    brought to their size, `skip_loop_filter`: how videos are decoded (`data.scaling`, `data.skip_loop_filter`)."""
+    (`chunk.rows_at`). `scaling`: how pictures are brought to their size (`data.scaling`)."""
 
     chunk_length: int
     history: int = 0
@@ -60,9 +59,8 @@ class WindowSpec:
     future_stride: int = 1
     future_cameras: tuple[str, ...] = ()
     between: Callable[[NDArray, NDArray, NDArray, NDArray], None] | None = None
-    max_pixels: int = MAX_PIXELS
     scaling: str = "bilinear"
-    skip_loop_filter: bool = False
+    decoding: Decoding = AS_USUAL
 
 
 @dataclass(frozen=True)

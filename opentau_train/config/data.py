@@ -252,6 +252,9 @@ class DataSettings:
     skip_loop_filter: bool = field(default=False, metadata=warned())
     """true = H.264 and HEVC are decoded without the smoothing between their blocks: 8 to 20% faster, and the less
     the pictures that were recorded the farther apart keyframes are."""
+    video_decoder: Literal["cpu", "nvdec"] = field(default="cpu", metadata=SAFE)
+    """nvdec = the rank's card decodes H.264, HEVC, VP9 and AV1, to the same pictures: for large ones, whose decoding
+    the CPU's cores have no time for (docs/data.md)."""
     blank_images: bool = field(default=False, metadata=warned())
     """true = every image black: the ablation that shows what the images are worth."""
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=TRANSFORMED)
@@ -265,6 +268,12 @@ class DataSettings:
             at_least(f"{path}.max_num_tokens_after_packing", self.max_num_tokens_after_packing, 1)
         for size in self.image_size:
             at_least(f"{path}.image_size", size, 8)
+        if self.video_decoder == "nvdec" and not self.num_workers:
+            raise UserError(
+                f"{path}.video_decoder=nvdec and {path}.num_workers=0: a process that trains has a context on the card "
+                "that decoders can't share",
+                remedy=f"set {path}.num_workers=2",
+            )
         for name, source in self.sources.items():
             key = f"{path}.sources.{name}.mode"
             if self.expect_mode not in (None, source.mode):

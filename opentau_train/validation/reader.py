@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from opentau_train.data.load.stream import Shard, ShardDataset
-from opentau_train.data.load.workers import passes
+from opentau_train.data.load.workers import SharedNumber, passes
 from opentau_train.data.mixture.mixture import Mixture
 from opentau_train.data.order.windows import Windows
 from opentau_train.threads import InterruptibleIterator
@@ -21,7 +19,7 @@ class _Current:
 
     plans: Sequence[ValidationPlan]
     rank: int
-    number: ctypes.c_int64
+    number: SharedNumber
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Windows]:
         return self.plans[self.number.value].for_worker(self.rank, worker, num_workers)
@@ -36,8 +34,7 @@ class Reader:
     """
 
     def __init__(self, mixture: Mixture, plans: Sequence[ValidationPlan], rank: int, *, skip_bad: bool):
-        # Anonymous memory, which forked workers share: it needs no /dev/shm, as multiprocessing's own would.
-        self._number = ctypes.c_int64.from_buffer(mmap.mmap(-1, ctypes.sizeof(ctypes.c_int64)))
+        self._number = SharedNumber()
         self._dataset = ShardDataset(mixture, _Current(plans, rank, self._number), train=False, skip_bad=skip_bad)
         self._shards: InterruptibleIterator[Shard | None] | None = None
         self._begun = False
@@ -53,7 +50,9 @@ class Reader:
         died, during the pass or since the last one."""
         if self._shards is None:
             data = self._dataset.mixture.settings
-            self._shards = InterruptibleIterator(passes(self._dataset, data.num_workers, data.prefetch_factor))
+            afresh = data.video_decoder == "nvdec"
+            shards = passes(self._dataset, data.num_workers, data.prefetch_factor, afresh=afresh)
+            self._shards = InterruptibleIterator(shards)
         self._begun = True
         return self._shards.next(stop)
 

@@ -39,7 +39,8 @@ LAYERS = (
     {"data/source", "data/transforms/"},
     {"config/", "data/batch", "data/builtin/", "data/keep_ranges", "data/remote/", "log"},
     {"data/fields"},
-    {"data/chunk", "data/convention", "data/decode/", "data/names", "pages/", "rng", "threads", "types"},
+    {"data/chunk", "data/convention", "data/names", "pages/", "rng", "threads", "types"},
+    {"data/decode/"},
     {"strangers"},
     {"errors"},
     {"__init__", "data/__init__"},  # they import nothing

@@ -22,12 +22,12 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from opentau_train.data.decode.decoding import AS_USUAL, Decoding
 from opentau_train.data.decode.fit import fit
 from opentau_train.data.decode.open_files import OpenFiles
 from opentau_train.data.decode.opening import Opener, open_here
 from opentau_train.data.decode.video_file import Clock, Coding, VideoError, VideoFile, new_decoder
 from opentau_train.errors import check_machine_read
-from opentau_train.strangers import MAX_PIXELS
 
 ROUNDING_S = 1e-4
 """How far before a wanted time a frame may lie and still end the search: float32 timestamps and time bases round.
@@ -79,10 +79,10 @@ class VideoPool:
     fewer where the process's limit of open files is near. A closed one is opened again when it is asked for.
     `frames_decoded` counts the pictures that all cursors have sent to decoders."""
 
-    def __init__(self, opener: Opener = open_here, max_pixels: int = MAX_PIXELS, skip_loop_filter: bool = False):
-        self.frames_decoded, self.max_pixels, self.skip_loop_filter = 0, max_pixels, skip_loop_filter
+    def __init__(self, opener: Opener = open_here, decoding: Decoding = AS_USUAL):
+        self.frames_decoded, self.decoding = 0, decoding
         self._files = OpenFiles[Path, VideoFile](
-            lambda path: opener(path, partial(VideoFile, max_pixels=max_pixels)), 0
+            lambda path: opener(path, partial(VideoFile, max_pixels=decoding.max_pixels)), 0
         )
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class FrameCursor:
                 if isinstance(error, VideoError):
                     raise
                 cause = error.strerror if isinstance(error, av.FFmpegError | OSError) else None
-                raise VideoError(f"{path}: {cause or error}") from error
+                raise VideoError(f"{path}: {cause or error}{self._pool.decoding.remark}") from error
             shown = _ticks(frame) * self._time_base
             if abs(shown - wanted) > max(tolerance_s, _HALF_TICK * self._time_base):
                 raise TimeError(
@@ -199,7 +199,7 @@ class FrameCursor:
             return
         file = self._pool.get(path)
         if self._coding != file.coding:
-            self._decoder = new_decoder(file.coding, self._pool.max_pixels, self._pool.skip_loop_filter)
+            self._decoder = new_decoder(file.coding, self._pool.decoding)
             self._coding = file.coding
         self._path, self._time_base = path, file.time_base
         self._forget()

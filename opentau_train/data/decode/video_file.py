@@ -7,13 +7,17 @@ may share one file, decode them and choose the frames.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.codec.hwaccel import HWAccel
 from numpy.typing import NDArray
 
+from opentau_train.data.decode.decoding import Decoding
+from opentau_train.errors import UserError
 from opentau_train.strangers import MAX_PIXELS, check_plain
 
 PACKETS_PER_READ, BYTES_PER_READ = 64, 256 * 2**10
@@ -59,17 +63,41 @@ def held(ticks: float) -> int:
     return math.floor(min(max(ticks, -FARTHEST), FARTHEST))
 
 
-def new_decoder(coding: Coding, max_pixels: int, skip_loop_filter: bool = False) -> av.VideoCodecContext:
+def new_decoder(coding: Coding, decoding: Decoding) -> av.VideoCodecContext:
     """A decoder independent of any demuxer; one thread, because workers are the parallelism. It refuses pictures of
-    more pixels than `max_pixels`, which a stream may come to have on the way. `skip_loop_filter`: without the codec's
-    own smoothing between blocks, where it can be left out (H.264, HEVC)."""
-    decoder = av.CodecContext.create(coding[0], "r")
+    more pixels than `decoding.max_pixels`, which a stream may come to have on the way, and leaves out the codec's own
+    smoothing between blocks where that is asked for and can be (H.264, HEVC). Raises `UserError` for a decoder of the
+    card that there isn't."""
+    decoder = _on_card(coding[0]) if decoding.video_decoder == "nvdec" else av.CodecContext.create(coding[0], "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = coding[1]
     decoder.width, decoder.height = coding[2:4]
     decoder.color_range, decoder.colorspace, decoder.color_primaries, decoder.color_trc = coding[4:]
     decoder.thread_count = 1
-    decoder.options = {"max_pixels": str(max_pixels)} | ({"skip_loop_filter": "all"} if skip_loop_filter else {})
+    unfiltered = {"skip_loop_filter": "all"} if decoding.skip_loop_filter else {}
+    decoder.options = {"max_pixels": str(decoding.max_pixels), **unfiltered}
+    return decoder
+
+
+_OF_CARDS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx-vp9": "vp9"}
+"""{decoder of the CPU: FFmpeg's own of the same codec, which asks the card}."""
+
+
+def _on_card(codec: str) -> av.CodecContext:
+    """A decoder of the rank's card, NVDEC. Its pictures come back to memory, where they are brought to size."""
+    # torch's own context on the card: one for each decoder would take half a gigabyte there, and a third of a second.
+    options: dict[str, object] = {"primary_ctx": "1"}
+    card = HWAccel("cuda", os.environ.get("LOCAL_RANK", "0"), allow_software_fallback=False, options=options)
+    try:
+        decoder = av.CodecContext.create(_OF_CARDS.get(codec, codec), "r", hwaccel=card)
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(
+            f"no card can be asked to decode videos: {error}", where="data.video_decoder=nvdec", remedy="set it to cpu"
+        ) from error
+    if not decoder.is_hwaccel:
+        raise UserError(
+            f"a card decodes no {codec}", where="data.video_decoder=nvdec", remedy="set it to cpu, or tools.reencode"
+        )
     return decoder
 
 

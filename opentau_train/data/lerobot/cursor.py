@@ -36,7 +36,7 @@ class LeRobotCursorFactory:
     def __init__(self, reading: Reading, window: WindowSpec):
         self.reading, self.window = reading, window
         self.opener = opener_at(reading.root)
-        self.pool = VideoPool(self.opener, window.max_pixels, window.skip_loop_filter)
+        self.pool = VideoPool(self.opener, window.decoding)
         self.reader = EpisodeReader(reading.stored, reading.columns)
         self.rows = SharedRows(reading, self.reader)
         self.frame_s = 1.0 / reading.fps
@@ -281,7 +281,7 @@ class LeRobotCursor:
         assert rows is not None, "an image belongs to the episode entered before"
         try:
             cell = rows.images[camera][frame].as_py()
-            pixels = decode_image(encoded(cell, reading, self._factory.opener), self._window.max_pixels)
+            pixels = decode_image(encoded(cell, reading, self._factory.opener), self._window.decoding.max_pixels)
         except (ImageError, OSError) as error:
             check_machine(error)
             path = reading.stored.data.path(int(reading.stored.data_file[self._episode]))

@@ -53,7 +53,7 @@ def pack(item: Any, sender: int, channel: socket.socket) -> Parcel:
         places.append((start, end))
     parcel = Parcel(sender, stream.getvalue(), tuple(places))
     if parcel.num_bytes:
-        with _memory_file() as file:
+        with memory_file() as file:
             # Written, not copied into a mapping of it: a page that can't be had is an error here, there a SIGBUS.
             for buffer, (start, _) in zip(buffers, places, strict=True):
                 file.seek(start)
@@ -78,7 +78,7 @@ def unpack(parcel: Parcel, channel: socket.socket) -> Any:
     return pickle.loads(parcel.pickled, buffers=[memory[start:end] for start, end in parcel.places])
 
 
-def _memory_file() -> io.BufferedRandom:
+def memory_file() -> io.BufferedRandom:
     """A new file of memory; where the system has none, an unnamed one in the directory for temporary files."""
     if sys.platform == "linux":
         return open(os.memfd_create("opentau_train"), "w+b")

@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from opentau_train import rng
 from opentau_train.config.modes import WITH_FUTURE
+from opentau_train.data.decode.decoding import Decoding
 from opentau_train.data.decode.video import OpenDecoders
 from opentau_train.data.fields import Sample
 from opentau_train.data.mixture.mixture import Mixture
@@ -33,10 +34,8 @@ class SampleBuilder:
         self.training = training
         self.keys = [rng.key(mixture.seed, "sample", d.name) for d in mixture.datasets]
         data = mixture.settings
-        self._windows = [
-            replace(d.window(mixture.spec), max_pixels=data.max_pixels, skip_loop_filter=data.skip_loop_filter)
-            for d in mixture.datasets
-        ]
+        decoding = Decoding(data.max_pixels, data.skip_loop_filter, data.video_decoder)
+        self._windows = [replace(d.window(mixture.spec), decoding=decoding) for d in mixture.datasets]
         self._decoders = [d.decoders(w) for d, w in zip(mixture.datasets, self._windows, strict=True)]
         self._modes = [tuple(d.settings.modes) for d in mixture.datasets]
         self._bounds = [tuple(accumulate(d.settings.modes.values()))[:-1] for d in mixture.datasets]

@@ -200,7 +200,8 @@ def training_batches(
     width = max(1, data.num_workers)
     pending: list[Shard] = []
     dataset = ShardDataset(mixture, plan, train=True, quarantine=quarantine)
-    with closing(one_pass(dataset, data.num_workers, data.prefetch_factor)) as shards:
+    afresh = data.video_decoder == "nvdec"
+    with closing(one_pass(dataset, data.num_workers, data.prefetch_factor, afresh=afresh)) as shards:
         for shard in shards:
             if shard.error is not None:
                 yield RankBatch(None, error=shard.error)

@@ -7,21 +7,23 @@ import errno
 import gc
 import mmap
 import multiprocessing
+import os
 import signal
 import socket
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from multiprocessing import reduction
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from opentau_train.data.load.parcel import Parcel, pack, unpack
+from opentau_train.data.load.parcel import Parcel, memory_file, pack, unpack
 from opentau_train.errors import Fault, Teller, machine_fault, shared_memory_fault
 
 T = TypeVar("T")
@@ -34,21 +36,50 @@ NO_SHARED_MEMORY = (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EROFS, errno
 """What the system answers where it can't make the semaphores of the workers' queues, which lie in shared memory."""
 
 
-def one_pass(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) -> Generator[T]:
+class SharedNumber:
+    """A number that one process sets and its workers read. It lies in a file of memory, which forked workers share and
+    new processes are handed: multiprocessing's own would need /dev/shm."""
+
+    def __init__(self, file: IO[bytes] | None = None):
+        self._file = memory_file() if file is None else file
+
+    def __reduce__(self) -> Any:
+        return _shared, (reduction.DupFd(self._file.fileno()),)
+
+    @property
+    def value(self) -> int:
+        return int(os.pread(self._file.fileno(), 32, 0) or 0)
+
+    @value.setter
+    def value(self, value: int) -> None:
+        os.pwrite(self._file.fileno(), b"%32d" % value, 0)
+
+
+def _shared(handed: Any) -> SharedNumber:
+    return SharedNumber(open(handed.detach(), "r+b"))
+
+
+def one_pass(
+    dataset: IterableDataset[T], num_workers: int, prefetch_factor: int, *, afresh: bool = False
+) -> Generator[T]:
     """What the workers yield when `dataset` is iterated once, in the order of `passes`. Raises as that does."""
-    with closing(passes(dataset, num_workers, prefetch_factor)) as endless:
+    with closing(passes(dataset, num_workers, prefetch_factor, afresh=afresh)) as endless:
         for item in endless:
             if item is None:
                 return
             yield item
 
 
-def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) -> Generator[T | None]:
+def passes(
+    dataset: IterableDataset[T], num_workers: int, prefetch_factor: int, *, afresh: bool = False
+) -> Generator[T | None]:
     """What the workers yield, pass after pass. In a pass each worker iterates `dataset` once, and their items are
     handed over in turn: worker 0's first, worker 1's first, ...; None marks the end of the pass.
 
     The same workers make all passes; they live until the generator is closed. With `num_workers` 0 the calling process
-    is the only worker. Raises `Fault` for a worker that died, and where there is no room for what one hands over.
+    is the only worker. `afresh`: workers are new processes, to which `dataset` is pickled, and no forks of this one: a
+    fork of a process that has used CUDA can't use it. Raises `Fault` for a worker that died, and where there is no room
+    for what one hands over.
     """
     if num_workers:
         _check_semaphores(num_workers)
@@ -58,14 +89,14 @@ def passes(dataset: IterableDataset[T], num_workers: int, prefetch_factor: int) 
             for end in channel:
                 stack.enter_context(end)
         senders = [sender for _, sender in channels]
-        for item in stack.enter_context(closing(_parcels(dataset, num_workers, prefetch_factor, senders))):
+        for item in stack.enter_context(closing(_parcels(dataset, num_workers, prefetch_factor, senders, afresh))):
             if isinstance(item, Fault):
                 raise Fault(item.what, where=item.where, remedy=item.remedy, teller=Teller.THIS_RANK)
             yield unpack(item, channels[item.sender][0]) if isinstance(item, Parcel) else item
 
 
 def _parcels(
-    dataset: IterableDataset[T], num_workers: int, prefetch_factor: int, senders: Sequence[socket.socket]
+    dataset: IterableDataset[T], num_workers: int, prefetch_factor: int, senders: Sequence[socket.socket], afresh: bool
 ) -> Generator[T | Parcel | Fault | None]:
     """What `passes` gives, still as the workers pack it; worker i sends the files through `senders[i]`."""
     data_loader = DataLoader(
@@ -76,6 +107,7 @@ def _parcels(
         persistent_workers=num_workers > 0,
         collate_fn=partial(_hand_over, senders) if num_workers else _same,
         worker_init_fn=begin_worker if num_workers else None,
+        multiprocessing_context="spawn" if num_workers and afresh else None,
         # The loader draws a base seed from the ambient generator unless it is given one: a validation pass would
         # then change every later ambient draw of the training loop.
         generator=torch.Generator().manual_seed(0),

@@ -10,14 +10,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opentau_train.data.decode import video_file
+from opentau_train.data.decode.decoding import Decoding
 from opentau_train.data.decode.fit import fit
 from opentau_train.data.decode.images import DepthError, ImageError, Resizer, decode_image
 from opentau_train.data.decode.video import VideoPool
 from opentau_train.data.decode.video_file import VideoError
+from opentau_train.errors import UserError
 from tests.lerobot_writer import AV1, H264_B, HEVC_B, TICKS, Camera, decode_all, picture, png, write_video
 from tests.limits import room_for
 
@@ -370,13 +373,22 @@ def test_resized_frames_are_the_largest_of_their_aspect_ratio(video, size, scali
 
 def test_without_the_loop_filter_pictures_are_nearly_the_same_wherever_reading_begins(video):
     path, times, frames = video("h264_b_frames")
-    pools = {skip: VideoPool(skip_loop_filter=skip) for skip in (False, True)}
+    pools = {skip: VideoPool(decoding=Decoding(skip_loop_filter=skip)) for skip in (False, True)}
     read = {skip: [rgb(pool.cursor().read(path, t, 1e-4)) for t in times] for skip, pool in pools.items()}
     assert all(np.array_equal(a, b) for a, b in zip(read[False], frames, strict=True))
     errors = [np.abs(a.astype(int) - b).mean() for a, b in zip(read[False], read[True], strict=True)]
     assert 0 < max(errors) < 4
     forward = pools[True].cursor()
     assert all(np.array_equal(rgb(forward.read(path, t, 1e-4)), b) for t, b in zip(times, read[True], strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here: tests/cuda has what it decodes")
+def test_a_card_that_there_is_not_is_told_and_nothing_else_decodes_in_its_place(video):
+    path, times, _ = video("h264_b_frames")
+    cursor = VideoPool(decoding=Decoding(video_decoder="nvdec")).cursor()
+    with pytest.raises(UserError, match="no card can be asked to decode") as told:
+        cursor.read(path, times[0], 1e-4)
+    assert told.value.where == "data.video_decoder=nvdec" and "cpu" in told.value.remedy
 
 
 def test_each_pixel_is_the_mean_over_its_area():

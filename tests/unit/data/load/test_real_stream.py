@@ -2,19 +2,24 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import IterableDataset
 
 from opentau_train import composing
 from opentau_train.config.arguments import settable
 from opentau_train.config.settings import load_settings
+from opentau_train.data.load.stream import ShardDataset, TrainPlan
+from opentau_train.data.load.workers import SharedNumber, one_pass, passes
 from opentau_train.data.mixture.open import open_mixture
-from opentau_train.errors import UserError
+from opentau_train.errors import EXIT_USER, UserError
 from tests.fake_source import addresses, global_batches, in_order, mixture_of, with_data
 from tests.lerobot_writer import DEFAULT_COLUMNS, Camera, Dataset, write
 from tests.nightly import by_day
-from tests.program import TOY
+from tests.program import TOY, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -181,6 +186,43 @@ def test_windows_of_a_damaged_file_are_replaced_alike_on_every_topology(damage, 
     assert collect(found, tmp_path, last=epoch) == (samples, quarantine)
     assert collect(found, tmp_path, size=2, workers=3, last=epoch) == (samples, quarantine)
     assert collect(found, tmp_path, size=4, workers=1, last=epoch) == (samples, quarantine)
+
+
+@pytest.mark.slow
+def test_workers_that_are_new_processes_read_what_forks_read(tmp_path):
+    """As cards' decoders need them; a validation's plan is chosen for them while they live."""
+    found = mixture(tmp_path)
+    plan = TrainPlan(found.tape(BATCH), 0, 1, 0, 6)
+    shards = ShardDataset(found, plan, train=True, quarantine=tmp_path / "quarantine.jsonl")
+    read = {afresh: [content(s.batch) for s in one_pass(shards, 2, 2, afresh=afresh)] for afresh in (False, True)}
+    assert len(read[False]) == 12 and read[True] == read[False]
+    number, told = SharedNumber(), []
+    with closing(passes(Told(number), 1, 2, afresh=True)) as items:
+        for number.value in (3, 2**40):
+            told += [next(items), next(items)]
+    assert told == [3, None, 2**40, None]
+
+
+class Told(IterableDataset):
+    """Yields the number that is set when a pass begins."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __iter__(self):
+        yield self.number.value
+
+
+@pytest.mark.parametrize(
+    ("workers", "remedy"), [(0, "set data.num_workers=2"), pytest.param(1, "set it to cpu", marks=pytest.mark.slow)]
+)
+def test_a_decoder_on_a_card_that_there_is_not_ends_the_run_with_the_remedy(workers, remedy, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one: tests/cuda has what it decodes")
+    words = [*TOY, f"data.num_workers={workers}", "data.video_decoder=nvdec", f"paths.run_dir={tmp_path / 'run'}"]
+    done = run(words)
+    assert done.returncode == EXIT_USER
+    assert "data.video_decoder=nvdec" in done.stderr and remedy in done.stderr
 
 
 def test_rows_damaged_before_the_start_are_an_error_that_names_the_file(healthy, tmp_path):
