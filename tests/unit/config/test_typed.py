@@ -290,9 +290,7 @@ def test_a_wrong_target_is_answered_with_its_path(tree, texts):
     refused(lambda: instantiate(tree, "model", context="given"), *texts)
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"), [("lr", "'optimizer.lr'"), ("betas", "'optimizer.betas'"), ("zzz", "")]
-)
+@pytest.mark.parametrize(("key", "meant"), [("lr", "'optimizer.lr'"), ("betas", "'optimizer.betas'"), ("zzz", "")])
 def test_a_key_of_another_section_is_pointed_to_by_its_whole_name(key, meant):
     with pytest.raises(UserError) as refusal:
         build(TrainerSettings, {key: 1}, "trainer")
