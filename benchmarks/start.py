@@ -47,9 +47,7 @@ RUN = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="once, to see that it runs")
     options = parser.parse_args()
-    repeats, unmeasured = (1, 0) if options.quick else (options.repeats, 1)
     program = ["-m", "opentau_train"]
     rows = {
         "torch": ["-c", "import torch"],
@@ -59,11 +57,11 @@ def main() -> None:
         "two steps": [*program, *RUN, "paths.run_dir={folder}/run", "paths.cache_dir={folder}/cache"],
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
-    for turn in range(unmeasured + repeats):
+    for turn in range(1 + options.repeats):
         for name, arguments in rows.items():
             found = spent(arguments)
-            times[name] += [found] if turn >= unmeasured else []  # the first reads what isn't in memory yet
-    print(f"{machine()}; {repeats} interleaved turns, medians (means)\n")
+            times[name] += [found] if turn else []  # the first reads what isn't in memory yet
+    print(f"{machine()}; {options.repeats} interleaved turns, medians (means)\n")
     print("| | CPU s | s by the clock | CPU over *torch, one step* |\n|---|---|---|---|")
     base = statistics.median(cpu for cpu, _ in times["torch, one step"])
     for name, found in times.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_policies import POLICIES, SIZES
+from tests.nightly import AT_NIGHT
 from tests.program import TINY_POLICY, assert_close, metrics, train_all
 
 pytestmark = pytest.mark.distributed
@@ -19,16 +20,18 @@ SHARDED = ["parallelism=fsdp", "parallelism.activation_checkpointing=true", "par
 LAYOUTS = {"alone": (1, []), "ddp_2": (2, []), "fsdp_2": (2, SHARDED)}
 
 
-def test_unequal_numbers_of_micro_batches_train_alike_in_every_layout(tmp_path):
+@pytest.mark.parametrize("policies", [("flow", "wam"), pytest.param(("pi05",), marks=AT_NIGHT)])
+def test_unequal_numbers_of_micro_batches_train_alike_in_every_layout(policies, tmp_path):
     words = [*SIZES, "trainer.steps=3", "validation.every=0", "logger=none"]
     words += ["flight_recorder=true", "checkpoint.every=0"]
-    runs = {tmp_path / policy / "padded": (1, [*words, *own]) for policy, (own, _) in CAPS.items()}
-    for policy, (own, cap) in CAPS.items():
+    caps = {policy: CAPS[policy] for policy in policies}
+    runs = {tmp_path / policy / "padded": (1, [*words, *own]) for policy, (own, _) in caps.items()}
+    for policy, (own, cap) in caps.items():
         packed = [*words, *own, "model.packing=true", f"data.max_num_tokens_after_packing={cap}"]
         runs |= {tmp_path / policy / name: (ranks, [*packed, *how]) for name, (ranks, how) in LAYOUTS.items()}
     train_all(runs)
     efficiencies: dict[str, list[float]] = {}
-    for policy in CAPS:
+    for policy in policies:
         padded = metrics(tmp_path / policy / "padded")
         for name in LAYOUTS:
             rows = metrics(tmp_path / policy / name)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from opentau_train.distributed.parallel import data_parallel_degrees
 from opentau_train.errors import UserError
-from tests.nightly import AT_NIGHT, by_day
+from tests.nightly import AT_NIGHT, at_night
 from tests.program import TOY, run, torchrun
 
 pytestmark = pytest.mark.distributed
@@ -57,7 +57,8 @@ def test_degree_errors_say_what_would_fit(degrees, size, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("choice", by_day(["fsdp", "hsdp"], "fsdp"))
+@at_night
+@pytest.mark.parametrize("choice", ["fsdp", "hsdp"])
 def test_a_choice_of_parallelism_is_one_word(choice, tmp_path):
     command = [*TOY, f"parallelism={choice}", "parallelism.activation_checkpointing=true", "trainer.steps=2"]
     done = run([*command, "trainer.precision=bf16", "trainer.ema_decay=0.9", f"paths.run_dir={tmp_path / 'two'}"], 2)

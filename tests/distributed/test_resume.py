@@ -44,7 +44,7 @@ def wait_for_step(run_dir, step, process, seconds=120):
     raise AssertionError("the run did not get there in time")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", by_day([0, 2], 2))
 def test_sigkill_and_resume_equals_uninterrupted_bit_for_bit(workers, uninterrupted, tmp_path):
     command = [*RUN, f"data.num_workers={workers}", "resume=auto", f"paths.run_dir={tmp_path}"]
     for lines in (4, 11):
