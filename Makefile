@@ -184,7 +184,7 @@ lock: ## uv.lock anew, with the versions of constraints.txt (needs uv)
 $(LOWEST)/.installed: pyproject.toml tests/lowest.py
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --no-compile $$($(PYTHON) tests/lowest.py) pytest pytest-timeout pytest-xdist hypothesis setuptools
+	$(LOWEST)/bin/python -m pip install --no-compile $$($(PYTHON) tests/lowest.py) pytest pytest-timeout pytest-xdist hypothesis "setuptools>=77"
 	$(LOWEST)/bin/python -m pip install --no-compile --no-deps --no-build-isolation -e .
 	touch $@
 
