@@ -24,3 +24,4 @@ class Decoding(NamedTuple):
 
 
 AS_USUAL = Decoding()
+"""What holds where nobody says otherwise."""
